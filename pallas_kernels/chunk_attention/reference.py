@@ -1,0 +1,52 @@
+"""The definition of chunk attention, written to be read: dense over the whole pool."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.plans import DecodePlan
+
+
+def chunk_attention(q, keys, values, plan: DecodePlan, lengths, *, layer, scale: float):
+    """See `pallas_kernels.chunk_attention.api.chunk_attention`.
+
+    Computes in float64 when q is float64 (with jax_enable_x64), in float32 otherwise. Scores every
+    query against every slot of the pool, so it is for small pools only.
+    """
+    batch, num_heads, head_dim = q.shape
+    kv_heads, num_chunks, chunk_size = keys.shape[1:4]
+    compute = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    grouped = q.astype(compute).reshape(batch, kv_heads, num_heads // kv_heads, head_dim)
+    visible = tokens_per_chunk(plan, lengths, num_chunks, chunk_size)
+    mask = jnp.arange(chunk_size)[None, None] < visible[:, :, None]  # [B, N, C]
+    highest = jax.lax.Precision.HIGHEST
+    k, v = keys[layer].astype(compute), values[layer].astype(compute)
+    scores = jnp.einsum("bhgd,hncd->bhgnc", grouped, k, precision=highest) * scale
+    scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
+    maximum = scores.max(axis=(-2, -1), keepdims=True)
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(maximum), maximum, 0))
+    total = weights.sum(axis=(-2, -1))
+    output = jnp.einsum("bhgnc,hncd->bhgd", weights, v, precision=highest)
+    output = output / jnp.where(total > 0, total, 1)[..., None]
+    return output.reshape(q.shape).astype(q.dtype)
+
+
+def tokens_per_chunk(plan: DecodePlan, lengths, num_chunks: int, chunk_size: int):
+    """How many tokens of each chunk every row attends to: int32 [B, N]."""
+    batch, width = plan.private_chunks.shape
+    rows = jnp.arange(batch)[:, None]
+
+    slot = jnp.arange(plan.item_chunks.shape[0])[None]
+    begin, count = plan.item_chunk_begin[:, None], plan.item_chunk_count[:, None]
+    first, size = plan.item_row_begin[:, None], plan.item_row_count[:, None]
+    used = jnp.arange(plan.item_row_begin.shape[0])[:, None] < plan.num_items
+    in_item = (slot >= begin) & (slot < begin + count) & used  # [I, K]
+    covers_row = (rows.T >= first) & (rows.T < first + size)  # [I, B]
+    by_slot = jnp.einsum("ik,ib->bk", in_item.astype(jnp.int32), covers_row.astype(jnp.int32))
+    tokens = jnp.zeros((batch, num_chunks), jnp.int32)
+    tokens = tokens.at[rows, plan.item_chunks[None]].add(by_slot * chunk_size, mode="drop")
+
+    remaining = (lengths - plan.covered_tokens)[:, None] - jnp.arange(width)[None] * chunk_size
+    private = jnp.clip(remaining, 0, chunk_size)
+    return tokens.at[rows, plan.private_chunks].add(private, mode="drop")

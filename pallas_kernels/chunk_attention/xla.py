@@ -1,0 +1,174 @@
+"""Two-phase attention in plain JAX, laid out for CPUs: one KV head at a time, so that the chunks
+gathered for a head stay in cache, and each run of chunks multiplied as one matrix product.
+
+Chunk-first: every work item gathers its chunks once and multiplies them with the queries of all
+its rows. Pieces of a run have a few exact sizes (a power of four of chunks), so that no score needs
+masking: on 2 cores, masking costs a third of the phase. Sequence-first: all rows at once, over
+their private chunks, masked by length. Both loops run as often as the plan needs, not as its
+padding allows.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.online_softmax import MASKED, Partial, empty, merge, normalise
+from pallas_kernels.plans import DecodePlan
+
+# Tokens gathered at once. Larger pieces amortise the cost of a loop step; the scores of a piece
+# (tokens x query rows, float32) should stay within a few MB.
+MAX_PIECE_TOKENS = 4096
+MAX_PIECE_SCORES = 1 << 20
+# Chunks of all rows gathered by one step of the sequence-first loop.
+SEQUENCE_STEP_CHUNKS = 32
+
+
+def chunk_attention(q, keys, values, plan: DecodePlan, lengths, *, layer, scale: float):
+    """See `pallas_kernels.chunk_attention.api.chunk_attention`."""
+    batch, num_heads, head_dim = q.shape
+    kv_heads = keys.shape[1]
+    group = num_heads // kv_heads
+    queries = (q.astype(jnp.float32) * scale).reshape(batch, kv_heads, group, head_dim)
+    queries = queries.transpose(1, 0, 2, 3)
+
+    def attend_head(head):
+        head_queries = queries[head]
+        shared = _chunk_first(head_queries, keys, values, plan, layer, head)
+        private = _sequence_first(head_queries, keys, values, plan, lengths, layer, head)
+        return normalise(merge(shared, private))
+
+    output = lax.map(attend_head, jnp.arange(kv_heads))
+    return output.transpose(1, 0, 2, 3).reshape(q.shape).astype(q.dtype)
+
+
+def attend_run(queries, keys, values, chunks, begin, count, layer, head) -> Partial:
+    """Attention of `queries` [R, D] over the full chunks `chunks[begin : begin + count]`."""
+    rows, head_dim = queries.shape
+    state = empty((rows,), head_dim)
+    for size in _piece_sizes(keys.shape[3], rows, chunks.shape[0]):
+        pieces = lax.div(count, size)
+
+        def attend_piece(piece, state, size=size, begin=begin):
+            ids = lax.dynamic_slice(chunks, (begin + piece * size,), (size,))
+            k = gather_chunks(keys, layer, head, ids)
+            v = gather_chunks(values, layer, head, ids)
+            return merge(state, _attend_unmasked(queries, k, v))
+
+        state = lax.fori_loop(0, pieces, attend_piece, state)
+        begin = begin + pieces * size
+        count = count - pieces * size
+    return state
+
+
+def gather_chunks(pool, layer, head, ids):
+    """Tokens of the chunks `ids` [..., W] for one layer and head: [..., W * C, D], float32."""
+    tokens = pool.at[layer, head, ids].get(mode="promise_in_bounds")
+    return tokens.reshape(*ids.shape[:-1], -1, pool.shape[-1]).astype(jnp.float32)
+
+
+def dot(a, b, contract):
+    """Matrix product in full float32, also where the default is TensorFloat-32."""
+    return lax.dot_general(a, b, (contract, ((), ())), precision=lax.Precision.HIGHEST)
+
+
+def _attend_unmasked(queries, k, v) -> Partial:
+    scores = dot(k, queries, ((1,), (1,)))  # [tokens, R]: the long dimension first is faster on CPU
+    maximum = scores.max(axis=0)
+    weights = jnp.exp(scores - maximum[None])
+    return Partial(dot(weights, v, ((0,), (0,))), maximum, weights.sum(axis=0))
+
+
+def _piece_sizes(chunk_size: int, rows: int, longest: int) -> list[int]:
+    """Chunks per piece, largest first, down to 1 by factors of 4."""
+    most = min(longest, min(MAX_PIECE_TOKENS, MAX_PIECE_SCORES // rows) // chunk_size)
+    size = 1
+    while size * 4 <= most:
+        size *= 4
+    sizes = [size]
+    while size > 1:
+        size //= 4
+        sizes.append(size)
+    return sizes
+
+
+def _row_tiles(batch: int) -> list[int]:
+    """Row counts an item is padded to: the batch, and eighths of it down to 4.
+
+    Few, because each adds a copy of the phase to the program, and padding is cheap on CPU: a chunk
+    for 32 rows costs 1.5 times a chunk for 4.
+    """
+    tiles = [batch]
+    while tiles[0] >= 32:
+        tiles.insert(0, tiles[0] // 8)
+    return tiles
+
+
+def _chunk_first(queries, keys, values, plan: DecodePlan, layer, head) -> Partial:
+    """All work items, merged into the rows they cover. queries [B, G, D] -> Partial [B, G]."""
+    batch, group, head_dim = queries.shape
+    tiles = _row_tiles(batch)
+
+    def attend_item(tile, item, state: Partial) -> Partial:
+        first, rows = plan.item_row_begin[item], plan.item_row_count[item]
+        start = jnp.minimum(first, batch - tile)
+        take = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=tile, axis=0)
+        result = attend_run(
+            take(queries).reshape(tile * group, head_dim),
+            keys,
+            values,
+            plan.item_chunks,
+            plan.item_chunk_begin[item],
+            plan.item_chunk_count[item],
+            layer,
+            head,
+        )
+        result = Partial(*(x.reshape(tile, group, *x.shape[1:]) for x in result))
+        row = start + jnp.arange(tile, dtype=jnp.int32)
+        covered = ((row >= first) & (row < first + rows))[:, None]
+        result = result._replace(
+            maximum=jnp.where(covered, result.maximum, MASKED),
+            total=jnp.where(covered, result.total, 0),
+            output=jnp.where(covered[..., None], result.output, 0),
+        )
+        merged = merge(Partial(*map(take, state)), result)
+        put = partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+        return Partial(*(put(old, new) for old, new in zip(state, merged, strict=True)))
+
+    def step(item, state: Partial) -> Partial:
+        tile = jnp.sum(plan.item_row_count[item] > jnp.asarray(tiles, jnp.int32))
+        branches = [partial(attend_item, size) for size in tiles]
+        return lax.switch(tile, branches, item, state)
+
+    return lax.fori_loop(0, plan.num_items, step, empty((batch, group), head_dim))
+
+
+def _sequence_first(queries, keys, values, plan: DecodePlan, lengths, layer, head) -> Partial:
+    """The private chunks of every row. queries [B, G, D] -> Partial [B, G]."""
+    batch, group, head_dim = queries.shape
+    num_chunks, chunk_size = keys.shape[2:4]
+    width = plan.private_chunks.shape[1]
+    step_chunks = min(width, max(1, SEQUENCE_STEP_CHUNKS // batch))
+    step_tokens = step_chunks * chunk_size
+    padding = ((0, 0), (0, -width % step_chunks))
+    private = jnp.pad(jnp.minimum(plan.private_chunks, num_chunks - 1), padding)
+    remaining = lengths - plan.covered_tokens
+
+    def step(index, state: Partial) -> Partial:
+        ids = lax.dynamic_slice(private, (0, index * step_chunks), (batch, step_chunks))
+        k = gather_chunks(keys, layer, head, ids)
+        v = gather_chunks(values, layer, head, ids)
+        position = index * step_tokens + jnp.arange(step_tokens, dtype=jnp.int32)
+        visible = (position[None] < remaining[:, None])[:, None]
+        scores = jnp.einsum("bgd,btd->bgt", queries, k, precision=lax.Precision.HIGHEST)
+        scores = jnp.where(visible, scores, MASKED)
+        maximum = scores.max(axis=-1)
+        weights = jnp.where(visible, jnp.exp(scores - maximum[..., None]), 0)
+        output = jnp.einsum("bgt,btd->bgd", weights, v, precision=lax.Precision.HIGHEST)
+        return merge(state, Partial(output, maximum, weights.sum(axis=-1)))
+
+    steps = lax.div(jnp.max(remaining) + (step_tokens - 1), jnp.int32(step_tokens))
+    return lax.fori_loop(0, steps, step, empty((batch, group), head_dim))
