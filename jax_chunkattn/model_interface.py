@@ -1,0 +1,54 @@
+"""What the engine needs from a model: the seam between `jax_chunkattn` and any decoder.
+
+Letters: T tokens, E hidden size, V vocabulary, Hq query heads, Hkv key/value heads, D head dim, R
+rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+
+Pool = Any
+"""Any pytree of device arrays; a model only threads it through its layers."""
+
+Attend = Callable[[Pool, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Pool]]
+"""`attend(pool, layer, q [T,Hq,D], k [T,Hkv,D], v [T,Hkv,D]) -> (out [T,Hq,D], pool)`.
+
+`layer` is an int32 scalar that may be traced. `q` and `k` arrive already rotated. `attend` writes
+`k` and `v` to the pool and only then attends, so that a token sees itself.
+"""
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """The shape of one token's keys (and of its values): `[num_layers, num_kv_heads, head_dim]`."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class DecoderModel(Protocol):
+    """A decoder the engine can run; in this project an `nnx.Module`."""
+
+    cache_spec: CacheSpec
+    vocab_size: int
+    max_positions: int
+
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, pool: Pool, attend: Attend
+    ) -> tuple[jax.Array, Pool]:
+        """Run all layers over `tokens [T]` at `positions [T]` (both int32).
+
+        Returns the hidden states `[T, E]` *before* the final norm, and the pool. The pool travels
+        in the carry of the layer scan, never as its xs or ys, so that it is updated in place.
+        """
+        ...
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Final norm and unembedding: `hidden [R, E] -> [R, V]` float32."""
+        ...

@@ -1,0 +1,138 @@
+"""Prefill: computing the tokens of new sequences that are not cached yet, packed into few calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int32
+
+from jax_chunkattn.model_interface import DecoderModel
+from jax_chunkattn.planner import bucket
+from jax_chunkattn.pool import ChunkPool
+from jax_chunkattn.sampling import RowSampling, sample
+from pallas_kernels import PrefillPlan, prefill_attention, write_kv
+
+QUERY_TILE = 64  # tokens of one sequence that share a pass over their context
+TOKENS_PER_SEQUENCE = 16  # a call of T tokens takes at most T / 16 sequences
+MIN_TABLE_WIDTH = 32
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens of one sequence to compute, at positions `[begin, end)`.
+
+    `write_from` is the first position whose keys and values are not in the pool yet: a prompt that
+    is cached as a whole still computes its last token, for the logits, and writes nothing.
+    """
+
+    tokens: Sequence[int]  # those of the positions [begin, end)
+    chunk_ids: Sequence[int]  # of the whole sequence
+    begin: int
+    end: int
+    write_from: int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PrefillBatch:
+    """One call's tokens, packed one segment after another."""
+
+    tokens: Int32[Array, " T"]
+    positions: Int32[Array, " T"]
+    last_token: Int32[Array, " S"]  # where each segment's last token is packed
+    plan: PrefillPlan
+
+
+def pack_segments(
+    segments: Sequence[Segment], *, num_tokens: int, chunk_size: int, num_chunks: int
+) -> PrefillBatch:
+    """Packs segments into arrays of T = `num_tokens`; at most T / 16 of them, T tokens in all.
+
+    Raises:
+      ValueError: when they do not fit.
+    """
+    lengths = [segment.end - segment.begin for segment in segments]
+    most = max_segments(num_tokens)
+    if sum(lengths) > num_tokens or len(segments) > most:
+        raise ValueError(
+            f"{len(segments)} segments of {sum(lengths)} tokens do not fit a call of "
+            f"{num_tokens} tokens and {most} segments"
+        )
+    width = bucket(max(len(segment.chunk_ids) for segment in segments), MIN_TABLE_WIDTH)
+    tokens = np.zeros(num_tokens, np.int32)
+    positions = np.zeros(num_tokens, np.int32)
+    chunks = np.full(num_tokens, num_chunks, np.int32)
+    tables = np.full((most, width), num_chunks, np.int32)
+    last_token = np.zeros(most, np.int32)
+    tiles = []
+    start = 0
+    for index, (segment, length) in enumerate(zip(segments, lengths, strict=True)):
+        packed = slice(start, start + length)
+        position = np.arange(segment.begin, segment.end, dtype=np.int32)
+        own = np.asarray(segment.chunk_ids, np.int32)
+        tokens[packed] = segment.tokens
+        positions[packed] = position
+        written = position >= segment.write_from
+        chunks[packed] = np.where(written, own[position // chunk_size], num_chunks)
+        tables[index, : len(own)] = own
+        last_token[index] = start + length - 1
+        for first in range(0, length, QUERY_TILE):
+            size = min(QUERY_TILE, length - first)
+            tiles.append((start + first, size, segment.begin + first, index))
+        start += length
+    tile_arrays = np.zeros((4, -(-num_tokens // QUERY_TILE) + most), np.int32)
+    tile_arrays[:, : len(tiles)] = np.array(tiles, np.int32).T
+    plan = PrefillPlan(
+        chunks, positions % chunk_size, *tile_arrays, np.int32(len(tiles)), block_tables=tables
+    )
+    return PrefillBatch(tokens, positions, last_token, plan)
+
+
+def max_segments(num_tokens: int) -> int:
+    """Segments that a call of `num_tokens` tokens can take."""
+    return max(1, num_tokens // TOKENS_PER_SEQUENCE)
+
+
+def prefill_step(
+    model: DecoderModel,
+    pool: ChunkPool,
+    batch: PrefillBatch,
+    sampling: RowSampling,
+    *,
+    implementation: str | None = None,
+) -> tuple[ChunkPool, Int32[Array, " S"]]:
+    """Computes the packed tokens, and the token that follows each segment.
+
+    Keys and values are written layer by layer before they are attended to, so a segment may build
+    on another one of the same call.
+    """
+
+    def attend(pool: ChunkPool, layer, q, k, v):
+        keys, values = write_kv(
+            pool.keys,
+            pool.values,
+            k,
+            v,
+            batch.plan.write_chunks,
+            batch.plan.write_offsets,
+            layer=layer,
+        )
+        output = prefill_attention(
+            q,
+            keys,
+            values,
+            batch.plan,
+            query_tile=QUERY_TILE,
+            layer=layer,
+            implementation=implementation,
+        )
+        return output, ChunkPool(keys, values)
+
+    hidden, pool = model(batch.tokens, batch.positions, pool, attend)
+    following = jnp.take(batch.positions, batch.last_token) + 1
+    logits = model.logits(jnp.take(hidden, batch.last_token, axis=0))
+    return pool, sample(logits, sampling, following)

@@ -1,0 +1,428 @@
+"""A decode session: requests behind shared prefixes, from token ids to token ids.
+
+It joins the parts: the tree says what is cached, the prefill computes the rest, the planner turns
+the tree into a plan, the decode loop runs it. Batches are decoded together; requests may be added
+and released between calls.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+
+import numpy as np
+
+from jax_chunkattn.admission import InvalidRequest, check_request, chunks_for
+from jax_chunkattn.allocator import PoolExhausted
+from jax_chunkattn.decode_loop import NOTHING, DecodeState, decode_steps
+from jax_chunkattn.model_interface import DecoderModel
+from jax_chunkattn.planner import PlannerOptions, PlanShape, PlanSummary, plan_decode
+from jax_chunkattn.pool import CacheConfig, allocate_pool
+from jax_chunkattn.prefill import Segment, max_segments, pack_segments, prefill_step
+from jax_chunkattn.prefix_tree import PrefixTree
+from jax_chunkattn.programs import PROGRAMS, SplitModel
+from jax_chunkattn.sampling import RowSampling, SamplingParams
+from jax_chunkattn.tree_nodes import SequenceHandle
+from pallas_kernels import DecodePlan
+from pallas_kernels.chunk_attention import IMPLEMENTATIONS
+from pallas_kernels.implementations import resolve
+
+PREFILL_CALLS = (32, 128, 512)  # tokens of a prefill call: the smallest that holds what is left
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt and what has been generated for it.
+
+    `finish_reason` is None while it runs, then "stop" (a stop token, which is the last of `tokens`)
+    or "length" (`sampling.max_tokens` of them).
+    """
+
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    sequence: SequenceHandle
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    @property
+    def max_kv_tokens(self) -> int:
+        """Tokens whose keys and values it can come to hold: the last one's are never needed."""
+        return len(self.prompt) + self.sampling.max_tokens - 1
+
+
+@dataclass
+class SessionStats:
+    """What a session has done so far. Seconds are wall time and exclude compiling.
+
+    `kv_bytes_held` is the most that was in use at once, in whole chunks, and `kv_bytes_unshared`
+    what the same rows would have held at that moment without sharing. `plan` is the planner's last
+    decision that had several rows.
+    """
+
+    prefill_tokens_computed: int = 0
+    prefill_tokens_reused: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    compilations: int = 0
+    compile_seconds: float = 0.0
+    plans: int = 0
+    plan_seconds: float = 0.0
+    kv_bytes_held: int = 0
+    kv_bytes_unshared: int = 0
+    shared_tokens: int = 0
+    plan: PlanSummary | None = None
+
+    @property
+    def plan_decision(self) -> str:
+        if self.plan is None:
+            return "nothing planned yet"
+        return ("shared: " if self.plan.shared else "unshared: ") + self.plan.reason
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a `generate` is: tokens `done` of `total` in `phase` ("prefill" or "decode")."""
+
+    phase: str
+    done: int
+    total: int
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def _ignore(*_) -> None:
+    pass
+
+
+class DecodeSession:
+    """Decodes batches of requests over one chunk pool.
+
+    Args:
+      model: any decoder with the interface of `jax_chunkattn.model_interface`.
+      cache: size and dtype of the pool.
+      sharing: False gives every request chunks of its own, as a server without a prefix cache.
+      implementation: of attention; None picks the best that runs here.
+      steps_per_call: tokens decoded per row in one call to the device, K.
+      stop_tokens: ids that end a request.
+      planner: how attention work is cut.
+
+    Raises:
+      ValueError: for a bad option.
+    """
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        cache: CacheConfig,
+        *,
+        sharing: bool = True,
+        implementation: str | None = None,
+        steps_per_call: int = 8,
+        stop_tokens: Sequence[int] = (),
+        planner: PlannerOptions = PlannerOptions(),
+    ):
+        if steps_per_call < 1:
+            raise ValueError(f"steps_per_call must be at least 1, got {steps_per_call}")
+        resolve(implementation, IMPLEMENTATIONS)
+        self.model = model
+        self.cache = cache
+        self.stats = SessionStats()
+        self.tree = PrefixTree(cache.num_chunks, cache.chunk_size)
+        self._split = SplitModel.of(model)
+        self._pool = allocate_pool(model.cache_spec, cache)
+        self._sharing = sharing
+        self._implementation = implementation
+        self._steps_per_call = steps_per_call
+        self._stop_tokens = frozenset(stop_tokens)
+        self._planner = planner
+        self._salts = count()
+        self._requests: dict[SequenceHandle, Request] = {}
+        self._plan = None
+        self._plan_key = None
+        self._plan_shape = PlanShape()
+
+    def add(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+        *,
+        on_progress: OnProgress = _ignore,
+    ) -> list[Request]:
+        """Starts requests: computes what of their prompts is not cached, and their first tokens.
+
+        Prompts that arrive together compute a prefix they have in common once.
+
+        Raises:
+          InvalidRequest: for a prompt or sampling parameters this session can never serve.
+          PoolExhausted: when the pool cannot hold the new requests, to their ends, beside the
+            running ones. In both cases no request has been started.
+        """
+        each = self._expand(sampling, len(prompts))
+        checked = [
+            check_request(index, prompt, params, self.model, self.cache)
+            for index, (prompt, params) in enumerate(zip(prompts, each, strict=True))
+        ]
+        if not self._requests:
+            self._plan_shape = PlanShape()
+        added: list[Request] = []
+        try:
+            for prompt, params in zip(checked, each, strict=True):
+                request = Request(prompt, params, self.tree.insert(prompt, self._salt()))
+                self._requests[request.sequence] = request
+                added.append(request)
+            self._require_room()
+            self._prefill(added, on_progress)
+        except BaseException:
+            for request in added:
+                self.release(request)
+            raise
+        return added
+
+    def step(self) -> list[Request]:
+        """Decodes up to `steps_per_call` tokens for every running request, in one device call.
+
+        Returns the requests that finished in it; they hold their chunks until `release`.
+        """
+        running = self._running()
+        if not running:
+            return []
+        for request in running:
+            left = request.sampling.max_tokens - len(request.tokens)
+            self.tree.reserve(request.sequence, min(left, self._steps_per_call))
+        running = self._running()
+        self._note_memory()
+        plan = self._current_plan(running)
+        rows = plan.private_chunks.shape[0]
+        args = (
+            self._pool,
+            _decode_state(running, rows),
+            plan,
+            RowSampling.stack([request.sampling for request in running], rows),
+            np.array(sorted(self._stop_tokens) or [NOTHING], np.int32),
+        )
+        program = self._program(decode_steps, args, num_steps=self._steps_per_call)
+        start = time.perf_counter()
+        self._pool, _, chosen = program(self._split.leaves, *args)
+        chosen = np.asarray(chosen)
+        self.stats.decode_seconds += time.perf_counter() - start
+        return [
+            request for row, request in enumerate(running) if self._record(request, chosen[:, row])
+        ]
+
+    def release(self, request: Request) -> None:
+        """Ends a request, finished or not; what it computed stays cached while there is room.
+
+        Raises:
+          ValueError: when it was released before.
+        """
+        if self._requests.pop(request.sequence, None) is None:
+            raise ValueError("the request was released before")
+        self.tree.release(request.sequence)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+        *,
+        on_progress: OnProgress = _ignore,
+        on_finished: Callable[[int, Request], None] = _ignore,
+    ) -> list[Request]:
+        """Decodes the prompts together until all are finished, and releases them.
+
+        Args:
+          prompts, sampling: as for `add`, whose errors it raises.
+          on_progress: called after every device call.
+          on_finished: called with the prompt's index and the request as each one finishes.
+        """
+        added = self.add(prompts, sampling, on_progress=on_progress)
+        total = sum(request.sampling.max_tokens for request in added)
+        index_of = {id(request): index for index, request in enumerate(added)}
+        finished = [request for request in added if request.finish_reason]
+        try:
+            while True:
+                for request in finished:
+                    self.release(request)
+                    on_finished(index_of[id(request)], request)
+                done = sum(
+                    request.sampling.max_tokens if request.finish_reason else len(request.tokens)
+                    for request in added
+                )
+                on_progress(Progress("decode", done, total))
+                if done == total:
+                    return added
+                finished = [request for request in self.step() if id(request) in index_of]
+        except BaseException:
+            for request in added:
+                if request.sequence in self._requests:
+                    self.release(request)
+            raise
+
+    def _expand(self, sampling, number: int) -> list[SamplingParams]:
+        if isinstance(sampling, SamplingParams):
+            return [sampling] * number
+        if len(sampling) != number:
+            raise InvalidRequest(f"{len(sampling)} sampling parameters for {number} prompts")
+        return list(sampling)
+
+    def _salt(self) -> bytes:
+        return b"" if self._sharing else b"unshared %d" % next(self._salts)
+
+    def _require_room(self) -> None:
+        """Raises PoolExhausted when running requests could not all come to their ends."""
+        missing = sum(
+            chunks_for(request.max_kv_tokens, self.cache.chunk_size)
+            - len(request.sequence.chunk_ids)
+            for request in self._requests.values()
+        )
+        available = self.tree.free_count + self.tree.cached_count
+        if missing > available:
+            raise PoolExhausted(
+                f"the requests can come to need {missing} more chunks of "
+                f"{self.cache.chunk_size} tokens, and {available} of {self.cache.num_chunks} are "
+                "not in use"
+            )
+
+    def _prefill(self, requests: list[Request], on_progress: OnProgress) -> None:
+        work = self._missing_segments(requests)
+        total = sum(segment.end - segment.begin for _, segment in work)
+        self.stats.prefill_tokens_reused += sum(len(r.prompt) for r in requests) - total
+        done = 0
+        self._note_memory()
+        on_progress(Progress("prefill", done, total))
+        while work:
+            call, work, num_tokens = _next_call(work, total - done)
+            self._prefill_call(call, num_tokens)
+            done += sum(segment.end - segment.begin for _, segment in call)
+            on_progress(Progress("prefill", done, total))
+        self.stats.prefill_tokens_computed += total
+
+    def _missing_segments(self, requests: list[Request]) -> list[tuple[Request, Segment]]:
+        """What each request has to compute itself: neither in the pool, nor owed by one before."""
+        size = self.cache.chunk_size
+        owed: set[int] = set()
+        work = []
+        for request in requests:
+            sequence = request.sequence
+            known = self.tree.computed_tokens(sequence)
+            sealed = [node.chunk_id for node in sequence.nodes]
+            while known // size < len(sealed) and sealed[known // size] in owed:
+                known += size
+            begin = min(known, len(request.prompt) - 1)
+            owed.update(sealed[known // size :])
+            segment = Segment(
+                request.prompt[begin:], sequence.chunk_ids, begin, len(request.prompt), known
+            )
+            work.append((request, segment))
+        return work
+
+    def _prefill_call(self, call: list[tuple[Request, Segment]], num_tokens: int) -> None:
+        batch = pack_segments(
+            [segment for _, segment in call],
+            num_tokens=num_tokens,
+            chunk_size=self.cache.chunk_size,
+            num_chunks=self.cache.num_chunks,
+        )
+        params = [request.sampling for request, _ in call]
+        args = (self._pool, batch, RowSampling.stack(params, max_segments(num_tokens)))
+        program = self._program(prefill_step, args)
+        start = time.perf_counter()
+        self._pool, chosen = program(self._split.leaves, *args)
+        chosen = np.asarray(chosen)
+        self.stats.prefill_seconds += time.perf_counter() - start
+        for row, (request, segment) in enumerate(call):
+            self.tree.mark_computed(request.sequence, segment.end)
+            if segment.end == len(request.prompt):
+                self._choose(request, chosen[row : row + 1])
+
+    def _running(self) -> list[Request]:
+        """Unfinished requests in the tree's depth-first order: the rows of the next call."""
+        requests = (self._requests[sequence] for sequence in self.tree.rows())
+        return [request for request in requests if request.finish_reason is None]
+
+    def _current_plan(self, running: list[Request]) -> DecodePlan:
+        """The plan of these rows, made anew only when the tree or the rows have changed."""
+        key = (self.tree.version, [id(request) for request in running])
+        if key != self._plan_key:
+            start = time.perf_counter()
+            self._plan, summary = plan_decode(
+                [request.sequence.chunk_ids for request in running],
+                [request.sequence.num_tokens for request in running],
+                chunk_size=self.cache.chunk_size,
+                num_chunks=self.cache.num_chunks,
+                options=self._planner,
+                at_least=self._plan_shape,
+            )
+            self._plan_key = key
+            self._plan_shape = PlanShape.of(self._plan)
+            self.stats.plans += 1
+            self.stats.plan_seconds += time.perf_counter() - start
+            self.stats.shared_tokens = max(self.stats.shared_tokens, summary.common_tokens)
+            if len(running) > 1 or self.stats.plan is None:
+                self.stats.plan = summary
+        return self._plan
+
+    def _program(self, function: Callable, args: tuple, **static):
+        program, seconds = PROGRAMS.compiled(
+            function, self._split, args, implementation=self._implementation, **static
+        )
+        if seconds:
+            self.stats.compilations += 1
+            self.stats.compile_seconds += seconds
+        return program
+
+    def _record(self, request: Request, chosen: np.ndarray) -> bool:
+        """Takes over what a device call chose for a row; True if the request finished."""
+        new = chosen[chosen != NOTHING]
+        self.tree.append(request.sequence, [request.tokens[-1], *new[:-1].tolist()])
+        self.stats.decode_tokens += len(new)
+        self._choose(request, new)
+        return request.finish_reason is not None
+
+    def _choose(self, request: Request, tokens: np.ndarray) -> None:
+        request.tokens.extend(tokens.tolist())
+        if request.tokens[-1] in self._stop_tokens:
+            request.finish_reason = "stop"
+        elif len(request.tokens) == request.sampling.max_tokens:
+            request.finish_reason = "length"
+
+    def _note_memory(self) -> None:
+        per_chunk = self.cache.bytes_per_chunk(self.model.cache_spec)
+        held = self.tree.in_use_count * per_chunk
+        if held > self.stats.kv_bytes_held:
+            unshared = sum(len(sequence.chunk_ids) for sequence in self._requests)
+            self.stats.kv_bytes_held = held
+            self.stats.kv_bytes_unshared = unshared * per_chunk
+
+
+def _decode_state(running: list[Request], rows: int) -> DecodeState:
+    state = np.zeros((3, rows), np.int32)
+    for row, request in enumerate(running):
+        left = request.sampling.max_tokens - len(request.tokens)
+        state[:, row] = request.tokens[-1], request.sequence.num_tokens, left
+    return DecodeState(*state)
+
+
+def _next_call(
+    work: list[tuple[Request, Segment]], num_left: int
+) -> tuple[list[tuple[Request, Segment]], list[tuple[Request, Segment]], int]:
+    """The segments of the next prefill call, those left after it, and the call's size.
+
+    A segment that does not fit as a whole is cut.
+    """
+    num_tokens = next((size for size in PREFILL_CALLS if size >= num_left), PREFILL_CALLS[-1])
+    call: list[tuple[Request, Segment]] = []
+    room = num_tokens
+    while work and room and len(call) < max_segments(num_tokens):
+        (request, segment), *work = work
+        cut = min(segment.end, segment.begin + room)
+        room -= cut - segment.begin
+        head = segment.tokens[: cut - segment.begin]
+        call.append((request, replace(segment, tokens=head, end=cut)))
+        if cut < segment.end:
+            rest = replace(segment, tokens=segment.tokens[len(head) :], begin=cut)
+            work = [(request, rest), *work]
+    return call, work, num_tokens

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_chunkattn.planner import PlannerOptions
+from jax_chunkattn.workloads import case_inputs
+from pallas_kernels import chunk_attention
+from pallas_kernels.chunk_attention import IMPLEMENTATIONS
+from pallas_kernels.specs import NUMERICS, AttentionCase
+from tests import oracle
+
+PLANS = {
+    "auto": PlannerOptions(),
+    "share all": PlannerOptions(worth_sharing=lambda rows, chunks: rows > 1),
+    "share nothing": PlannerOptions(sharing=False),
+    "cut": PlannerOptions(item_overhead=0, item_read=0, max_item_chunks=3, max_item_rows=3),
+}
+implementations = pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+cases = pytest.mark.parametrize("case", NUMERICS, ids=lambda case: case.name)
+
+
+@jax.jit
+def plain_attention(q, k, v, lengths):
+    """q [B, Hq, D], k and v [B, Hkv, T, D]: softmax(q k^T) v in q's own dtype, nothing else."""
+    group = q.shape[1] // k.shape[1]
+    k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
+    scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    scores = jnp.einsum("bhd,bhtd->bht", q, k, precision="highest") * scale
+    visible = jnp.arange(k.shape[2])[None, None] < lengths[:, None, None]
+    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
+    return jnp.einsum("bht,bhtd->bhd", weights, v, precision="highest")
+
+
+def naive_attention(q, keys, values, tables, lengths):
+    """Plain attention over every row's own dense copy of its keys and values."""
+    rows = len(tables)
+    width = max(map(len, tables))
+    padded = np.array([table + [0] * (width - len(table)) for table in tables])
+
+    def dense(pool):
+        return np.moveaxis(pool[:, padded], 0, 1).reshape(rows, len(pool), -1, pool.shape[-1])
+
+    return np.asarray(plain_attention(q[:rows], dense(keys), dense(values), lengths[:rows]))
+
+
+def assert_as_exact_as_naive(case, implementation, options, layers=2):
+    """flash-attention's rule: at most twice the naive error, both against float64."""
+    inputs = case_inputs(case, options=options, layers=layers)
+    rows = len(inputs.tables)
+    args = (inputs.q, inputs.keys, inputs.values, inputs.plan, inputs.lengths)
+    got = chunk_attention(*args, layer=layers - 1, implementation=implementation)
+    assert got.dtype == inputs.q.dtype
+    pools = inputs.keys[-1], inputs.values[-1]
+    exact = oracle.decode_attention(inputs.q, *pools, inputs.tables, inputs.lengths)[:rows]
+    naive = naive_attention(inputs.q, *pools, inputs.tables, inputs.lengths)
+    error = np.abs(np.asarray(got, np.float64)[:rows] - exact)
+    allowed = np.abs(naive.astype(np.float64) - exact)
+    # 2e-7 is two units in the last place of a float32 output of order 1, for rows where the naive
+    # version happens to be exact.
+    assert error.max() <= 2 * allowed.max() + 2e-7
+    np.testing.assert_array_equal(np.asarray(got)[rows:], 0)
+    return inputs
+
+
+@implementations
+@cases
+def test_error_is_at_most_twice_the_naive_one(case, implementation):
+    assert_as_exact_as_naive(case, implementation, PLANS["share all"])
+
+
+@implementations
+@pytest.mark.parametrize("plan", sorted(PLANS))
+def test_every_way_to_cut_the_work_gives_the_same_attention(plan, implementation):
+    case = AttentionCase("1,3,12_80,48,16", 6, 3, 32, chunk_size=16, ragged=100)
+    inputs = assert_as_exact_as_naive(case, implementation, PLANS[plan])
+    assert inputs.summary.shared == (plan != "share nothing")
+
+
+@implementations
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", NUMERICS[4:8], ids=lambda case: case.name)
+def test_half_precision_accumulates_in_float32(case, dtype, implementation):
+    case = dataclasses.replace(case, dtype=dtype)
+    assert_as_exact_as_naive(case, implementation, PLANS["share all"])
+
+
+@implementations
+def test_rows_without_tokens_give_zeros(implementation):
+    inputs = case_inputs(AttentionCase("1,4_128,16", 4, 2, 16, chunk_size=16))
+    args = (inputs.q, inputs.keys, inputs.values, inputs.plan, np.zeros_like(inputs.lengths))
+    plan = dataclasses.replace(inputs.plan, num_items=np.int32(0))
+    empty = chunk_attention(*args[:3], plan, args[4], implementation=implementation)
+    np.testing.assert_array_equal(empty, 0)
+
+
+@implementations
+def test_padding_of_the_plan_is_never_read(implementation):
+    """Chunks no row owns hold NaN, which would spread through any product."""
+    inputs = case_inputs(AttentionCase("1,6_100,20", 4, 2, 16, chunk_size=16, ragged=30))
+    owned = {chunk for table in inputs.tables for chunk in table}
+    foreign = [c for c in range(inputs.keys.shape[2]) if c not in owned]
+    assert foreign
+    keys, values = inputs.keys.copy(), inputs.values.copy()
+    expected = chunk_attention(
+        inputs.q, keys, values, inputs.plan, inputs.lengths, implementation=implementation
+    )
+    keys[:, :, foreign] = 1e4
+    values[:, :, foreign] = 1e4
+    got = chunk_attention(
+        inputs.q, keys, values, inputs.plan, inputs.lengths, implementation=implementation
+    )
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_reference_computes_in_float64_when_asked():
+    case = AttentionCase("1,4_96,16", 4, 2, 16, chunk_size=16, ragged=9)
+    inputs = case_inputs(case)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        wide = [np.asarray(x, np.float64) for x in (inputs.q, inputs.keys, inputs.values)]
+        got = chunk_attention(*wide, inputs.plan, inputs.lengths, implementation="reference")
+        assert got.dtype == np.float64
+        exact = oracle.decode_attention(
+            wide[0], wide[1][0], wide[2][0], inputs.tables, inputs.lengths
+        )
+        np.testing.assert_allclose(got, exact, atol=1e-13)
+
+
+def test_layer_may_be_traced():
+    inputs = case_inputs(AttentionCase("1,4_96,16", 4, 2, 16, chunk_size=16), layers=3)
+    args = (inputs.q, inputs.keys, inputs.values, inputs.plan, inputs.lengths)
+    by_trace = jax.jit(lambda layer: chunk_attention(*args, layer=layer))(jnp.int32(2))
+    np.testing.assert_array_equal(by_trace, chunk_attention(*args, layer=2))
+    assert not np.array_equal(by_trace, chunk_attention(*args, layer=0))
+
+
+def test_a_shared_chunk_is_multiplied_once_for_all_its_rows():
+    """Floating-point operations as XLA counts them: the matrix products of the chunk-first phase
+    have the queries of all rows as one operand, and no buffer holds the prefix once per row."""
+    case = AttentionCase("1,32_2048,16", 4, 4, 64)
+    inputs = case_inputs(case)
+    args = (inputs.q, inputs.keys, inputs.values, inputs.plan, inputs.lengths)
+    compiled = jax.jit(chunk_attention).lower(*args).compile()
+    per_row = 32 * 2048 * 64 * 4  # bytes of one head's prefix, if every row had its own
+    assert compiled.memory_analysis().temp_size_in_bytes < per_row
+    assert inputs.summary.chunk_reads == 2048 // 64
+
+
+def test_wrong_arguments_are_named():
+    inputs = case_inputs(AttentionCase("1,4_96,16", 4, 2, 16, chunk_size=16))
+    rest = (inputs.plan, inputs.lengths)
+    pools = (inputs.keys, inputs.values)
+    with pytest.raises(ValueError, match="unknown implementation 'triton'; known: reference, xla"):
+        chunk_attention(inputs.q, *pools, *rest, implementation="triton")
+    with pytest.raises(ValueError, match="3 query heads are not a multiple of 2 KV heads"):
+        chunk_attention(inputs.q[:, :3], *pools, *rest)
