@@ -203,7 +203,7 @@ def _covered(shape: tuple[int, ...], items: _Items) -> np.ndarray:
 def _private_cutoff(private_full: np.ndarray, options: PlannerOptions) -> int:
     """Most private chunks a row keeps in the sequence-first phase, which runs all rows as long as
     its longest: the rest of a longer row is cheaper as an item of that row."""
-    keep = np.unique(np.append(private_full, 0))
+    keep = np.unique(np.append(private_full, 0))[::-1]  # of equals the one with fewer items
     beyond = np.maximum(private_full - keep[:, None], 0)
     items = options.item_read * beyond + options.item_overhead * (beyond > 0)
     return int(keep[np.argmin(keep * len(private_full) + items.sum(axis=1))])

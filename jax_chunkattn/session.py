@@ -229,37 +229,26 @@ class DecodeSession:
         sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
         *,
         on_progress: OnProgress = _ignore,
-        on_finished: Callable[[int, Request], None] = _ignore,
     ) -> list[Request]:
         """Decodes the prompts together until all are finished, and releases them.
 
-        Args:
-          prompts, sampling: as for `add`, whose errors it raises.
-          on_progress: called after every device call.
-          on_finished: called with the prompt's index and the request as each one finishes.
+        `on_progress` is called after every call to the device; an exception from it ends the run.
+        Raises what `add` raises.
         """
         added = self.add(prompts, sampling, on_progress=on_progress)
         total = sum(request.sampling.max_tokens for request in added)
-        index_of = {id(request): index for index, request in enumerate(added)}
-        finished = [request for request in added if request.finish_reason]
         try:
-            while True:
-                for request in finished:
-                    self.release(request)
-                    on_finished(index_of[id(request)], request)
+            while any(request.finish_reason is None for request in added):
+                self.step()
                 done = sum(
                     request.sampling.max_tokens if request.finish_reason else len(request.tokens)
                     for request in added
                 )
                 on_progress(Progress("decode", done, total))
-                if done == total:
-                    return added
-                finished = [request for request in self.step() if id(request) in index_of]
-        except BaseException:
+        finally:
             for request in added:
-                if request.sequence in self._requests:
-                    self.release(request)
-            raise
+                self.release(request)
+        return added
 
     def _expand(self, sampling, number: int) -> list[SamplingParams]:
         if isinstance(sampling, SamplingParams):

@@ -16,7 +16,7 @@ MASKED = -1e30
 
 
 class Partial(NamedTuple):
-    """Attention over some of the keys: un-normalised output, running maximum, sum of exponentials."""
+    """Attention over some keys: un-normalised output, running maximum, sum of exponentials."""
 
     output: Float32[Array, "*rows D"]
     maximum: Float32[Array, "*rows"]

@@ -42,7 +42,7 @@ def tokens_per_chunk(plan: DecodePlan, lengths, num_chunks: int, chunk_size: int
     first, size = plan.item_row_begin[:, None], plan.item_row_count[:, None]
     used = jnp.arange(plan.item_row_begin.shape[0])[:, None] < plan.num_items
     in_item = (slot >= begin) & (slot < begin + count) & used  # [I, K]
-    covers_row = (rows.T >= first) & (rows.T < first + size)  # [I, B]
+    covers_row = (first <= rows.T) & (rows.T < first + size)  # [I, B]
     by_slot = jnp.einsum("ik,ib->bk", in_item.astype(jnp.int32), covers_row.astype(jnp.int32))
     tokens = jnp.zeros((batch, num_chunks), jnp.int32)
     tokens = tokens.at[rows, plan.item_chunks[None]].add(by_slot * chunk_size, mode="drop")

@@ -15,7 +15,7 @@ def prefill_attention(q, keys, values, plan: PrefillPlan, *, layer, scale: float
     every token, so it is for small cases only.
     """
     tokens, num_heads, head_dim = q.shape
-    kv_heads, num_chunks, chunk_size = keys.shape[1:4]
+    kv_heads, num_chunks = keys.shape[1:3]
     compute = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     sequence, position = token_positions(plan, tokens)
     tables = jnp.minimum(plan.block_tables[sequence], num_chunks - 1)  # [T, P]

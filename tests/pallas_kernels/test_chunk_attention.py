@@ -100,7 +100,7 @@ def test_rows_without_tokens_give_zeros(implementation):
 
 @implementations
 def test_padding_of_the_plan_is_never_read(implementation):
-    """Chunks no row owns hold NaN, which would spread through any product."""
+    """Chunks no row owns hold numbers that would show in any sum."""
     inputs = case_inputs(AttentionCase("1,6_100,20", 4, 2, 16, chunk_size=16, ragged=30))
     owned = {chunk for table in inputs.tables for chunk in table}
     foreign = [c for c in range(inputs.keys.shape[2]) if c not in owned]

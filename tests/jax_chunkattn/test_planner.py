@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jax_chunkattn.planner import PlannerOptions, PlanShape, bucket, plan_decode
+from jax_chunkattn.prefix_tree import PrefixTree
+from jax_chunkattn.workloads import case_inputs
+from pallas_kernels.chunk_attention.reference import tokens_per_chunk
+from pallas_kernels.specs import AttentionCase
+
+SHARE_ALL = PlannerOptions(worth_sharing=lambda rows, chunks: rows > 1)
+CHUNK = 4
+POOL = 400
+
+
+def items_of(plan):
+    """(row_begin, row_count, chunks) of every work item."""
+    count = int(plan.num_items)
+    arrays = (plan.item_row_begin, plan.item_row_count, plan.item_chunk_begin)
+    return [
+        (int(row), int(rows), tuple(plan.item_chunks[begin : begin + size].tolist()))
+        for row, rows, begin, size in zip(*arrays, plan.item_chunk_count, strict=True)
+    ][:count]
+
+
+@st.composite
+def batches(draw):
+    """Block tables and lengths as a prefix tree hands them out, some rows with reserved chunks."""
+    alphabet = st.integers(0, 1)
+    prompts = draw(st.lists(st.lists(alphabet, min_size=1, max_size=30), min_size=1, max_size=12))
+    tree = PrefixTree(POOL, CHUNK)
+    for prompt in prompts:
+        sequence = tree.insert(prompt)
+        tree.reserve(sequence, draw(st.integers(0, 9)))
+    rows = tree.rows()
+    return [row.chunk_ids for row in rows], [row.num_tokens for row in rows]
+
+
+options = st.builds(
+    PlannerOptions,
+    sharing=st.booleans(),
+    item_overhead=st.sampled_from([0.0, 1.0, 3.0]),
+    item_read=st.sampled_from([0.0, 1.0, 2.5]),
+    max_item_chunks=st.sampled_from([None, 1, 3]),
+    max_item_rows=st.sampled_from([None, 1, 2]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(batches(), options)
+def test_every_row_attends_to_its_tokens_once_however_work_is_cut(batch, options):
+    tables, lengths = batch
+    plan, summary = plan_decode(tables, lengths, chunk_size=CHUNK, num_chunks=POOL, options=options)
+    padded = np.zeros(plan.private_chunks.shape[0], np.int32)
+    padded[: len(lengths)] = lengths
+    expected = np.zeros((len(padded), POOL), int)
+    for row, (table, length) in enumerate(zip(tables, lengths, strict=True)):
+        for index, chunk in enumerate(table):
+            expected[row, chunk] += np.clip(length - index * CHUNK, 0, CHUNK)
+    np.testing.assert_array_equal(tokens_per_chunk(plan, padded, POOL, CHUNK), expected)
+    for _, rows, chunks in items_of(plan):
+        assert rows <= (options.max_item_rows or rows)
+        assert len(chunks) <= (options.max_item_chunks or len(chunks))
+    if options.max_item_rows is None:  # a cut by rows reads its chunks once per part
+        many = any(rows > 1 for _, rows, _ in items_of(plan))
+        assert summary.shared == many
+    assert summary.chunk_reads <= summary.unshared_chunk_reads
+
+
+@settings(max_examples=200, deadline=None)
+@given(batches())
+def test_sharing_everything_reads_every_full_chunk_once(batch):
+    tables, lengths = batch
+    _, summary = plan_decode(tables, lengths, chunk_size=CHUNK, num_chunks=POOL, options=SHARE_ALL)
+    full = {c for table, n in zip(tables, lengths, strict=True) for c in table[: n // CHUNK]}
+    assert summary.chunk_reads == len(full)
+    assert summary.unshared_chunk_reads == sum(n // CHUNK for n in lengths)
+
+
+@settings(max_examples=200, deadline=None)
+@given(batches())
+def test_tokens_to_come_have_a_private_place(batch):
+    """The chunk the decode loop writes position `length` to is the row's own."""
+    tables, lengths = batch
+    plan, _ = plan_decode(tables, lengths, chunk_size=CHUNK, num_chunks=POOL, options=SHARE_ALL)
+    for row, (table, length) in enumerate(zip(tables, lengths, strict=True)):
+        for position in range(length, len(table) * CHUNK):
+            index = (position - plan.covered_tokens[row]) // CHUNK
+            assert plan.private_chunks[row, index] == table[position // CHUNK]
+
+
+def test_items_are_the_largest_blocks_of_rows_and_chunks():
+    tables = [[0, 1, 2, 3, 9], [0, 1, 2, 4], [0, 1, 5], [6, 7]]
+    lengths = [17, 16, 12, 8]
+    plan, summary = plan_decode(
+        tables, lengths, chunk_size=CHUNK, num_chunks=POOL, options=SHARE_ALL
+    )
+    assert items_of(plan) == [(0, 3, (0, 1)), (0, 2, (2,))]
+    assert summary.common_tokens == 12
+    assert summary.reason == "5 of 13 chunk reads saved"
+
+
+def test_a_run_is_shared_when_that_is_cheaper_than_every_row_reading_it():
+    def decision(rows, chunks, **options):
+        tables = [[*range(chunks), 50 + row] for row in range(rows)]
+        _, summary = plan_decode(
+            tables,
+            [chunks * CHUNK + 1] * rows,
+            chunk_size=CHUNK,
+            num_chunks=POOL,
+            options=PlannerOptions(**options),
+        )
+        return summary.shared, summary.reason
+
+    costs = {"item_overhead": 3.0, "item_read": 2.5}
+    too_short = "the common prefixes are too short to pay for a work item"
+    assert decision(4, 2, **costs) == (False, too_short)
+    assert decision(4, 3, **costs)[0]
+    assert not decision(2, 40, **costs)[0]
+    assert decision(2, 4, item_overhead=3.0, item_read=1.0)[0]
+    assert decision(4, 3, sharing=False) == (False, "sharing is switched off")
+    assert decision(1, 9) == (False, "no two rows have a full chunk in common")
+
+
+def test_a_long_private_run_becomes_an_item_of_its_row():
+    tables = [[*range(100)], [100, 101], [102, 103], [104, 105]]
+    plan, summary = plan_decode(tables, [399, 5, 6, 7], chunk_size=CHUNK, num_chunks=POOL)
+    assert summary.private_items == 1
+    [(row, rows, chunks)] = items_of(plan)
+    assert (row, rows) == (0, 1)
+    assert len(chunks) >= 90
+
+
+def test_a_run_above_a_run_that_does_not_pay_is_still_shared():
+    tables = [[0, 1, 2, 3, 4, 5, 10, 11, 20 + row] for row in range(2)]
+    tables += [[0, 1, 2, 3, 4, 5, 12, 30 + row] for row in range(6)]
+    lengths = [8 * CHUNK + 1] * 2 + [7 * CHUNK + 1] * 6
+    plan, _ = plan_decode(tables, lengths, chunk_size=CHUNK, num_chunks=POOL)
+    assert items_of(plan) == [(0, 8, (0, 1, 2, 3, 4, 5)), (2, 6, (12,))]
+    assert plan.private_chunks[0, :3].tolist() == [10, 11, 20]
+
+
+def test_shapes_are_powers_of_two_and_never_below_the_shape_asked_for():
+    inputs = case_inputs(AttentionCase("1,5_64,16", 2, 2, 16, chunk_size=16))
+    assert PlanShape.of(inputs.plan) == PlanShape(8, 16, 256, 16)
+    shape = PlanShape(32, 64, 512, 128)
+    plan, _ = plan_decode([[1, 2]], [20], chunk_size=16, num_chunks=9, at_least=shape)
+    assert PlanShape.of(plan) == shape
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)]
+)
+def test_bucket(size, expected):
+    assert bucket(size) == expected
+    assert bucket(size, 8) == max(8, expected)
