@@ -68,7 +68,7 @@ def decode_steps(
         chosen = chosen.at[step].set(jnp.where(active, following, NOTHING))
         state = DecodeState(
             tokens=jnp.where(active, following, state.tokens),
-            lengths=state.lengths + active,
+            lengths=state.lengths + active.astype(jnp.int32),
             remaining=jnp.where(active, remaining, 0),
         )
         return step + 1, pool, state, chosen

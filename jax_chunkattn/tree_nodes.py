@@ -1,0 +1,132 @@
+"""What the prefix tree is made of: roots, nodes, the sequences that use them, and match results."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+TOKEN_BYTES = 4
+_MAX_TOKEN = 2**31 - 1
+
+
+def encode_tokens(tokens: Iterable[int] | np.ndarray) -> bytes:
+    """Token ids as int32 bytes, the form in which the tree compares them.
+
+    Raises ValueError when ``tokens`` is empty, not one-dimensional, or holds anything other than
+    integers in ``[0, 2**31)``.
+    """
+    if isinstance(tokens, np.ndarray):
+        if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+            raise ValueError(
+                f"tokens must be a 1-d integer array, got {tokens.dtype} of shape {tokens.shape}"
+            )
+        if tokens.size and tokens.max() > _MAX_TOKEN:
+            raise ValueError(f"token id {tokens.max()} does not fit in int32")
+        lowest = int(tokens.min()) if tokens.size else 0
+        encoded = tokens.astype(np.int32).tobytes()
+    else:
+        tokens = tuple(tokens)
+        try:
+            encoded = struct.pack(f"{len(tokens)}i", *tokens)  # twice as fast as through numpy
+        except struct.error as error:
+            raise ValueError(f"tokens must be integers that fit in int32: {error}") from None
+        lowest = int(np.frombuffer(encoded, np.int32).min()) if tokens else 0
+    if not encoded:
+        raise ValueError("tokens must not be empty")
+    if lowest < 0:
+        raise ValueError(f"token ids must not be negative, got {lowest}")
+    return encoded
+
+
+class Root:
+    """The empty prefix of one salt."""
+
+    __slots__ = ("chunk_id", "references", "retired", "salt")
+
+    def __init__(self, chunk_id: int, salt: bytes):
+        self.chunk_id = chunk_id  # no chunk at all: a number no chunk and no other root has
+        self.salt = salt
+        self.references = 0  # sequences of this salt, and nodes directly below
+        self.retired = False  # after a reset: in use, but never matched nor cached again
+
+
+class Node:
+    """A sealed chunk; the path from the root to it is a token prefix.
+
+    Small on purpose: a node has no table of children, because the tree keeps one table for all of
+    them, keyed by ``key``: the parent's chunk id followed by this chunk's tokens.
+    """
+
+    __slots__ = ("chunk_id", "computed", "key", "next", "parent", "previous", "references")
+
+    def __init__(self, chunk_id: int, key: bytes, parent: Node | Root | None):
+        self.chunk_id = chunk_id
+        self.key = key
+        self.parent = parent
+        self.references = 0  # sequences whose path goes through here; 0 means cached
+        self.computed = False  # False: pending, keys and values are not in the pool yet
+        self.previous: Node | None = None  # neighbours in the eviction order while cached
+        self.next: Node | None = None
+
+
+@dataclass(frozen=True)
+class Match:
+    """The longest prefix, in whole chunks, that the tree holds of some tokens.
+
+    ``num_computed_tokens`` of the ``num_tokens`` have their keys and values in the pool; the rest
+    are pending: owed by a sequence inserted earlier.
+    """
+
+    chunk_ids: tuple[int, ...]
+    num_tokens: int
+    num_computed_tokens: int
+
+
+class SequenceHandle:
+    """One sequence in the tree: shared sealed chunks, then private ones. Read it, never write it.
+
+    ``chunk_ids`` lists the sealed chunks (``nodes``), the tail, and the chunks reserved ahead, in
+    token order: token ``t`` lives in ``chunk_ids[t // chunk_size]``. ``tail`` holds the tokens past
+    the last sealed chunk as int32 bytes; ``num_computed_tail_tokens`` of them have their keys and
+    values in the pool.
+
+    ``num_cached_tokens`` counts the tokens that were there when the sequence came, computed or
+    owed by an earlier one; what is left to compute *now* is told by ``PrefixTree.computed_tokens``.
+    """
+
+    __slots__ = (
+        "chunk_ids", "nodes", "num_cached_tokens", "num_computed_tail_tokens", "num_tokens",
+        "path", "root", "tail",
+    )  # fmt: skip
+
+    def __init__(self, root: Root, nodes: list[Node], tail: bytes):
+        self.root = root
+        self.nodes = nodes
+        self.tail = tail
+        self.chunk_ids = [node.chunk_id for node in nodes]
+        self.path = encode_path(self.chunk_ids)
+        self.num_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_computed_tail_tokens = 0
+
+    @property
+    def salt(self) -> bytes:
+        return self.root.salt
+
+    @property
+    def num_tail_tokens(self) -> int:
+        """Tokens past the last sealed chunk: in chunks that are this sequence's alone."""
+        return len(self.tail) // TOKEN_BYTES
+
+    @property
+    def private_chunk_ids(self) -> list[int]:
+        """The tail's chunks and the reserved ones."""
+        return self.chunk_ids[len(self.nodes) :]
+
+
+def encode_path(chunk_ids: Iterable[int]) -> bytes:
+    """Chunk ids as bytes that sort as the ids do: a parent before its children, by id."""
+    return np.fromiter(chunk_ids, ">u4").tobytes()

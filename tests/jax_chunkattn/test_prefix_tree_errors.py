@@ -1,0 +1,128 @@
+"""PrefixTree: what is refused, and that check() finds what is broken."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jax_chunkattn import prefix_tree
+from jax_chunkattn.prefix_tree import PrefixTree
+from jax_chunkattn.tree_nodes import SequenceHandle
+from tests.jax_chunkattn.tree_helpers import A, B, C, D, cache, insert_computed, state
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([], "empty"),
+        (np.array([]), "empty"),
+        ([1, -1], "negative"),
+        (np.array([3, -7]), "negative"),
+        ([1.5], "integers"),
+        (["a"], "integers"),
+        ([2**31], "int32"),
+        (np.array([2**31]), "int32"),
+        (np.array([1.0]), "integer"),
+        (np.array([[1, 2]]), "1-d"),
+    ],
+)
+def test_bad_tokens_are_refused_before_anything_changes(tokens, message: str):
+    tree = PrefixTree(8, 4)
+    insert_computed(tree, [*A, 2])
+    before = state(tree)
+    for use in (tree.insert, tree.match):
+        with pytest.raises(ValueError, match=message):
+            use(tokens)
+    assert state(tree) == before
+
+
+@pytest.mark.parametrize(("num_chunks", "chunk_size"), [(0, 4), (-1, 4), (4, 0), (4, -64)])
+def test_impossible_sizes_are_refused(num_chunks: int, chunk_size: int):
+    with pytest.raises(ValueError, match=r"num_chunks|chunk_size"):
+        PrefixTree(num_chunks, chunk_size)
+
+
+@pytest.mark.parametrize(
+    "module", ["allocator", "eviction", "prefix_tree", "tree_invariants", "tree_nodes"]
+)
+def test_the_tree_needs_no_jax(module: str):
+    source = Path(prefix_tree.__file__).with_name(f"{module}.py").read_text()
+    imported = set()
+    for statement in ast.walk(ast.parse(source)):
+        if isinstance(statement, ast.Import):
+            imported |= {alias.name for alias in statement.names}
+        elif isinstance(statement, ast.ImportFrom):
+            imported.add(statement.module)
+    assert not any(name.split(".")[0] in ("jax", "flax", "pallas_kernels") for name in imported)
+
+
+# check() itself.
+
+
+def _break_references(tree: PrefixTree, sequence: SequenceHandle) -> None:
+    sequence.nodes[0].references += 1
+
+
+def _break_count(tree: PrefixTree, sequence: SequenceHandle) -> None:
+    tree._allocator.allocate(1)
+
+
+def _break_chunk_ids(tree: PrefixTree, sequence: SequenceHandle) -> None:
+    sequence.chunk_ids[0] = sequence.chunk_ids[1]
+
+
+def _break_two_places(tree: PrefixTree, sequence: SequenceHandle) -> None:
+    sequence.chunk_ids[-1] = sequence.chunk_ids[0]
+
+
+def _break_tree_key(tree: PrefixTree, sequence: SequenceHandle) -> None:
+    tree._nodes[b"elsewhere"] = tree._nodes.pop(sequence.nodes[1].key)
+
+
+def _break_eviction_list(tree: PrefixTree, sequence: SequenceHandle) -> None:
+    tree._cached.remove(tree._cached.oldest)
+
+
+def _break_eviction_order(tree: PrefixTree, sequence: SequenceHandle) -> None:
+    leaf = tree._cached.oldest
+    tree._cached.remove(leaf)
+    tree._cached.push(leaf)
+
+
+def _break_computed(tree: PrefixTree, sequence: SequenceHandle) -> None:
+    sequence.nodes[0].computed = False
+
+
+def _break_rows(tree: PrefixTree, sequence: SequenceHandle) -> None:
+    rows = tree.rows()
+    tree._rows = [rows[0], rows[2], rows[1]]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (_break_references, "references"),
+        (_break_count, "neither used nor free"),
+        (_break_chunk_ids, "not the path's"),
+        (_break_two_places, "two places"),
+        (_break_tree_key, "another key"),
+        (_break_eviction_list, "eviction order"),
+        (_break_eviction_order, "before one below"),
+        (_break_computed, "its parent is not"),
+        (_break_rows, "contiguous"),
+    ],
+)
+def test_check_names_what_broke(break_it, message: str):
+    tree = PrefixTree(32, 4)
+    cache(tree, D + D)
+    sequence = insert_computed(tree, A + B + [7])
+    insert_computed(tree, C)
+    insert_computed(tree, A + C)
+    break_it(tree, sequence)
+    with pytest.raises(AssertionError, match=message):
+        tree.check()
