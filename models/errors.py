@@ -1,0 +1,11 @@
+"""What can go wrong when a model is asked for; each is raised before anything is changed."""
+
+from __future__ import annotations
+
+
+class CheckpointError(ValueError):
+    """A checkpoint file cannot be used; the message names the file and what is wrong with it."""
+
+
+class DownloadError(RuntimeError):
+    """A checkpoint could not be fetched; the message says what failed and what to do instead."""

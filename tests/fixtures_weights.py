@@ -1,0 +1,26 @@
+"""The `smollm2_path` fixture: real weights, or a skip that says why there are none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """Path of the SmolLM2-135M GGUF file, fetched into the user's cache folder on first use."""
+    import models
+
+    try:
+        return models.fetch_smollm2()
+    except models.DownloadError as error:
+        pytest.skip(f"no SmolLM2 weights: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_path: Path):
+    """SmolLM2-135M in float32, loaded once for the whole run (540 MB)."""
+    import models
+
+    return models.load(smollm2_path)

@@ -1,0 +1,210 @@
+"""The decoder against a plain NumPy one in float64, and the properties the engine relies on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from models.config import PRESETS, DecoderConfig, preset
+from models.decoder import Decoder
+from models.loading import assemble, random_weights
+from tests.models.dense_attention import dense_attend, empty_pool, run_dense
+
+GROUPED = DecoderConfig(
+    vocab_size=50,
+    hidden_size=24,
+    intermediate_size=40,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=8,
+    rope_theta=300.0,
+    rms_norm_eps=1e-3,
+    max_positions=64,
+)
+CONFIGS = {
+    "grouped": GROUPED,
+    "tied": dataclasses.replace(GROUPED, tie_embeddings=True),
+    "multi_head": dataclasses.replace(GROUPED, num_kv_heads=6),
+    "multi_query": dataclasses.replace(GROUPED, num_kv_heads=1, num_layers=1),
+}
+TOKENS = np.array([3, 41, 7, 7, 0, 49, 12, 30, 7], np.int32)
+
+
+def make_weights(config: DecoderConfig, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """Random weights whose norms are not all one."""
+    weights = dict(random_weights(config, 5, dtype))
+    random = np.random.default_rng(6)
+    for name, weight in weights.items():
+        if name.endswith("norm"):
+            weights[name] = random.uniform(0.5, 1.5, weight.shape).astype(weight.dtype)
+    return weights
+
+
+def numpy_logits(config: DecoderConfig, weights: dict[str, np.ndarray], tokens: np.ndarray):
+    """Logits `[T, V]` in float64, one head and one layer at a time, rotating complex numbers."""
+    weights = {name: weight.astype(np.float64) for name, weight in weights.items()}
+    dim, group = config.head_dim, config.num_heads // config.num_kv_heads
+    frequencies = config.rope_theta ** (-2.0 * np.arange(dim // 2) / dim)
+    turn = np.exp(1j * np.outer(np.arange(len(tokens)), frequencies))
+
+    def norm(x, scale):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.rms_norm_eps) * scale
+
+    def head(x, weight, index):
+        return x @ weight[:, index * dim : (index + 1) * dim]
+
+    def rotated(x):
+        turned = (x[:, : dim // 2] + 1j * x[:, dim // 2 :]) * turn
+        return np.concatenate([turned.real, turned.imag], -1)
+
+    x = weights["embedding"][tokens]
+    future = np.triu(np.full((len(tokens), len(tokens)), -np.inf), 1)
+    for layer in range(config.num_layers):
+        block = {n.removeprefix("blocks/"): w[layer] for n, w in weights.items() if "blocks/" in n}
+        h = norm(x, block["attention_norm"])
+        heads = []
+        for index in range(config.num_heads):
+            key_index = config.num_heads + index // group
+            q, k = (rotated(head(h, block["qkv"], i)) for i in (index, key_index))
+            v = head(h, block["qkv"], key_index + config.num_kv_heads)
+            scores = np.exp(q @ k.T / np.sqrt(dim) + future)
+            heads.append(scores / scores.sum(-1, keepdims=True) @ v)
+        x = x + np.concatenate(heads, -1) @ block["attention_out"]
+        gate, up = np.split(norm(x, block["mlp_norm"]) @ block["gate_up"], 2, -1)
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ block["down"]
+    unembedding = weights["embedding"].T if config.tie_embeddings else weights["unembedding"]
+    return norm(x, weights["final_norm"]) @ unembedding
+
+
+def decoder_logits(model: Decoder, tokens: np.ndarray, cuts: tuple[int, ...] = ()) -> np.ndarray:
+    """Logits `[T, V]`, the tokens fed in pieces that end at `cuts`."""
+    pool = empty_pool(model.cache_spec, model.max_positions, model.embedding[...].dtype)
+    positions = np.arange(len(tokens), dtype=np.int32)
+    pieces = []
+    for piece in np.split(positions, cuts):
+        logits, pool = run_dense(*nnx.split(model), tokens[piece], piece, pool)
+        pieces.append(np.asarray(logits))
+    return np.concatenate(pieces)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_a_plain_numpy_decoder(name):
+    config = CONFIGS[name]
+    weights = make_weights(config)
+    actual = decoder_logits(assemble(config, "float32", weights.items()), TOKENS)
+    assert actual.dtype == np.float32
+    np.testing.assert_allclose(actual, numpy_logits(config, weights, TOKENS), atol=2e-5, rtol=0)
+
+
+def test_feeding_tokens_in_pieces_changes_nothing():
+    model = assemble(GROUPED, "float32", make_weights(GROUPED).items())
+    whole = decoder_logits(model, TOKENS)
+    np.testing.assert_allclose(decoder_logits(model, TOKENS, (4, 8)), whole, atol=1e-5, rtol=0)
+
+
+def test_bfloat16_keeps_weights_and_activations_narrow_and_logits_wide():
+    weights = make_weights(GROUPED, "bfloat16")
+    model = assemble(GROUPED, "bfloat16", weights.items())
+    seen = []
+
+    def attend(pool, layer, q, k, v):
+        seen.extend([q.dtype, k.dtype, v.dtype])
+        return dense_attend(jnp.asarray(positions))(pool, layer, q, k, v)
+
+    positions = np.arange(len(TOKENS), dtype=np.int32)
+    pool = empty_pool(model.cache_spec, model.max_positions, "bfloat16")
+    hidden, _ = model(jnp.asarray(TOKENS), jnp.asarray(positions), pool, attend)
+    logits = model.logits(hidden)
+    assert {*seen, hidden.dtype} == {jnp.dtype("bfloat16")}
+    assert logits.dtype == jnp.float32
+    exact = numpy_logits(GROUPED, weights, TOKENS)
+    assert np.abs(np.asarray(logits) - exact).max() < 0.05 * np.abs(exact).max()
+
+
+def test_attend_sees_each_layer_once_and_the_pool_comes_back():
+    """The engine's pool may be any pytree; here it counts."""
+    model = assemble(GROUPED, "float32", make_weights(GROUPED).items())
+
+    def attend(pool, layer, q, k, v):
+        assert q.shape == (2, 6, 8)
+        assert k.shape == v.shape == (2, 2, 8)
+        visits = pool["visits"].at[layer].add(1)
+        return q, {"visits": visits, "order": pool["order"] * 10 + layer}
+
+    pool = {"visits": jnp.zeros(3, jnp.int32), "order": jnp.int32(0)}
+    tokens = jnp.array([1, 2], jnp.int32)
+    _, pool = jax.jit(lambda: model(tokens, tokens, pool, attend))()
+    assert pool["visits"].tolist() == [1, 1, 1]
+    assert int(pool["order"]) == 12
+
+
+def test_layers_are_traced_once_however_many_there_are():
+    traces = []
+
+    def attend(pool, layer, q, k, v):
+        traces.append(layer)
+        return q, pool
+
+    model = assemble(GROUPED, "float32", make_weights(GROUPED).items())
+    tokens = jnp.array([1, 2], jnp.int32)
+    jax.jit(lambda: model(tokens, tokens, None, attend)[0])()
+    assert len(traces) == 1
+
+
+def test_float32_products_ask_for_full_precision():
+    """Otherwise a GPU rounds the operands to TF32."""
+    model = assemble(GROUPED, "float32", make_weights(GROUPED).items())
+    tokens = jnp.array([1, 2], jnp.int32)
+
+    def run(tokens):
+        return model.logits(model(tokens, tokens, None, lambda p, i, q, k, v: (q, p))[0])
+
+    text = str(jax.make_jaxpr(run)(tokens))
+    products = text.count("dot_general[")
+    assert products == 5
+    assert text.count("precision=(Precision.HIGHEST") + text.count("precision=HIGHEST") == products
+
+
+def test_nnx_initialises_a_decoder_of_unit_scale():
+    model = Decoder(GROUPED, rngs=nnx.Rngs(0))
+    assert model.blocks.qkv[...].shape == (3, 24, (6 + 2 * 2) * 8)
+    first, second = model.blocks.qkv[...][:2]
+    assert not np.array_equal(first, second)
+    assert 0.3 < decoder_logits(model, TOKENS).std() < 3
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameter_count_is_that_of_the_weights(name):
+    config = PRESETS[name]
+    state = nnx.state(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))), nnx.Param)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) == config.num_parameters
+
+
+def test_smollm2_preset_has_its_published_size():
+    assert preset("smollm2-135m").num_parameters == 134_515_008
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_heads": 5}, "multiple of num_kv_heads"),
+        ({"head_dim": 7}, "even"),
+        ({"vocab_size": 0}, "vocab_size must be positive"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps must be positive"),
+        ({"rope_theta": float("nan")}, "rope_theta must be positive"),
+    ],
+)
+def test_impossible_configs_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(GROUPED, **change)
+
+
+def test_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"did you mean 'smollm2-135m'.*smollm2-135m, tiny"):
+        preset("smolm2-135m")
