@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pallas_kernels.plans import DecodePlan
+from pallas_kernels.plans import DecodePlan, WorkItems
 
 WorthSharing = Callable[[np.ndarray, np.ndarray], np.ndarray]
 WorkItem = tuple[int, int, np.ndarray]  # row_begin, row_count, chunks
@@ -76,8 +76,8 @@ class PlanShape:
     def of(cls, plan: DecodePlan) -> PlanShape:
         return cls(
             plan.private_chunks.shape[0],
-            plan.item_row_begin.shape[0],
-            plan.item_chunks.shape[0],
+            plan.items.row_begin.shape[0],
+            plan.items.chunks.shape[0],
             plan.private_chunks.shape[1],
         )
 
@@ -254,24 +254,42 @@ def _assemble(
     num_chunks: int,
     at_least: PlanShape,
 ) -> DecodePlan:
-    size = bucket(len(items), at_least.items)
     rows = bucket(len(private), at_least.rows)
     width = bucket(max(map(len, private)), at_least.private_chunks)
-    counts = np.array([len(chunks) for _, _, chunks in items], np.int32)
-    flat = np.concatenate([chunks for _, _, chunks in items] or [np.zeros(0, np.int32)])
     table = np.full((rows, width), num_chunks, np.int32)
     for row, own in enumerate(private):
         table[row, : len(own)] = own
     return DecodePlan(
-        item_row_begin=_pad([row for row, _, _ in items], size),
-        item_row_count=_pad([rows for _, rows, _ in items], size),
-        item_chunk_begin=_pad(np.cumsum(counts) - counts, size),
-        item_chunk_count=_pad(counts, size),
-        item_chunks=_pad(flat, bucket(len(flat), at_least.item_chunks), num_chunks),
-        num_items=np.int32(len(items)),
+        items=flatten_items(items, num_chunks, at_least.items, at_least.item_chunks),
         private_chunks=table,
         covered_tokens=_pad(covered, rows),
     )
+
+
+def flatten_items(
+    items: Sequence[WorkItem], num_chunks: int, min_items: int, min_chunks: int
+) -> WorkItems:
+    """Work items as padded arrays."""
+    size = bucket(len(items), min_items)
+    counts = np.array([len(chunks) for _, _, chunks in items], np.int32)
+    flat = np.concatenate([chunks for _, _, chunks in items] or [np.zeros(0, np.int32)])
+    return WorkItems(
+        row_begin=_pad([row for row, _, _ in items], size),
+        row_count=_pad([rows for _, rows, _ in items], size),
+        chunk_begin=_pad(np.cumsum(counts) - counts, size),
+        chunk_count=_pad(counts, size),
+        chunks=_pad(flat, bucket(len(flat), min_chunks), num_chunks),
+        count=np.int32(len(items)),
+    )
+
+
+def common_items(tables: Sequence[Sequence[int]], full: Sequence[int]) -> list[WorkItem]:
+    """Every full chunk once, in the largest runs that one range of rows has in common.
+
+    `full[b]` chunks of `tables[b]` are considered; equal tables must be neighbours.
+    """
+    table = _pad_rows(tables, -1)
+    return _work_items(table, _common_runs(table, np.asarray(full, np.int32)))
 
 
 def _pad(values: Sequence[int] | np.ndarray, size: int, fill: int = 0) -> np.ndarray:

@@ -11,14 +11,16 @@ import numpy as np
 from jaxtyping import Array, Int32
 
 from jax_chunkattn.model_interface import DecoderModel
-from jax_chunkattn.planner import bucket
+from jax_chunkattn.planner import bucket, common_items, flatten_items
 from jax_chunkattn.pool import ChunkPool
 from jax_chunkattn.sampling import RowSampling, sample
 from pallas_kernels import PrefillPlan, prefill_attention, write_kv
+from pallas_kernels.plans import WorkItems
 
 QUERY_TILE = 64  # tokens of one sequence that share a pass over their context
 TOKENS_PER_SEQUENCE = 16  # a call of T tokens takes at most T / 16 sequences
 MIN_TABLE_WIDTH = 32
+MIN_ITEM_CHUNKS = 256
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ def pack_segments(
 ) -> PrefillBatch:
     """Packs segments into arrays of T = `num_tokens`; at most T / 16 of them, T tokens in all.
 
+    Segments whose sequences begin with the same chunks read them once if they are neighbours.
+
     Raises:
       ValueError: when they do not fit.
     """
@@ -68,6 +72,7 @@ def pack_segments(
     chunks = np.full(num_tokens, num_chunks, np.int32)
     tables = np.full((most, width), num_chunks, np.int32)
     last_token = np.zeros(most, np.int32)
+    own_chunk = np.zeros(most, np.int32)
     tiles = []
     start = 0
     for index, (segment, length) in enumerate(zip(segments, lengths, strict=True)):
@@ -80,6 +85,7 @@ def pack_segments(
         chunks[packed] = np.where(written, own[position // chunk_size], num_chunks)
         tables[index, : len(own)] = own
         last_token[index] = start + length - 1
+        own_chunk[index] = segment.begin // chunk_size
         for first in range(0, length, QUERY_TILE):
             size = min(QUERY_TILE, length - first)
             tiles.append((start + first, size, segment.begin + first, index))
@@ -87,9 +93,31 @@ def pack_segments(
     tile_arrays = np.zeros((4, -(-num_tokens // QUERY_TILE) + most), np.int32)
     tile_arrays[:, : len(tiles)] = np.array(tiles, np.int32).T
     plan = PrefillPlan(
-        chunks, positions % chunk_size, *tile_arrays, np.int32(len(tiles)), block_tables=tables
+        chunks,
+        positions % chunk_size,
+        _items_before(segments, chunk_size, num_chunks, most),
+        *tile_arrays,
+        np.int32(len(tiles)),
+        block_tables=tables,
+        own_chunk=own_chunk,
     )
     return PrefillBatch(tokens, positions, last_token, plan)
+
+
+def _items_before(
+    segments: Sequence[Segment], chunk_size: int, num_chunks: int, most: int
+) -> WorkItems:
+    """The chunks wholly before each segment, once for all segments behind them; rows are tokens."""
+    first_token = np.cumsum([0, *(segment.end - segment.begin for segment in segments)])
+    items = [
+        (first_token[row], first_token[row + rows] - first_token[row], chunks)
+        for row, rows, chunks in common_items(
+            [segment.chunk_ids for segment in segments],
+            [segment.begin // chunk_size for segment in segments],
+        )
+    ]
+    # A tree with S leaves has fewer than 2 S runs.
+    return flatten_items(items, num_chunks, min_items=bucket(2 * most), min_chunks=MIN_ITEM_CHUNKS)
 
 
 def max_segments(num_tokens: int) -> int:

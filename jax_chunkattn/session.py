@@ -284,6 +284,7 @@ class DecodeSession:
         on_progress(Progress("prefill", done, total))
         while work:
             call, work, num_tokens = _next_call(work, total - done)
+            call.sort(key=lambda part: part[1].chunk_ids)  # equal prefixes become neighbours
             self._prefill_call(call, num_tokens)
             done += sum(segment.end - segment.begin for _, segment in call)
             on_progress(Progress("prefill", done, total))

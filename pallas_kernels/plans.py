@@ -15,22 +15,34 @@ from jaxtyping import Array, Int32
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class WorkItems:
+    """Runs of full chunks, each with the contiguous range of rows that attends to all of it.
+
+    The chunk-first phase reads a run once for all its rows (ChunkAttention, arXiv 2402.15220,
+    section 3.2). A row is a sequence when decoding and a token when prefilling.
+
+    Letters: I work items, K chunk ids of all items.
+    """
+
+    row_begin: Int32[Array, " I"]
+    row_count: Int32[Array, " I"]
+    chunk_begin: Int32[Array, " I"]  # into `chunks`
+    chunk_count: Int32[Array, " I"]
+    chunks: Int32[Array, " K"]
+    count: Int32[Array, ""]  # items; the rest of the arrays is padding
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class DecodePlan:
     """Which chunks each row of a decode batch attends to, with shared runs named once.
 
-    A work item is a run of full chunks that a contiguous range of rows attends to; the chunk-first
-    phase reads it once for all of them (ChunkAttention, arXiv 2402.15220, section 3.2). What no
-    item covers is in `private_chunks`, in the order of the sequence, so the tail comes last.
+    What no item covers is in `private_chunks`, in the order of the sequence: the tail comes last.
 
-    Letters: B rows, I work items, K chunk ids of all items, P private chunks per row.
+    Letters: B rows, P private chunks per row.
     """
 
-    item_row_begin: Int32[Array, " I"]
-    item_row_count: Int32[Array, " I"]
-    item_chunk_begin: Int32[Array, " I"]  # into item_chunks
-    item_chunk_count: Int32[Array, " I"]
-    item_chunks: Int32[Array, " K"]
-    num_items: Int32[Array, ""]  # the rest of the item arrays is padding
+    items: WorkItems
     private_chunks: Int32[Array, "B P"]
     covered_tokens: Int32[Array, " B"]  # tokens of the row that items cover: whole chunks
 
@@ -40,17 +52,20 @@ class DecodePlan:
 class PrefillPlan:
     """Where a packed run of new tokens is written, and which earlier tokens each may see.
 
-    Tokens of several sequences lie one after another in one array of length T. A query tile is up
-    to `query_tile` consecutive tokens of one sequence.
+    Tokens of several sequences lie one after another in one array of length T. The items cover
+    the chunks wholly before a sequence's first new token; the rest, from `own_chunk` on, each token
+    sees up to itself. A query tile is up to `query_tile` consecutive tokens of one sequence.
 
     Letters: T packed tokens, Q query tiles, S sequences, P chunks per sequence.
     """
 
     write_chunks: Int32[Array, " T"]  # N where a token is padding or is already in the pool
     write_offsets: Int32[Array, " T"]
+    items: WorkItems
     tile_begin: Int32[Array, " Q"]  # first packed token of the tile
     tile_count: Int32[Array, " Q"]
     tile_position: Int32[Array, " Q"]  # position of that token in its sequence
     tile_sequence: Int32[Array, " Q"]
     num_tiles: Int32[Array, ""]
     block_tables: Int32[Array, "S P"]
+    own_chunk: Int32[Array, " S"]  # first chunk, by index in the table, that no item covers

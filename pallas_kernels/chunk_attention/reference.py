@@ -37,15 +37,16 @@ def tokens_per_chunk(plan: DecodePlan, lengths, num_chunks: int, chunk_size: int
     batch, width = plan.private_chunks.shape
     rows = jnp.arange(batch)[:, None]
 
-    slot = jnp.arange(plan.item_chunks.shape[0])[None]
-    begin, count = plan.item_chunk_begin[:, None], plan.item_chunk_count[:, None]
-    first, size = plan.item_row_begin[:, None], plan.item_row_count[:, None]
-    used = jnp.arange(plan.item_row_begin.shape[0])[:, None] < plan.num_items
+    items = plan.items
+    slot = jnp.arange(items.chunks.shape[0])[None]
+    begin, count = items.chunk_begin[:, None], items.chunk_count[:, None]
+    first, size = items.row_begin[:, None], items.row_count[:, None]
+    used = jnp.arange(begin.shape[0])[:, None] < items.count
     in_item = (slot >= begin) & (slot < begin + count) & used  # [I, K]
     covers_row = (first <= rows.T) & (rows.T < first + size)  # [I, B]
     by_slot = jnp.einsum("ik,ib->bk", in_item.astype(jnp.int32), covers_row.astype(jnp.int32))
     tokens = jnp.zeros((batch, num_chunks), jnp.int32)
-    tokens = tokens.at[rows, plan.item_chunks[None]].add(by_slot * chunk_size, mode="drop")
+    tokens = tokens.at[rows, items.chunks[None]].add(by_slot * chunk_size, mode="drop")
 
     remaining = (lengths - plan.covered_tokens)[:, None] - jnp.arange(width)[None] * chunk_size
     private = jnp.clip(remaining, 0, chunk_size)

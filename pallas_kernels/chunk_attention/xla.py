@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.online_softmax import MASKED, Partial, empty, merge, normalise
-from pallas_kernels.plans import DecodePlan
+from pallas_kernels.plans import DecodePlan, WorkItems
 
 # Tokens gathered at once. Larger pieces amortise the cost of a loop step; the scores of a piece
 # (tokens x query rows, float32) should stay within a few MB.
@@ -36,12 +36,59 @@ def chunk_attention(q, keys, values, plan: DecodePlan, lengths, *, layer, scale:
 
     def attend_head(head):
         head_queries = queries[head]
-        shared = _chunk_first(head_queries, keys, values, plan, layer, head)
+        shared = chunk_first(head_queries, keys, values, plan.items, layer, head)
         private = _sequence_first(head_queries, keys, values, plan, lengths, layer, head)
         return normalise(merge(shared, private))
 
     output = lax.map(attend_head, jnp.arange(kv_heads))
     return output.transpose(1, 0, 2, 3).reshape(q.shape).astype(q.dtype)
+
+
+def chunk_first(queries, keys, values, items: WorkItems, layer, head) -> Partial:
+    """All work items, merged into the rows they cover. queries [B, G, D] -> Partial [B, G]."""
+    batch, group, head_dim = queries.shape
+    tiles = _row_tiles(batch)
+
+    def attend_item(tile, item, state: Partial) -> Partial:
+        first, rows = items.row_begin[item], items.row_count[item]
+        start = jnp.minimum(first, batch - tile)
+        result = attend_run(
+            lax.dynamic_slice_in_dim(queries, start, tile).reshape(tile * group, head_dim),
+            keys,
+            values,
+            items.chunks,
+            items.chunk_begin[item],
+            items.chunk_count[item],
+            layer,
+            head,
+        )
+        row = start + jnp.arange(tile, dtype=jnp.int32)
+        covered = ((row >= first) & (row < first + rows))[:, None]
+        return merge_rows(state, result, start, covered)
+
+    def step(item, state: Partial) -> Partial:
+        tile = jnp.sum(items.row_count[item] > jnp.asarray(tiles, jnp.int32))
+        branches = [partial(attend_item, size) for size in tiles]
+        return lax.switch(tile, branches, item, state)
+
+    return lax.fori_loop(0, items.count, step, empty((batch, group), head_dim))
+
+
+def merge_rows(state: Partial, result: Partial, start, covered) -> Partial:
+    """Merges a tile's result into the rows from `start` on, where `covered` [tile, 1] says so.
+
+    state is Partial [B, G], result Partial [tile * G].
+    """
+    tile, group = len(covered), state.total.shape[1]
+    result = Partial(*(x.reshape(tile, group, *x.shape[1:]) for x in result))
+    result = Partial(
+        jnp.where(covered[..., None], result.output, 0),
+        jnp.where(covered, result.maximum, MASKED),
+        jnp.where(covered, result.total, 0),
+    )
+    old = Partial(*(lax.dynamic_slice_in_dim(x, start, tile) for x in state))
+    new = zip(state, merge(old, result), strict=True)
+    return Partial(*(lax.dynamic_update_slice_in_dim(x, part, start, 0) for x, part in new))
 
 
 def attend_run(queries, keys, values, chunks, begin, count, layer, head) -> Partial:
@@ -82,8 +129,12 @@ def _attend_unmasked(queries, k, v) -> Partial:
 
 
 def _piece_sizes(chunk_size: int, rows: int, longest: int) -> list[int]:
-    """Chunks per piece, largest first, down to 1 by factors of 4."""
-    most = min(longest, min(MAX_PIECE_TOKENS, MAX_PIECE_SCORES // rows) // chunk_size)
+    """Chunks per piece, largest first, down to 1 by factors of 4.
+
+    Shorter than the `longest` run: a slice as long as its array has one place to begin, so XLA
+    would take the whole piece out of the loop and compute it even when no run needs it.
+    """
+    most = min(longest - 1, min(MAX_PIECE_TOKENS, MAX_PIECE_SCORES // rows) // chunk_size)
     size = 1
     while size * 4 <= most:
         size *= 4
@@ -104,45 +155,6 @@ def _row_tiles(batch: int) -> list[int]:
     while tiles[0] >= 32:
         tiles.insert(0, tiles[0] // 8)
     return tiles
-
-
-def _chunk_first(queries, keys, values, plan: DecodePlan, layer, head) -> Partial:
-    """All work items, merged into the rows they cover. queries [B, G, D] -> Partial [B, G]."""
-    batch, group, head_dim = queries.shape
-    tiles = _row_tiles(batch)
-
-    def attend_item(tile, item, state: Partial) -> Partial:
-        first, rows = plan.item_row_begin[item], plan.item_row_count[item]
-        start = jnp.minimum(first, batch - tile)
-        take = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=tile, axis=0)
-        result = attend_run(
-            take(queries).reshape(tile * group, head_dim),
-            keys,
-            values,
-            plan.item_chunks,
-            plan.item_chunk_begin[item],
-            plan.item_chunk_count[item],
-            layer,
-            head,
-        )
-        result = Partial(*(x.reshape(tile, group, *x.shape[1:]) for x in result))
-        row = start + jnp.arange(tile, dtype=jnp.int32)
-        covered = ((row >= first) & (row < first + rows))[:, None]
-        result = result._replace(
-            maximum=jnp.where(covered, result.maximum, MASKED),
-            total=jnp.where(covered, result.total, 0),
-            output=jnp.where(covered[..., None], result.output, 0),
-        )
-        merged = merge(Partial(*map(take, state)), result)
-        put = partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
-        return Partial(*(put(old, new) for old, new in zip(state, merged, strict=True)))
-
-    def step(item, state: Partial) -> Partial:
-        tile = jnp.sum(plan.item_row_count[item] > jnp.asarray(tiles, jnp.int32))
-        branches = [partial(attend_item, size) for size in tiles]
-        return lax.switch(tile, branches, item, state)
-
-    return lax.fori_loop(0, plan.num_items, step, empty((batch, group), head_dim))
 
 
 def _sequence_first(queries, keys, values, plan: DecodePlan, lengths, layer, head) -> Partial:

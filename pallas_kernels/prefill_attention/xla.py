@@ -1,7 +1,8 @@
-"""Prefill attention in plain JAX: one query tile of one KV head at a time.
+"""Prefill attention in plain JAX, one KV head at a time, in two phases like decoding.
 
-Chunks wholly before a tile need no mask and go through the same matrix products as the
-chunk-first phase of decoding; only the chunks the tile itself lies in are masked.
+Chunk-first: chunks wholly before the new tokens of one or several sequences are read once for all
+those tokens, as unmasked matrix products. Then every query tile attends to its sequence's own new
+chunks; only those the tile itself lies in are masked.
 """
 
 from __future__ import annotations
@@ -9,7 +10,13 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.chunk_attention.xla import attend_run, dot, gather_chunks
+from pallas_kernels.chunk_attention.xla import (
+    attend_run,
+    chunk_first,
+    dot,
+    gather_chunks,
+    merge_rows,
+)
 from pallas_kernels.online_softmax import MASKED, Partial, merge, normalise
 from pallas_kernels.plans import PrefillPlan
 
@@ -24,36 +31,43 @@ def prefill_attention(q, keys, values, plan: PrefillPlan, *, layer, scale: float
     queries = queries.transpose(1, 0, 2, 3)
 
     def attend_head(head):
-        def attend_tile(index, output):
+        head_queries = queries[head]
+
+        def attend_tile(index, state: Partial) -> Partial:
             begin, count = plan.tile_begin[index], plan.tile_count[index]
+            first, sequence = plan.tile_position[index], plan.tile_sequence[index]
             start = jnp.minimum(begin, tokens - tile)
             row = start + jnp.arange(tile, dtype=jnp.int32)
-            inside = ((row >= begin) & (row < begin + count))[:, None, None]
-            position = plan.tile_position[index] + row - begin
-            rows = lax.dynamic_slice_in_dim(queries[head], start, tile)
-            rows = rows.reshape(tile * group, head_dim)
-            table = plan.block_tables[plan.tile_sequence[index]]
-            first, last = plan.tile_position[index], plan.tile_position[index] + count
-            result = _attend_causal(
-                rows, jnp.repeat(position, group), keys, values, table, first, last, layer, head
+            inside = ((row >= begin) & (row < begin + count))[:, None]
+            rows = lax.dynamic_slice_in_dim(head_queries, start, tile)
+            own = _attend_causal(
+                rows.reshape(tile * group, head_dim),
+                jnp.repeat(first + row - begin, group),
+                keys,
+                values,
+                plan.block_tables[sequence],
+                plan.own_chunk[sequence],
+                first,
+                first + count,
+                layer,
+                head,
             )
-            result = normalise(result).reshape(tile, group, head_dim)
-            old = lax.dynamic_slice_in_dim(output, start, tile)
-            new = jnp.where(inside, result, old)
-            return lax.dynamic_update_slice_in_dim(output, new, start, 0)
+            return merge_rows(state, own, start, inside)
 
-        empty = jnp.zeros((tokens, group, head_dim), jnp.float32)
-        return lax.fori_loop(0, plan.num_tiles, attend_tile, empty)
+        before = chunk_first(head_queries, keys, values, plan.items, layer, head)
+        return normalise(lax.fori_loop(0, plan.num_tiles, attend_tile, before))
 
     output = lax.map(attend_head, jnp.arange(kv_heads))
     return output.transpose(1, 0, 2, 3).reshape(q.shape).astype(q.dtype)
 
 
-def _attend_causal(queries, positions, keys, values, table, first, last, layer, head) -> Partial:
-    """Rows at `positions`, all in [first, last), over the tokens up to each row's own."""
+def _attend_causal(
+    queries, positions, keys, values, table, begin, first, last, layer, head
+) -> Partial:
+    """Rows at `positions`, all in [first, last), over the tokens from chunk `begin` to their own."""
     chunk_size = keys.shape[3]
     full = lax.div(first, jnp.int32(chunk_size))
-    before = attend_run(queries, keys, values, table, jnp.int32(0), full, layer, head)
+    before = attend_run(queries, keys, values, table, begin, full - begin, layer, head)
 
     def attend_diagonal(chunk, state: Partial) -> Partial:
         ids = table[chunk][None]

@@ -18,12 +18,12 @@ POOL = 400
 
 def items_of(plan):
     """(row_begin, row_count, chunks) of every work item."""
-    count = int(plan.num_items)
-    arrays = (plan.item_row_begin, plan.item_row_count, plan.item_chunk_begin)
+    items = plan.items
+    arrays = (items.row_begin, items.row_count, items.chunk_begin, items.chunk_count)
     return [
-        (int(row), int(rows), tuple(plan.item_chunks[begin : begin + size].tolist()))
-        for row, rows, begin, size in zip(*arrays, plan.item_chunk_count, strict=True)
-    ][:count]
+        (int(row), int(rows), tuple(items.chunks[begin : begin + size].tolist()))
+        for row, rows, begin, size in zip(*arrays, strict=True)
+    ][: int(items.count)]
 
 
 @st.composite

@@ -93,7 +93,8 @@ def test_half_precision_accumulates_in_float32(case, dtype, implementation):
 def test_rows_without_tokens_give_zeros(implementation):
     inputs = case_inputs(AttentionCase("1,4_128,16", 4, 2, 16, chunk_size=16))
     args = (inputs.q, inputs.keys, inputs.values, inputs.plan, np.zeros_like(inputs.lengths))
-    plan = dataclasses.replace(inputs.plan, num_items=np.int32(0))
+    items = dataclasses.replace(inputs.plan.items, count=np.int32(0))
+    plan = dataclasses.replace(inputs.plan, items=items)
     empty = chunk_attention(*args[:3], plan, args[4], implementation=implementation)
     np.testing.assert_array_equal(empty, 0)
 
