@@ -139,28 +139,29 @@ def prefill_step(
     on another one of the same call.
     """
 
+    attend = prefill_attend(batch.plan, implementation)
+    hidden, pool = model(batch.tokens, batch.positions, pool, attend)
+    following = jnp.take(batch.positions, batch.last_token) + 1
+    logits = model.logits(jnp.take(hidden, batch.last_token, axis=0))
+    return pool, sample(logits, sampling, following)
+
+
+def prefill_attend(plan: PrefillPlan, implementation: str | None):
+    """The `attend` a model is given while prefilling: write all new tokens, attend by the plan."""
+
     def attend(pool: ChunkPool, layer, q, k, v):
         keys, values = write_kv(
-            pool.keys,
-            pool.values,
-            k,
-            v,
-            batch.plan.write_chunks,
-            batch.plan.write_offsets,
-            layer=layer,
+            pool.keys, pool.values, k, v, plan.write_chunks, plan.write_offsets, layer=layer
         )
         output = prefill_attention(
             q,
             keys,
             values,
-            batch.plan,
+            plan,
             query_tile=QUERY_TILE,
             layer=layer,
             implementation=implementation,
         )
         return output, ChunkPool(keys, values)
 
-    hidden, pool = model(batch.tokens, batch.positions, pool, attend)
-    following = jnp.take(batch.positions, batch.last_token) + 1
-    logits = model.logits(jnp.take(hidden, batch.last_token, axis=0))
-    return pool, sample(logits, sampling, following)
+    return attend

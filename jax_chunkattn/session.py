@@ -57,8 +57,8 @@ class SessionStats:
     """What a session has done so far. Seconds are wall time and exclude compiling.
 
     `kv_bytes_held` is the most that was in use at once, in whole chunks, and `kv_bytes_unshared`
-    what the same rows would have held at that moment without sharing. `plan` is the planner's last
-    decision that had several rows.
+    what the same rows would have held at that moment without sharing. `plan` is what the planner
+    decided when there was most to read.
     """
 
     prefill_tokens_computed: int = 0
@@ -351,7 +351,8 @@ class DecodeSession:
             self.stats.plans += 1
             self.stats.plan_seconds += time.perf_counter() - start
             self.stats.shared_tokens = max(self.stats.shared_tokens, summary.common_tokens)
-            if len(running) > 1 or self.stats.plan is None:
+            known = self.stats.plan
+            if known is None or summary.unshared_chunk_reads >= known.unshared_chunk_reads:
                 self.stats.plan = summary
         return self._plan
 

@@ -74,3 +74,11 @@ SMOKE: tuple[AttentionCase, ...] = (
     AttentionCase("1,4,16_512,256,64", 8, 8, 64),
     AttentionCase("1,32_2048,64", 9, 3, 64),
 )
+
+# The grid of ChunkAttention's Table 3 (arXiv 2402.15220): 32 prompts of 1024 to 4096 tokens
+# that have none, half or all of them in common. Where it is all, each row has decoded 64 more.
+PAPER: tuple[AttentionCase, ...] = tuple(
+    AttentionCase(tree, 32, 32, 128)
+    for prompt in (1024, 2048, 4096)
+    for tree in (f"32_{prompt}", f"1,32_{prompt // 2},{prompt // 2}", f"1,32_{prompt},64")
+)

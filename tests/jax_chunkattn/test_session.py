@@ -185,7 +185,7 @@ def test_requests_that_together_exceed_the_pool_are_refused_and_leave_nothing_be
     with pytest.raises(PoolExhausted):
         decoding.add(token_tree((4, 50)), SamplingParams(max_tokens=4))
     assert_untouched(decoding)
-    with pytest.raises(PoolExhausted, match="can come to need 15 more chunks .* 0 of 12"):
+    with pytest.raises(PoolExhausted, match=r"can come to need 15 more chunks .* 0 of 12"):
         decoding.add(token_tree((3, 64)), SamplingParams(max_tokens=81))
     assert_untouched(decoding)
 

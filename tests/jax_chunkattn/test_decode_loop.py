@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_chunkattn import CacheConfig, DecodeSession, SamplingParams, allocate_pool, plan_decode
+from jax_chunkattn import session as session_module
+from jax_chunkattn.decode_loop import NOTHING, DecodeState, decode_steps
+from jax_chunkattn.prefill import Segment, pack_segments, prefill_step
+from jax_chunkattn.programs import Programs, SplitModel
+from jax_chunkattn.sampling import RowSampling
+from tests.jax_chunkattn.pool_copies import assert_pool_is_updated_in_place, pool_sized_operations
+from tests.jax_chunkattn.toy import token_tree, toy_model
+
+CHUNKS = 4000  # a layer of the pool then dwarfs every activation
+
+
+def decode_arguments(dtype):
+    """A pool large enough to notice, and a plan of 4 rows behind a shared prefix."""
+    pool = allocate_pool(toy_model().cache_spec, CacheConfig(CHUNKS, 16, dtype))
+    tables = [[*range(40), 100 + row, 200 + row] for row in range(4)]
+    plan, _ = plan_decode(tables, [40 * 16 + 3] * 4, chunk_size=16, num_chunks=CHUNKS)
+    state = DecodeState(*np.array([[1] * 4, [40 * 16 + 3] * 4, [20] * 4], np.int32))
+    sampling = RowSampling.stack([SamplingParams()] * 4, 4)
+    return pool, state, plan, sampling, np.array([NOTHING], np.int32)
+
+
+def pool_sizes(pool):
+    return {
+        "pool_bytes": pool.keys.nbytes + pool.values.nbytes,
+        "layer_bytes": pool.keys.nbytes // pool.keys.shape[0],
+    }
+
+
+@pytest.mark.parametrize("implementation", ["xla"])
+def test_decoding_updates_the_pool_in_place(implementation):
+    args = decode_arguments("float32")
+    model = SplitModel.of(toy_model())
+    program, _ = Programs().compiled(
+        decode_steps, model, args, num_steps=8, implementation=implementation
+    )
+    assert_pool_is_updated_in_place(program, **pool_sizes(args[0]))
+
+
+def test_prefill_updates_the_pool_in_place():
+    pool = decode_arguments("float32")[0]
+    segment = Segment([1] * 100, list(range(30)), begin=320, end=420, write_from=320)
+    batch = pack_segments([segment], num_tokens=128, chunk_size=16, num_chunks=CHUNKS)
+    args = (pool, batch, RowSampling.stack([], 8))
+    program, _ = Programs().compiled(prefill_step, SplitModel.of(toy_model()), args)
+    assert_pool_is_updated_in_place(program, **pool_sizes(pool))
+
+
+def test_the_detector_finds_a_pool_that_is_copied():
+    """The same loop with the pool as scan inputs and outputs, and one that keeps the old pool."""
+    pool = decode_arguments("float32")[0]
+    sizes = pool_sizes(pool)
+
+    def through_xs_and_ys(keys):
+        def layer(total, keys):
+            keys = keys.at[:, 0, 0].set(total)
+            return total + keys[0, 1, 1, 0], keys
+
+        return jax.lax.scan(layer, jnp.float32(0), keys)
+
+    def keeps_both(keys):
+        return keys.at[0, 0, 0].set(1.0), keys.sum(), keys
+
+    for copying in (through_xs_and_ys, keeps_both):
+        compiled = jax.jit(copying, donate_argnums=0).lower(pool.keys).compile()
+        with pytest.raises(AssertionError):
+            assert_pool_is_updated_in_place(compiled, **sizes)
+    plus_one = jax.jit(lambda keys: keys + 1).lower(pool.keys).compile()
+    assert pool_sized_operations(plus_one.as_text(), sizes["layer_bytes"])
+
+
+def test_frozen_rows_choose_nothing_and_write_nothing():
+    pool, state, plan, sampling, stop = decode_arguments("float32")
+    state = dataclasses.replace(state, remaining=np.array([20, 0, 2, 0], np.int32))
+    new_pool, new_state, chosen = jax.jit(
+        functools.partial(decode_steps, toy_model(), num_steps=5)
+    )(pool, state, plan, sampling, stop)
+    chosen = np.asarray(chosen)
+    assert (chosen[:, [1, 3]] == NOTHING).all()
+    assert (chosen[:, 0] != NOTHING).all()
+    assert (chosen[:2, 2] != NOTHING).all()
+    assert (chosen[2:, 2] == NOTHING).all()
+    np.testing.assert_array_equal(new_state.lengths - state.lengths, [5, 0, 2, 0])
+    np.testing.assert_array_equal(new_state.remaining, [15, 0, 0, 0])
+    written = np.asarray(new_pool.keys != pool.keys).any(axis=(0, 1, 4))
+    expected = np.zeros_like(written)
+    expected[100, 3:8] = True
+    expected[102, 3:5] = True
+    np.testing.assert_array_equal(written, expected)
+
+
+def test_the_loop_ends_when_all_rows_are_frozen():
+    """K much larger than what is left costs nothing: the steps are not run."""
+    pool, state, plan, sampling, stop = decode_arguments("float32")
+    state = dataclasses.replace(state, remaining=np.full(4, 3, np.int32))
+    calls = []
+
+    class CountingModel:
+        def __call__(self, tokens, positions, pool, attend):
+            jax.debug.callback(lambda: calls.append(1))
+            return toy_model()(tokens, positions, pool, attend)
+
+        logits = staticmethod(toy_model().logits)
+
+    loop = jax.jit(functools.partial(decode_steps, CountingModel(), num_steps=50))
+    jax.block_until_ready(loop(pool, state, plan, sampling, stop))
+    jax.effects_barrier()
+    assert len(calls) == 3
+
+
+def test_200_steps_with_rows_coming_and_going_compile_nothing_new(monkeypatch):
+    """Rows finish and join inside one bucket of 8; lengths grow over many chunk boundaries."""
+    monkeypatch.setattr(session_module, "PROGRAMS", Programs())
+    sizes = len(session_module.PREFILL_CALLS)
+    traced_once = chex.assert_max_traces(decode_steps, n=1)
+    traced_by_size = chex.assert_max_traces(prefill_step, n=sizes)
+    monkeypatch.setattr(session_module, "decode_steps", traced_once)
+    monkeypatch.setattr(session_module, "prefill_step", traced_by_size)
+    decoding = DecodeSession(toy_model(), CacheConfig(400, 16), steps_per_call=4)
+    prompts = token_tree((1, 160), (2, 20), (20, 11))
+    lengths = [30 + 11 * (i % 7) for i in range(len(prompts))]
+    waiting = list(zip(prompts, lengths, strict=True))
+    running = []
+
+    def join():
+        batch = [waiting.pop(0) for _ in range(8 - len(running))]
+        sampling = [SamplingParams(max_tokens=length) for _, length in batch]
+        running.extend(decoding.add([prompt for prompt, _ in batch], sampling))
+
+    def decode(steps):
+        for _ in range(0, steps, 4):
+            join()
+            for request in decoding.step():
+                decoding.release(request)
+                running.remove(request)
+
+    for size in session_module.PREFILL_CALLS:  # warm-up: prompts that fill each size of call
+        decoding.generate([[7] * size], SamplingParams(max_tokens=1))
+    decode(8)
+    warm = decoding.stats.compilations
+    assert warm == 1 + sizes
+    decode(200)
+    assert decoding.stats.compilations == warm
+    assert decoding.stats.plans > 20
+    assert len(prompts) - len(waiting) > 16
