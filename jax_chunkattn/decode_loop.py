@@ -13,6 +13,7 @@ from jax_chunkattn.model_interface import DecoderModel
 from jax_chunkattn.pool import ChunkPool
 from jax_chunkattn.sampling import RowSampling, sample
 from pallas_kernels import DecodePlan, chunk_attention, write_kv
+from pallas_kernels.plans import HostOrDevice
 
 NOTHING = -1  # in place of a token, where a row emitted none
 
@@ -25,9 +26,9 @@ class DecodeState:
     A row with `remaining` 0 is frozen: it is finished, or padding.
     """
 
-    tokens: Int32[Array, " B"]  # chosen, not yet fed to the model
-    lengths: Int32[Array, " B"]  # tokens whose keys and values are in the pool
-    remaining: Int32[Array, " B"]  # tokens the row may still choose
+    tokens: Int32[HostOrDevice, " B"]  # chosen, not yet fed to the model
+    lengths: Int32[HostOrDevice, " B"]  # tokens whose keys and values are in the pool
+    remaining: Int32[HostOrDevice, " B"]  # tokens the row may still choose
 
 
 def decode_steps(

@@ -279,7 +279,7 @@ def flatten_items(
         chunk_begin=_pad(np.cumsum(counts) - counts, size),
         chunk_count=_pad(counts, size),
         chunks=_pad(flat, bucket(len(flat), min_chunks), num_chunks),
-        count=np.int32(len(items)),
+        count=np.asarray(len(items), np.int32),
     )
 
 

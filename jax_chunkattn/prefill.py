@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32
+from jaxtyping import Int32
 
 from jax_chunkattn.model_interface import DecoderModel
 from jax_chunkattn.planner import bucket, common_items, flatten_items
 from jax_chunkattn.pool import ChunkPool
 from jax_chunkattn.sampling import RowSampling, sample
 from pallas_kernels import PrefillPlan, prefill_attention, write_kv
-from pallas_kernels.plans import WorkItems
+from pallas_kernels.plans import HostOrDevice, WorkItems
 
 QUERY_TILE = 64  # tokens of one sequence that share a pass over their context
 TOKENS_PER_SEQUENCE = 16  # a call of T tokens takes at most T / 16 sequences
@@ -32,7 +32,7 @@ class Segment:
     """
 
     tokens: Sequence[int]  # those of the positions [begin, end)
-    chunk_ids: Sequence[int]  # of the whole sequence
+    chunk_ids: list[int]  # of the whole sequence
     begin: int
     end: int
     write_from: int
@@ -43,9 +43,9 @@ class Segment:
 class PrefillBatch:
     """One call's tokens, packed one segment after another."""
 
-    tokens: Int32[Array, " T"]
-    positions: Int32[Array, " T"]
-    last_token: Int32[Array, " S"]  # where each segment's last token is packed
+    tokens: Int32[HostOrDevice, " T"]
+    positions: Int32[HostOrDevice, " T"]
+    last_token: Int32[HostOrDevice, " S"]  # where each segment's last token is packed
     plan: PrefillPlan
 
 
@@ -90,14 +90,18 @@ def pack_segments(
             size = min(QUERY_TILE, length - first)
             tiles.append((start + first, size, segment.begin + first, index))
         start += length
-    tile_arrays = np.zeros((4, -(-num_tokens // QUERY_TILE) + most), np.int32)
-    tile_arrays[:, : len(tiles)] = np.array(tiles, np.int32).T
+    padded_tiles = np.zeros((4, -(-num_tokens // QUERY_TILE) + most), np.int32)
+    padded_tiles[:, : len(tiles)] = np.array(tiles, np.int32).T
+    tile_begin, tile_count, tile_position, tile_sequence = padded_tiles
     plan = PrefillPlan(
         chunks,
         positions % chunk_size,
         _items_before(segments, chunk_size, num_chunks, most),
-        *tile_arrays,
-        np.int32(len(tiles)),
+        tile_begin,
+        tile_count,
+        tile_position,
+        tile_sequence,
+        np.asarray(len(tiles), np.int32),
         block_tables=tables,
         own_chunk=own_chunk,
     )
@@ -132,7 +136,7 @@ def prefill_step(
     sampling: RowSampling,
     *,
     implementation: str | None = None,
-) -> tuple[ChunkPool, Int32[Array, " S"]]:
+) -> tuple[ChunkPool, Int32[HostOrDevice, " S"]]:
     """Computes the packed tokens, and the token that follows each segment.
 
     Keys and values are written layer by layer before they are attended to, so a segment may build
@@ -140,8 +144,9 @@ def prefill_step(
     """
 
     attend = prefill_attend(batch.plan, implementation)
-    hidden, pool = model(batch.tokens, batch.positions, pool, attend)
-    following = jnp.take(batch.positions, batch.last_token) + 1
+    tokens, positions = jnp.asarray(batch.tokens), jnp.asarray(batch.positions)
+    hidden, pool = model(tokens, positions, pool, attend)
+    following = jnp.take(positions, batch.last_token) + 1
     logits = model.logits(jnp.take(hidden, batch.last_token, axis=0))
     return pool, sample(logits, sampling, following)
 

@@ -29,7 +29,8 @@ class SplitModel:
     merge: Callable[[list[jax.Array]], Any] = field(compare=False)
 
     @classmethod
-    def of(cls, model: nnx.Module) -> SplitModel:
+    def of(cls, model: Any) -> SplitModel:
+        """Takes apart `model`, an `nnx.Module`."""
         graphdef, state = nnx.split(model)
         leaves, treedef = jax.tree.flatten(state)
 

@@ -11,6 +11,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, UInt32
 
+from pallas_kernels.plans import HostOrDevice
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -51,10 +53,10 @@ class SamplingParams:
 class RowSampling:
     """The sampling parameters of every row of a batch."""
 
-    temperature: Float32[Array, " B"]
-    top_k: Int32[Array, " B"]
-    top_p: Float32[Array, " B"]
-    seed: UInt32[Array, " B"]
+    temperature: Float32[HostOrDevice, " B"]
+    top_k: Int32[HostOrDevice, " B"]
+    top_p: Float32[HostOrDevice, " B"]
+    seed: UInt32[HostOrDevice, " B"]
 
     @classmethod
     def stack(cls, params: Sequence[SamplingParams], rows: int) -> RowSampling:

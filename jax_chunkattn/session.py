@@ -141,7 +141,7 @@ class DecodeSession:
         self._planner = planner
         self._salts = count()
         self._requests: dict[SequenceHandle, Request] = {}
-        self._plan = None
+        self._plan: DecodePlan | None = None
         self._plan_key = None
         self._plan_shape = PlanShape()
 
@@ -336,7 +336,7 @@ class DecodeSession:
     def _current_plan(self, running: list[Request]) -> DecodePlan:
         """The plan of these rows, made anew only when the tree or the rows have changed."""
         key = (self.tree.version, [id(request) for request in running])
-        if key != self._plan_key:
+        if self._plan is None or key != self._plan_key:
             start = time.perf_counter()
             self._plan, summary = plan_decode(
                 [request.sequence.chunk_ids for request in running],

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.plans import HostOrDevice
+
 
 def write_kv(
     keys: Float[Array, "L Hkv N C D"],
     values: Float[Array, "L Hkv N C D"],
     k: Float[Array, "T Hkv D"],
     v: Float[Array, "T Hkv D"],
-    chunks: Int32[Array, " T"],
-    offsets: Int32[Array, " T"],
+    chunks: Int32[HostOrDevice, " T"],
+    offsets: Int32[HostOrDevice, " T"],
     *,
     layer: int | Int32[Array, ""],
 ) -> tuple[Float[Array, "L Hkv N C D"], Float[Array, "L Hkv N C D"]]:

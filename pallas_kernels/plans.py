@@ -10,7 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 from jaxtyping import Array, Int32
+
+HostOrDevice = Array | np.ndarray
+"""The host makes NumPy arrays; inside a jitted function they are JAX's."""
 
 
 @jax.tree_util.register_dataclass
@@ -24,12 +28,12 @@ class WorkItems:
     Letters: I work items, K chunk ids of all items.
     """
 
-    row_begin: Int32[Array, " I"]
-    row_count: Int32[Array, " I"]
-    chunk_begin: Int32[Array, " I"]  # into `chunks`
-    chunk_count: Int32[Array, " I"]
-    chunks: Int32[Array, " K"]
-    count: Int32[Array, ""]  # items; the rest of the arrays is padding
+    row_begin: Int32[HostOrDevice, " I"]
+    row_count: Int32[HostOrDevice, " I"]
+    chunk_begin: Int32[HostOrDevice, " I"]  # into `chunks`
+    chunk_count: Int32[HostOrDevice, " I"]
+    chunks: Int32[HostOrDevice, " K"]
+    count: Int32[HostOrDevice, ""]  # items; the rest of the arrays is padding
 
 
 @jax.tree_util.register_dataclass
@@ -43,8 +47,8 @@ class DecodePlan:
     """
 
     items: WorkItems
-    private_chunks: Int32[Array, "B P"]
-    covered_tokens: Int32[Array, " B"]  # tokens of the row that items cover: whole chunks
+    private_chunks: Int32[HostOrDevice, "B P"]
+    covered_tokens: Int32[HostOrDevice, " B"]  # tokens of the row that items cover: whole chunks
 
 
 @jax.tree_util.register_dataclass
@@ -59,13 +63,13 @@ class PrefillPlan:
     Letters: T packed tokens, Q query tiles, S sequences, P chunks per sequence.
     """
 
-    write_chunks: Int32[Array, " T"]  # N where a token is padding or is already in the pool
-    write_offsets: Int32[Array, " T"]
+    write_chunks: Int32[HostOrDevice, " T"]  # N where a token is padding or is already in the pool
+    write_offsets: Int32[HostOrDevice, " T"]
     items: WorkItems
-    tile_begin: Int32[Array, " Q"]  # first packed token of the tile
-    tile_count: Int32[Array, " Q"]
-    tile_position: Int32[Array, " Q"]  # position of that token in its sequence
-    tile_sequence: Int32[Array, " Q"]
-    num_tiles: Int32[Array, ""]
-    block_tables: Int32[Array, "S P"]
-    own_chunk: Int32[Array, " S"]  # first chunk, by index in the table, that no item covers
+    tile_begin: Int32[HostOrDevice, " Q"]  # first packed token of the tile
+    tile_count: Int32[HostOrDevice, " Q"]
+    tile_position: Int32[HostOrDevice, " Q"]  # position of that token in its sequence
+    tile_sequence: Int32[HostOrDevice, " Q"]
+    num_tiles: Int32[HostOrDevice, ""]
+    block_tables: Int32[HostOrDevice, "S P"]
+    own_chunk: Int32[HostOrDevice, " S"]  # first chunk, by index in the table, that no item covers

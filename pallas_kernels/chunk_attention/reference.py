@@ -19,7 +19,8 @@ def chunk_attention(q, keys, values, plan: DecodePlan, lengths, *, layer, scale:
     compute = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     grouped = q.astype(compute).reshape(batch, kv_heads, num_heads // kv_heads, head_dim)
     visible = tokens_per_chunk(plan, lengths, num_chunks, chunk_size)
-    mask = jnp.arange(chunk_size)[None, None] < visible[:, :, None]  # [B, N, C]
+    slot = jnp.arange(chunk_size, dtype=jnp.int32)
+    mask = slot[None, None] < visible[:, :, None]  # [B, N, C]
     highest = jax.lax.Precision.HIGHEST
     k, v = keys[layer].astype(compute), values[layer].astype(compute)
     scores = jnp.einsum("bhgd,hncd->bhgnc", grouped, k, precision=highest) * scale
@@ -35,19 +36,19 @@ def chunk_attention(q, keys, values, plan: DecodePlan, lengths, *, layer, scale:
 def tokens_per_chunk(plan: DecodePlan, lengths, num_chunks: int, chunk_size: int):
     """How many tokens of each chunk every row attends to: int32 [B, N]."""
     batch, width = plan.private_chunks.shape
-    rows = jnp.arange(batch)[:, None]
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
 
     items = plan.items
-    slot = jnp.arange(items.chunks.shape[0])[None]
+    slot = jnp.arange(items.chunks.shape[0], dtype=jnp.int32)[None]
     begin, count = items.chunk_begin[:, None], items.chunk_count[:, None]
     first, size = items.row_begin[:, None], items.row_count[:, None]
-    used = jnp.arange(begin.shape[0])[:, None] < items.count
+    used = jnp.arange(begin.shape[0], dtype=jnp.int32)[:, None] < items.count
     in_item = (slot >= begin) & (slot < begin + count) & used  # [I, K]
     covers_row = (first <= rows.T) & (rows.T < first + size)  # [I, B]
     by_slot = jnp.einsum("ik,ib->bk", in_item.astype(jnp.int32), covers_row.astype(jnp.int32))
     tokens = jnp.zeros((batch, num_chunks), jnp.int32)
     tokens = tokens.at[rows, items.chunks[None]].add(by_slot * chunk_size, mode="drop")
 
-    remaining = (lengths - plan.covered_tokens)[:, None] - jnp.arange(width)[None] * chunk_size
-    private = jnp.clip(remaining, 0, chunk_size)
+    start = jnp.arange(width, dtype=jnp.int32)[None] * chunk_size
+    private = jnp.clip((lengths - plan.covered_tokens)[:, None] - start, 0, chunk_size)
     return tokens.at[rows, plan.private_chunks].add(private, mode="drop")

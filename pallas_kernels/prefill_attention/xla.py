@@ -64,7 +64,7 @@ def prefill_attention(q, keys, values, plan: PrefillPlan, *, layer, scale: float
 def _attend_causal(
     queries, positions, keys, values, table, begin, first, last, layer, head
 ) -> Partial:
-    """Rows at `positions`, all in [first, last), over the tokens from chunk `begin` to their own."""
+    """Rows at `positions`, all in [first, last), over the tokens from chunk `begin` on."""
     chunk_size = keys.shape[3]
     full = lax.div(first, jnp.int32(chunk_size))
     before = attend_run(queries, keys, values, table, begin, full - begin, layer, head)

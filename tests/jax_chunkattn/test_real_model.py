@@ -62,12 +62,12 @@ def test_logits_of_the_chunked_path_agree_with_transformers(smollm2, golden, pro
         for prompt, table, begin in zip(prompts, tables, [0, 64, 64, 0], strict=True)
     ]
     lengths = [len(prompt) - 1 for prompt in prompts]
-    sizes = {"chunk_size": 16, "num_chunks": 64}
-    batch = pack_segments(segments, num_tokens=512, **sizes)
+    batch = pack_segments(segments, num_tokens=512, chunk_size=16, num_chunks=64)
     plan, summary = plan_decode(
         tables,
         lengths,
-        **sizes,
+        chunk_size=16,
+        num_chunks=64,
         options=PlannerOptions(worth_sharing=lambda rows, chunks: rows > 1),
     )
     assert summary.shared
