@@ -1,0 +1,105 @@
+"""Where a run took place: device, versions, commit, memory; and JAX's compilation cache.
+
+JAX is imported inside the functions that need it, so that checks of the user's input come first.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("jax-chunkattn", "jax", "jaxlib", "flax", "numpy")
+
+
+def enable_compilation_cache(folder: Path) -> None:
+    """Keep every compiled program in `folder`; call it before the first compilation.
+
+    A folder that the user chose through JAX's own setting is left in place.
+    """
+    import jax
+
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def describe_environment() -> dict[str, Any]:
+    """Device, versions, commit and command of this process, as JSON values."""
+    import jax
+
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "device_count": jax.device_count(),
+        "cpu_count": usable_cpus(),
+        "machine": platform.platform(),
+        "python": platform.python_version(),
+        "versions": package_versions(),
+        "commit": git_commit(),
+        "command": ["python", "-m", "experiments", *sys.argv[1:]],
+    }
+
+
+def package_versions() -> dict[str, str | None]:
+    """Installed versions of what the numbers depend on; None for what is not installed."""
+
+    def version(name: str) -> str | None:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    return {name: version(name) for name in _PACKAGES}
+
+
+def git_commit() -> str | None:
+    """The commit this code is at, with `+` when tracked files differ from it; None outside git."""
+    root = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "environment.py")
+        commit = git("rev-parse", "HEAD")
+        return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def usable_cpus() -> int:
+    """The number of CPUs this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def max_rss_bytes() -> int:
+    """The most memory this process has held resident so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory_bytes() -> int | None:
+    """Memory that could be taken without swapping, where the system tells."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None

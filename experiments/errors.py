@@ -1,0 +1,28 @@
+"""Errors that are the user's to mend: shown as one line, without a traceback."""
+
+from __future__ import annotations
+
+import sys
+
+
+class UserError(Exception):
+    """Something the user gave cannot be used; the message says what, why and what to do."""
+
+
+_USER_ERRORS = (
+    ("experiments.errors", "UserError"),
+    ("jax_chunkattn", "InvalidRequest"),
+    ("jax_chunkattn", "PoolExhausted"),
+    ("models", "CheckpointError"),
+    ("models", "DownloadError"),
+)
+
+
+def user_errors() -> tuple[type[BaseException], ...]:
+    """The exception types that are told in one line, of the packages imported so far.
+
+    A type whose package was never imported cannot have been raised, and importing it here would
+    make every start as slow as importing JAX.
+    """
+    loaded = ((sys.modules.get(module), name) for module, name in _USER_ERRORS)
+    return tuple(getattr(module, name) for module, name in loaded if hasattr(module, name))

@@ -1,0 +1,186 @@
+"""The work of `generate`: load, answer, show, compare, write."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+from rich.console import Console
+
+import models
+from experiments import report
+from experiments.comparison import PREFILL_SECONDS, affordable_batch
+from experiments.decoding import Measured, OnFinished, SessionSettings, decode_batch
+from experiments.environment import (
+    describe_environment,
+    enable_compilation_cache,
+    free_memory_bytes,
+)
+from experiments.figures import draw_comparison
+from experiments.generate import GenerateConfig, Inputs
+from experiments.loading import fetch_model
+from experiments.progress import PhaseDisplay, phase_display
+from experiments.prompts import PromptSet, check_lengths, random_prompts, render_prompts
+from experiments.results import ResultFolder
+from experiments.summary import request_record, run_record, summarise
+from jax_chunkattn import Request, SamplingParams
+from models import LoadedModel
+
+
+def generate(
+    config: GenerateConfig, inputs: Inputs, folder: ResultFolder, started: float
+) -> dict[str, Any]:
+    """Run the experiment into `folder`; `started` is the clock when the user's wait began."""
+    enable_compilation_cache(models.cache_dir() / "jax")
+    environment = describe_environment()
+    console = Console()
+    spec = fetch_model(inputs.model)
+    load_began = time.perf_counter()
+    with phase_display() as display:
+        display.update("load")
+        loaded = models.load(spec, dtype=config.dtype, seed=config.seed)
+        decode_began = time.perf_counter()
+        prompts = make_prompts(config, inputs, loaded)
+        folder.write_record(run_record(config, environment, prompts))
+        measured = decode(
+            config, loaded, prompts, display, on_finished=_writer(folder, loaded, prompts)
+        )
+    seconds = {
+        "load": decode_began - load_began,
+        "compile": measured.compile_seconds,
+        "prefill": measured.prefill_seconds,
+        "decode": measured.decode_seconds,
+        "first_answer": decode_began - started + measured.first_answer_seconds,
+    }
+    _show_answers(console, loaded, prompts, measured)
+    unshared = compare(config, loaded, prompts, measured, console)
+    report.print_sharing(console, measured)
+    report.print_speed(console, measured, unshared)
+    report.print_phases(console, seconds)
+
+    summary = summarise(config, environment, measured, unshared, seconds)
+    folder.write_summary(summary)
+    title = f"{config.model} on {environment['device']}, {measured.shared_tokens:,} shared tokens"
+    draw_comparison(folder.picture_path, title, measured, unshared)
+    report.print_folder(console, folder.path)
+    return summary
+
+
+def make_prompts(config: GenerateConfig, inputs: Inputs, loaded: LoadedModel) -> PromptSet:
+    """The batch as token ids.
+
+    Raises:
+        UserError: ids outside the vocabulary, or more tokens than the model has positions.
+    """
+    vocab_size = loaded.config.vocab_size
+    if loaded.tokenizer is not None:
+        prompts = render_prompts(inputs.lines, inputs.system_prompt, loaded.tokenizer, vocab_size)
+    else:
+        prompts = random_prompts(
+            inputs.lines,
+            inputs.system_prompt,
+            vocab_size=vocab_size,
+            max_prompt_tokens=loaded.config.max_positions - config.max_tokens,
+            seed=config.seed,
+        )
+    check_lengths(prompts, config.max_tokens, loaded.config.max_positions)
+    return prompts
+
+
+def decode(
+    config: GenerateConfig,
+    loaded: LoadedModel,
+    prompts: PromptSet,
+    display: PhaseDisplay,
+    **callbacks: OnFinished,
+) -> Measured:
+    """Answer all of `prompts` as `config` says."""
+    settings = SessionSettings(
+        chunk_size=config.chunk_size,
+        dtype=config.dtype,
+        sharing=config.sharing,
+        implementation=config.implementation,
+        steps_per_call=config.steps_per_call,
+        stop_tokens=loaded.tokenizer.stop_ids if loaded.tokenizer is not None else (),
+    )
+    sampling = [
+        SamplingParams(
+            max_tokens=config.max_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            seed=config.seed + index,
+        )
+        for index in range(len(prompts.tokens))
+    ]
+    return decode_batch(
+        loaded.model,
+        prompts.tokens,
+        sampling,
+        settings,
+        on_progress=lambda progress: display.update(progress.phase, progress.done, progress.total),
+        **callbacks,
+    )
+
+
+def compare(
+    config: GenerateConfig,
+    loaded: LoadedModel,
+    prompts: PromptSet,
+    measured: Measured,
+    console: Console,
+) -> Measured | None:
+    """The same run without sharing, on as many requests as `config` says or the time allows."""
+    if not (config.compare and config.sharing):
+        return None
+    batch = config.compare_batch
+    if batch is None:
+        batch = _affordable_batch(config, loaded, prompts, measured)
+        if batch < measured.batch:
+            console.print(
+                f"Running {batch} of the {measured.batch} requests without sharing: more would "
+                f"need over {PREFILL_SECONDS:.0f} s of prefill, or too much memory.",
+                highlight=False,
+            )
+    fewer = dataclasses.replace(prompts, lines=prompts.lines[:batch], tokens=prompts.tokens[:batch])
+    with phase_display() as display:
+        return decode(dataclasses.replace(config, sharing=False), loaded, fewer, display)
+
+
+def _affordable_batch(
+    config: GenerateConfig, loaded: LoadedModel, prompts: PromptSet, measured: Measured
+) -> int:
+    spec = loaded.config.cache_spec
+    values = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim
+    return affordable_batch(
+        [len(tokens) for tokens in prompts.tokens],
+        max_tokens=config.max_tokens,
+        tokens_per_second=measured.prefill_tokens_per_second,
+        bytes_per_token=values * (4 if config.dtype == "float32" else 2),
+        free_bytes=free_memory_bytes(),
+    )
+
+
+def _writer(folder: ResultFolder, loaded: LoadedModel, prompts: PromptSet) -> OnFinished:
+    def write(index: int, request: Request) -> None:
+        text = None if loaded.tokenizer is None else loaded.tokenizer.decode(request.tokens)
+        folder.write_record(request_record(index, prompts, request, text))
+
+    return write
+
+
+def _show_answers(
+    console: Console, loaded: LoadedModel, prompts: PromptSet, measured: Measured
+) -> None:
+    if prompts.note:
+        console.print(prompts.note, markup=False, highlight=False)
+    questions = [
+        line.text if line.text is not None else f"({len(tokens)} token ids)"
+        for line, tokens in zip(prompts.lines, prompts.tokens, strict=True)
+    ]
+    if loaded.tokenizer is None:
+        answers = [" ".join(map(str, tokens)) for tokens in measured.answers]
+    else:
+        answers = [loaded.tokenizer.decode(tokens) for tokens in measured.answers]
+    report.print_answers(console, questions, answers)

@@ -1,0 +1,76 @@
+"""What `tree` prints for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.tree import TreeConfig
+
+_OPERATIONS = {
+    "match": "match",
+    "insert_known": "insert, cached",
+    "release_known": "release",
+    "insert_new": "insert, new",
+    "remove_new": "remove",
+}
+
+
+class TreeReport:
+    """Tables on standard output; plain text where that is not a terminal."""
+
+    def __init__(self):
+        self._console = Console()
+        if not self._console.is_terminal:
+            self._console.width = 120  # a file has no width to fit
+
+    def print_costs(self, config: TreeConfig, summary: dict[str, Any]) -> None:
+        """Time per prompt by size of the tree and by number of children, and memory."""
+        title = (
+            f"Microseconds per prompt of {config.prompt_tokens:,} tokens in chunks of "
+            f"{config.chunk_size}: median (95th percentile) of {config.samples}"
+        )
+        table = Table(title=title, title_justify="left")
+        for heading in ("nodes", "root's children", *_OPERATIONS.values()):
+            table.add_column(heading, justify="right")
+        for kind in ("growth", "children"):
+            for record in summary[kind]:
+                table.add_row(
+                    f"{record['nodes']:,}",
+                    f"{record['root_children']:,}",
+                    *(_cost(record[operation]) for operation in _OPERATIONS),
+                )
+            table.add_section()
+        self._console.print(table)
+        self._console.print(
+            f"{summary['bytes_per_node']:.0f} bytes per node (growth of resident memory); "
+            f"evicting {config.prompt_tokens // config.chunk_size} chunks takes "
+            f"{_cost(summary['evict_microseconds'])} microseconds"
+        )
+
+    def print_trace(self, records: list[dict[str, Any]]) -> None:
+        """Hit rates of the trace by size of the pool."""
+        title = f"{records[0]['requests']:,} requests of {records[0]['blocks']:,} blocks"
+        table = Table(title=title, title_justify="left")
+        for heading in ("pool, blocks", "hit rate", "evicted", "refused", "requests/s", "blocks/s"):
+            table.add_column(heading, justify="right")
+        for record in records:
+            table.add_row(
+                f"{record['pool_chunks']:,}" if record["pool_chunks"] else "no bound",
+                f"{record['hit_rate']:.1%}",
+                f"{record['evicted_blocks']:,}",
+                f"{record['refused']:,}",
+                f"{record['requests_per_second']:,.0f}",
+                f"{record['blocks_per_second']:,.0f}",
+            )
+        self._console.print(table)
+        self._console.print(
+            f"{records[0]['bytes_per_node']:,.0f} bytes per node without bound "
+            "(growth of resident memory; a block's tokens are kept in its node)"
+        )
+
+
+def _cost(quantiles: dict[str, float]) -> str:
+    return f"{quantiles['median']:.0f} ({quantiles['p95']:.0f})"

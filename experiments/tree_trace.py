@@ -1,0 +1,83 @@
+"""Replaying the prompts of a recorded service into the prefix tree."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.errors import UserError
+from jax_chunkattn.allocator import PoolExhausted
+from jax_chunkattn.prefix_tree import PrefixTree
+
+BLOCK_TOKENS = 512
+"""Tokens of a block in Mooncake's traces (Qin et al., FAST 2025)."""
+
+
+def read_trace(path: Path) -> list[np.ndarray]:
+    """The ids of the blocks of each request's prompt, in the order of arrival.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not a request.
+    """
+    requests: list[np.ndarray] = []
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                blocks = np.array(json.loads(line)["hash_ids"], np.int32)
+                if blocks.ndim != 1 or not blocks.size or blocks.min() < 0:
+                    raise ValueError("hash_ids must be a list of ids from 0 up")
+                requests.append(blocks)
+    except OSError as error:
+        raise UserError(f"--trace {path} cannot be read ({error.strerror or error})") from error
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        where = f"--trace {path}, line {len(requests) + 1}"
+        raise UserError(f"{where}: not a request of such a trace: {error!r}") from error
+    if not requests:
+        raise UserError(f"--trace {path} holds no requests")
+    return requests
+
+
+def replay(requests: list[np.ndarray], num_chunks: int | None) -> dict[str, Any]:
+    """Serve the requests one after another from a pool of `num_chunks` blocks (None: no bound).
+
+    Every id stands for a whole block of tokens, the last of a prompt included, as the trace counts
+    them. Outputs are not replayed: the trace does not identify them. A prompt longer than the pool
+    is refused and hits nothing. The time is that of the tree alone.
+    """
+    from experiments.tree_synthetic import resident_bytes
+
+    num_blocks = sum(blocks.size for blocks in requests)
+    before = resident_bytes()
+    tree = PrefixTree(num_chunks or num_blocks, BLOCK_TOKENS)
+    hits = refused = 0
+    seconds = 0.0
+    for blocks in requests:
+        tokens = np.repeat(blocks, BLOCK_TOKENS)
+        begin = time.perf_counter()
+        try:
+            sequence = tree.insert(tokens)
+        except PoolExhausted:
+            refused += 1
+            continue
+        tree.mark_computed(sequence, sequence.num_tokens)
+        tree.release(sequence)
+        seconds += time.perf_counter() - begin
+        hits += sequence.num_cached_tokens // BLOCK_TOKENS
+    return {
+        "pool_chunks": num_chunks,
+        "requests": len(requests),
+        "refused": refused,
+        "blocks": num_blocks,
+        "hit_blocks": hits,
+        "hit_rate": hits / num_blocks,
+        "evicted_blocks": tree.num_evicted,
+        "nodes": tree.num_nodes,
+        "bytes_per_node": (resident_bytes() - before) / tree.num_nodes if not num_chunks else None,
+        "requests_per_second": (len(requests) - refused) / seconds,
+        "blocks_per_second": num_blocks / seconds,
+        "seconds": seconds,
+    }

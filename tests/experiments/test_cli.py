@@ -1,0 +1,154 @@
+"""The command line: quick help, exit codes, and errors in one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.cli import DEBUG_VARIABLE, main, run_and_report
+from experiments.errors import UserError
+
+HEAVY = ("jax", "numpy", "flax", "rich", "matplotlib", "models", "jax_chunkattn", "pallas_kernels")
+
+LIST_HEAVY_IMPORTS = f"""
+import sys
+from experiments.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print("heavy:", *sorted(set({HEAVY!r}) & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["kernel"], ["tree"]])
+def test_help_imports_nothing_heavy(command: list[str]) -> None:
+    arguments = [sys.executable, "-c", LIST_HEAVY_IMPORTS, *command, "--help"]
+    finished = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert "usage: python -m experiments" in finished.stdout
+    assert finished.stdout.splitlines()[-1] == "heavy:"
+
+
+def test_module_is_executable() -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "experiments", "--help"], capture_output=True, text=True, check=True
+    )
+    for subcommand in ("generate", "kernel", "tree"):
+        assert subcommand in finished.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "--bogus"],
+        ["generate", "--batch", "many"],
+        ["generate", "--implementation", "magic"],
+        ["generate", "--dtype", "int8"],
+        ["nonsense"],
+    ],
+)
+def test_wrong_flags_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == 2
+    assert arguments[-1] in capsys.readouterr().err
+
+
+BAD_INPUT = {
+    "unknown model": (["--model", "gpt5"], "--model gpt5: unknown model"),
+    "missing gguf": (["--model", "absent.gguf"], "absent.gguf: there is no such file"),
+    "unknown preset": (["--model", "random:huge"], "unknown preset 'huge'"),
+    "not a gguf": (["--model", "text.gguf"], "text.gguf"),
+    "batch of zero": (["--batch", "0"], "--batch must be at least 1, got 0"),
+    "batch above prompts": (["--batch", "33"], "--batch 33 asks for more prompts"),
+    "compare batch": (["--batch", "2", "--compare-batch", "3"], "--compare-batch 3 is above"),
+    "chunk size of zero": (["--chunk-size", "0"], "--chunk-size must be at least 1, got 0"),
+    "no tokens": (["--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
+    "steps": (["--steps-per-call", "-1"], "--steps-per-call must be at least 1, got -1"),
+    "temperature": (["--temperature", "-1"], "--temperature must be a number from 0 up"),
+    "temperature nan": (["--temperature", "nan"], "--temperature must be a number from 0 up"),
+    "top k": (["--top-k", "-1"], "--top-k must be at least 0"),
+    "top p": (["--top-p", "0"], "--top-p must be above 0 and at most 1"),
+    "seed": (["--seed", "-1"], "--seed must be from 0"),
+    "missing prompts": (["--prompts", "absent.txt"], "absent.txt: No such file"),
+    "empty prompts": (["--prompts", "empty.txt"], "empty.txt: it has no prompts"),
+    "malformed prompts": (["--prompts", "bad.jsonl"], "bad.jsonl:2: not valid JSON"),
+    "missing system prompt": (["--system-prompt", "absent.md"], "absent.md: No such file"),
+    "empty system prompt": (["--system-prompt", "empty.txt"], "empty.txt: the file is empty"),
+    "output below a file": (["--output", "text.gguf/out"], "text.gguf/out cannot be written"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_code_2(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments, message = BAD_INPUT[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(DEBUG_VARIABLE, raising=False)
+    monkeypatch.setenv("JAX_CHUNKATTN_CACHE", str(tmp_path / "cache"))
+    Path("empty.txt").write_text("\n \n")
+    Path("text.gguf").write_text("not a model")
+    Path("bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+
+    model = [] if "--model" in arguments else ["--model", "random:tiny"]
+    assert main(["generate", *model, *arguments]) == 2
+
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert captured.out == ""
+    assert not list(Path("runs").glob("*"))
+
+
+def test_summary_is_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_and_report(lambda: print("a table") or {"batch": 3}) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"batch": 3}
+
+
+def test_interrupt_says_where_the_results_are(capsys: pytest.CaptureFixture[str]) -> None:
+    def run() -> dict[str, int]:
+        raise KeyboardInterrupt("the results so far are in x")
+
+    assert run_and_report(run) == 130
+    assert capsys.readouterr().err == "interrupted: the results so far are in x\n"
+
+
+def test_library_errors_are_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    import jax_chunkattn
+    import models
+
+    for kind in (
+        UserError,
+        jax_chunkattn.InvalidRequest,
+        jax_chunkattn.PoolExhausted,
+        models.CheckpointError,
+        models.DownloadError,
+    ):
+
+        def run(kind: type[Exception] = kind) -> dict[str, int]:
+            raise kind("first line\nsecond line")
+
+        assert run_and_report(run) == 2
+        assert capsys.readouterr().err == "error: first line second line\n"
+
+
+def test_debug_variable_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DEBUG_VARIABLE, "1")
+    with pytest.raises(UserError, match="--batch"):
+        main(["generate", "--batch", "0"])
+
+
+def test_a_bug_is_not_hidden() -> None:
+    def run() -> dict[str, int]:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_and_report(run)

@@ -1,0 +1,145 @@
+"""Running a batch through a session, and counting compilations."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.compilations import count_compilations
+from experiments.decoding import Measured, SessionSettings, decode_batch
+from experiments.interrupts import deferred_interrupts
+from jax_chunkattn import SamplingParams
+
+SETTINGS = SessionSettings(
+    chunk_size=16,
+    dtype="float32",
+    sharing=True,
+    implementation=None,
+    steps_per_call=8,
+    stop_tokens=(),
+)
+
+
+def decode(**callbacks: Any) -> Measured:
+    prompts = [(1, 2, 3), (1, 2, 4), (1, 2, 5)]
+    sampling = [SamplingParams(max_tokens=8)] * 3
+    return decode_batch(None, prompts, sampling, SETTINGS, **callbacks)
+
+
+def test_each_request_is_told_as_it_finishes(fake_session: type) -> None:
+    told = []
+    decode(on_finished=lambda index, request: told.append((index, len(request.tokens))))
+    assert told == [(0, 1), (1, 2), (2, 3)]
+
+
+def test_interrupted_requests_are_told_with_what_they_have(fake_session: Any) -> None:
+    fake_session.interrupt_at = 3
+    told = []
+    with pytest.raises(KeyboardInterrupt):
+        decode(
+            on_finished=lambda index, request: told.append(
+                (index, request.finish_reason, len(request.tokens))
+            )
+        )
+    assert told == [(0, "stop", 1), (1, "stop", 2), (2, None, 2)]
+
+
+def test_signal_waits_for_the_end_of_a_step(fake_session: Any) -> None:
+    told = []
+
+    def on_progress(progress: Any) -> None:
+        if progress.done == 8 + 8 + 2:  # after the second step two have finished
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        decode(
+            on_progress=on_progress,
+            on_finished=lambda index, request: told.append((index, request.finish_reason)),
+        )
+    assert told == [(0, "stop"), (1, "stop"), (2, None)]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_deferred_interrupts_come_at_the_check_the_end_or_the_second_signal() -> None:
+    reached = []
+    with pytest.raises(KeyboardInterrupt), deferred_interrupts() as check:  # noqa: PT012
+        check()
+        signal.raise_signal(signal.SIGINT)
+        reached.append("after the signal")
+        check()
+        reached.append("after the check")
+    with pytest.raises(KeyboardInterrupt), deferred_interrupts():  # noqa: PT012
+        signal.raise_signal(signal.SIGINT)
+        reached.append("the end")
+    with pytest.raises(KeyboardInterrupt), deferred_interrupts():  # noqa: PT012
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        reached.append("after the second signal")
+    assert reached == ["after the signal", "the end"]
+
+
+def test_measured_rates(fake_session: type) -> None:
+    measured = decode()
+    assert measured.prompt_tokens == 400
+    assert measured.prefill_tokens_per_second == pytest.approx(100 / 2.0)
+    assert measured.prompt_tokens_per_second == pytest.approx(400 / 2.0)
+    assert measured.decode_tokens == 6
+    assert measured.decode_tokens_per_second == pytest.approx(6 / 3.0)
+    assert measured.answers == ((1,), (1, 2), (1, 2, 3))
+    assert measured.first_answer_seconds > 0
+
+
+def test_progress_ends_at_its_total(fake_session: type) -> None:
+    seen = []
+    decode(on_progress=seen.append)
+    done = [progress.done for progress in seen]
+    assert done == sorted(done)
+    assert (seen[-1].phase, seen[-1].done, seen[-1].total) == ("decode", 24, 24)
+
+
+def test_compilations_are_counted_once_a_program() -> None:
+    double = jax.jit(lambda x: x * 2.0 + 0.5)
+    three, four = jnp.ones(3), jnp.ones(4)
+    with count_compilations() as counts:
+        double(three)
+        double(three)
+        assert counts.compiled == 1
+        double(four)
+    double(jnp.ones(5))
+    assert (counts.compiled, counts.from_cache) == (2, 0)
+    assert counts.seconds > 0
+
+
+def test_programs_from_the_persistent_cache_are_not_compilations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jax.experimental.compilation_cache import compilation_cache
+
+    from experiments.environment import enable_compilation_cache
+
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    argument = jnp.ones(7)
+    compilation_cache.reset_cache()
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        enable_compilation_cache(tmp_path)
+        counted = []
+        for _ in range(2):
+            with count_compilations() as counts:
+                jax.jit(lambda x: x * 3.0 - 0.25)(argument)
+            counted.append((counts.compiled, counts.from_cache))
+        assert counted == [(1, 0), (0, 1)]
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()

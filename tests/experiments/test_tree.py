@@ -1,0 +1,84 @@
+"""`python -m experiments tree`, small."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.errors import UserError
+from experiments.tree import TreeConfig, run
+from experiments.tree_trace import read_trace, replay
+
+SMALL = {
+    "chunks": 1_200,
+    "prompt_tokens": 40,
+    "chunk_size": 4,
+    "children": (1, 30),
+    "samples": 5,
+}
+
+
+def write_trace(path: Path, *requests: list[int]) -> Path:
+    path.write_text("".join(json.dumps({"hash_ids": blocks}) + "\n" for blocks in requests))
+    return path
+
+
+def test_costs_are_measured_at_every_size(tmp_path: Path):
+    summary = run(TreeConfig(**SMALL, output=tmp_path / "out"))
+    assert [record["nodes"] for record in summary["growth"]] == [1_000, 1_200]
+    assert [record["root_children"] for record in summary["children"]] == [1, 30]
+    for record in (*summary["growth"], *summary["children"]):
+        assert record["match"]["median"] > 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == json.loads(
+        json.dumps(summary)
+    )
+    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 4
+
+
+def test_trace_hits_are_counted_in_blocks(tmp_path: Path):
+    requests = read_trace(write_trace(tmp_path / "trace", [0, 1, 2], [3], [0, 1, 4], [0, 1, 2, 5]))
+    unbounded = replay(requests, None)
+    assert (unbounded["hit_blocks"], unbounded["blocks"]) == (5, 11)
+    assert unbounded["evicted_blocks"] == 0
+    # The fourth prompt cannot fit; the second evicts the leaf of the first, the third its own salt.
+    bounded = replay(requests, 3)
+    assert (bounded["hit_blocks"], bounded["refused"]) == (2, 1)
+    assert bounded["evicted_blocks"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samples": 0}, "--samples must be at least 1, got 0"),
+        ({"children": (1, 0)}, r"--children must be at least 1, got \(1, 0\)"),
+        ({"prompt_tokens": 7}, "--prompt-tokens 7 must fill at least two chunks"),
+        ({"seed": -1}, "--seed"),
+        ({"trace": Path("missing.jsonl")}, "missing.jsonl cannot be read"),
+    ],
+)
+def test_bad_values_are_refused(tmp_path: Path, change: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        run(TreeConfig(**{**SMALL, "output": tmp_path / "out", **change}))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("line", ["no json", "[1]", "{}", '{"hash_ids": []}', '{"hash_ids": [-1]}'])
+def test_a_line_that_is_no_request_is_named(tmp_path: Path, line: str):
+    path = write_trace(tmp_path / "trace", [1, 2])
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(UserError, match="line 2: not a request"):
+        read_trace(path)
+
+
+def test_an_empty_trace_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="no requests"):
+        read_trace(write_trace(tmp_path / "trace"))
+
+
+def test_importing_the_config_imports_nothing_heavy():
+    code = "import sys, experiments.tree; sys.exit(bool({'jax', 'rich'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
