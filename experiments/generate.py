@@ -44,6 +44,9 @@ class GenerateConfig:
     max_tokens: int = 48
     """The most tokens of an answer."""
 
+    ignore_eos: bool = False
+    """Go on to max-tokens even when an answer has ended; for measuring speed."""
+
     chunk_size: int = 64
     """Tokens in a chunk of the KV cache; prefixes are shared in whole chunks."""
 

@@ -102,7 +102,7 @@ def decode(
         sharing=config.sharing,
         implementation=config.implementation,
         steps_per_call=config.steps_per_call,
-        stop_tokens=loaded.tokenizer.stop_ids if loaded.tokenizer is not None else (),
+        stop_tokens=_stop_tokens(config, loaded),
     )
     sampling = [
         SamplingParams(
@@ -122,6 +122,12 @@ def decode(
         on_progress=lambda progress: display.update(progress.phase, progress.done, progress.total),
         **callbacks,
     )
+
+
+def _stop_tokens(config: GenerateConfig, loaded: LoadedModel) -> tuple[int, ...]:
+    if config.ignore_eos or loaded.tokenizer is None:
+        return ()
+    return tuple(loaded.tokenizer.stop_ids)
 
 
 def compare(

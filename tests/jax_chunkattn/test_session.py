@@ -288,3 +288,19 @@ def test_half_precision_pools_decode():
         requests = narrow.generate(prompts, SamplingParams(max_tokens=6))
         assert [request.tokens[0] for request in requests] == [r.tokens[0] for r in wide]
         assert np.all([len(request.tokens) == 6 for request in requests])
+
+
+def test_the_batch_keeps_its_program_until_three_quarters_of_the_rows_have_left():
+    prompts = token_tree((1, 32), (8, 3))
+    sampling = [SamplingParams(max_tokens=4 + 4 * row) for row in range(8)]
+    decoding = session(steps_per_call=4)
+    running = decoding.add(prompts, sampling)
+    shapes = []
+    while any(request.finish_reason is None for request in running):
+        decoding.step()
+        shapes.append(decoding._plan_shape.rows)
+    assert shapes == [8, 8, 8, 8, 8, 8, 2, 2]
+    assert tokens_of(running) == [
+        greedy_without_cache(prompt, params.max_tokens)
+        for prompt, params in zip(prompts, sampling, strict=True)
+    ]
