@@ -85,7 +85,7 @@ def case_inputs(
     pool_shape = (layers, case.num_kv_heads, num_chunks, case.chunk_size, case.head_dim)
 
     def normal(shape):
-        return random.standard_normal(shape, np.float32).astype(case.dtype)
+        return random.standard_normal(shape, np.float32).astype(case.dtype, copy=False)
 
     return AttentionInputs(
         q=normal((batch, case.num_heads, case.head_dim)),

@@ -1,0 +1,94 @@
+"""`python -m experiments kernel`: decode attention alone, timed against baselines and limits.
+
+Every implementation attends to the same tokens of the same random pool. They are timed in one run
+and in turns, each time with the caches full of something else, as between two layers of a model.
+Timed among them are two limits: one large matrix product of as many floating-point operations, and
+reading memory.
+
+The suite `smoke` takes half a minute, most of it compilation. `paper` is the grid of
+ChunkAttention's Table 3 (arXiv 2402.15220): 32 sequences, 32 heads of 128, chunks of 64, in
+float32; it takes some minutes on two cores, and 9 GB.
+
+    python -m experiments kernel
+    python -m experiments kernel --suite paper
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import tyro
+
+from experiments.errors import UserError
+from experiments.results import ResultFolder, new_run_path
+
+Suite = Literal["smoke", "paper"]
+Implementation = Literal["xla", "xla-unshared", "paged-shared-pages", "paged", "dense", "reference"]
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Time decode attention against baselines, a matrix product and the memory's bandwidth."""
+
+    suite: Suite = "smoke"
+    """The cases to run: a few small ones, or those of the paper's table."""
+
+    implementations: tuple[Implementation, ...] = get_args(Implementation)
+    """What to time. `xla-unshared` plans every row by itself; `paged` gathers each row's chunks
+    from a pool with a copy per row, `paged-shared-pages` from the shared pool; `dense` has each
+    row's keys and values in one piece."""
+
+    repeats: int = 5
+    """Times each implementation is timed; the median, least and most are reported."""
+
+    memory_gb: float = 8.0
+    """Gigabytes (10^9 bytes) that a case's operands may take; implementations that would need
+    more, in the order pool, `paged`, `dense`, are skipped, and this is said."""
+
+    seed: int = 0
+    """Seed of keys, values, queries and ragged lengths."""
+
+    output: Annotated[
+        Path | None,
+        tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: runs/kernel-TIME)"),
+    ] = None
+    """Folder for the results: `results.jsonl` has a line for each case."""
+
+
+def run(config: KernelConfig) -> dict[str, Any]:
+    """Run the experiment, print its tables, and return its summary.
+
+    Raises:
+        UserError: a value that no run could use.
+        KeyboardInterrupt: with a message that says where the results so far are.
+    """
+    check(config)
+    with ResultFolder(config.output or new_run_path("kernel")) as folder:
+        from experiments.kernel_run import run_suite
+
+        try:
+            return run_suite(config, folder)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(folder.state()) from None
+
+
+def check(config: KernelConfig) -> None:
+    """Raise `UserError` for a value that no run could use."""
+    for name, known in (("suite", get_args(Suite)), ("implementations", get_args(Implementation))):
+        value = getattr(config, name)
+        for one in value if isinstance(value, tuple) else (value,):
+            if one not in known:
+                raise UserError(f"--{name}: unknown {one!r}; known: {', '.join(known)}")
+    if not config.implementations:
+        raise UserError("--implementations names nothing to time")
+    if len(set(config.implementations)) < len(config.implementations):
+        raise UserError(f"--implementations names one twice: {' '.join(config.implementations)}")
+    if config.repeats < 1:
+        raise UserError(f"--repeats must be at least 1, got {config.repeats}")
+    if not (config.memory_gb > 0 and math.isfinite(config.memory_gb)):
+        raise UserError(f"--memory-gb must be above 0, got {config.memory_gb}")
+    if not 0 <= config.seed < 2**31:
+        raise UserError(f"--seed must be from 0 to {2**31 - 1}, got {config.seed}")

@@ -1,0 +1,132 @@
+"""The baselines compute the same attention as the float64 oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.baselines import (
+    dense_attention,
+    dense_copies,
+    exact_attention,
+    pad_tables,
+    paged_attention,
+    pool_of_copies,
+)
+from jax_chunkattn.workloads import AttentionInputs, case_inputs
+from pallas_kernels.specs import NUMERICS, AttentionCase
+from tests import oracle
+
+LAYERS = 2
+FORKED = NUMERICS[7]
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 2e-3}
+
+
+def dense(inputs: AttentionInputs):
+    rows = len(inputs.tables)
+    keys, values = (
+        dense_copies(jnp.asarray(pool), inputs.tables, layer=LAYERS - 1)
+        for pool in (inputs.keys, inputs.values)
+    )
+    return dense_attention(inputs.q[:rows], keys, values, inputs.lengths[:rows])
+
+
+def paged(inputs: AttentionInputs):
+    keys, values, tables = pool_of_copies(
+        jnp.asarray(inputs.keys), jnp.asarray(inputs.values), inputs.tables
+    )
+    return paged_shared_pages(dataclasses.replace(inputs, keys=keys, values=values, tables=tables))
+
+
+def paged_shared_pages(inputs: AttentionInputs):
+    rows = len(inputs.tables)
+    tables, lengths = pad_tables(inputs.tables), inputs.lengths[:rows]
+    pool = inputs.keys, inputs.values
+    return paged_attention(inputs.q[:rows], *pool, tables, lengths, layer=LAYERS - 1)
+
+
+baselines = pytest.mark.parametrize(
+    "baseline", [dense, paged, paged_shared_pages], ids=lambda baseline: baseline.__name__
+)
+
+
+def exact(inputs: AttentionInputs) -> np.ndarray:
+    pools = inputs.keys[-1], inputs.values[-1]
+    rows = len(inputs.tables)
+    return oracle.decode_attention(inputs.q, *pools, inputs.tables, inputs.lengths)[:rows]
+
+
+def assert_exact(got, inputs: AttentionInputs) -> None:
+    assert got.dtype == inputs.q.dtype
+    tolerance = TOLERANCE[inputs.q.dtype.name]
+    np.testing.assert_allclose(np.asarray(got, np.float64), exact(inputs), atol=tolerance)
+
+
+@baselines
+@pytest.mark.parametrize(
+    "case", [NUMERICS[0], NUMERICS[2], *NUMERICS[6:8], NUMERICS[9]], ids=lambda case: case.name
+)
+def test_agrees_with_float64(case: AttentionCase, baseline):
+    inputs = case_inputs(case, layers=LAYERS)
+    assert_exact(baseline(inputs), inputs)
+
+
+@baselines
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_accumulates_in_float32(dtype: str, baseline):
+    inputs = case_inputs(dataclasses.replace(FORKED, dtype=dtype), layers=LAYERS)
+    assert_exact(baseline(inputs), inputs)
+
+
+@baselines
+def test_pairs_that_do_not_fill_the_last_step(baseline, monkeypatch: pytest.MonkeyPatch):
+    case = AttentionCase("1,3_64,5", 5, 5, 8, chunk_size=16, ragged=30)
+    inputs = case_inputs(case, layers=LAYERS)
+    width = max(map(len, inputs.tables)) * case.chunk_size * case.head_dim
+    monkeypatch.setattr("experiments.baselines.dense.STEP_BYTES", 4 * 2 * 4 * width)
+    assert_exact(baseline(inputs), inputs)
+
+
+@baselines
+def test_what_lies_beyond_a_row_is_not_read(baseline):
+    inputs = case_inputs(FORKED, layers=LAYERS)
+    expected = baseline(inputs)
+    rows = len(inputs.tables)
+    for row, length in enumerate(inputs.lengths[:rows]):
+        chunk, offset = inputs.tables[row][-1], length % FORKED.chunk_size
+        if offset:
+            inputs.keys[:, :, chunk, offset:] = inputs.values[:, :, chunk, offset:] = 1e4
+    np.testing.assert_array_equal(baseline(inputs), expected)
+
+
+def test_no_two_rows_have_a_copied_chunk_in_common():
+    inputs = case_inputs(FORKED, layers=LAYERS)
+    keys, values, tables = pool_of_copies(
+        jnp.asarray(inputs.keys), jnp.asarray(inputs.values), inputs.tables
+    )
+    used = [chunk for table in tables for chunk in table]
+    assert sorted(used) == list(range(keys.shape[2])) == list(range(values.shape[2]))
+    assert used != sorted(used)
+    for table, source in zip(tables, inputs.tables, strict=True):
+        np.testing.assert_array_equal(keys[:, :, np.array(table)], inputs.keys[:, :, source])
+
+
+def test_scale_replaces_the_default():
+    inputs = case_inputs(FORKED)
+    rows = len(inputs.tables)
+    args = (inputs.keys, inputs.values, pad_tables(inputs.tables), inputs.lengths[:rows])
+    scaled = paged_attention(2 * inputs.q[:rows], *args)
+    given = paged_attention(inputs.q[:rows], *args, scale=2 * FORKED.head_dim**-0.5)
+    np.testing.assert_allclose(scaled, given, atol=1e-6)
+
+
+def test_exact_attention_is_the_oracle_of_some_rows_and_heads():
+    inputs = case_inputs(FORKED, layers=LAYERS)
+    rows, kv_heads = [0, 3, 15], [1, 0]
+    arrays = inputs.q, inputs.keys, inputs.values, inputs.tables, inputs.lengths.tolist()
+    got = exact_attention(*arrays, rows=rows, kv_heads=kv_heads, layer=LAYERS - 1)
+    grouped = exact(inputs).reshape(len(inputs.tables), FORKED.num_kv_heads, -1, FORKED.head_dim)
+    np.testing.assert_allclose(got, grouped[np.ix_(rows, kv_heads)], atol=1e-12)
