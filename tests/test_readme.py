@@ -1,0 +1,36 @@
+"""What the README shows works as shown."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from experiments.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_library_example_runs(smollm2_path, capsys):
+    [example] = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    paris, cold, decision = capsys.readouterr().out.strip().splitlines()
+    assert "Paris" in paris
+    assert "cold" in cold
+    assert re.match("shared|unshared", decision)
+
+
+def test_every_experiment_has_a_row_and_every_row_an_experiment(capsys):
+    shown = set(re.findall(r"\| `python -m experiments (\w+)", README))
+    try:
+        main(["--help"])
+    except SystemExit as stop:
+        assert stop.code == 0
+    [listed] = re.findall(r"usage: .*?\{([\w,]+)\}", capsys.readouterr().out, flags=re.DOTALL)
+    assert shown == set(listed.split(","))
+
+
+def test_linked_files_exist():
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
