@@ -1,4 +1,4 @@
-"""Attention over trees that hypothesis makes up. All examples have one shape, so one compilation."""
+"""Attention over trees that hypothesis makes up, all of one shape, so compiled once."""
 
 from __future__ import annotations
 
