@@ -6,8 +6,9 @@ from jax_chunkattn.model_interface import CacheSpec, DecoderModel
 from jax_chunkattn.planner import PlannerOptions, PlanSummary, plan_decode
 from jax_chunkattn.pool import CacheConfig, ChunkPool, allocate_pool
 from jax_chunkattn.prefix_tree import PrefixTree
+from jax_chunkattn.requests import Progress, Request, SessionStats
 from jax_chunkattn.sampling import SamplingParams
-from jax_chunkattn.session import DecodeSession, Progress, Request, SessionStats
+from jax_chunkattn.session import DecodeSession
 from pallas_kernels import DecodePlan, chunk_attention, prefill_attention
 
 __all__ = [

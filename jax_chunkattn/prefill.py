@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,9 @@ from jax_chunkattn.sampling import RowSampling, sample
 from pallas_kernels import PrefillPlan, prefill_attention, write_kv
 from pallas_kernels.plans import HostOrDevice, WorkItems
 
+Owner = TypeVar("Owner")
+
+CALL_TOKENS = (32, 128, 512)  # of a call: the smallest that holds what is left, or the largest
 QUERY_TILE = 64  # tokens of one sequence that share a pass over their context
 TOKENS_PER_SEQUENCE = 16  # a call of T tokens takes at most T / 16 sequences
 MIN_TABLE_WIDTH = 32
@@ -122,6 +126,29 @@ def _items_before(
     ]
     # A tree with S leaves has fewer than 2 S runs.
     return flatten_items(items, num_chunks, min_items=bucket(2 * most), min_chunks=MIN_ITEM_CHUNKS)
+
+
+def next_call(
+    work: Sequence[tuple[Owner, Segment]], num_left: int
+) -> tuple[list[tuple[Owner, Segment]], list[tuple[Owner, Segment]], int]:
+    """The segments of the next prefill call, those left after it, and the call's tokens.
+
+    Segments stay with their owners and in their order; one that does not fit is cut. `num_left` is
+    the number of tokens of all the work.
+    """
+    num_tokens = next((size for size in CALL_TOKENS if size >= num_left), CALL_TOKENS[-1])
+    call: list[tuple[Owner, Segment]] = []
+    left = list(work)
+    room = num_tokens
+    while left and room and len(call) < max_segments(num_tokens):
+        owner, segment = left.pop(0)
+        cut = min(segment.end, segment.begin + room)
+        fits = cut - segment.begin
+        room -= fits
+        call.append((owner, replace(segment, tokens=segment.tokens[:fits], end=cut)))
+        if cut < segment.end:
+            left.insert(0, (owner, replace(segment, tokens=segment.tokens[fits:], begin=cut)))
+    return call, left, num_tokens
 
 
 def max_segments(num_tokens: int) -> int:

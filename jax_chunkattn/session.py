@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import count
 
 import numpy as np
@@ -18,80 +18,17 @@ from jax_chunkattn.admission import InvalidRequest, check_request, chunks_for
 from jax_chunkattn.allocator import PoolExhausted
 from jax_chunkattn.decode_loop import NOTHING, DecodeState, decode_steps
 from jax_chunkattn.model_interface import DecoderModel
-from jax_chunkattn.planner import PlannerOptions, PlanShape, PlanSummary, plan_decode
+from jax_chunkattn.planner import PlannerOptions, PlanShape, plan_decode
 from jax_chunkattn.pool import CacheConfig, allocate_pool
-from jax_chunkattn.prefill import Segment, max_segments, pack_segments, prefill_step
+from jax_chunkattn.prefill import Segment, max_segments, next_call, pack_segments, prefill_step
 from jax_chunkattn.prefix_tree import PrefixTree
 from jax_chunkattn.programs import PROGRAMS, SplitModel
+from jax_chunkattn.requests import OnProgress, Progress, Request, SessionStats
 from jax_chunkattn.sampling import RowSampling, SamplingParams
 from jax_chunkattn.tree_nodes import SequenceHandle
 from pallas_kernels import DecodePlan
 from pallas_kernels.chunk_attention import IMPLEMENTATIONS
 from pallas_kernels.implementations import resolve
-
-PREFILL_CALLS = (32, 128, 512)  # tokens of a prefill call: the smallest that holds what is left
-
-
-@dataclass(eq=False)
-class Request:
-    """One prompt and what has been generated for it.
-
-    `finish_reason` is None while it runs, then "stop" (a stop token, which is the last of `tokens`)
-    or "length" (`sampling.max_tokens` of them).
-    """
-
-    prompt: tuple[int, ...]
-    sampling: SamplingParams
-    sequence: SequenceHandle
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-
-    @property
-    def max_kv_tokens(self) -> int:
-        """Tokens whose keys and values it can come to hold: the last one's are never needed."""
-        return len(self.prompt) + self.sampling.max_tokens - 1
-
-
-@dataclass
-class SessionStats:
-    """What a session has done so far. Seconds are wall time and exclude compiling.
-
-    `kv_bytes_held` is the most that was in use at once, in whole chunks, and `kv_bytes_unshared`
-    what the same rows would have held at that moment without sharing. `plan` is what the planner
-    decided when there was most to read.
-    """
-
-    prefill_tokens_computed: int = 0
-    prefill_tokens_reused: int = 0
-    prefill_seconds: float = 0.0
-    decode_tokens: int = 0
-    decode_seconds: float = 0.0
-    compilations: int = 0
-    compile_seconds: float = 0.0
-    plans: int = 0
-    plan_seconds: float = 0.0
-    kv_bytes_held: int = 0
-    kv_bytes_unshared: int = 0
-    shared_tokens: int = 0
-    plan: PlanSummary | None = None
-
-    @property
-    def plan_decision(self) -> str:
-        if self.plan is None:
-            return "nothing planned yet"
-        return ("shared: " if self.plan.shared else "unshared: ") + self.plan.reason
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a `generate` is: tokens `done` of `total` in `phase` ("prefill" or "decode")."""
-
-    phase: str
-    done: int
-    total: int
-
-
-OnProgress = Callable[[Progress], None]
 
 
 def _ignore(*_) -> None:
@@ -283,7 +220,7 @@ class DecodeSession:
         self._note_memory()
         on_progress(Progress("prefill", done, total))
         while work:
-            call, work, num_tokens = _next_call(work, total - done)
+            call, work, num_tokens = next_call(work, total - done)
             call.sort(key=lambda part: part[1].chunk_ids)  # equal prefixes become neighbours
             self._prefill_call(call, num_tokens)
             done += sum(segment.end - segment.begin for _, segment in call)
@@ -402,25 +339,3 @@ def _decode_state(running: list[Request], rows: int) -> DecodeState:
         left = request.sampling.max_tokens - len(request.tokens)
         state[:, row] = request.tokens[-1], request.sequence.num_tokens, left
     return DecodeState(*state)
-
-
-def _next_call(
-    work: list[tuple[Request, Segment]], num_left: int
-) -> tuple[list[tuple[Request, Segment]], list[tuple[Request, Segment]], int]:
-    """The segments of the next prefill call, those left after it, and the call's size.
-
-    A segment that does not fit as a whole is cut.
-    """
-    num_tokens = next((size for size in PREFILL_CALLS if size >= num_left), PREFILL_CALLS[-1])
-    call: list[tuple[Request, Segment]] = []
-    room = num_tokens
-    while work and room and len(call) < max_segments(num_tokens):
-        (request, segment), *work = work
-        cut = min(segment.end, segment.begin + room)
-        room -= cut - segment.begin
-        head = segment.tokens[: cut - segment.begin]
-        call.append((request, replace(segment, tokens=head, end=cut)))
-        if cut < segment.end:
-            rest = replace(segment, tokens=segment.tokens[len(head) :], begin=cut)
-            work = [(request, rest), *work]
-    return call, work, num_tokens

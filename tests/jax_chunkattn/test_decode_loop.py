@@ -12,7 +12,7 @@ import pytest
 from jax_chunkattn import CacheConfig, DecodeSession, SamplingParams, allocate_pool, plan_decode
 from jax_chunkattn import session as session_module
 from jax_chunkattn.decode_loop import NOTHING, DecodeState, decode_steps
-from jax_chunkattn.prefill import Segment, pack_segments, prefill_step
+from jax_chunkattn.prefill import CALL_TOKENS, Segment, pack_segments, prefill_step
 from jax_chunkattn.programs import Programs, SplitModel
 from jax_chunkattn.sampling import RowSampling
 from tests.jax_chunkattn.pool_copies import assert_pool_is_updated_in_place, pool_sized_operations
@@ -127,7 +127,7 @@ def test_the_loop_ends_when_all_rows_are_frozen():
 def test_200_steps_with_rows_coming_and_going_compile_nothing_new(monkeypatch):
     """Rows finish and join inside one bucket of 8; lengths grow over many chunk boundaries."""
     monkeypatch.setattr(session_module, "PROGRAMS", Programs())
-    sizes = len(session_module.PREFILL_CALLS)
+    sizes = len(CALL_TOKENS)
     traced_once = chex.assert_max_traces(decode_steps, n=1)
     traced_by_size = chex.assert_max_traces(prefill_step, n=sizes)
     monkeypatch.setattr(session_module, "decode_steps", traced_once)
@@ -150,7 +150,7 @@ def test_200_steps_with_rows_coming_and_going_compile_nothing_new(monkeypatch):
                 decoding.release(request)
                 running.remove(request)
 
-    for size in session_module.PREFILL_CALLS:  # warm-up: prompts that fill each size of call
+    for size in CALL_TOKENS:  # warm-up: prompts that fill each size of call
         decoding.generate([[7] * size], SamplingParams(max_tokens=1))
     decode(8)
     warm = decoding.stats.compilations
