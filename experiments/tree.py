@@ -11,7 +11,9 @@ size have held? No model runs and no device is used.
 from __future__ import annotations
 
 import platform
+import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,14 +76,27 @@ def run(config: TreeConfig) -> dict[str, Any]:
         summary["children"] = [measure_children(config, count) for count in config.children]
         report.print_costs(config, summary)
         if config.trace:
-            pools = (None, *config.pool_chunks)
-            summary["trace"] = [replay(requests, num_chunks) for num_chunks in pools]
+            unbounded = in_fresh_process(replay, requests, None)
+            bounded = [replay(requests, num_chunks) for num_chunks in config.pool_chunks]
+            summary["trace"] = [unbounded, *bounded]
             report.print_trace(summary["trace"])
         for kind in ("growth", "children", "trace"):
             for record in summary.get(kind, ()):
                 folder.write_record({"kind": kind, **record})
         folder.write_summary(summary)
     return summary
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function` returns in a process of its own, where no memory freed by an earlier
+    measurement is there to be used again."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(
+        1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
+    ) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def check(config: TreeConfig) -> None:
