@@ -19,13 +19,12 @@ from jax_chunkattn import (
     SamplingParams,
     chunks_needed,
 )
+from jax_chunkattn.requests import OnProgress
 from pallas_kernels.chunk_attention import IMPLEMENTATIONS
 from pallas_kernels.implementations import resolve
 
 OnFinished = Callable[[int, Request], None]
 """Called with a request and its index in the batch."""
-
-OnProgress = Callable[[Progress], None]
 
 
 def _ignore(*_: object) -> None:
@@ -120,11 +119,8 @@ def decode_batch(
             while reporter.unfinished:
                 session.step()
                 reporter.report_finished()
-                done = sum(
-                    params.max_tokens if request.finish_reason else len(request.tokens)
-                    for request, params in zip(requests, sampling, strict=True)
-                )
-                progressed(Progress("decode", done, total))
+                left = sum(request.remaining for request in requests)
+                progressed(Progress("decode", total - left, total))
         except KeyboardInterrupt:
             reporter.report_unfinished()
             raise

@@ -31,7 +31,7 @@ def enable_compilation_cache(folder: Path) -> None:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Device, versions, commit and command of this process, as JSON values."""
+    """Device, host, versions, commit and command of this process, as JSON values."""
     import jax
 
     device = jax.devices()[0]
@@ -39,6 +39,13 @@ def describe_environment() -> dict[str, Any]:
         "device": device.device_kind,
         "platform": device.platform,
         "device_count": jax.device_count(),
+        **describe_host(),
+    }
+
+
+def describe_host() -> dict[str, Any]:
+    """The part of `describe_environment` that holds without a device, and needs no JAX."""
+    return {
         "cpu_count": usable_cpus(),
         "machine": platform.platform(),
         "python": platform.python_version(),

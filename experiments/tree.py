@@ -10,15 +10,13 @@ size have held? No model runs and no device is used.
 
 from __future__ import annotations
 
-import platform
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.environment import git_commit, package_versions, usable_cpus
+from experiments.environment import describe_host
 from experiments.errors import UserError
 from experiments.results import ResultFolder, new_run_path
 
@@ -120,10 +118,5 @@ def _setting(config: TreeConfig) -> dict[str, Any]:
         "prompt_tokens": config.prompt_tokens,
         "samples": config.samples,
         "seed": config.seed,
-        "machine": platform.platform(),
-        "cpu_count": usable_cpus(),
-        "python": platform.python_version(),
-        "versions": package_versions(),
-        "commit": git_commit(),
-        "command": ["python", "-m", "experiments", *sys.argv[1:]],
+        **describe_host(),
     }

@@ -49,7 +49,7 @@ def check_request(
             f"prompt {index} has {len(ids)} tokens and asks for {sampling.max_tokens} more; "
             f"the model has {model.max_positions} positions"
         )
-    needed = chunks_for(total - 1, cache.chunk_size)
+    needed = chunks_to_finish(len(ids), sampling.max_tokens, cache.chunk_size)
     if needed > cache.num_chunks:
         raise PoolExhausted(
             f"prompt {index} needs {needed} chunks of {cache.chunk_size} tokens to finish; "
@@ -58,21 +58,17 @@ def check_request(
     return tuple(ids.tolist())
 
 
-def chunks_for(num_tokens: int, chunk_size: int) -> int:
-    """Chunks that `num_tokens` tokens take."""
-    return -(-num_tokens // chunk_size)
+def chunks_to_finish(prompt_tokens: int, max_tokens: int, chunk_size: int) -> int:
+    """Chunks a request holds at its end; the last token's keys and values are never needed."""
+    return -(-(prompt_tokens + max_tokens - 1) // chunk_size)
 
 
 def chunks_needed(
     prompts: Sequence[Sequence[int]], max_tokens: int, *, chunk_size: int, sharing: bool = True
 ) -> int:
     """The smallest pool, in chunks, that decodes these prompts together to the end."""
-    total = sum(chunks_for(len(prompt) + max_tokens - 1, chunk_size) for prompt in prompts)
+    total = sum(chunks_to_finish(len(prompt), max_tokens, chunk_size) for prompt in prompts)
     if not sharing:
         return total
     tree = PrefixTree(total, chunk_size)
-    needed = 0
-    for prompt in prompts:
-        cached = tree.insert(prompt).num_cached_tokens
-        needed += chunks_for(len(prompt) + max_tokens - 1 - cached, chunk_size)
-    return needed
+    return total - sum(tree.insert(prompt).num_cached_tokens // chunk_size for prompt in prompts)

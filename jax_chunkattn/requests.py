@@ -25,9 +25,9 @@ class Request:
     finish_reason: str | None = None
 
     @property
-    def max_kv_tokens(self) -> int:
-        """Tokens whose keys and values it can come to hold: the last one's are never needed."""
-        return len(self.prompt) + self.sampling.max_tokens - 1
+    def remaining(self) -> int:
+        """Tokens it may still generate; 0 when it has finished."""
+        return 0 if self.finish_reason else self.sampling.max_tokens - len(self.tokens)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from itertools import count
 
 import numpy as np
 
-from jax_chunkattn.admission import InvalidRequest, check_request, chunks_for
+from jax_chunkattn.admission import InvalidRequest, check_request, chunks_to_finish
 from jax_chunkattn.allocator import PoolExhausted
 from jax_chunkattn.decode_loop import NOTHING, DecodeState, decode_steps
 from jax_chunkattn.model_interface import DecoderModel
@@ -75,6 +75,7 @@ class DecodeSession:
         self._implementation = implementation
         self._steps_per_call = steps_per_call
         self._stop_tokens = frozenset(stop_tokens)
+        self._stop_array = np.array(sorted(self._stop_tokens) or [NOTHING], np.int32)
         self._planner = planner
         self._salts = count()
         self._requests: dict[SequenceHandle, Request] = {}
@@ -128,9 +129,7 @@ class DecodeSession:
         if not running:
             return []
         for request in running:
-            left = request.sampling.max_tokens - len(request.tokens)
-            self.tree.reserve(request.sequence, min(left, self._steps_per_call))
-        running = self._running()
+            self.tree.reserve(request.sequence, min(request.remaining, self._steps_per_call))
         self._note_memory()
         plan = self._current_plan(running)
         rows = plan.private_chunks.shape[0]
@@ -139,7 +138,7 @@ class DecodeSession:
             _decode_state(running, rows),
             plan,
             RowSampling.stack([request.sampling for request in running], rows),
-            np.array(sorted(self._stop_tokens) or [NOTHING], np.int32),
+            self._stop_array,
         )
         program = self._program(decode_steps, args, num_steps=self._steps_per_call)
         start = time.perf_counter()
@@ -177,11 +176,8 @@ class DecodeSession:
         try:
             while any(request.finish_reason is None for request in added):
                 self.step()
-                done = sum(
-                    request.sampling.max_tokens if request.finish_reason else len(request.tokens)
-                    for request in added
-                )
-                on_progress(Progress("decode", done, total))
+                left = sum(request.remaining for request in added)
+                on_progress(Progress("decode", total - left, total))
         finally:
             for request in added:
                 self.release(request)
@@ -200,7 +196,9 @@ class DecodeSession:
     def _require_room(self) -> None:
         """Raises PoolExhausted when running requests could not all come to their ends."""
         missing = sum(
-            chunks_for(request.max_kv_tokens, self.cache.chunk_size)
+            chunks_to_finish(
+                len(request.prompt), request.sampling.max_tokens, self.cache.chunk_size
+            )
             - len(request.sequence.chunk_ids)
             for request in self._requests.values()
         )
@@ -336,6 +334,5 @@ class DecodeSession:
 def _decode_state(running: list[Request], rows: int) -> DecodeState:
     state = np.zeros((3, rows), np.int32)
     for row, request in enumerate(running):
-        left = request.sampling.max_tokens - len(request.tokens)
-        state[:, row] = request.tokens[-1], request.sequence.num_tokens, left
+        state[:, row] = request.tokens[-1], request.sequence.num_tokens, request.remaining
     return DecodeState(*state)

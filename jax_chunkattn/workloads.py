@@ -66,8 +66,7 @@ def case_inputs(
     for prompt in prompts:
         tree.insert(prompt)
     num_chunks = tree.in_use_count + 3
-    place = random.permutation(max(num_chunks, most))
-    place = place[place < num_chunks]
+    place = random.permutation(num_chunks)
     rows = tree.rows()
     used = sorted({chunk for row in rows for chunk in row.chunk_ids})
     renamed = {chunk: int(place[index]) for index, chunk in enumerate(used)}

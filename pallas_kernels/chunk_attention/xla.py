@@ -10,6 +10,7 @@ padding allows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax.numpy as jnp
@@ -28,19 +29,26 @@ SEQUENCE_STEP_CHUNKS = 32
 
 def chunk_attention(q, keys, values, plan: DecodePlan, lengths, *, layer, scale: float):
     """See `pallas_kernels.chunk_attention.api.chunk_attention`."""
-    batch, num_heads, head_dim = q.shape
-    kv_heads = keys.shape[1]
-    group = num_heads // kv_heads
-    queries = (q.astype(jnp.float32) * scale).reshape(batch, kv_heads, group, head_dim)
-    queries = queries.transpose(1, 0, 2, 3)
 
-    def attend_head(head):
-        head_queries = queries[head]
-        shared = chunk_first(head_queries, keys, values, plan.items, layer, head)
-        private = _sequence_first(head_queries, keys, values, plan, lengths, layer, head)
+    def attend_head(head, queries):
+        shared = chunk_first(queries, keys, values, plan.items, layer, head)
+        private = _sequence_first(queries, keys, values, plan, lengths, layer, head)
         return normalise(merge(shared, private))
 
-    output = lax.map(attend_head, jnp.arange(kv_heads))
+    return map_heads(attend_head, q, keys.shape[1], scale)
+
+
+def map_heads(attend_head: Callable, q, kv_heads: int, scale: float):
+    """`attend_head(head, queries [B, G, D]) -> [B, G, D]` of every KV head, one after another.
+
+    The queries are scaled and in float32; q and the result are [B, Hq, D], in q's dtype.
+    """
+    rows, num_heads, head_dim = q.shape
+    queries = q.astype(jnp.float32) * scale
+    queries = queries.reshape(rows, kv_heads, num_heads // kv_heads, head_dim)
+    queries = queries.transpose(1, 0, 2, 3)
+    heads = jnp.arange(kv_heads, dtype=jnp.int32)
+    output = lax.map(lambda head: attend_head(head, queries[head]), heads)
     return output.transpose(1, 0, 2, 3).reshape(q.shape).astype(q.dtype)
 
 
@@ -102,7 +110,7 @@ def attend_run(queries, keys, values, chunks, begin, count, layer, head) -> Part
             ids = lax.dynamic_slice(chunks, (begin + piece * size,), (size,))
             k = gather_chunks(keys, layer, head, ids)
             v = gather_chunks(values, layer, head, ids)
-            return merge(state, _attend_unmasked(queries, k, v))
+            return merge(state, attend_tokens(queries, k, v))
 
         state = lax.fori_loop(0, pieces, attend_piece, state)
         begin = begin + pieces * size
@@ -116,16 +124,21 @@ def gather_chunks(pool, layer, head, ids):
     return tokens.reshape(*ids.shape[:-1], -1, pool.shape[-1]).astype(jnp.float32)
 
 
-def dot(a, b, contract):
-    """Matrix product in full float32, also where the default is TensorFloat-32."""
-    return lax.dot_general(a, b, (contract, ((), ())), precision=lax.Precision.HIGHEST)
-
-
-def _attend_unmasked(queries, k, v) -> Partial:
-    scores = dot(k, queries, ((1,), (1,)))  # [tokens, R]: the long dimension first is faster on CPU
+def attend_tokens(queries, k, v, visible=None) -> Partial:
+    """Attention of `queries` [R, D] over k, v [T, D]; `visible` [T, R] masks, None sees all."""
+    scores = _dot(k, queries, ((1,), (1,)))  # [T, R]: the long dimension first is faster on CPU
+    if visible is not None:
+        scores = jnp.where(visible, scores, MASKED)
     maximum = scores.max(axis=0)
     weights = jnp.exp(scores - maximum[None])
-    return Partial(dot(weights, v, ((0,), (0,))), maximum, weights.sum(axis=0))
+    if visible is not None:
+        weights = jnp.where(visible, weights, 0)
+    return Partial(_dot(weights, v, ((0,), (0,))), maximum, weights.sum(axis=0))
+
+
+def _dot(a, b, contract):
+    """Matrix product in full float32, also where the default is TensorFloat-32."""
+    return lax.dot_general(a, b, (contract, ((), ())), precision=lax.Precision.HIGHEST)
 
 
 def _piece_sizes(chunk_size: int, rows: int, longest: int) -> list[int]:

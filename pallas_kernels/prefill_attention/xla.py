@@ -12,34 +12,30 @@ from jax import lax
 
 from pallas_kernels.chunk_attention.xla import (
     attend_run,
+    attend_tokens,
     chunk_first,
-    dot,
     gather_chunks,
+    map_heads,
     merge_rows,
 )
-from pallas_kernels.online_softmax import MASKED, Partial, merge, normalise
+from pallas_kernels.online_softmax import Partial, merge, normalise
 from pallas_kernels.plans import PrefillPlan
 
 
 def prefill_attention(q, keys, values, plan: PrefillPlan, *, layer, scale: float, query_tile: int):
     """See `pallas_kernels.prefill_attention.api.prefill_attention`."""
     tokens, num_heads, head_dim = q.shape
-    kv_heads = keys.shape[1]
-    group = num_heads // kv_heads
+    group = num_heads // keys.shape[1]
     tile = min(query_tile, tokens)
-    queries = (q.astype(jnp.float32) * scale).reshape(tokens, kv_heads, group, head_dim)
-    queries = queries.transpose(1, 0, 2, 3)
 
-    def attend_head(head):
-        head_queries = queries[head]
-
+    def attend_head(head, queries):
         def attend_tile(index, state: Partial) -> Partial:
             begin, count = plan.tile_begin[index], plan.tile_count[index]
             first, sequence = plan.tile_position[index], plan.tile_sequence[index]
             start = jnp.minimum(begin, tokens - tile)
             row = start + jnp.arange(tile, dtype=jnp.int32)
             inside = ((row >= begin) & (row < begin + count))[:, None]
-            rows = lax.dynamic_slice_in_dim(head_queries, start, tile)
+            rows = lax.dynamic_slice_in_dim(queries, start, tile)
             own = _attend_causal(
                 rows.reshape(tile * group, head_dim),
                 jnp.repeat(first + row - begin, group),
@@ -54,11 +50,10 @@ def prefill_attention(q, keys, values, plan: PrefillPlan, *, layer, scale: float
             )
             return merge_rows(state, own, start, inside)
 
-        before = chunk_first(head_queries, keys, values, plan.items, layer, head)
+        before = chunk_first(queries, keys, values, plan.items, layer, head)
         return normalise(lax.fori_loop(0, plan.num_tiles, attend_tile, before))
 
-    output = lax.map(attend_head, jnp.arange(kv_heads))
-    return output.transpose(1, 0, 2, 3).reshape(q.shape).astype(q.dtype)
+    return map_heads(attend_head, q, keys.shape[1], scale)
 
 
 def _attend_causal(
@@ -75,11 +70,7 @@ def _attend_causal(
         v = gather_chunks(values, layer, head, ids)
         key_position = chunk * chunk_size + jnp.arange(chunk_size, dtype=jnp.int32)
         visible = key_position[:, None] <= positions[None]
-        scores = jnp.where(visible, dot(k, queries, ((1,), (1,))), MASKED)
-        maximum = scores.max(axis=0)
-        weights = jnp.where(visible, jnp.exp(scores - maximum[None]), 0)
-        partial = Partial(dot(weights, v, ((0,), (0,))), maximum, weights.sum(axis=0))
-        return merge(state, partial)
+        return merge(state, attend_tokens(queries, k, v, visible))
 
     end = lax.div(last + (chunk_size - 1), jnp.int32(chunk_size))
     return lax.fori_loop(full, end, attend_diagonal, before)

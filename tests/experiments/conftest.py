@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-
-@dataclass
-class FakeRequest:
-    prompt: tuple[int, ...]
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
+from jax_chunkattn import PrefixTree, Request
 
 
 class FakeSession:
@@ -25,8 +20,8 @@ class FakeSession:
 
     def __init__(self, model: Any, cache: Any, **settings: Any) -> None:
         self.settings = settings
-        self.requests: list[FakeRequest] = []
-        self.released: list[FakeRequest] = []
+        self.requests: list[Request] = []
+        self.released: list[Request] = []
         self.steps = 0
         self.stats = SimpleNamespace(
             plan_decision="shared",
@@ -41,13 +36,15 @@ class FakeSession:
             kv_bytes_unshared=4000,
         )
 
-    def add(
-        self, prompts: Sequence[Sequence[int]], sampling: Any, **_: Any
-    ) -> Sequence[FakeRequest]:
-        self.requests = [FakeRequest(tuple(prompt)) for prompt in prompts]
+    def add(self, prompts: Sequence[Sequence[int]], sampling: Any, **_: Any) -> Sequence[Request]:
+        tree = PrefixTree(num_chunks=len(prompts), chunk_size=2)
+        self.requests = [
+            Request(tuple(prompt), params, tree.insert([1]))
+            for prompt, params in zip(prompts, sampling, strict=True)
+        ]
         return self.requests
 
-    def step(self) -> list[FakeRequest]:
+    def step(self) -> list[Request]:
         self.steps += 1
         if self.steps == self.interrupt_at:
             raise KeyboardInterrupt
@@ -62,7 +59,7 @@ class FakeSession:
                     finished.append(request)
         return finished
 
-    def release(self, request: FakeRequest) -> None:
+    def release(self, request: Request) -> None:
         self.released.append(request)
 
 
