@@ -38,6 +38,22 @@ class WorkItems:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class PartialSlots:
+    """Where the work items leave their partial results, and where each row finds its own.
+
+    On a GPU the two phases are two launches, and partials pass from one to the other through
+    memory: one slot for each row of each item, those of an item one after another.
+
+    Letters: I work items, B rows, S slots.
+    """
+
+    item_slot: Int32[HostOrDevice, " I"]  # slot of the item's first row
+    row_begin: Int32[HostOrDevice, " B+1"]  # into `slots`; a row's end is the next row's begin
+    slots: Int32[HostOrDevice, " S"]  # of every row in turn; the length is how many slots there are
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class DecodePlan:
     """Which chunks each row of a decode batch attends to, with shared runs named once.
 
@@ -49,6 +65,7 @@ class DecodePlan:
     items: WorkItems
     private_chunks: Int32[HostOrDevice, "B P"]
     covered_tokens: Int32[HostOrDevice, " B"]  # tokens of the row that items cover: whole chunks
+    partials: PartialSlots | None = None  # only for implementations that need them
 
 
 @jax.tree_util.register_dataclass
@@ -73,3 +90,4 @@ class PrefillPlan:
     num_tiles: Int32[HostOrDevice, ""]
     block_tables: Int32[HostOrDevice, "S P"]
     own_chunk: Int32[HostOrDevice, " S"]  # first chunk, by index in the table, that no item covers
+    partials: PartialSlots | None = None  # only for implementations that need them
