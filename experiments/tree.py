@@ -1,8 +1,9 @@
 """`python -m experiments tree`: what the prefix tree costs on the host, and what it would hit.
 
-Two questions. Does a lookup cost the same whatever the size of the tree and the number of children
-of a node? And how many blocks of a recorded service's requests (`--trace`) would a cache of a given
-size have held? No model runs and no device is used.
+Three questions. Does a lookup cost the same whatever the size of the tree and the number of
+children of a node? How long does planning a large batch take? And how many blocks of a recorded
+service's requests (`--trace`) would a cache of a given size have held? No model runs and no device
+is used.
 
     python -m experiments tree
     python -m experiments tree --trace mooncake_conversation_trace.jsonl --pool-chunks 10000 50000
@@ -23,7 +24,8 @@ from experiments.results import ResultFolder, new_run_path
 
 @dataclass(frozen=True)
 class TreeConfig:
-    """Measure the prefix tree: time and memory as it grows, and the hit rate of a real trace."""
+    """Measure the prefix tree: time and memory as it grows, the time to plan a batch, and the hit
+    rate of a real trace."""
 
     chunks: int = 1_000_000
     """Nodes of the largest tree; powers of ten from 1,000 up are measured on the way."""
@@ -61,6 +63,7 @@ def run(config: TreeConfig) -> dict[str, Any]:
         UserError: a value that no run could use, or a trace that cannot be read.
     """
     check(config)
+    from experiments.tree_planning import measure_planning
     from experiments.tree_report import TreeReport
     from experiments.tree_synthetic import measure_children, measure_growth
     from experiments.tree_trace import read_trace, replay
@@ -73,12 +76,14 @@ def run(config: TreeConfig) -> dict[str, Any]:
         summary["growth"] = growth
         summary["children"] = [measure_children(config, count) for count in config.children]
         report.print_costs(config, summary)
+        summary["planning"] = measure_planning(config)
+        report.print_planning(summary["planning"])
         if config.trace:
             unbounded = in_fresh_process(replay, requests, None)
             bounded = [replay(requests, num_chunks) for num_chunks in config.pool_chunks]
             summary["trace"] = [unbounded, *bounded]
             report.print_trace(summary["trace"])
-        for kind in ("growth", "children", "trace"):
+        for kind in ("growth", "children", "planning", "trace"):
             for record in summary.get(kind, ()):
                 folder.write_record({"kind": kind, **record})
         folder.write_summary(summary)

@@ -50,6 +50,20 @@ class TreeReport:
             f"{_cost(summary['evict_microseconds'])} microseconds"
         )
 
+    def print_planning(self, records: list[dict[str, Any]]) -> None:
+        """Time of a plan by the options it is made with."""
+        title = (
+            f"Microseconds per plan of {records[0]['rows']} rows over {records[0]['chunks']:,} "
+            "chunks: median (95th percentile)"
+        )
+        self._console.print(title, style="italic")  # the table is too narrow for a title
+        table = Table()
+        table.add_column("options")
+        table.add_column("plan", justify="right")
+        for record in records:
+            table.add_row(record["options"], _cost(record["plan"]))
+        self._console.print(table)
+
     def print_trace(self, records: list[dict[str, Any]]) -> None:
         """Hit rates of the trace by size of the pool."""
         title = f"{records[0]['requests']:,} requests of {records[0]['blocks']:,} blocks"

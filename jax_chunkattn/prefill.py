@@ -12,11 +12,15 @@ import numpy as np
 from jaxtyping import Int32
 
 from jax_chunkattn.model_interface import DecoderModel
-from jax_chunkattn.planner import bucket, common_items, flatten_items
+from jax_chunkattn.planning.block_table import bucket, common_runs, pad_tables
+from jax_chunkattn.planning.gpu_division import cut_for_gpu
+from jax_chunkattn.planning.gpu_time import choose_pieces
+from jax_chunkattn.planning.options import GpuWork, PlannerOptions
+from jax_chunkattn.planning.work_items import flatten_items, items_of, partial_slots
 from jax_chunkattn.pool import ChunkPool
 from jax_chunkattn.sampling import RowSampling, sample
 from pallas_kernels import PrefillPlan, prefill_attention, write_kv
-from pallas_kernels.plans import HostOrDevice, WorkItems
+from pallas_kernels.plans import HostOrDevice, PartialSlots, WorkItems
 
 Owner = TypeVar("Owner")
 
@@ -25,6 +29,7 @@ QUERY_TILE = 64  # tokens of one sequence that share a pass over their context
 TOKENS_PER_SEQUENCE = 16  # a call of T tokens takes at most T / 16 sequences
 MIN_TABLE_WIDTH = 32
 MIN_ITEM_CHUNKS = 256
+ITEMS_PER_TOKEN = 4  # on a GPU: levels of sharing times pieces; more make a call's shape larger
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,20 @@ class PrefillBatch:
 
 
 def pack_segments(
-    segments: Sequence[Segment], *, num_tokens: int, chunk_size: int, num_chunks: int
+    segments: Sequence[Segment],
+    *,
+    num_tokens: int,
+    chunk_size: int,
+    num_chunks: int,
+    options: PlannerOptions = PlannerOptions(),
 ) -> PrefillBatch:
     """Packs segments into arrays of T = `num_tokens`; at most T / 16 of them, T tokens in all.
 
     Segments whose sequences begin with the same chunks read them once if they are neighbours.
+    Options for a GPU cut the items and give the plan slots for partials; no other option counts.
+    All calls of T tokens have one shape, unless their sequences have very long prefixes or, on a
+    GPU, their tokens more than four items each: then some sizes double, and another program is
+    compiled.
 
     Raises:
       ValueError: when they do not fit.
@@ -97,10 +111,11 @@ def pack_segments(
     padded_tiles = np.zeros((4, -(-num_tokens // QUERY_TILE) + most), np.int32)
     padded_tiles[:, : len(tiles)] = np.array(tiles, np.int32).T
     tile_begin, tile_count, tile_position, tile_sequence = padded_tiles
+    items, partials = _items_before(segments, num_tokens, chunk_size, num_chunks, options.gpu)
     plan = PrefillPlan(
         chunks,
         positions % chunk_size,
-        _items_before(segments, chunk_size, num_chunks, most),
+        items,
         tile_begin,
         tile_count,
         tile_position,
@@ -108,24 +123,42 @@ def pack_segments(
         np.asarray(len(tiles), np.int32),
         block_tables=tables,
         own_chunk=own_chunk,
+        partials=partials,
     )
     return PrefillBatch(tokens, positions, last_token, plan)
 
 
 def _items_before(
-    segments: Sequence[Segment], chunk_size: int, num_chunks: int, most: int
-) -> WorkItems:
+    segments: Sequence[Segment],
+    num_tokens: int,
+    chunk_size: int,
+    num_chunks: int,
+    gpu: GpuWork | None,
+) -> tuple[WorkItems, PartialSlots | None]:
     """The chunks wholly before each segment, once for all segments behind them; rows are tokens."""
     first_token = np.cumsum([0, *(segment.end - segment.begin for segment in segments)])
-    items = [
-        (first_token[row], first_token[row + rows] - first_token[row], chunks)
-        for row, rows, chunks in common_items(
-            [segment.chunk_ids for segment in segments],
-            [segment.begin // chunk_size for segment in segments],
-        )
-    ]
+    table, _ = pad_tables([segment.chunk_ids for segment in segments], num_chunks)
+    runs = common_runs(table, np.array([segment.begin // chunk_size for segment in segments]))
+    begin = first_token[runs.row_begin]
+    items = replace(
+        items_of(table, runs), row_begin=begin, row_count=first_token[runs.row_end] - begin
+    )
     # A tree with S leaves has fewer than 2 S runs.
-    return flatten_items(items, num_chunks, min_items=bucket(2 * most), min_chunks=MIN_ITEM_CHUNKS)
+    min_items = 2 * max_segments(num_tokens)
+    if gpu is None:
+        return flatten_items(items, num_chunks, bucket(min_items), MIN_ITEM_CHUNKS), None
+    items = cut_for_gpu(items, choose_pieces(items.row_count, items.chunk_count, gpu), gpu)
+    min_items += ITEMS_PER_TOKEN * -(-num_tokens // gpu.tile_rows)
+    padded = flatten_items(items, num_chunks, bucket(min_items), MIN_ITEM_CHUNKS)
+    partials = partial_slots(
+        items,
+        rows=num_tokens,
+        num_items=padded.row_begin.shape[0],
+        group=gpu.group,
+        align=gpu.align,
+        min_slots=bucket(ITEMS_PER_TOKEN * num_tokens),
+    )
+    return padded, partials
 
 
 def next_call(

@@ -158,7 +158,7 @@ class PrefixTree:
             chunk = encoded[begin : begin + self._chunk_bytes]
             nodes.append(self._add_node(parent, chunk, chunk_ids[index]))
         sequence = SequenceHandle(root, nodes, tail=encoded[sealed_bytes:])
-        sequence.chunk_ids.extend(chunk_ids[len(nodes) - num_cached :])
+        sequence.add_chunks(chunk_ids[len(nodes) - num_cached :])
         sequence.num_tokens = num_tokens
         sequence.num_cached_tokens = num_cached * self.chunk_size
         self._activate(sequence)
@@ -191,7 +191,7 @@ class PrefixTree:
         if needed <= 0:
             return False
         self._require_available(needed)
-        sequence.chunk_ids.extend(self._allocate(needed))
+        sequence.add_chunks(self._allocate(needed))
         self.version += 1
         return True
 
@@ -246,7 +246,7 @@ class PrefixTree:
         sequence.root.references += 1
         copy = SequenceHandle(sequence.root, list(sequence.nodes), sequence.tail)
         destinations = self._allocate(needed)
-        copy.chunk_ids.extend(destinations)
+        copy.add_chunks(destinations)
         copy.num_tokens = sequence.num_tokens
         copy.num_computed_tail_tokens = sequence.num_computed_tail_tokens
         copy.num_cached_tokens = (
@@ -397,7 +397,7 @@ class PrefixTree:
         elif node.computed:
             self._take(node)
             self._allocator.free((own_chunk_id,))
-            sequence.chunk_ids[position] = node.chunk_id
+            sequence.replace_chunk(position, node.chunk_id)
         else:
             return False
         sequence.nodes.append(node)

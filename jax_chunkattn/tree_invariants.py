@@ -25,6 +25,9 @@ def check_tree(tree: PrefixTree) -> None:
     _check_cached(tree)
     _check_chunks(tree)
     check_rows(tree.rows(), set(tree._sequences))
+    for sequence in tree._sequences:
+        table = sequence.chunk_table.tolist()
+        _require(table == sequence.chunk_ids, "a chunk table is not the chunk ids")
 
 
 def check_rows(rows: list[SequenceHandle], active: set[SequenceHandle]) -> None:

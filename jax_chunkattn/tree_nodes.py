@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,15 +92,16 @@ class SequenceHandle:
     ``chunk_ids`` lists the sealed chunks (``nodes``), the tail, and the chunks reserved ahead, in
     token order: token ``t`` lives in ``chunk_ids[t // chunk_size]``. ``tail`` holds the tokens past
     the last sealed chunk as int32 bytes; ``num_computed_tail_tokens`` of them have their keys and
-    values in the pool.
+    values in the pool. ``chunk_table`` is ``chunk_ids`` again, as int32, for the planner: it would
+    spend a third of its time on converting lists.
 
     ``num_cached_tokens`` counts the tokens that were there when the sequence came, computed or
     owed by an earlier one; what is left to compute *now* is told by ``PrefixTree.computed_tokens``.
     """
 
     __slots__ = (
-        "chunk_ids", "nodes", "num_cached_tokens", "num_computed_tail_tokens", "num_tokens",
-        "path", "root", "tail",
+        "chunk_ids", "chunk_table", "nodes", "num_cached_tokens", "num_computed_tail_tokens",
+        "num_tokens", "path", "root", "tail",
     )  # fmt: skip
 
     def __init__(self, root: Root, nodes: list[Node], tail: bytes):
@@ -107,6 +109,7 @@ class SequenceHandle:
         self.nodes = nodes
         self.tail = tail
         self.chunk_ids = [node.chunk_id for node in nodes]
+        self.chunk_table = array("i", self.chunk_ids)
         self.path = encode_path(self.chunk_ids)
         self.num_tokens = 0
         self.num_cached_tokens = 0
@@ -125,6 +128,14 @@ class SequenceHandle:
     def private_chunk_ids(self) -> list[int]:
         """The tail's chunks and the reserved ones."""
         return self.chunk_ids[len(self.nodes) :]
+
+    def add_chunks(self, chunk_ids: Sequence[int]) -> None:
+        """Puts chunks at the end."""
+        self.chunk_ids.extend(chunk_ids)
+        self.chunk_table.extend(chunk_ids)
+
+    def replace_chunk(self, position: int, chunk_id: int) -> None:
+        self.chunk_ids[position] = self.chunk_table[position] = chunk_id
 
 
 def encode_path(chunk_ids: Iterable[int]) -> bytes:

@@ -33,10 +33,19 @@ def test_costs_are_measured_at_every_size(tmp_path: Path):
     assert [record["root_children"] for record in summary["children"]] == [1, 30]
     for record in (*summary["growth"], *summary["children"]):
         assert record["match"]["median"] > 0
+    planning = summary["planning"]
+    assert [record["options"] for record in planning] == [
+        "CPU",
+        "GPU, cost",
+        "GPU, fasttree",
+        "GPU, pat",
+    ]
+    assert all(0 < record["plan"]["median"] <= record["plan"]["p95"] for record in planning)
+    assert {record["rows"] for record in planning} == {256}
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == json.loads(
         json.dumps(summary)
     )
-    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 4
+    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 8
 
 
 def test_trace_hits_are_counted_in_blocks(tmp_path: Path):

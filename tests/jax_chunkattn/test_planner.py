@@ -1,43 +1,20 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_chunkattn.planner import PlannerOptions, PlanShape, bucket, plan_decode
-from jax_chunkattn.prefix_tree import PrefixTree
 from jax_chunkattn.workloads import case_inputs
-from pallas_kernels.chunk_attention.reference import tokens_per_chunk
 from pallas_kernels.specs import AttentionCase
-
-SHARE_ALL = PlannerOptions(worth_sharing=lambda rows, chunks: rows > 1)
-CHUNK = 4
-POOL = 400
-
-
-def items_of(plan):
-    """(row_begin, row_count, chunks) of every work item."""
-    items = plan.items
-    arrays = (items.row_begin, items.row_count, items.chunk_begin, items.chunk_count)
-    return [
-        (int(row), int(rows), tuple(items.chunks[begin : begin + size].tolist()))
-        for row, rows, begin, size in zip(*arrays, strict=True)
-    ][: int(items.count)]
-
-
-@st.composite
-def batches(draw):
-    """Block tables and lengths as a prefix tree hands them out, some rows with reserved chunks."""
-    alphabet = st.integers(0, 1)
-    prompts = draw(st.lists(st.lists(alphabet, min_size=1, max_size=30), min_size=1, max_size=12))
-    tree = PrefixTree(POOL, CHUNK)
-    for prompt in prompts:
-        sequence = tree.insert(prompt)
-        tree.reserve(sequence, draw(st.integers(0, 9)))
-    rows = tree.rows()
-    return [row.chunk_ids for row in rows], [row.num_tokens for row in rows]
-
+from tests.jax_chunkattn.plan_helpers import (
+    CHUNK,
+    POOL,
+    SHARE_ALL,
+    batches,
+    check_coverage,
+    items_of,
+)
 
 options = st.builds(
     PlannerOptions,
@@ -54,13 +31,8 @@ options = st.builds(
 def test_every_row_attends_to_its_tokens_once_however_work_is_cut(batch, options):
     tables, lengths = batch
     plan, summary = plan_decode(tables, lengths, chunk_size=CHUNK, num_chunks=POOL, options=options)
-    padded = np.zeros(plan.private_chunks.shape[0], np.int32)
-    padded[: len(lengths)] = lengths
-    expected = np.zeros((len(padded), POOL), int)
-    for row, (table, length) in enumerate(zip(tables, lengths, strict=True)):
-        for index, chunk in enumerate(table):
-            expected[row, chunk] += np.clip(length - index * CHUNK, 0, CHUNK)
-    np.testing.assert_array_equal(tokens_per_chunk(plan, padded, POOL, CHUNK), expected)
+    check_coverage(plan, tables, lengths)
+    assert plan.partials is None
     for _, rows, chunks in items_of(plan):
         assert rows <= (options.max_item_rows or rows)
         assert len(chunks) <= (options.max_item_chunks or len(chunks))

@@ -1,0 +1,1 @@
+"""Inside the planner: options, runs of the block table, packing, the time model, work items."""
