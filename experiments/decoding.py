@@ -20,8 +20,6 @@ from jax_chunkattn import (
     chunks_needed,
 )
 from jax_chunkattn.requests import OnProgress
-from pallas_kernels.chunk_attention import IMPLEMENTATIONS
-from pallas_kernels.implementations import resolve
 
 OnFinished = Callable[[int, Request], None]
 """Called with a request and its index in the batch."""
@@ -130,7 +128,7 @@ def decode_batch(
     return Measured(
         batch=len(prompts),
         sharing=settings.sharing,
-        implementation=resolve(settings.implementation, IMPLEMENTATIONS),
+        implementation=session.backend.decode,
         plan_decision=stats.plan_decision,
         shared_tokens=stats.shared_tokens,
         prefill_tokens_computed=stats.prefill_tokens_computed,

@@ -63,8 +63,8 @@ class GenerateConfig:
     """Seed of sampling (request i uses seed + i) and of random weights and prompts."""
 
     implementation: Annotated[
-        Literal["xla", "reference"] | None,
-        _by_default("{xla,reference}", "the best for the device"),
+        Literal["xla", "pallas_triton", "pallas_mosaic_gpu", "reference"] | None,
+        _by_default("{xla,pallas_triton,pallas_mosaic_gpu,reference}", "the best for the device"),
     ] = None
     """The attention implementation."""
 

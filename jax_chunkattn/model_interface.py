@@ -25,11 +25,17 @@ Attend = Callable[[Pool, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """The shape of one token's keys (and of its values): `[num_layers, num_kv_heads, head_dim]`."""
+    """What a model keeps of a token, and what reads it.
+
+    Attributes:
+      num_layers, num_kv_heads, head_dim: the shape of a token's keys, and of its values.
+      num_heads: query heads; each KV head is read by `num_heads // num_kv_heads` of them.
+    """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    num_heads: int
 
 
 class DecoderModel(Protocol):

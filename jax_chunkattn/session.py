@@ -16,6 +16,7 @@ import numpy as np
 
 from jax_chunkattn.admission import InvalidRequest, check_request, chunks_to_finish
 from jax_chunkattn.allocator import PoolExhausted
+from jax_chunkattn.backend import choose_backend
 from jax_chunkattn.decode_loop import NOTHING, DecodeState, decode_steps
 from jax_chunkattn.model_interface import DecoderModel
 from jax_chunkattn.planner import PlannerOptions, PlanShape, plan_decode
@@ -27,8 +28,6 @@ from jax_chunkattn.requests import OnProgress, Progress, Request, SessionStats
 from jax_chunkattn.sampling import RowSampling, SamplingParams
 from jax_chunkattn.tree_nodes import SequenceHandle
 from pallas_kernels import DecodePlan
-from pallas_kernels.chunk_attention import IMPLEMENTATIONS
-from pallas_kernels.implementations import resolve
 
 
 def _ignore(*_) -> None:
@@ -42,13 +41,14 @@ class DecodeSession:
       model: any decoder with the interface of `jax_chunkattn.model_interface`.
       cache: size and dtype of the pool.
       sharing: False gives every request chunks of its own, as a server without a prefix cache.
-      implementation: of attention; None picks the best that runs here.
+      implementation: of attention when decoding; None picks the best that runs here. Prefill
+        takes the same, or the best that it has where it lacks it. `backend` says what was chosen.
       steps_per_call: tokens decoded per row in one call to the device, K.
       stop_tokens: ids that end a request.
-      planner: how attention work is cut.
+      planner: how attention work is cut; None fits it to the implementation and the device.
 
     Raises:
-      ValueError: for a bad option.
+      ValueError: for a bad option, or an implementation that cannot run here.
     """
 
     def __init__(
@@ -60,23 +60,23 @@ class DecodeSession:
         implementation: str | None = None,
         steps_per_call: int = 8,
         stop_tokens: Sequence[int] = (),
-        planner: PlannerOptions = PlannerOptions(),
+        planner: PlannerOptions | None = None,
     ):
         if steps_per_call < 1:
             raise ValueError(f"steps_per_call must be at least 1, got {steps_per_call}")
-        resolve(implementation, IMPLEMENTATIONS)
         self.model = model
         self.cache = cache
+        self.backend = choose_backend(
+            model.cache_spec, cache, implementation=implementation, planner=planner
+        )
         self.stats = SessionStats()
         self.tree = PrefixTree(cache.num_chunks, cache.chunk_size)
         self._split = SplitModel.of(model)
         self._pool = allocate_pool(model.cache_spec, cache)
         self._sharing = sharing
-        self._implementation = implementation
         self._steps_per_call = steps_per_call
         self._stop_tokens = frozenset(stop_tokens)
         self._stop_array = np.array(sorted(self._stop_tokens) or [NOTHING], np.int32)
-        self._planner = planner
         self._salts = count()
         self._requests: dict[SequenceHandle, Request] = {}
         self._plan: DecodePlan | None = None
@@ -140,7 +140,12 @@ class DecodeSession:
             RowSampling.stack([request.sampling for request in running], rows),
             self._stop_array,
         )
-        program = self._program(decode_steps, args, num_steps=self._steps_per_call)
+        program = self._program(
+            decode_steps,
+            args,
+            num_steps=self._steps_per_call,
+            implementation=self.backend.decode,
+        )
         start = time.perf_counter()
         self._pool, _, chosen = program(self._split.leaves, *args)
         chosen = np.asarray(chosen)
@@ -250,10 +255,11 @@ class DecodeSession:
             num_tokens=num_tokens,
             chunk_size=self.cache.chunk_size,
             num_chunks=self.cache.num_chunks,
+            options=self.backend.planner,
         )
         params = [request.sampling for request, _ in call]
         args = (self._pool, batch, RowSampling.stack(params, max_segments(num_tokens)))
-        program = self._program(prefill_step, args)
+        program = self._program(prefill_step, args, implementation=self.backend.prefill)
         start = time.perf_counter()
         self._pool, chosen = program(self._split.leaves, *args)
         chosen = np.asarray(chosen)
@@ -274,11 +280,11 @@ class DecodeSession:
         if self._plan is None or key != self._plan_key:
             start = time.perf_counter()
             self._plan, summary = plan_decode(
-                [request.sequence.chunk_ids for request in running],
+                [request.sequence.chunk_table for request in running],
                 [request.sequence.num_tokens for request in running],
                 chunk_size=self.cache.chunk_size,
                 num_chunks=self.cache.num_chunks,
-                options=self._planner,
+                options=self.backend.planner,
                 at_least=self._shape_to_keep(len(running)),
             )
             self._plan_key = key
@@ -299,9 +305,7 @@ class DecodeSession:
         return self._plan_shape
 
     def _program(self, function: Callable, args: tuple, **static):
-        program, seconds = PROGRAMS.compiled(
-            function, self._split, args, implementation=self._implementation, **static
-        )
+        program, seconds = PROGRAMS.compiled(function, self._split, args, **static)
         if seconds:
             self.stats.compilations += 1
             self.stats.compile_seconds += seconds

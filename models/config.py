@@ -53,7 +53,7 @@ class DecoderConfig:
 
     @property
     def cache_spec(self) -> CacheSpec:
-        return CacheSpec(self.num_layers, self.num_kv_heads, self.head_dim)
+        return CacheSpec(self.num_layers, self.num_kv_heads, self.head_dim, self.num_heads)
 
     @property
     def num_parameters(self) -> int:

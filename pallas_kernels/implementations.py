@@ -3,20 +3,102 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
+from importlib import import_module
 
-DEFAULT = "xla"
+import jax
+
+from pallas_kernels.targets import Target, current_target
+
+PREFERENCE = ("pallas_mosaic_gpu", "pallas_triton", "xla")
+"""The first of these that runs is what `implementation=None` means."""
 
 
-def resolve(implementation: str | None, known: Collection[str]) -> str:
-    """The name to run: the one asked for, or the best on this machine for None.
+@dataclass(frozen=True)
+class AttentionShapes:
+    """What decides whether a kernel exists for a call.
 
-    Raises:
-      ValueError: for a name that is not among the known ones; nothing is ever substituted.
+    Attributes:
+      dtype: of the pool; the Pallas kernels round queries to it.
+      group: query heads for each KV head, G.
+      head_dim: D.
+      chunk_size: C.
     """
-    if implementation is None:
-        return DEFAULT
+
+    dtype: str
+    group: int
+    head_dim: int
+    chunk_size: int
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation with several implementations, each in a module of its name.
+
+    Attributes:
+      package: where the modules are; each has a function with the operation's name, and those of
+        kernels a function `unsupported(shapes) -> str | None`.
+      name: of the operation.
+      implementations: names that may be asked for.
+    """
+
+    package: str
+    name: str
+    implementations: tuple[str, ...]
+
+    def function(self, implementation: str):
+        """The function of an implementation. Kernels' modules are imported when first used."""
+        return getattr(import_module(f"{self.package}.{implementation}"), self.name)
+
+    def resolve(self, implementation: str | None, shapes: AttentionShapes) -> str:
+        """The name to run: the one asked for, or the best on this device for None.
+
+        Raises:
+          ValueError: for a name that is not known, or that cannot run here, with the reason;
+            nothing is ever substituted.
+        """
+        if implementation is None:
+            candidates = [name for name in PREFERENCE if name in self.implementations]
+            return next(name for name in candidates if self._problem(name, shapes) is None)
+        check_known(implementation, self.implementations)
+        problem = self._problem(implementation, shapes)
+        if problem is not None:
+            raise ValueError(f"implementation {implementation!r} cannot run: {problem}")
+        return implementation
+
+    def _problem(self, implementation: str, shapes: AttentionShapes) -> str | None:
+        if not implementation.startswith("pallas"):
+            return None
+        problem = _device_problem(implementation, current_target())
+        if problem is not None:
+            return problem
+        try:
+            module = import_module(f"{self.package}.{implementation}")
+        except ImportError as error:
+            return f"jax {jax.__version__} does not have what it needs: {error}"
+        return module.unsupported(shapes)
+
+
+def needs_partials(implementation: str) -> bool:
+    """Whether plans for it must have slots for partials."""
+    return implementation.startswith("pallas")
+
+
+def check_known(implementation: str, known: Collection[str]) -> None:
+    """Raises ValueError for a name that is not among the known ones."""
     if implementation not in known:
         raise ValueError(
             f"unknown implementation {implementation!r}; known: {', '.join(sorted(known))}"
         )
-    return implementation
+
+
+def _device_problem(implementation: str, target: Target) -> str | None:
+    if target.compute_capability is None:
+        return f"it needs an NVIDIA GPU, and the device is {target.name!r}"
+    major, minor = target.compute_capability
+    found = f"{target.name!r} has {major}.{minor}"
+    if implementation == "pallas_mosaic_gpu" and major != 9:
+        return f"it needs compute capability 9 (Hopper), and {found}"
+    if major < 8:
+        return f"it needs compute capability 8 (Ampere) or later, and {found}"
+    return None

@@ -91,3 +91,14 @@ class PrefillPlan:
     block_tables: Int32[HostOrDevice, "S P"]
     own_chunk: Int32[HostOrDevice, " S"]  # first chunk, by index in the table, that no item covers
     partials: PartialSlots | None = None  # only for implementations that need them
+
+
+def require_partials(plan: DecodePlan | PrefillPlan) -> PartialSlots:
+    """The plan's slots for partials.
+
+    Raises:
+      ValueError: when it has none.
+    """
+    if plan.partials is None:
+        raise ValueError("the plan has no slots for partials: plan with PlannerOptions.for_gpu")
+    return plan.partials

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from jaxtyping import install_import_hook
 
-pytest_plugins = ["tests.fixtures_weights"]
+pytest_plugins = ["tests.fixtures_weights", "tests.interpreted"]
 
 install_import_hook(
     [

@@ -1,3 +1,3 @@
-from pallas_kernels.chunk_attention.api import IMPLEMENTATIONS, chunk_attention
+from pallas_kernels.chunk_attention.api import CHUNK_ATTENTION, IMPLEMENTATIONS, chunk_attention
 
-__all__ = ["IMPLEMENTATIONS", "chunk_attention"]
+__all__ = ["CHUNK_ATTENTION", "IMPLEMENTATIONS", "chunk_attention"]

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.chunk_attention import reference, xla
-from pallas_kernels.implementations import resolve
-from pallas_kernels.plans import DecodePlan
+from pallas_kernels.implementations import AttentionShapes, Operation
+from pallas_kernels.plans import DecodePlan, HostOrDevice
+from pallas_kernels.targets import current_target
 
-IMPLEMENTATIONS: dict[str, Callable] = {
-    "xla": xla.chunk_attention,
-    "reference": reference.chunk_attention,
-}
+CHUNK_ATTENTION = Operation(
+    "pallas_kernels.chunk_attention",
+    "chunk_attention",
+    ("reference", "xla", "pallas_triton", "pallas_mosaic_gpu"),
+)
+IMPLEMENTATIONS = CHUNK_ATTENTION.implementations
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "implementation"), inline=True)
 def chunk_attention(
-    q: Float[Array, "B Hq D"],
-    keys: Float[Array, "L Hkv N C D"],
-    values: Float[Array, "L Hkv N C D"],
+    q: Float[HostOrDevice, "B Hq D"],
+    keys: Float[HostOrDevice, "L Hkv N C D"],
+    values: Float[HostOrDevice, "L Hkv N C D"],
     plan: DecodePlan,
-    lengths: Int32[Array, " B"],
+    lengths: Int32[HostOrDevice, " B"],
     *,
     layer: int | Int32[Array, ""] = 0,
     scale: float | None = None,
@@ -36,27 +36,45 @@ def chunk_attention(
     ChunkAttention, arXiv 2402.15220, section 3.2: a chunk-first phase reads every shared run of
     chunks once for all the rows below it, a sequence-first phase adds each row's private chunks
     and merges. Accumulates in float32 whatever the dtype.
+    The Pallas implementations round queries to the pool's dtype, which tensor cores multiply.
 
     Args:
       q: queries; query head `h` reads KV head `h // (Hq // Hkv)`.
       keys, values: the pool of all layers.
-      plan: which chunks each row reads, as `jax_chunkattn.plan_decode` makes it.
+      plan: which chunks each row reads, as `jax_chunkattn.plan_decode` makes it. The Pallas
+        implementations need one with partials, made with `PlannerOptions.for_gpu`.
       lengths: tokens each row attends to; the chunks in the plan must hold at least as many. A row
         of length 0 gives zeros.
       layer: which layer of the pool to read; may be traced.
       scale: multiplies the scores; `1 / sqrt(D)` by default.
-      implementation: one of `IMPLEMENTATIONS`, or None for the best that runs here.
+      implementation: one of `IMPLEMENTATIONS`, or None for the best that runs here: Mosaic on
+        Hopper GPUs, Triton on other NVIDIA GPUs from Ampere on, XLA elsewhere.
 
     Raises:
-      ValueError: for an unknown implementation, heads that do not divide, or a head_dim that
-        differs from the pool's.
+      ValueError: for an implementation that is unknown or cannot run here, a plan without what it
+        needs, heads that do not divide, or a head_dim that differs from the pool's.
     """
-    kv_heads, head_dim = keys.shape[1], keys.shape[-1]
+    kv_heads, chunk_size, head_dim = keys.shape[1], *keys.shape[3:]
     if q.shape[-1] != head_dim:
         raise ValueError(f"queries have head_dim {q.shape[-1]}, the pool has {head_dim}")
     if q.shape[1] % kv_heads:
         raise ValueError(f"{q.shape[1]} query heads are not a multiple of {kv_heads} KV heads")
-    function = IMPLEMENTATIONS[resolve(implementation, IMPLEMENTATIONS)]
-    if scale is None:
-        scale = 1 / math.sqrt(head_dim)
-    return function(q, keys, values, plan, lengths, layer=layer, scale=scale)
+    shapes = AttentionShapes(str(keys.dtype), q.shape[1] // kv_heads, head_dim, chunk_size)
+    return _run(
+        q,
+        keys,
+        values,
+        plan,
+        lengths,
+        layer,
+        scale=1 / math.sqrt(head_dim) if scale is None else scale,
+        implementation=CHUNK_ATTENTION.resolve(implementation, shapes),
+        interpret=current_target().interpret,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "implementation", "interpret"), inline=True)
+def _run(q, keys, values, plan, lengths, layer, *, scale, implementation, interpret):
+    options = {"interpret": True} if interpret and implementation.startswith("pallas") else {}
+    function = CHUNK_ATTENTION.function(implementation)
+    return function(q, keys, values, plan, lengths, layer=layer, scale=scale, **options)

@@ -1,3 +1,7 @@
-from pallas_kernels.prefill_attention.api import IMPLEMENTATIONS, prefill_attention
+from pallas_kernels.prefill_attention.api import (
+    IMPLEMENTATIONS,
+    PREFILL_ATTENTION,
+    prefill_attention,
+)
 
-__all__ = ["IMPLEMENTATIONS", "prefill_attention"]
+__all__ = ["IMPLEMENTATIONS", "PREFILL_ATTENTION", "prefill_attention"]

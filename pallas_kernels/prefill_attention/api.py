@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.implementations import resolve
-from pallas_kernels.plans import PrefillPlan
-from pallas_kernels.prefill_attention import reference, xla
+from pallas_kernels.implementations import AttentionShapes, Operation
+from pallas_kernels.plans import HostOrDevice, PrefillPlan
+from pallas_kernels.targets import current_target
 
-IMPLEMENTATIONS: dict[str, Callable] = {
-    "xla": xla.prefill_attention,
-    "reference": reference.prefill_attention,
-}
+PREFILL_ATTENTION = Operation(
+    "pallas_kernels.prefill_attention",
+    "prefill_attention",
+    ("reference", "xla", "pallas_triton"),
+)
+IMPLEMENTATIONS = PREFILL_ATTENTION.implementations
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "query_tile", "implementation"), inline=True)
 def prefill_attention(
-    q: Float[Array, "T Hq D"],
-    keys: Float[Array, "L Hkv N C D"],
-    values: Float[Array, "L Hkv N C D"],
+    q: Float[HostOrDevice, "T Hq D"],
+    keys: Float[HostOrDevice, "L Hkv N C D"],
+    values: Float[HostOrDevice, "L Hkv N C D"],
     plan: PrefillPlan,
     *,
     query_tile: int,
@@ -47,9 +47,30 @@ def prefill_attention(
       implementation: one of `IMPLEMENTATIONS`, or None for the best that runs here.
 
     Raises:
-      ValueError: for an unknown implementation.
+      ValueError: for an implementation that is unknown or cannot run here, or a plan without what
+        it needs.
     """
-    function = IMPLEMENTATIONS[resolve(implementation, IMPLEMENTATIONS)]
-    if scale is None:
-        scale = 1 / math.sqrt(q.shape[-1])
-    return function(q, keys, values, plan, layer=layer, scale=scale, query_tile=query_tile)
+    kv_heads, chunk_size, head_dim = keys.shape[1], *keys.shape[3:]
+    shapes = AttentionShapes(str(keys.dtype), q.shape[1] // kv_heads, head_dim, chunk_size)
+    return _run(
+        q,
+        keys,
+        values,
+        plan,
+        layer,
+        query_tile=query_tile,
+        scale=1 / math.sqrt(head_dim) if scale is None else scale,
+        implementation=PREFILL_ATTENTION.resolve(implementation, shapes),
+        interpret=current_target().interpret,
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("query_tile", "scale", "implementation", "interpret"), inline=True
+)
+def _run(q, keys, values, plan, layer, *, query_tile, scale, implementation, interpret):
+    options = {"interpret": True} if interpret and implementation.startswith("pallas") else {}
+    function = PREFILL_ATTENTION.function(implementation)
+    return function(
+        q, keys, values, plan, layer=layer, scale=scale, query_tile=query_tile, **options
+    )

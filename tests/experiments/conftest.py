@@ -15,11 +15,11 @@ from jax_chunkattn import PrefixTree, Request
 class FakeSession:
     """Decodes one token a step; request i stops after i + 1 tokens. `interrupt_at` is a step."""
 
-    implementation = "fake"
     interrupt_at: int | None = None
 
     def __init__(self, model: Any, cache: Any, **settings: Any) -> None:
         self.settings = settings
+        self.backend = SimpleNamespace(decode=settings["implementation"] or "xla")
         self.requests: list[Request] = []
         self.released: list[Request] = []
         self.steps = 0

@@ -12,6 +12,7 @@ from jax_chunkattn import (
     SamplingParams,
     chunks_needed,
 )
+from tests.interpreted import implementations
 from tests.jax_chunkattn.toy import greedy_without_cache, token_tree, toy_model
 
 SHARE_ALL = PlannerOptions(worth_sharing=lambda rows, chunks: rows > 1)
@@ -62,11 +63,12 @@ def test_tokens_equal_those_of_a_model_without_a_cache(chunk_size, sharing):
     assert reused > 500 if sharing else reused == 0
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@implementations
 def test_each_implementation_decodes_the_same(implementation):
     prompts = token_tree((1, 70), (4, 9))
-    decoding = session(num_chunks=30, implementation=implementation)
+    decoding = session(num_chunks=30, planner=None, implementation=implementation)
     requests = decoding.generate(prompts, SamplingParams(max_tokens=12))
+    assert decoding.backend.decode == decoding.backend.prefill == implementation
     assert tokens_of(requests) == [greedy_without_cache(prompt, 12) for prompt in prompts]
 
 
@@ -250,7 +252,7 @@ def test_a_request_is_released_once():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"implementation": "cuda"}, "unknown implementation 'cuda'; known: reference, xla"),
+        ({"implementation": "cuda"}, "unknown implementation 'cuda'; known: pallas_mosaic_gpu, "),
         ({"steps_per_call": 0}, "steps_per_call must be at least 1, got 0"),
     ],
 )

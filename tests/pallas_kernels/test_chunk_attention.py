@@ -10,18 +10,53 @@ import pytest
 from jax_chunkattn.planner import PlannerOptions
 from jax_chunkattn.workloads import case_inputs
 from pallas_kernels import chunk_attention
-from pallas_kernels.chunk_attention import IMPLEMENTATIONS
+from pallas_kernels.implementations import needs_partials
 from pallas_kernels.specs import NUMERICS, AttentionCase
 from tests import oracle
+from tests.interpreted import implementations
 
-PLANS = {
-    "auto": PlannerOptions(),
-    "share all": PlannerOptions(worth_sharing=lambda rows, chunks: rows > 1),
-    "share nothing": PlannerOptions(sharing=False),
-    "cut": PlannerOptions(item_overhead=0, item_read=0, max_item_chunks=3, max_item_rows=3),
-}
-implementations = pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
 cases = pytest.mark.parametrize("case", NUMERICS, ids=lambda case: case.name)
+PLANS = ["auto", "share all", "share nothing", "cut", "whole"]
+
+
+def planner_options(plan: str, case: AttentionCase, implementation: str) -> PlannerOptions:
+    """One way to cut the work of a case, for an implementation."""
+    on_cpu = {
+        "auto": {},
+        "share all": {"worth_sharing": lambda rows, chunks: rows > 1},
+        "share nothing": {"sharing": False},
+        "cut": {"item_overhead": 0, "item_read": 0, "max_item_chunks": 3, "max_item_rows": 3},
+        "whole": {"worth_sharing": lambda rows, chunks: chunks > 1},
+    }
+    if not needs_partials(implementation):
+        return PlannerOptions(**on_cpu[plan])
+    on_gpu = {
+        "auto": {},
+        "share all": {"worth_sharing": lambda rows, chunks: rows > 1},
+        "share nothing": {"sharing": False},
+        "cut": {
+            "worth_sharing": lambda rows, chunks: rows > 1,
+            "num_sms": 1000,
+            "min_piece_tokens": 1,
+            "query_tile": 4,
+            "align": 1,
+        },
+        "whole": {
+            "worth_sharing": lambda rows, chunks: rows > 1,
+            "num_sms": 1,
+            "query_tile": 10_000,
+            "max_private_chunks": 1000,
+        },
+    }
+    return PlannerOptions.for_gpu(
+        **{
+            "num_heads": case.num_heads,
+            "num_kv_heads": case.num_kv_heads,
+            "head_dim": case.head_dim,
+            "chunk_size": case.chunk_size,
+            **on_gpu[plan],
+        }
+    )
 
 
 @jax.jit
@@ -48,9 +83,13 @@ def naive_attention(q, keys, values, tables, lengths):
     return np.asarray(plain_attention(q[:rows], dense(keys), dense(values), lengths[:rows]))
 
 
-def assert_as_exact_as_naive(case, implementation, options, layers=2):
+def planned_inputs(case, implementation, plan="share all", **options):
+    return case_inputs(case, options=planner_options(plan, case, implementation), **options)
+
+
+def assert_as_exact_as_naive(case, implementation, plan="share all", layers=2):
     """flash-attention's rule: at most twice the naive error, both against float64."""
-    inputs = case_inputs(case, options=options, layers=layers)
+    inputs = planned_inputs(case, implementation, plan, layers=layers)
     rows = len(inputs.tables)
     args = (inputs.q, inputs.keys, inputs.values, inputs.plan, inputs.lengths)
     got = chunk_attention(*args, layer=layers - 1, implementation=implementation)
@@ -70,15 +109,16 @@ def assert_as_exact_as_naive(case, implementation, options, layers=2):
 @implementations
 @cases
 def test_error_is_at_most_twice_the_naive_one(case, implementation):
-    assert_as_exact_as_naive(case, implementation, PLANS["share all"])
+    assert_as_exact_as_naive(case, implementation)
 
 
 @implementations
-@pytest.mark.parametrize("plan", sorted(PLANS))
+@pytest.mark.parametrize("plan", PLANS)
 def test_every_way_to_cut_the_work_gives_the_same_attention(plan, implementation):
     case = AttentionCase("1,3,12_80,48,16", 6, 3, 32, chunk_size=16, ragged=100)
-    inputs = assert_as_exact_as_naive(case, implementation, PLANS[plan])
-    assert inputs.summary.shared == (plan != "share nothing")
+    inputs = assert_as_exact_as_naive(case, implementation, plan)
+    if plan != "auto":
+        assert inputs.summary.shared == (plan != "share nothing")
 
 
 @implementations
@@ -86,15 +126,21 @@ def test_every_way_to_cut_the_work_gives_the_same_attention(plan, implementation
 @pytest.mark.parametrize("case", NUMERICS[4:8], ids=lambda case: case.name)
 def test_half_precision_accumulates_in_float32(case, dtype, implementation):
     case = dataclasses.replace(case, dtype=dtype)
-    assert_as_exact_as_naive(case, implementation, PLANS["share all"])
+    assert_as_exact_as_naive(case, implementation)
 
 
 @implementations
 def test_rows_without_tokens_give_zeros(implementation):
-    inputs = case_inputs(AttentionCase("1,4_128,16", 4, 2, 16, chunk_size=16))
+    case = AttentionCase("1,4_128,16", 4, 2, 16, chunk_size=16)
+    inputs = planned_inputs(case, implementation)
     args = (inputs.q, inputs.keys, inputs.values, inputs.plan, np.zeros_like(inputs.lengths))
     items = dataclasses.replace(inputs.plan.items, count=np.int32(0))
     plan = dataclasses.replace(inputs.plan, items=items)
+    if plan.partials is not None:
+        begin = np.zeros_like(plan.partials.row_begin)
+        plan = dataclasses.replace(
+            plan, partials=dataclasses.replace(plan.partials, row_begin=begin)
+        )
     empty = chunk_attention(*args[:3], plan, args[4], implementation=implementation)
     np.testing.assert_array_equal(empty, 0)
 
@@ -102,7 +148,8 @@ def test_rows_without_tokens_give_zeros(implementation):
 @implementations
 def test_padding_of_the_plan_is_never_read(implementation):
     """Chunks no row owns hold numbers that would show in any sum."""
-    inputs = case_inputs(AttentionCase("1,6_100,20", 4, 2, 16, chunk_size=16, ragged=30))
+    case = AttentionCase("1,6_100,20", 4, 2, 16, chunk_size=16, ragged=30)
+    inputs = planned_inputs(case, implementation)
     owned = {chunk for table in inputs.tables for chunk in table}
     foreign = [c for c in range(inputs.keys.shape[2]) if c not in owned]
     assert foreign
@@ -118,16 +165,29 @@ def test_padding_of_the_plan_is_never_read(implementation):
     np.testing.assert_array_equal(got, expected)
 
 
+@implementations
+def test_scores_may_all_be_far_below_zero(implementation):
+    """The softmax is of differences: padding must not stand in for a score of 0."""
+    case = AttentionCase("1,3_80,20", 6, 2, 16, chunk_size=16)
+    inputs = planned_inputs(case, implementation)
+    q = np.full_like(inputs.q, 5)
+    keys = inputs.keys - np.float32(20)
+    args = (q, keys, inputs.values, inputs.plan, inputs.lengths)
+    got = chunk_attention(*args, implementation=implementation)
+    exact = oracle.decode_attention(q, keys[-1], inputs.values[-1], inputs.tables, inputs.lengths)
+    np.testing.assert_allclose(got[:3], exact[:3], atol=2e-4)  # scores are about -400
+
+
 def test_reference_computes_in_float64_when_asked():
     case = AttentionCase("1,4_96,16", 4, 2, 16, chunk_size=16, ragged=9)
     inputs = case_inputs(case)
     with jax.enable_x64(True):
-        wide = [np.asarray(x, np.float64) for x in (inputs.q, inputs.keys, inputs.values)]
-        got = chunk_attention(*wide, inputs.plan, inputs.lengths, implementation="reference")
-        assert got.dtype == np.float64
-        exact = oracle.decode_attention(
-            wide[0], wide[1][0], wide[2][0], inputs.tables, inputs.lengths
+        q, keys, values = (x.astype(np.float64) for x in (inputs.q, inputs.keys, inputs.values))
+        got = chunk_attention(
+            q, keys, values, inputs.plan, inputs.lengths, implementation="reference"
         )
+        assert got.dtype == np.float64
+        exact = oracle.decode_attention(q, keys[0], values[0], inputs.tables, inputs.lengths)
         np.testing.assert_allclose(got, exact, atol=1e-13)
 
 
@@ -157,7 +217,8 @@ def test_wrong_arguments_are_named():
     inputs = case_inputs(AttentionCase("1,4_96,16", 4, 2, 16, chunk_size=16))
     rest = (inputs.plan, inputs.lengths)
     pools = (inputs.keys, inputs.values)
-    with pytest.raises(ValueError, match="unknown implementation 'triton'; known: reference, xla"):
+    known = "pallas_mosaic_gpu, pallas_triton, reference, xla"
+    with pytest.raises(ValueError, match=f"unknown implementation 'triton'; known: {known}"):
         chunk_attention(inputs.q, *pools, *rest, implementation="triton")
     with pytest.raises(ValueError, match="3 query heads are not a multiple of 2 KV heads"):
         chunk_attention(inputs.q[:, :3], *pools, *rest)

@@ -3,15 +3,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from jax_chunkattn.planner import PlannerOptions
 from jax_chunkattn.prefill import QUERY_TILE, Segment, pack_segments
 from pallas_kernels import prefill_attention
-from pallas_kernels.prefill_attention import IMPLEMENTATIONS
+from pallas_kernels.implementations import needs_partials
 from tests import oracle
+from tests.interpreted import implementations
 
-implementations = pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
 
-
-def pack(ranges, chunk_size, num_tokens, seed=0):
+def pack(ranges, chunk_size, num_tokens, seed=0, options=PlannerOptions()):
     """Segments at [begin, end) of sequences with random, disjoint chunks; and the pool's size."""
     random = np.random.default_rng(seed)
     counts = [-(-end // chunk_size) for _, end in ranges]
@@ -23,7 +23,11 @@ def pack(ranges, chunk_size, num_tokens, seed=0):
         for (begin, end), table in zip(ranges, tables, strict=True)
     ]
     batch = pack_segments(
-        segments, num_tokens=num_tokens, chunk_size=chunk_size, num_chunks=num_chunks
+        segments,
+        num_tokens=num_tokens,
+        chunk_size=chunk_size,
+        num_chunks=num_chunks,
+        options=options,
     )
     return segments, batch, num_chunks
 
@@ -44,7 +48,12 @@ def pack(ranges, chunk_size, num_tokens, seed=0):
 def test_each_token_sees_its_sequence_up_to_itself(
     ranges, chunk_size, num_tokens, heads, kv_heads, implementation
 ):
-    segments, batch, num_chunks = pack(ranges, chunk_size, num_tokens)
+    options = PlannerOptions()
+    if needs_partials(implementation):
+        options = PlannerOptions.for_gpu(
+            num_heads=heads, num_kv_heads=kv_heads, head_dim=24, chunk_size=chunk_size
+        )
+    segments, batch, num_chunks = pack(ranges, chunk_size, num_tokens, options=options)
     random = np.random.default_rng(1)
     q = random.standard_normal((num_tokens, heads, 24), np.float32)
     keys, values = random.standard_normal((2, 3, kv_heads, num_chunks, chunk_size, 24), np.float32)

@@ -1,0 +1,248 @@
+"""Two-phase attention as two Triton kernels, for Ampere and later GPUs.
+
+Chunk-first: one program for each (work item, KV head). It multiplies the queries of all the item's
+rows with the item's chunks on the tensor cores and leaves float32 partials in the item's slots. The
+query tile is chosen by each program for its item, 16 or 64 rows, so small groups waste no work.
+Sequence-first: one program for each (row, KV head). It attends to the row's private chunks, merges
+the row's partials and writes the output.
+
+The words of `pallas_kernels.triton_tiles` are used here.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.online_softmax import MASKED, Partial
+from pallas_kernels.plans import DecodePlan, PartialSlots, WorkItems, require_partials
+from pallas_kernels.triton_tiles import (
+    SMALL_TILE,
+    KernelShape,
+    Run,
+    as_operand,
+    attend,
+    load_queries,
+    unsupported,
+)
+
+__all__ = ["chunk_attention", "chunk_first", "sequence_first", "unsupported"]
+
+# Values of partials that a sequence-first program holds at once: 64 registers a thread.
+MERGE_VALUES = 8192
+
+
+def chunk_attention(
+    q, keys, values, plan: DecodePlan, lengths, *, layer, scale: float, interpret: bool = False
+):
+    """See `pallas_kernels.chunk_attention.api.chunk_attention`."""
+    how = {"layer": layer, "scale": scale, "interpret": interpret}
+    shared = chunk_first(q, keys, values, plan.items, require_partials(plan), **how)
+    return sequence_first(q, keys, values, plan, lengths, shared, **how)
+
+
+def chunk_first(
+    q,
+    keys,
+    values,
+    items: WorkItems,
+    partials: PartialSlots,
+    *,
+    layer,
+    scale: float,
+    interpret: bool = False,
+) -> Partial:
+    """The partials of all work items: output [Hkv, S * G, Dp], maximum and total [Hkv, S * G].
+
+    The query rows of an item are consecutive, from its slot times G on. D is padded to a power of
+    two, Dp. What no item owns is left as it was in memory.
+    """
+    shape = KernelShape.of(q, keys)
+    kv_heads = keys.shape[1]
+    rows = partials.slots.shape[0] * shape.group
+    return Partial(
+        *pl.pallas_call(
+            partial(_chunk_first_kernel, shape=shape, scale=scale),
+            grid=(items.row_begin.shape[0], kv_heads),
+            out_shape=(
+                jax.ShapeDtypeStruct((kv_heads, rows, shape.padded_dim), jnp.float32),
+                jax.ShapeDtypeStruct((kv_heads, rows), jnp.float32),
+                jax.ShapeDtypeStruct((kv_heads, rows), jnp.float32),
+            ),
+            compiler_params=shape.compiler_params,
+            interpret=interpret,
+            name="chunk_first",
+        )(
+            jnp.reshape(items.count, 1),
+            items.row_begin,
+            items.row_count,
+            items.chunk_begin,
+            items.chunk_count,
+            items.chunks,
+            partials.item_slot,
+            as_operand(layer),
+            q,
+            keys,
+            values,
+        )
+    )
+
+
+def _chunk_first_kernel(
+    count,
+    row_begin,
+    row_count,
+    chunk_begin,
+    chunk_count,
+    chunks,
+    item_slot,
+    layer,
+    q,
+    keys,
+    values,
+    output,
+    maximum,
+    total,
+    *,
+    shape: KernelShape,
+    scale: float,
+):
+    item, head = pl.program_id(0), pl.program_id(1)
+    group = shape.group
+
+    def attend_tile(tile: int, tile_begin):
+        index = tile_begin + jnp.arange(tile, dtype=jnp.int32)
+        inside = index < row_count[item] * group
+        queries = load_queries(
+            q, row_begin[item] + index // group, head * group + index % group, inside, shape
+        )
+        run = Run(chunks, (), chunk_begin[item], chunk_count[item] * shape.chunk_size)
+        result = attend(queries, run, keys, values, layer[0], head, scale, shape)
+        place = item_slot[item] * group + index
+        dims = jnp.arange(shape.padded_dim, dtype=jnp.int32)
+        plt.store(output.at[head, place[:, None], dims[None]], result.output, mask=inside[:, None])
+        plt.store(maximum.at[head, place], result.maximum, mask=inside)
+        plt.store(total.at[head, place], result.total, mask=inside)
+
+    @pl.when(item < count[0])
+    def _():
+        query_rows = row_count[item] * group
+
+        @pl.when(query_rows <= SMALL_TILE)
+        def _():
+            attend_tile(SMALL_TILE, 0)
+
+        @pl.when(query_rows > SMALL_TILE)
+        def _():
+            @pl.loop(0, pl.cdiv(query_rows, shape.query_tile))
+            def _(tile):
+                attend_tile(shape.query_tile, tile * shape.query_tile)
+
+
+def sequence_first(
+    q,
+    keys,
+    values,
+    plan: DecodePlan,
+    lengths,
+    shared: Partial,
+    *,
+    layer,
+    scale: float,
+    interpret: bool = False,
+):
+    """Attention to each row's private chunks, merged with its partials: [B, Hq, D]."""
+    shape = KernelShape.of(q, keys)
+    partials = require_partials(plan)
+    return pl.pallas_call(
+        partial(_sequence_first_kernel, shape=shape, scale=scale),
+        grid=(q.shape[0], keys.shape[1]),
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        compiler_params=shape.compiler_params,
+        interpret=interpret,
+        name="sequence_first",
+    )(
+        jnp.asarray(lengths) - plan.covered_tokens,
+        plan.private_chunks,
+        partials.row_begin,
+        partials.slots,
+        as_operand(layer),
+        q,
+        keys,
+        values,
+        *shared,
+    )
+
+
+def _sequence_first_kernel(
+    private_tokens,
+    private_chunks,
+    slot_begin,
+    slots,
+    layer,
+    q,
+    keys,
+    values,
+    shared_output,
+    shared_maximum,
+    shared_total,
+    output,
+    *,
+    shape: KernelShape,
+    scale: float,
+):
+    row, head = pl.program_id(0), pl.program_id(1)
+    group = shape.group
+    padded_group = pl.next_power_of_2(group)
+    tile = max(SMALL_TILE, padded_group)
+    index = jnp.arange(tile, dtype=jnp.int32)
+    queries = load_queries(q, row, head * group + index, index < group, shape)
+    run = Run(private_chunks, (row,), 0, private_tokens[row])
+    own = attend(queries, run, keys, values, layer[0], head, scale, shape)
+
+    # Query rows of the tile beyond the group are padding: keep [G, D] of [tile, D].
+    fold = (tile // padded_group, padded_group)
+    real = (index < padded_group).reshape(fold)
+    state = Partial(
+        jnp.where(real[:, :, None], own.output.reshape(*fold, shape.padded_dim), 0.0).sum(axis=0),
+        jnp.where(real, own.maximum.reshape(fold), MASKED).max(axis=0),
+        jnp.where(real, own.total.reshape(fold), 0.0).sum(axis=0),
+    )
+    begin, end = slot_begin[row], slot_begin[row + 1]
+    at_once = max(1, MERGE_VALUES // (padded_group * shape.padded_dim))
+    members = jnp.arange(padded_group, dtype=jnp.int32)
+    dims = jnp.arange(shape.padded_dim, dtype=jnp.int32)
+
+    def merge(step, state: Partial) -> Partial:
+        entry = begin + step * at_once + jnp.arange(at_once, dtype=jnp.int32)
+        slot = plt.load(slots.at[entry], mask=entry < end, other=0)
+        place = slot[:, None] * group + members[None]
+        known = (entry < end)[:, None] & (members < group)[None]
+        part_maximum = plt.load(shared_maximum.at[head, place], mask=known, other=MASKED)
+        part_total = plt.load(shared_total.at[head, place], mask=known, other=0.0)
+        part_output = plt.load(
+            shared_output.at[head, place[:, :, None], dims[None, None]],
+            mask=jnp.broadcast_to(known[:, :, None], (*known.shape, shape.padded_dim)),
+            other=0.0,
+        )
+        new_maximum = jnp.maximum(state.maximum, part_maximum.max(axis=0))
+        keep = jnp.exp2(state.maximum - new_maximum)
+        weight = jnp.exp2(part_maximum - new_maximum[None])
+        return Partial(
+            state.output * keep[:, None] + (part_output * weight[:, :, None]).sum(axis=0),
+            new_maximum,
+            state.total * keep + (part_total * weight).sum(axis=0),
+        )
+
+    state = lax.fori_loop(0, pl.cdiv(end - begin, at_once), merge, state)
+    result = state.output / jnp.where(state.total > 0, state.total, 1.0)[:, None]
+    plt.store(
+        output.at[row, (head * group + members)[:, None], dims[None]],
+        result.astype(output.dtype),
+        mask=(members < group)[:, None] & (dims < shape.head_dim)[None],
+    )

@@ -1,0 +1,155 @@
+"""Prefill attention as two Triton kernels, for Ampere and later GPUs.
+
+Chunk-first is the kernel of decoding, with tokens for rows: chunks wholly before the new tokens of
+one or several sequences are read once for all those tokens. The second kernel has a program for
+each (query tile, KV head) and up to 64 query rows of it: it attends causally to the sequence's own
+new chunks, merges the tokens' partials and writes the output.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.chunk_attention.pallas_triton import chunk_first
+from pallas_kernels.online_softmax import MASKED, Partial
+from pallas_kernels.plans import PrefillPlan, require_partials
+from pallas_kernels.triton_tiles import (
+    KernelShape,
+    Run,
+    as_operand,
+    attend,
+    load_queries,
+    unsupported,
+)
+
+__all__ = ["prefill_attention", "unsupported"]
+
+
+def prefill_attention(
+    q,
+    keys,
+    values,
+    plan: PrefillPlan,
+    *,
+    layer,
+    scale: float,
+    query_tile: int,
+    interpret: bool = False,
+):
+    """See `pallas_kernels.prefill_attention.api.prefill_attention`."""
+    partials = require_partials(plan)
+    how = {"layer": layer, "scale": scale, "interpret": interpret}
+    shared = chunk_first(q, keys, values, plan.items, partials, **how)
+    shape = KernelShape.of(q, keys)
+    tokens = q.shape[0]
+    tiles = plan.tile_begin.shape[0]
+    parts = pl.cdiv(min(query_tile, tokens) * shape.group, shape.query_tile)
+    output = pl.pallas_call(
+        partial(_causal_kernel, shape=shape, scale=scale),
+        grid=(tiles, keys.shape[1], parts),
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        compiler_params=shape.compiler_params,
+        interpret=interpret,
+        name="prefill_causal",
+    )(
+        jnp.reshape(plan.num_tiles, 1),
+        plan.tile_begin,
+        plan.tile_count,
+        plan.tile_position,
+        plan.tile_sequence,
+        plan.block_tables,
+        plan.own_chunk,
+        partials.row_begin,
+        partials.slots,
+        as_operand(layer),
+        q,
+        keys,
+        values,
+        *shared,
+    )
+    # No program writes padding: tokens that no tile has, behind the others.
+    used = jnp.arange(tiles, dtype=jnp.int32) < plan.num_tiles
+    packed = jnp.max(jnp.where(used, plan.tile_begin + plan.tile_count, 0))
+    is_token = jnp.arange(tokens, dtype=jnp.int32) < packed
+    return jnp.where(is_token[:, None, None], output, jnp.zeros((), q.dtype))
+
+
+def _causal_kernel(
+    num_tiles,
+    tile_begin,
+    tile_count,
+    tile_position,
+    tile_sequence,
+    block_tables,
+    own_chunk,
+    slot_begin,
+    slots,
+    layer,
+    q,
+    keys,
+    values,
+    shared_output,
+    shared_maximum,
+    shared_total,
+    output,
+    *,
+    shape: KernelShape,
+    scale: float,
+):
+    tile, head, part = (pl.program_id(axis) for axis in range(3))
+    group = shape.group
+    first_row = part * shape.query_tile
+
+    def attend_part():
+        index = first_row + jnp.arange(shape.query_tile, dtype=jnp.int32)
+        local, member = index // group, index % group
+        inside = local < tile_count[tile]
+        token = tile_begin[tile] + local
+        queries = load_queries(q, token, head * group + member, inside, shape)
+        sequence = tile_sequence[tile]
+        own_begin = own_chunk[sequence] * shape.chunk_size
+        position = tile_position[tile] + local - own_begin  # counted from the first own chunk
+        last = jnp.max(jnp.where(inside, position, 0))
+        run = Run(block_tables, (sequence,), own_chunk[sequence], last + 1)
+        state = attend(queries, run, keys, values, layer[0], head, scale, shape, position)
+
+        begin = plt.load(slot_begin.at[token], mask=inside, other=0)
+        count = plt.load(slot_begin.at[token + 1], mask=inside, other=0) - begin
+        dims = jnp.arange(shape.padded_dim, dtype=jnp.int32)
+
+        def merge(entry, state: Partial) -> Partial:
+            known = entry < count
+            slot = plt.load(slots.at[begin + entry], mask=known, other=0)
+            place = slot * group + member
+            part_maximum = plt.load(shared_maximum.at[head, place], mask=known, other=MASKED)
+            part_total = plt.load(shared_total.at[head, place], mask=known, other=0.0)
+            part_output = plt.load(
+                shared_output.at[head, place[:, None], dims[None]],
+                mask=jnp.broadcast_to(known[:, None], (len(index), shape.padded_dim)),
+                other=0.0,
+            )
+            maximum = jnp.maximum(state.maximum, part_maximum)
+            keep = jnp.exp2(state.maximum - maximum)
+            weight = jnp.exp2(part_maximum - maximum)
+            return Partial(
+                state.output * keep[:, None] + part_output * weight[:, None],
+                maximum,
+                state.total * keep + part_total * weight,
+            )
+
+        state = lax.fori_loop(0, jnp.max(count), merge, state)
+        plt.store(
+            output.at[token[:, None], (head * group + member)[:, None], dims[None]],
+            (state.output / state.total[:, None]).astype(output.dtype),
+            mask=inside[:, None] & (dims < shape.head_dim)[None],
+        )
+
+    @pl.when((tile < num_tiles[0]) & (first_row < tile_count[tile] * group))
+    def _():
+        attend_part()
