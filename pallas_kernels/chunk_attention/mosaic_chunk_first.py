@@ -1,0 +1,131 @@
+"""The chunk-first phase as a Mosaic GPU kernel: one program for each (work item, KV head).
+
+A *query row* is one query head of one row of the batch: an item with R rows has R * G of them for
+each KV head. The program attends to the item's chunks with one tile of them after another (the
+planner makes items of one tile) and leaves float32 partials in the item's slots.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.chunk_attention.mosaic_shape import (
+    WARPGROUP_AXIS,
+    WARPGROUP_ROWS,
+    Buffers,
+    TileShape,
+)
+from pallas_kernels.chunk_attention.mosaic_tiles import Run, attend, load_rows, store_rows
+from pallas_kernels.online_softmax import Partial
+from pallas_kernels.plans import PartialSlots, WorkItems
+
+
+def chunk_first(
+    q,
+    keys,
+    values,
+    items: WorkItems,
+    partials: PartialSlots,
+    *,
+    layer,
+    scale: float,
+    query_tile: int = WARPGROUP_ROWS,
+    stages: int | None = None,
+    interpret: Any = False,
+) -> Partial:
+    """Attention over every work item: Partial [Hkv, F], where F >= S * G and slot s has query rows
+    [s * G, (s + 1) * G). Maxima are in units of log2. Rows of slots that no item has are undefined.
+
+    query_tile is 64, or 128: two warpgroups that share what they read. Slots must be reserved for
+    whole warpgroups, see `PartialSlots`.
+    """
+    shape = TileShape.of(q, keys, scale, query_tile=query_tile, stages=stages, interpret=interpret)
+    kv_heads, group = keys.shape[1], shape.group
+    # Room for the last item's last warpgroup, whatever its slots' place is.
+    slot_rows = (-(-partials.slots.shape[0] * group // WARPGROUP_ROWS) + 1) * WARPGROUP_ROWS
+
+    def kernel(
+        q_ref,
+        keys_ref,
+        values_ref,
+        row_begin,
+        row_count,
+        chunk_begin,
+        chunk_count,
+        chunks,
+        count,
+        item_slot,
+        layer_ref,
+        output,
+        maximum,
+        total,
+        *buffers,
+    ):
+        item, head = lax.axis_index("item"), lax.axis_index("head")
+
+        @pl.when(item < count[0])
+        def _():
+            first_row, rows = row_begin[item] * group, row_count[item] * group
+            first_slot = item_slot[item] * group
+            first_chunk = chunk_begin[item]
+            begin = lax.axis_index(WARPGROUP_AXIS) * WARPGROUP_ROWS
+
+            def load_queries(tile):
+                row = first_row + tile * shape.query_tile + begin
+                return load_rows(q_ref.at[head, pl.ds(row, WARPGROUP_ROWS)])
+
+            def store(tile, partial: Partial):
+                row = tile * shape.query_tile + begin
+
+                @pl.when(row < rows)
+                def _():
+                    place = pl.ds(first_slot + row, WARPGROUP_ROWS)
+                    store_rows(output.at[head, place], partial.output)
+                    store_rows(maximum.at[head, place], partial.maximum)
+                    store_rows(total.at[head, place], partial.total)
+
+            run = Run(
+                keys_ref,
+                values_ref,
+                layer_ref[0],
+                head,
+                chunk_id=lambda index: chunks[first_chunk + index],
+                tokens=chunk_count[item] * shape.chunk_size,
+                whole_chunks=True,
+            )
+            tiles = lax.div(rows + (shape.query_tile - 1), jnp.int32(shape.query_tile))
+            attend(shape, Buffers(*buffers), run, tiles, load_queries, store)
+
+    vector = jax.ShapeDtypeStruct((kv_heads, slot_rows), jnp.float32)
+    matrix = jax.ShapeDtypeStruct((*vector.shape, shape.head_dim), jnp.float32)
+    run_kernel = shape.kernel(
+        kernel, (matrix, vector, vector), (), {"item": items.row_begin.shape[0], "head": kv_heads}
+    )
+    output, maximum, total = run_kernel(
+        queries_by_head(q, keys, shape.query_tile),
+        keys,
+        values,
+        *(jnp.asarray(x) for x in (items.row_begin, items.row_count)),
+        *(jnp.asarray(x) for x in (items.chunk_begin, items.chunk_count, items.chunks)),
+        jnp.asarray(items.count)[None],
+        jnp.asarray(partials.item_slot),
+        jnp.asarray(layer, jnp.int32)[None],
+    )
+    return Partial(output, maximum, total)
+
+
+def queries_by_head(q, keys, padding: int):
+    """q [B, Hq, D] as query rows [Hkv, B * G + padding, D] in the pool's dtype.
+
+    Any run of rows is contiguous, for any G, and a tile that begins in the last row has its room.
+    """
+    batch, num_heads, head_dim = q.shape
+    kv_heads = keys.shape[1]
+    q = q.astype(keys.dtype).reshape(batch, kv_heads, num_heads // kv_heads, head_dim)
+    q = q.transpose(1, 0, 2, 3).reshape(kv_heads, -1, head_dim)
+    return jnp.pad(q, ((0, 0), (0, padding), (0, 0)))

@@ -1,0 +1,189 @@
+"""The sequence-first phase as a Mosaic GPU kernel: one program for each (row, KV head).
+
+The program attends to the row's private chunks with a tile of query rows of which G count; the
+tensor cores have nothing better to do while chunks come from memory. Then it merges what the
+chunk-first phase left in the row's slots, and writes the output.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.chunk_attention.mosaic_chunk_first import queries_by_head
+from pallas_kernels.chunk_attention.mosaic_shape import WARPGROUP_ROWS, Buffers, TileShape
+from pallas_kernels.chunk_attention.mosaic_tiles import Run, attend, load_rows, store_rows
+from pallas_kernels.online_softmax import Partial
+from pallas_kernels.plans import DecodePlan
+
+MAX_GROUP = 32
+# Rows of the staging tile that no query row of the group needs: maxima and totals go there.
+MAXIMUM_ROW, TOTAL_ROW = MAX_GROUP, MAX_GROUP + 1
+THREADS = 128
+
+
+class Block(NamedTuple):
+    """Partial results of a few query rows: the output spread over the threads, the rest scalars."""
+
+    output: Any  # [R, D]
+    maximum: list
+    total: list
+
+
+def sequence_first(
+    q,
+    keys,
+    values,
+    plan: DecodePlan,
+    lengths,
+    shared: Partial,
+    *,
+    layer,
+    scale: float,
+    stages: int | None = None,
+    interpret: Any = False,
+):
+    """Attention to the private chunks, merged with `shared`: [B, Hq, D] in q's dtype.
+
+    shared is what `chunk_first` gives: Partial [Hkv, F], where F > S * G.
+    """
+    batch, num_heads, head_dim = q.shape
+    kv_heads = keys.shape[1]
+    shape = TileShape.of(
+        q,
+        keys,
+        scale,
+        stages=stages,
+        other_memory=WARPGROUP_ROWS * head_dim * 4,
+        interpret=interpret,
+    )
+    group, partials = shape.group, plan.partials
+    assert partials is not None
+    # The merge goes over `block_rows` query rows at once, so that each thread has a number.
+    block_rows = max(1, THREADS // head_dim)
+    padded_group = -(-group // block_rows) * block_rows
+
+    def kernel(
+        q_ref,
+        keys_ref,
+        values_ref,
+        private_chunks,
+        lengths_ref,
+        covered_tokens,
+        layer_ref,
+        slot_begin,
+        slots,
+        shared_output,
+        shared_maximum,
+        shared_total,
+        out,
+        staging,
+        *buffers,
+    ):
+        row, head = lax.axis_index("row"), lax.axis_index("head")
+
+        def load_queries(tile):
+            return load_rows(q_ref.at[head, pl.ds(row * group, WARPGROUP_ROWS)])
+
+        def load_block(first):
+            rows = [first + i for i in range(block_rows)]
+            return Block(
+                shared_output[head, pl.ds(first, block_rows)],
+                [shared_maximum[head, row] for row in rows],
+                [shared_total[head, row] for row in rows],
+            )
+
+        def finish(tile, private: Partial):
+            _stage(staging, private)
+            state = [_staged_block(staging, i, block_rows) for i in range(0, group, block_rows)]
+
+            def merge_slot(index, state):
+                first = slots[index] * group
+                return [
+                    _merge(block, load_block(first + i * block_rows))
+                    for i, block in enumerate(state)
+                ]
+
+            state = lax.fori_loop(slot_begin[row], slot_begin[row + 1], merge_slot, state)
+            for i, block in enumerate(state):
+                inverses = [_inverse(total) for total in block.total]
+                result = block.output * _by_row(inverses, block.output.shape)
+                out[row, head, pl.ds(i * block_rows, block_rows)] = result.astype(out.dtype)
+
+        run = Run(
+            keys_ref,
+            values_ref,
+            layer_ref[0],
+            head,
+            chunk_id=lambda index: private_chunks[row, index],
+            tokens=lengths_ref[row] - covered_tokens[row],
+            whole_chunks=False,
+        )
+        attend(shape, Buffers(*buffers), run, jnp.int32(1), load_queries, finish)
+
+    run_kernel = shape.kernel(
+        kernel,
+        jax.ShapeDtypeStruct((batch, kv_heads, padded_group, head_dim), q.dtype),
+        (plgpu.SMEM((WARPGROUP_ROWS, head_dim), jnp.float32),),
+        {"row": batch, "head": kv_heads},
+    )
+    out = run_kernel(
+        queries_by_head(q, keys, WARPGROUP_ROWS),
+        keys,
+        values,
+        *(jnp.asarray(x) for x in (plan.private_chunks, lengths, plan.covered_tokens)),
+        jnp.asarray(layer, jnp.int32)[None],
+        *(jnp.asarray(x) for x in (partials.row_begin, partials.slots)),
+        *shared,
+    )
+    return out[:, :, :group].reshape(batch, num_heads, head_dim)
+
+
+def _stage(staging, private: Partial) -> None:
+    """Puts a tile's result where any thread can read any row of it."""
+    store_rows(staging, private.output)
+    columns = pl.ds(0, WARPGROUP_ROWS)
+    store_rows(staging.at[MAXIMUM_ROW, columns], private.maximum)
+    store_rows(staging.at[TOTAL_ROW, columns], private.total)
+
+
+def _staged_block(staging, first: int, block_rows: int) -> Block:
+    rows = range(first, first + block_rows)
+    return Block(
+        staging[pl.ds(first, block_rows)],
+        [staging[MAXIMUM_ROW, row] for row in rows],
+        [staging[TOTAL_ROW, row] for row in rows],
+    )
+
+
+def _merge(a: Block, b: Block) -> Block:
+    """`online_softmax.merge` in units of log2, row by row."""
+    maximum = list(map(jnp.maximum, a.maximum, b.maximum))
+    scale_a = [jnp.exp2(x - m) for x, m in zip(a.maximum, maximum, strict=True)]
+    scale_b = [jnp.exp2(x - m) for x, m in zip(b.maximum, maximum, strict=True)]
+    totals = zip(a.total, scale_a, b.total, scale_b, strict=True)
+    shape = a.output.shape
+    return Block(
+        a.output * _by_row(scale_a, shape) + b.output * _by_row(scale_b, shape),
+        maximum,
+        [x * scale_x + y * scale_y for x, scale_x, y, scale_y in totals],
+    )
+
+
+def _by_row(scalars: list, shape: tuple[int, int]):
+    """A factor for [R, D]: the scalar of each row."""
+    if len(scalars) == 1:
+        return scalars[0]
+    layout = plgpu.Layout.WG_STRIDED(shape, vec_size=shape[0] * shape[1] // THREADS)
+    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
+    return jnp.where(row == 0, scalars[0], scalars[1])
+
+
+def _inverse(total):
+    """1 / total, and 0 where there were no tokens at all."""
+    return jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1.0), 0.0)

@@ -1,0 +1,137 @@
+"""What a Mosaic GPU kernel of chunk attention is compiled for (Hopper): tiles, buffers, stages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+WARPGROUP_ROWS = 64  # query rows of one warpgroup: what its matrix instruction takes
+WARPGROUP_AXIS = "warpgroup"
+SM_SHARED_MEMORY = 233472  # bytes; each program on the SM takes 1024 of them for itself
+BARRIER_MEMORY = 256  # bytes, more than three barriers a stage need
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """The sizes a kernel is compiled for."""
+
+    group: int  # G
+    head_dim: int  # D
+    chunk_size: int  # C
+    num_chunks: int  # N
+    dtype: Any
+    warpgroups: int
+    key_tile: int  # tokens of one step
+    stages: int
+    scale: float  # of the scores, log2(e) included
+    interpret: Any
+
+    @classmethod
+    def of(
+        cls,
+        q: jax.Array,
+        keys: jax.Array,
+        scale: float,
+        *,
+        query_tile: int = WARPGROUP_ROWS,
+        stages: int | None = None,
+        other_memory: int = 0,
+        interpret: Any = False,
+    ) -> TileShape:
+        """`stages` None chooses; `other_memory` is shared memory beside `Buffers`, in bytes."""
+        _, kv_heads, num_chunks, chunk_size, head_dim = keys.shape
+        # The matrix instruction takes no fewer than 64 tokens. 128 cost less per token, but should
+        # not be several chunks: of a short run, most would be padding.
+        key_tile = 128 if head_dim == 64 and chunk_size % 128 == 0 else 64
+        warpgroups = query_tile // WARPGROUP_ROWS
+        return cls(
+            group=q.shape[1] // kv_heads,
+            head_dim=head_dim,
+            chunk_size=chunk_size,
+            num_chunks=num_chunks,
+            dtype=keys.dtype,
+            warpgroups=warpgroups,
+            key_tile=key_tile,
+            stages=stages or _default_stages(head_dim, key_tile, warpgroups, other_memory),
+            scale=scale * math.log2(math.e),
+            interpret=interpreter() if interpret is True else interpret,
+        )
+
+    @property
+    def query_tile(self) -> int:
+        return self.warpgroups * WARPGROUP_ROWS
+
+    @property
+    def chunks_per_step(self) -> int:
+        return max(1, self.key_tile // self.chunk_size)
+
+    @property
+    def steps_per_chunk(self) -> int:
+        return max(1, self.chunk_size // self.key_tile)
+
+    def kernel(self, body: Callable, out_type, scratch: tuple, grid: dict[str, int]) -> Callable:
+        """`plgpu.kernel` with the program's buffers for `attend` after the other scratch."""
+        # This lowering puts a barrier of the warpgroup before each copy into shared memory. The
+        # ring relies on it: one thread starts the copy, when all four warps have read the buffer.
+        params = plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            reduction_scratch_bytes=0,  # for reductions across warps, and there are none
+        )
+        options = {"interpret": self.interpret} if self.interpret else {}
+        return plgpu.kernel(
+            body,
+            out_type=out_type,
+            scratch_types=(*scratch, *self._buffers()),
+            grid=tuple(grid.values()),
+            grid_names=tuple(grid),
+            num_threads=self.warpgroups,
+            thread_name=WARPGROUP_AXIS,
+            compiler_params=params,
+            **options,
+        )
+
+    def _buffers(self) -> tuple:
+        swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+        buffer = partial(plgpu.SMEM, dtype=self.dtype, transforms=swizzled)
+        ring = buffer((self.stages, self.key_tile, self.head_dim))
+        copied = plgpu.Barrier(num_arrivals=self.chunks_per_step, num_barriers=self.stages)
+        read = plgpu.Barrier(num_arrivals=self.warpgroups, num_barriers=self.stages)
+        queries = buffer((self.warpgroups, WARPGROUP_ROWS, self.head_dim))
+        weights = buffer((self.warpgroups, WARPGROUP_ROWS, self.key_tile))
+        return (queries, ring, ring, copied, copied, read) + (weights,) * bool(self.interpret)
+
+
+def interpreter(**options):
+    """Parameters of the interpreter; there is none before jax 0.11."""
+    return plgpu.InterpretGPUParams(**options)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _default_stages(head_dim: int, key_tile: int, warpgroups: int, other_memory: int) -> int:
+    """As many as let two programs of one warpgroup share an SM, or one program of two fill it.
+
+    Either way the SM has two warpgroups, of which one multiplies while the other exponentiates,
+    and four steps or more on their way from memory: 128 KiB. H200's 4.3 TB/s asks for about 50.
+    """
+    programs = 1 if head_dim == 256 else 2 // warpgroups
+    queries = warpgroups * WARPGROUP_ROWS * head_dim * 2
+    left = SM_SHARED_MEMORY // programs - 1024 - BARRIER_MEMORY - queries - other_memory
+    return min(6, left // (key_tile * head_dim * 4))
+
+
+class Buffers(NamedTuple):
+    """Shared memory and barriers of one program."""
+
+    queries: Any  # [warpgroups, 64, D]
+    keys: Any  # [stages, key_tile, D]
+    values: Any
+    keys_copied: Any  # [stages]
+    values_copied: Any
+    read: Any  # [stages]; every warpgroup has read the keys and the values
+    weights: Any = None  # [warpgroups, 64, key_tile]; only when interpreting

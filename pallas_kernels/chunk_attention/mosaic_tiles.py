@@ -1,0 +1,214 @@
+"""Attention of tiles of queries over a run of chunks, inside a Mosaic GPU kernel (Hopper).
+
+The run is read in steps of `key_tile` tokens. A ring of buffers in shared memory is filled by TMA,
+`stages - 1` steps ahead of the step that is being multiplied. Each warpgroup has 64 query rows, and
+their scores, weights and output in its registers (online softmax, arXiv 1805.02867): in float32,
+and in units of log2, because the GPU computes powers of two. Warpgroups of a program share the
+ring; the first one fills it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.chunk_attention.mosaic_shape import (
+    WARPGROUP_AXIS,
+    WARPGROUP_ROWS,
+    Buffers,
+    TileShape,
+)
+from pallas_kernels.online_softmax import MASKED, Partial
+
+MATRIX = plgpu.Layout.WGMMA
+PER_ROW = MATRIX.reduce(1)
+ACCUMULATOR = plgpu.WGMMAAccumulatorRef
+
+
+class Run(NamedTuple):
+    """What a program's queries attend to."""
+
+    keys: Any  # the pool's reference [L, Hkv, N, C, D]
+    values: Any
+    layer: Any
+    head: Any
+    chunk_id: Callable  # index in the run -> id in the pool, of a chunk that exists
+    tokens: Any  # the first so many of the run
+    whole_chunks: bool  # static: tokens is a multiple of C
+
+
+def attend(
+    shape: TileShape,
+    buffers: Buffers,
+    run: Run,
+    tiles,
+    load_queries: Callable,
+    store: Callable,
+) -> None:
+    """Attends to the run with one tile of queries after another.
+
+    load_queries(tile) gives the calling warpgroup's queries [64, D] of the tile; store(tile,
+    partial) gets their Partial [64]. Without tokens that is the empty one.
+    """
+    warpgroup = lax.axis_index(WARPGROUP_AXIS)
+    stages = shape.stages
+    steps = _ceil_div(run.tokens, shape.key_tile)
+    total = tiles * steps
+    fetch = partial(_fetch, shape, buffers, run, warpgroup, steps, total)
+    chunk_ids = partial(_chunk_ids, shape, run, steps)
+
+    for ahead in range(stages - 1):
+        fetch(jnp.int32(ahead), chunk_ids(jnp.int32(ahead)))
+
+    def wait_for_readers(position):
+        if shape.warpgroups > 1:
+
+            @pl.when((warpgroup == 0) & (position > 0))
+            def _():
+                plgpu.barrier_wait(buffers.read.at[_rem(position - 1, stages)])
+
+    def attend_tile(tile, next_ids):
+        buffers.queries[warpgroup] = load_queries(tile)
+        plgpu.commit_smem()
+
+        def step(index, carry):
+            state, next_ids = carry
+            position = tile * steps + index
+            wait_for_readers(position)  # of the buffer that this step refills: the previous one's
+            fetch(position + (stages - 1), next_ids)
+            next_ids = chunk_ids(position + stages)  # read now, so that the next step need not wait
+            slot = _rem(position, stages)
+            visible = run.tokens - index * shape.key_tile
+            state = _attend_step(shape, buffers, run, warpgroup, slot, visible, state)
+            if shape.warpgroups > 1:
+                plgpu.barrier_arrive(buffers.read.at[slot])
+            return state, next_ids
+
+        state, next_ids = lax.fori_loop(0, steps, step, (_empty(shape), next_ids))
+        store(tile, state)
+        return next_ids
+
+    lax.fori_loop(0, tiles, attend_tile, chunk_ids(jnp.int32(stages - 1)))
+    wait_for_readers(total)  # every phase of a barrier has someone who waits for it
+
+
+def _empty(shape: TileShape) -> Partial:
+    rows, f32 = (WARPGROUP_ROWS,), jnp.float32
+    return Partial(
+        plgpu.layout_cast(jnp.full((*rows, shape.head_dim), 0, f32), MATRIX),
+        plgpu.layout_cast(jnp.full(rows, MASKED, f32), PER_ROW),
+        plgpu.layout_cast(jnp.full(rows, 0, f32), PER_ROW),
+    )
+
+
+def _chunk_ids(shape: TileShape, run: Run, steps, position) -> tuple:
+    """Chunks of the step at `position`, counted over all tiles.
+
+    A step that is longer than what is left of the run repeats the last chunk: what a masked weight
+    of zero is multiplied with must be a number.
+    """
+    step = _rem(position, jnp.maximum(steps, 1))
+    last = jnp.maximum(_ceil_div(run.tokens, shape.chunk_size) - 1, 0)
+    first = lax.div(step * shape.chunks_per_step, jnp.int32(shape.steps_per_chunk))
+    ids = (run.chunk_id(jnp.minimum(first + i, last)) for i in range(shape.chunks_per_step))
+    return tuple(jnp.clip(chunk, 0, shape.num_chunks - 1) for chunk in ids)
+
+
+def _fetch(shape: TileShape, buffers: Buffers, run: Run, warpgroup, steps, total, position, ids):
+    """Starts the copy of a step's keys and values into its place in the ring."""
+    slot = _rem(position, shape.stages)
+    step = _rem(position, jnp.maximum(steps, 1))
+    tokens = min(shape.chunk_size, shape.key_tile)
+    part = pl.ds(_rem(step, shape.steps_per_chunk) * tokens, tokens)
+
+    @pl.when((warpgroup == 0) & (position < total))
+    def _():
+        for pool, ring, copied in (
+            (run.keys, buffers.keys, buffers.keys_copied),
+            (run.values, buffers.values, buffers.values_copied),
+        ):
+            for i, chunk in enumerate(ids):
+                place = ring.at[slot, pl.ds(i * tokens, tokens)]
+                chunk_ref = pool.at[run.layer, run.head, chunk, part]
+                plgpu.copy_gmem_to_smem(chunk_ref, place, copied.at[slot])
+
+
+def _attend_step(shape, buffers, run: Run, warpgroup, slot, visible, state: Partial) -> Partial:
+    """Merges the attention over one step's tokens, the first `visible` of them, into the state."""
+    rows, tokens = WARPGROUP_ROWS, shape.key_tile
+    plgpu.barrier_wait(buffers.keys_copied.at[slot])
+
+    def score(accumulator):
+        keys = buffers.keys.at[slot]
+        plgpu.wgmma(accumulator, buffers.queries.at[warpgroup], _transpose(keys))
+        return accumulator[...]
+
+    scores = pl.run_scoped(score, ACCUMULATOR((rows, tokens), jnp.float32)) * shape.scale
+    if not run.whole_chunks or shape.chunks_per_step > 1:
+        token = plgpu.broadcasted_iota(jnp.int32, (rows, tokens), 1, layout=MATRIX)
+        scores = jnp.where(token < visible, scores, MASKED)
+    maximum = jnp.maximum(state.maximum, scores.max(axis=1))
+    rescale = jnp.exp2(state.maximum - maximum)
+    weights = jnp.exp2(scores - lax.broadcast_in_dim(maximum, scores.shape, [0]))
+    total = state.total * rescale + weights.sum(axis=1)
+    output = state.output * lax.broadcast_in_dim(rescale, state.output.shape, [0])
+    weights = weights.astype(shape.dtype)
+    plgpu.barrier_wait(buffers.values_copied.at[slot])
+    values = buffers.values.at[slot]
+    return Partial(_accumulate(shape, buffers, warpgroup, output, weights, values), maximum, total)
+
+
+def _accumulate(shape: TileShape, buffers: Buffers, warpgroup, output, weights, values) -> Any:
+    """output + weights @ values; the weights are an operand in registers."""
+    if not shape.interpret:
+
+        def add(accumulator):
+            plgpu.wgmma(accumulator, weights, values)
+
+        return pl.run_state(add)(ACCUMULATOR.init(output))
+
+    # The interpreter knows neither operands in registers nor accumulators with a first value.
+    buffers.weights[warpgroup] = weights
+    plgpu.commit_smem()
+
+    def multiply(accumulator):
+        plgpu.wgmma(accumulator, buffers.weights.at[warpgroup], values)
+        return accumulator[...]
+
+    return output + pl.run_scoped(multiply, ACCUMULATOR(output.shape, jnp.float32))
+
+
+def load_rows(reference):
+    """A matrix in global memory, as registers. Rows may begin anywhere, unlike those of a TMA."""
+    index = ((),) if jax.__version_info__ < (0, 11) else ()
+    return plgpu.load(reference, *index, layout=MATRIX, optimized=False)
+
+
+def store_rows(reference, value) -> None:
+    """Writes registers to global memory, with no demand on how the layout fits its sectors."""
+    store = getattr(plgpu, "store", None)
+    if store is not None:
+        store(reference, value, optimized=False)
+    else:  # jax 0.11 and before demand nothing
+        reference[...] = value
+
+
+def _transpose(reference):
+    if jax.__version_info__ < (0, 11):
+        return plgpu.transpose_ref(reference, (1, 0))
+    return reference.transpose((1, 0))
+
+
+def _ceil_div(a, b: int):
+    return lax.div(a + (b - 1), jnp.int32(b))
+
+
+def _rem(a, b):
+    return lax.rem(a, jnp.int32(b))

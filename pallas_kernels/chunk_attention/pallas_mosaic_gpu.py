@@ -1,0 +1,64 @@
+"""Two-phase attention as two Mosaic GPU kernels, for Hopper.
+
+Chunk-first: `mosaic_chunk_first`; sequence-first: `mosaic_sequence_first`; what both do with a run
+of chunks: `mosaic_tiles`. Between them, float32 partials pass through memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pallas_kernels.chunk_attention.mosaic_chunk_first import chunk_first
+from pallas_kernels.chunk_attention.mosaic_sequence_first import MAX_GROUP, sequence_first
+from pallas_kernels.implementations import AttentionShapes
+from pallas_kernels.plans import DecodePlan
+
+__all__ = ["chunk_attention", "chunk_first", "sequence_first", "unsupported"]
+
+DTYPES = ("bfloat16", "float16")
+HEAD_DIMS = (64, 128, 256)
+CHUNK_SIZES = (16, 32)  # and multiples of 64
+
+
+def unsupported(shapes: AttentionShapes) -> str | None:
+    """Why these shapes cannot run here, or None."""
+    if shapes.dtype not in DTYPES:
+        return f"the Mosaic GPU kernels take bfloat16 and float16, not {shapes.dtype}"
+    if shapes.head_dim not in HEAD_DIMS:
+        return f"the Mosaic GPU kernels take a head_dim of 64, 128 or 256, not {shapes.head_dim}"
+    if shapes.chunk_size not in CHUNK_SIZES and (shapes.chunk_size % 64 or not shapes.chunk_size):
+        return (
+            "the Mosaic GPU kernels take a chunk_size of 16, 32 or a multiple of 64, "
+            f"not {shapes.chunk_size}"
+        )
+    if shapes.group > MAX_GROUP:
+        return (
+            f"the Mosaic GPU kernels take up to {MAX_GROUP} query heads a KV head, "
+            f"not {shapes.group}"
+        )
+    return None
+
+
+def chunk_attention(
+    q,
+    keys,
+    values,
+    plan: DecodePlan,
+    lengths,
+    *,
+    layer,
+    scale: float,
+    query_tile: int = 64,
+    interpret: Any = False,
+):
+    """See `pallas_kernels.chunk_attention.api.chunk_attention`; the plan must have partials.
+
+    `interpret` is False, True, or `InterpretGPUParams`.
+    """
+    if plan.partials is None:
+        raise ValueError("the Mosaic GPU kernels need a plan with partial slots")
+    options: dict[str, Any] = {"layer": layer, "scale": scale, "interpret": interpret}
+    shared = chunk_first(
+        q, keys, values, plan.items, plan.partials, query_tile=query_tile, **options
+    )
+    return sequence_first(q, keys, values, plan, lengths, shared, **options)
