@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from experiments.compile_report import CompileReportConfig
 from experiments.errors import user_errors
 from experiments.generate import GenerateConfig
 from experiments.kernel import KernelConfig
@@ -25,7 +26,8 @@ EXIT_INTERRUPTED = 130
 DEBUG_VARIABLE = "JAX_CHUNKATTN_DEBUG"
 
 Config = (
-    Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
+    Annotated[CompileReportConfig, tyro.conf.subcommand("compile-report")]
+    | Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
     | Annotated[KernelConfig, tyro.conf.subcommand("kernel")]
     | Annotated[TreeConfig, tyro.conf.subcommand("tree")]
 )

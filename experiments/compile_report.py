@@ -1,0 +1,146 @@
+"""`python -m experiments compile-report`: what the GPU kernels and programs need, with no GPU.
+
+JAX's CUDA plugin compiles for a described GPU on any Linux machine. Every kernel variant is
+compiled and its registers, spills, shared memory and occupancy are told; then the decode loop and a
+prefill call of an 8B model, with their temporaries, and whether they copy the pool. A kernel that
+spills, a program that copies the pool, and one that does not compile are failures.
+
+    pip install 'jax_chunkattn[experiments,gpu-check]'
+    python -m experiments compile-report
+    python -m experiments compile-report --backends pallas_triton --variants every --gpu a100
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from experiments.errors import UserError
+from experiments.results import ResultFolder, new_run_path
+
+if TYPE_CHECKING:
+    from experiments.gpu_compile.target import GpuTarget
+
+Gpu = Literal["h200", "h100", "a100"]
+Backend = Literal["pallas_triton", "pallas_mosaic_gpu"]
+Variants = Literal["some", "every", "none"]
+
+_VARIANTS = "experiments.gpu_compile.variants:kernel_variants"
+_PROGRAMS = "experiments.gpu_compile.programs:whole_programs"
+
+
+@dataclass(frozen=True)
+class CompileReportConfig:
+    """Compile the GPU kernels and the whole programs without a GPU, and report what they need."""
+
+    gpu: Gpu = "h200"
+    """The GPU to compile for."""
+
+    backends: tuple[Backend, ...] = ("pallas_triton", "pallas_mosaic_gpu")
+    """Whose kernels to compile."""
+
+    variants: Variants = "some"
+    """Every combination of dtype, head size, chunk size and group of heads, or some of them."""
+
+    programs: bool = True
+    """Also compile the decode loop, on one GPU and on four, and the prefill call."""
+
+    processes: int = 2
+    """Cases compiled at a time."""
+
+    keep_dumps: bool = False
+    """Keep the compiler's HLO, PTX and buffer assignments in the folder, some MB a case."""
+
+    output: Annotated[
+        Path | None,
+        tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: runs/compile-report-TIME)"),
+    ] = None
+    """Folder for the results: `results.jsonl` has a line for each variant and program."""
+
+
+def run(config: CompileReportConfig) -> dict[str, Any]:
+    """Compile, print the tables, and return the summary.
+
+    Raises:
+      UserError: when this machine cannot compile for a GPU, and, once the results are written,
+        when something spills, copies the pool or does not compile.
+    """
+    if config.processes < 1:
+        raise UserError(f"--processes must be at least 1, got {config.processes}")
+    from experiments.gpu_compile.target import check_installed
+
+    check_installed()
+    with ResultFolder(config.output or new_run_path("compile-report")) as folder:
+        try:
+            summary, failures = _compile(config, folder)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(folder.state()) from None
+    if failures:
+        raise UserError(f"{'; '.join(failures)}; see {folder.results_path}")
+    return summary
+
+
+def _compile(config: CompileReportConfig, folder: ResultFolder) -> tuple[dict[str, Any], list[str]]:
+    from experiments.environment import describe_host
+    from experiments.gpu_compile.report import CompileReport, failures_of
+    from experiments.gpu_compile.target import target_named
+    from experiments.gpu_compile.worker import compile_cases
+    from experiments.progress import phase_display
+
+    target = target_named(config.gpu)
+    dump = folder.path / "dumps" if config.keep_dumps else None
+    report = CompileReport(target)
+    found: dict[str, list[dict[str, Any]]] = {}
+    with phase_display() as display:
+        for kind, table, names, per_process in _cases(config, target):
+            phase, done = f"compiling {kind}s", itertools.count(1)
+            display.update(phase, 0, len(names))
+
+            def keep(record, kind=kind, phase=phase, total=len(names), done=done) -> None:
+                folder.write_record({"kind": kind, "gpu": config.gpu, **record})
+                display.update(phase, next(done), total)
+
+            found[kind] = compile_cases(
+                table,
+                names,
+                target,
+                per_process=per_process,
+                processes=config.processes,
+                dump=dump,
+                on_record=keep,
+            )
+    report.print_kernels(found.get("kernel", []))
+    report.print_programs(found.get("program", []))
+    failures = [failure for records in found.values() for failure in failures_of(records)]
+    summary = {
+        "experiment": "compile-report",
+        "gpu": config.gpu,
+        "variants": len(found.get("kernel", [])),
+        "programs": len(found.get("program", [])),
+        "failures": failures,
+        **describe_host(),
+    }
+    folder.write_summary(summary)
+    report.print_folder(folder.path)
+    return summary, failures
+
+
+def _cases(config: CompileReportConfig, target: GpuTarget) -> list[tuple[str, str, list[str], int]]:
+    """Kind, table, names and cases per process of what is to be compiled."""
+    backends = tuple(name for name in config.backends if name in target.backends)
+    cases = []
+    if config.variants != "none":
+        from experiments.gpu_compile.variants import variant_names
+
+        names = variant_names(backends, config.variants == "every")
+        cases.append(("kernel", _VARIANTS, names, 8))
+    if config.programs:
+        from experiments.gpu_compile.programs import whole_programs
+
+        names = list(whole_programs(implementations=("xla", *backends)))
+        cases.append(("program", _PROGRAMS, names, 1))
+    return cases

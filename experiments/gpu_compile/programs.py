@@ -1,0 +1,154 @@
+"""Whole programs to compile: the decode loop and a prefill call of a large model, as shapes only.
+
+Nothing is allocated, so a 16 GB model with a 34 GB pool compiles on a laptop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from experiments.gpu_compile.cases import Case, CaseTable, abstract, abstract_plan
+from experiments.gpu_compile.target import GpuTarget
+from experiments.gpu_compile.tensor_parallel import tensor_parallel_case
+from jax_chunkattn.decode_loop import DecodeState, decode_steps
+from jax_chunkattn.planner import PlannerOptions
+from jax_chunkattn.pool import CacheConfig, ChunkPool, allocate_pool
+from jax_chunkattn.prefill import Segment, max_segments, pack_segments, prefill_step
+from jax_chunkattn.sampling import RowSampling
+from models.config import DecoderConfig
+from models.decoder import Decoder
+from pallas_kernels.chunk_attention.api import IMPLEMENTATIONS as DECODE_IMPLEMENTATIONS
+from pallas_kernels.implementations import needs_partials
+from pallas_kernels.prefill_attention.api import IMPLEMENTATIONS as PREFILL_IMPLEMENTATIONS
+
+REFERENCE = "reference"  # for numbers on a CPU, not made to be compiled at this size
+
+LLAMA_3_8B = DecoderConfig(
+    vocab_size=128_256,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    rope_theta=500_000.0,
+    max_positions=8192,
+)
+
+
+@dataclass(frozen=True)
+class ProgramSize:
+    """How large a program's model, batch and pool are."""
+
+    config: DecoderConfig = LLAMA_3_8B
+    rows: int = 64
+    num_chunks: int = 4096
+    chunk_size: int = 64
+    dtype: str = "bfloat16"
+    steps: int = 8
+    prefill_tokens: int = 512
+
+
+def whole_programs(
+    size: ProgramSize = ProgramSize(), implementations: Collection[str] | None = None
+) -> CaseTable:
+    """The programs of all implementations, or of those named, by name."""
+
+    def chosen(known: Collection[str]) -> list[str]:
+        return [
+            name
+            for name in known
+            if name != REFERENCE and (implementations is None or name in implementations)
+        ]
+
+    table = {}
+    for name in chosen(DECODE_IMPLEMENTATIONS):
+        table[f"decode loop, {name}"] = partial(decode_case, size, name)
+        table[f"decode loop on 4 GPUs, {name}"] = partial(tensor_parallel_case, size, name)
+    for name in chosen(PREFILL_IMPLEMENTATIONS):
+        table[f"prefill, {name}"] = partial(prefill_case, size, name)
+    return table
+
+
+def decode_case(size: ProgramSize, implementation: str, target: GpuTarget) -> Case:
+    """K steps for B rows."""
+    merge, leaves = _abstract_model(size)
+    pool = abstract_pool(size)
+
+    def decode(leaves, *arguments):
+        return decode_steps(
+            merge(leaves), *arguments, num_steps=size.steps, implementation=implementation
+        )
+
+    return Case(decode, (leaves, pool, *decode_arguments(size.rows)), (1,), *pool_sizes(pool))
+
+
+def prefill_case(size: ProgramSize, implementation: str, target: GpuTarget) -> Case:
+    """T new tokens of one sequence behind a cached prompt."""
+    merge, leaves = _abstract_model(size)
+    pool = abstract_pool(size)
+    tokens, cached = size.prefill_tokens, 2 * size.prefill_tokens
+    chunks = list(range(-(-(cached + tokens) // size.chunk_size)))
+    segment = Segment([0] * tokens, chunks, cached, cached + tokens, cached)
+    batch = pack_segments(
+        [segment],
+        num_tokens=tokens,
+        chunk_size=size.chunk_size,
+        num_chunks=size.num_chunks,
+        options=_planner_options(size, implementation),
+    )
+    sampling = RowSampling.stack([], max_segments(tokens))
+
+    def prefill(leaves, *arguments):
+        return prefill_step(merge(leaves), *arguments, implementation=implementation)
+
+    arguments = (leaves, pool, *_shapes((batch, sampling)))
+    return Case(prefill, arguments, (1,), *pool_sizes(pool))
+
+
+def decode_arguments(rows: int) -> tuple:
+    """State, plan, sampling and stop tokens of B = `rows` rows."""
+    state = DecodeState(*(abstract((rows,)) for _ in range(3)))
+    sampling = RowSampling.stack([], rows)
+    return state, abstract_plan(rows), *_shapes((sampling,)), abstract((1,))
+
+
+def abstract_pool(size: ProgramSize) -> ChunkPool:
+    cache = CacheConfig(size.num_chunks, size.chunk_size, size.dtype)
+    return jax.eval_shape(partial(allocate_pool, size.config.cache_spec, cache))
+
+
+def pool_sizes(pool: ChunkPool, num_devices: int = 1) -> tuple[int, int]:
+    """Bytes of the pool, and of one layer's keys, on each of the devices that share it."""
+    keys = pool.keys.size * pool.keys.dtype.itemsize // num_devices
+    return 2 * keys, keys // pool.keys.shape[0]
+
+
+def _planner_options(size: ProgramSize, implementation: str) -> PlannerOptions:
+    if not needs_partials(implementation):
+        return PlannerOptions()
+    config = size.config
+    return PlannerOptions.for_gpu(
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        chunk_size=size.chunk_size,
+    )
+
+
+def _abstract_model(size: ProgramSize) -> tuple[Callable[[Any], Any], list]:
+    model = nnx.eval_shape(lambda: Decoder(size.config, rngs=nnx.Rngs(0), dtype=size.dtype))
+    graphdef, state = nnx.split(model)
+    leaves, treedef = jax.tree.flatten(state)
+    return lambda leaves: nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves)), leaves
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda x: abstract(jnp.shape(x), x.dtype), tree)

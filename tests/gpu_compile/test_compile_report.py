@@ -1,0 +1,111 @@
+"""The command: its checks before anything is compiled, its tables, and its exit code."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from experiments import compile_report
+from experiments.cli import main
+from experiments.gpu_compile import target, worker
+from experiments.gpu_compile.report import CompileReport, failures_of
+
+KERNEL = {
+    "name": "chunk_first",
+    "backend": "triton",
+    "registers": 192,
+    "spill_stores": 0,
+    "spill_loads": 0,
+    "shared": 81924,
+    "threads": 128,
+    "occupancy": 2,
+}
+RECORD = {
+    "kernels": [KERNEL],
+    "pallas_launches": 1,
+    "captured_pallas_launches": 1,
+    "command_buffers": 1,
+    "collectives": {},
+    "temporary_bytes": 1 << 20,
+    "aliased_bytes": 1 << 30,
+    "compile_seconds": 1.5,
+}
+GOOD = {"name": "good", **RECORD, "pool_copies": []}
+SPILLING = {"name": "tight", **RECORD, "kernels": [KERNEL | {"spill_stores": 64}]}
+COPYING = {"name": "loop", **RECORD, "pool_copies": ["copy bf16[2,8,64] in main"]}
+BROKEN = {"name": "odd", "error": "the compiler stopped: abort"}
+
+
+def test_failures():
+    assert failures_of([GOOD, SPILLING, COPYING, BROKEN]) == [
+        "tight: chunk_first spills registers",
+        "loop: copies the pool (copy bf16[2,8,64] in main)",
+        "odd: the compiler stopped: abort",
+    ]
+
+
+def test_tables_show_every_case():
+    text = io.StringIO()
+    report = CompileReport(target.TARGETS["h200"], Console(file=text, width=120))
+    report.print_kernels([GOOD, SPILLING, BROKEN])
+    report.print_programs([GOOD, COPYING])
+    printed = text.getvalue()
+    for part in ("192", "64 B", "80.0 KiB", "does not compile", "1 of 1", "YES", "1.00 GiB"):
+        assert part in printed
+
+
+def run(
+    records: list[dict[str, Any]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, list[dict[str, Any]]]:
+    """Exit code and result lines of a run whose compiler returns `records`."""
+
+    def compile_cases(table, names, *_, on_record, **__):
+        for record in records:
+            on_record(record)
+        return records
+
+    monkeypatch.setattr(worker, "compile_cases", compile_cases)
+    monkeypatch.setattr(target, "check_installed", lambda: None)
+    code = main(["compile-report", "--variants", "none", "--output", str(folder)])
+    lines = (folder / "results.jsonl").read_text().splitlines()
+    return code, [json.loads(line) for line in lines]
+
+
+def test_a_clean_run_exits_with_0(tmp_path, monkeypatch, capsys):
+    code, lines = run([GOOD], tmp_path / "out", monkeypatch)
+    assert code == 0
+    assert lines == [{"kind": "program", "gpu": "h200", **GOOD}]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["failures"] == []
+
+
+def test_a_failure_exits_with_2_and_keeps_the_results(tmp_path, monkeypatch, capsys):
+    code, lines = run([GOOD, COPYING], tmp_path / "out", monkeypatch)
+    assert code == 2
+    assert len(lines) == 2
+    assert "error: loop: copies the pool" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["failures"]
+
+
+def test_a_missing_compiler_names_the_extra(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(target, "_has_module", lambda name: False)
+    monkeypatch.setattr(target, "find_ptxas", lambda: None)
+    assert main(["compile-report"]) == 2
+    error = capsys.readouterr().err
+    assert "JAX's CUDA plugin and ptxas and absl-py" in error
+    assert "pip install 'jax_chunkattn[gpu-check]'" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_processes_is_refused(capsys):
+    assert main(["compile-report", "--processes", "0"]) == 2
+    assert "--processes must be at least 1" in capsys.readouterr().err
+
+
+def test_names_in_the_options_are_known_targets():
+    assert set(compile_report.Gpu.__args__) == set(target.TARGETS)

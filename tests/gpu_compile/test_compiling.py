@@ -1,0 +1,109 @@
+"""Compiling for an H200 on a machine without one: what is found, and that faults are found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.errors import UserError
+from experiments.gpu_compile.report import failures_of
+from experiments.gpu_compile.target import TARGETS, check_installed
+from experiments.gpu_compile.variants import available_backends, variant_names
+from experiments.gpu_compile.worker import compile_cases
+from tests.gpu_compile.toy_cases import cases
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler():
+    """Skips where the compiler is not installed; cases are found from the repository's root."""
+    try:
+        check_installed()
+    except UserError as error:
+        pytest.skip(str(error))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(ROOT)
+        yield
+
+
+@pytest.fixture(scope="module")
+def records(compiler) -> dict[str, dict[str, Any]]:
+    """What became of every toy case."""
+    names = list(cases())
+    table = "tests.gpu_compile.toy_cases:cases"
+    compiled = compile_cases(table, names, TARGETS["h200"], per_process=len(names) // 2)
+    assert [record["name"] for record in compiled] == names
+    return {record["name"]: record for record in compiled}
+
+
+def test_a_kernel_tells_its_resources(records):
+    [kernel] = records["kernel"]["kernels"]
+    assert kernel["name"] == "read_chunk"
+    assert kernel["backend"] == "triton"
+    assert 16 <= kernel["registers"] <= 255
+    assert kernel["spill_stores"] == kernel["spill_loads"] == 0
+    assert kernel["threads"] == 128
+    assert 16 * 64 * 2 <= kernel["shared"] <= 64 * 1024
+    assert kernel["occupancy"] >= 2
+    assert failures_of([records["kernel"]]) == []
+
+
+def test_spills_are_a_failure(records):
+    assert records["spill"]["kernels"][0]["spill_stores"] > 0
+    assert failures_of([records["spill"]]) == ["spill: spill spills registers"]
+
+
+def test_an_abort_of_the_compiler_costs_one_case(records):
+    assert records["three warps"]["error"].startswith("the compiler stopped: ")
+    assert "powers of 2" in records["three warps"]["error"]
+    errors = [name for name, record in records.items() if "error" in record]
+    assert errors == ["three warps"]
+
+
+@pytest.mark.parametrize("name", ["whole pool", "decode", "prefill", "decode on 4 GPUs"])
+def test_the_pool_is_updated_in_place(records, name):
+    assert records[name]["pool_copies"] == []
+
+
+@pytest.mark.parametrize("name", ["slice of the pool", "pool as scanned", "not donated"])
+def test_a_copied_pool_is_found(records, name):
+    assert records[name]["pool_copies"]
+    assert failures_of([records[name]])[0].startswith(f"{name}: copies the pool")
+
+
+def test_heads_on_several_gpus_exchange_one_sum_a_layer(records):
+    assert records["decode on 4 GPUs"]["collectives"] == {"all-reduce": 1}
+
+
+def test_launches_are_found_and_loops_are_captured(records):
+    """XLA captures the decode loop's kernels in command buffers where there are enough of them."""
+    record = records["whole pool"]
+    assert record["pallas_launches"] == 1
+    assert 0 <= record["captured_pallas_launches"] <= 1
+    assert records["decode"]["command_buffers"] > 0
+
+
+@pytest.mark.parametrize("backend", available_backends())
+def test_kernels_of_the_project_do_not_spill(backend):
+    """One of each dtype, the smallest and largest head and chunk sizes, and odd groups."""
+    parts = ("d128 c64 g4", "d256", "d32 ", "c16 ", "c256 ", "g3", "g16")
+    names = [name for name in variant_names((backend,)) if any(part in name for part in parts)]
+    table = "experiments.gpu_compile.variants:kernel_variants"
+    assert failures_of(compile_cases(table, names, TARGETS["h200"])) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", ["h200", "a100"])
+def test_every_program_of_an_8b_model_updates_the_pool_in_place(gpu):
+    from experiments.gpu_compile.programs import whole_programs
+
+    names = list(whole_programs(implementations=("xla", *TARGETS[gpu].backends)))
+    table = "experiments.gpu_compile.programs:whole_programs"
+    found = compile_cases(table, names, TARGETS[gpu], per_process=1)
+    assert failures_of(found) == []
+    assert {record["pallas_launches"] - record["captured_pallas_launches"] for record in found} == {
+        0
+    }
