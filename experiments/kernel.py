@@ -26,7 +26,16 @@ from experiments.errors import UserError
 from experiments.results import ResultFolder, new_run_path
 
 Suite = Literal["smoke", "paper"]
-Implementation = Literal["xla", "xla-unshared", "paged-shared-pages", "paged", "dense", "reference"]
+Implementation = Literal[
+    "pallas_mosaic_gpu",
+    "pallas_triton",
+    "xla",
+    "xla-unshared",
+    "paged-shared-pages",
+    "paged",
+    "dense",
+    "reference",
+]
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,10 @@ class KernelConfig:
     suite: Suite = "smoke"
     """The cases to run: a few small ones, or those of the paper's table."""
 
-    implementations: tuple[Implementation, ...] = get_args(Implementation)
+    implementations: Annotated[
+        tuple[Implementation, ...] | None,
+        tyro.conf.arg(help_behavior_hint="(default: all that run on this device)"),
+    ] = None
     """What to time. `xla-unshared` plans every row by itself; `paged` gathers each row's chunks
     from a pool with a copy per row, `paged-shared-pages` from the shared pool; `dense` has each
     row's keys and values in one piece."""
@@ -77,18 +89,22 @@ def run(config: KernelConfig) -> dict[str, Any]:
 
 def check(config: KernelConfig) -> None:
     """Raise `UserError` for a value that no run could use."""
-    for name, known in (("suite", get_args(Suite)), ("implementations", get_args(Implementation))):
-        value = getattr(config, name)
-        for one in value if isinstance(value, tuple) else (value,):
-            if one not in known:
-                raise UserError(f"--{name}: unknown {one!r}; known: {', '.join(known)}")
-    if not config.implementations:
+    named = config.implementations
+    _check_known("suite", (config.suite,), get_args(Suite))
+    _check_known("implementations", named or (), get_args(Implementation))
+    if named == ():
         raise UserError("--implementations names nothing to time")
-    if len(set(config.implementations)) < len(config.implementations):
-        raise UserError(f"--implementations names one twice: {' '.join(config.implementations)}")
+    if named is not None and len(set(named)) < len(named):
+        raise UserError(f"--implementations names one twice: {' '.join(named)}")
     if config.repeats < 1:
         raise UserError(f"--repeats must be at least 1, got {config.repeats}")
     if not (config.memory_gb > 0 and math.isfinite(config.memory_gb)):
         raise UserError(f"--memory-gb must be above 0, got {config.memory_gb}")
     if not 0 <= config.seed < 2**31:
         raise UserError(f"--seed must be from 0 to {2**31 - 1}, got {config.seed}")
+
+
+def _check_known(option: str, values: tuple[str, ...], known: tuple[str, ...]) -> None:
+    for value in values:
+        if value not in known:
+            raise UserError(f"--{option}: unknown {value!r}; known: {', '.join(known)}")

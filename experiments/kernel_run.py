@@ -17,6 +17,7 @@ from experiments.kernel_sides import (
     bytes_per_token,
     make_operands,
     make_sides,
+    runnable_implementations,
     skip_reasons,
 )
 from experiments.results import ResultFolder
@@ -31,6 +32,8 @@ _MATMUL, _READ = "matrix product", "memory read"
 def run_suite(config: KernelConfig, folder: ResultFolder) -> dict[str, Any]:
     """Measure every case of the suite; returns the summary, JSON values only."""
     started = time.perf_counter()
+    if config.implementations is None:
+        config = dataclasses.replace(config, implementations=runnable_implementations())
     report = KernelReport()
     records = []
     with count_compilations() as compilations:
@@ -44,7 +47,7 @@ def run_suite(config: KernelConfig, folder: ResultFolder) -> dict[str, Any]:
     summary = {
         "experiment": "kernel",
         "suite": config.suite,
-        "implementations": list(config.implementations),
+        "implementations": list(config.implementations or ()),
         "repeats": config.repeats,
         "memory_gb": config.memory_gb,
         "seed": config.seed,
@@ -67,8 +70,9 @@ def measure_case(case: AttentionCase, config: KernelConfig) -> dict[str, Any]:
     An implementation that is left out is in `skipped` with the reason. `plan` is None when nothing
     was run.
     """
-    skipped = skip_reasons(case, config)
-    names = tuple(name for name in config.implementations if name not in skipped)
+    wanted = config.implementations or runnable_implementations()
+    skipped = skip_reasons(case, wanted, config.memory_gb)
+    names = tuple(name for name in wanted if name not in skipped)
     record: dict[str, Any] = {
         "case": case.name,
         **dataclasses.asdict(case),

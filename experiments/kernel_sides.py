@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -17,11 +17,14 @@ from experiments.baselines import (
     paged_attention,
     pool_of_copies,
 )
-from experiments.kernel import KernelConfig
+from experiments.kernel import Implementation
 from jax_chunkattn.planner import PlannerOptions, PlanSummary, plan_decode
 from jax_chunkattn.workloads import case_inputs
 from pallas_kernels import DecodePlan, chunk_attention
+from pallas_kernels.chunk_attention import CHUNK_ATTENTION
+from pallas_kernels.implementations import AttentionShapes, needs_partials
 from pallas_kernels.specs import AttentionCase
+from pallas_kernels.targets import current_target
 
 Call = Callable[[], jax.Array]
 
@@ -89,26 +92,39 @@ def copies_bytes(case: AttentionCase) -> int:
     return case.batch * chunks * case.chunk_size * bytes_per_token(case)
 
 
-def skip_reasons(case: AttentionCase, config: KernelConfig) -> dict[str, str]:
-    """The implementations of `config` that this case is too large for, and why."""
-    limit, held = config.memory_gb * 1e9, pool_bytes(case)
+def runnable_implementations() -> tuple[Implementation, ...]:
+    """All that can be named, without the Pallas kernels where there is no GPU for them."""
+    on_gpu = current_target().is_nvidia
+    return tuple(name for name in _SIDES if on_gpu or not needs_partials(name))
+
+
+def skip_reasons(
+    case: AttentionCase, implementations: Sequence[Implementation], memory_gb: float
+) -> dict[str, str]:
+    """Those of `implementations` that cannot run this case within `memory_gb`, and why."""
+    limit, held = memory_gb * 1e9, pool_bytes(case)
     if held > limit:
-        reason = f"the pool takes {held / 1e9:.1f} GB, above --memory-gb {config.memory_gb:g}"
-        return dict.fromkeys(config.implementations, reason)
+        reason = f"the pool takes {held / 1e9:.1f} GB, above --memory-gb {memory_gb:g}"
+        return dict.fromkeys(implementations, reason)
     skipped = {}
+    for name in filter(needs_partials, implementations):
+        try:
+            CHUNK_ATTENTION.resolve(name, _shapes(case))
+        except ValueError as error:
+            skipped[name] = str(error)
     for name in ("paged", "dense"):
-        if name not in config.implementations:
+        if name not in implementations:
             continue
         more = 0 if name == "paged" and not shares(case) else copies_bytes(case)
         if held + more > limit:
             skipped[name] = (
                 f"its copies take {more / 1e9:.1f} GB beside {held / 1e9:.1f} GB, "
-                f"above --memory-gb {config.memory_gb:g}"
+                f"above --memory-gb {memory_gb:g}"
             )
         else:
             held += more
     scores = case.batch * case.num_heads * pool_bytes(case) // bytes_per_token(case)
-    if "reference" in config.implementations and scores > REFERENCE_SCORES:
+    if "reference" in implementations and scores > REFERENCE_SCORES:
         skipped["reference"] = (
             f"it would score every query against the whole pool, {scores / 1e6:.0f} million scores"
         )
@@ -129,7 +145,7 @@ def make_operands(case: AttentionCase, seed: int) -> CaseOperands:
     return CaseOperands(case, seed, **arrays, **fields)
 
 
-def make_sides(operands: CaseOperands, names: tuple[str, ...]) -> dict[str, Call]:
+def make_sides(operands: CaseOperands, names: tuple[Implementation, ...]) -> dict[str, Call]:
     """A call without arguments for each name; each returns [B, Hq, D] for the real rows first."""
     return {name: _SIDES[name](operands) for name in names}
 
@@ -141,14 +157,36 @@ def _chunk_attention(operands: CaseOperands, implementation: str, plan=None) -> 
 
 
 def _xla_unshared(operands: CaseOperands) -> Call:
+    return _chunk_attention(operands, "xla", _plan(operands, PlannerOptions(sharing=False)))
+
+
+def _on_gpu(operands: CaseOperands, implementation: str) -> Call:
+    case = operands.case
+    options = PlannerOptions.for_gpu(
+        num_sms=current_target().num_sms,
+        num_heads=case.num_heads,
+        num_kv_heads=case.num_kv_heads,
+        head_dim=case.head_dim,
+        chunk_size=case.chunk_size,
+        dtype_bytes=jnp.dtype(case.dtype).itemsize,
+    )
+    return _chunk_attention(operands, implementation, _plan(operands, options))
+
+
+def _plan(operands: CaseOperands, options: PlannerOptions) -> DecodePlan:
     plan, _ = plan_decode(
         operands.tables,
         operands.row_lengths,
         chunk_size=operands.case.chunk_size,
         num_chunks=operands.keys.shape[2],
-        options=PlannerOptions(sharing=False),
+        options=options,
     )
-    return _chunk_attention(operands, "xla", plan)
+    return plan
+
+
+def _shapes(case: AttentionCase) -> AttentionShapes:
+    group = case.num_heads // case.num_kv_heads
+    return AttentionShapes(case.dtype, group, case.head_dim, case.chunk_size)
 
 
 def _paged(operands: CaseOperands) -> Call:
@@ -177,7 +215,9 @@ def _dense(operands: CaseOperands) -> Call:
     return lambda: dense_attention(q, keys, values, lengths)
 
 
-_SIDES: dict[str, Callable[[CaseOperands], Call]] = {
+_SIDES: dict[Implementation, Callable[[CaseOperands], Call]] = {
+    "pallas_mosaic_gpu": lambda operands: _on_gpu(operands, "pallas_mosaic_gpu"),
+    "pallas_triton": lambda operands: _on_gpu(operands, "pallas_triton"),
     "xla": lambda operands: _chunk_attention(operands, "xla"),
     "xla-unshared": _xla_unshared,
     "paged-shared-pages": _paged_shared_pages,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -17,10 +18,12 @@ from experiments.errors import UserError
 from experiments.kernel import Implementation, KernelConfig, Suite, run
 from pallas_kernels.chunk_attention import IMPLEMENTATIONS
 from pallas_kernels.specs import PAPER, AttentionCase
+from pallas_kernels.targets import A100, use_target
 
 SHARED = AttentionCase("1,6_256,16", 4, 2, 16, chunk_size=16, ragged=20)
 UNSHARED = AttentionCase("3_40", 2, 2, 16, chunk_size=16)
-ALL = get_args(Implementation)
+NAMED = get_args(Implementation)
+ALL = NAMED[2:]  # without those that need a GPU
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +106,24 @@ def test_what_does_not_fit_is_skipped_and_said(
     assert "skipped reference: it would score every query" in printed
 
 
+def test_kernels_without_a_gpu_are_skipped_and_said():
+    config = KernelConfig(implementations=("pallas_triton", "xla"), repeats=1)
+    record = kernel_run.measure_case(SHARED, config)
+    assert [side["implementation"] for side in record["implementations"]] == ["xla"]
+    (skip,) = record["skipped"]
+    assert skip["implementation"] == "pallas_triton"
+    assert "needs an NVIDIA GPU, and the device is 'cpu'" in skip["reason"]
+
+
+def test_gpu_kernels_are_planned_for_and_checked():
+    target = dataclasses.replace(A100, interpret=True)
+    with use_target(target):
+        assert kernel_sides.runnable_implementations() == NAMED
+        config = KernelConfig(implementations=("pallas_triton",), repeats=1)
+        (side,) = kernel_run.measure_case(SHARED, config)["implementations"]
+    assert 0 < side["max_error"] < 2e-6
+
+
 def test_a_pool_that_does_not_fit_skips_the_case(tmp_path: Path):
     (record,) = run(KernelConfig("paper", ALL, 1, 1e-9, output=tmp_path / "out"))["cases"]
     assert record["implementations"] == []
@@ -157,13 +178,15 @@ def test_bad_values_are_one_line_and_exit_code_2(
 
 @pytest.mark.parametrize("wrong", [{"suite": "huge"}, {"implementations": ("magic",)}])
 def test_unknown_names_from_python_are_refused(wrong: dict[str, Any], tmp_path: Path):
-    with pytest.raises(UserError, match=r"unknown '(huge|magic)'; known: (smoke|xla)"):
+    with pytest.raises(
+        UserError, match=r"unknown '(huge|magic)'; known: (smoke|pallas_mosaic_gpu)"
+    ):
         run(KernelConfig(**wrong, output=tmp_path / "out"))
 
 
 def test_every_implementation_can_be_named():
-    assert set(ALL) >= set(IMPLEMENTATIONS)
-    assert set(ALL) == set(kernel_sides._SIDES)
+    assert set(NAMED) >= set(IMPLEMENTATIONS)
+    assert set(NAMED) == set(kernel_sides._SIDES)
     assert set(get_args(Suite)) == set(kernel_run.SUITES)
 
 

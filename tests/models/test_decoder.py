@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import models
 from models.config import PRESETS, DecoderConfig, preset
 from models.decoder import Decoder
 from models.loading import assemble, random_weights
@@ -177,6 +178,18 @@ def test_nnx_initialises_a_decoder_of_unit_scale():
     first, second = model.blocks.qkv[...][:2]
     assert not np.array_equal(first, second)
     assert 0.3 < decoder_logits(model, TOKENS).std() < 3
+
+
+def test_layers_compute_the_same_unrolled():
+    scanned, unrolled = (models.load("random:tiny", unroll=u).model for u in (False, True))
+    assert len(unrolled.blocks) == unrolled.config.num_layers
+    np.testing.assert_allclose(
+        decoder_logits(unrolled, TOKENS), decoder_logits(scanned, TOKENS), atol=1e-5
+    )
+    drawn = Decoder(GROUPED, rngs=nnx.Rngs(0), unroll=True)
+    first, second = (drawn.blocks[layer].qkv[...] for layer in (0, 1))
+    assert not np.array_equal(first, second)
+    assert 0.3 < decoder_logits(drawn, TOKENS).std() < 3
 
 
 @pytest.mark.parametrize("name", PRESETS)
