@@ -82,3 +82,55 @@ PAPER: tuple[AttentionCase, ...] = tuple(
     for prompt in (1024, 2048, 4096)
     for tree in (f"32_{prompt}", f"1,32_{prompt // 2},{prompt // 2}", f"1,32_{prompt},64")
 )
+
+# For a GPU that runs them, where the interpreters would take minutes: every dtype, head size, chunk
+# size and group that the kernels are compiled for, items of hundreds of chunks, more items than
+# processors, trees of many levels.
+GPU_NUMERICS: tuple[AttentionCase, ...] = (
+    AttentionCase("1,64_4096,70", 8, 8, 128, dtype="bfloat16", ragged=100),
+    AttentionCase("1,32_20000,16", 8, 1, 128, dtype="bfloat16", ragged=300),
+    AttentionCase("1,40_16384,1", 4, 4, 64, chunk_size=32, dtype="bfloat16", ragged=40),
+    AttentionCase("1,16_8192,200", 16, 1, 64, chunk_size=16, dtype="bfloat16", ragged=500),
+    AttentionCase("1,9_4000,64", 9, 3, 64, chunk_size=64, dtype="bfloat16", ragged=1000),
+    AttentionCase("1,33_2048,1", 16, 2, 256, chunk_size=64, dtype="bfloat16", ragged=129),
+    AttentionCase("1,20_3000,90", 24, 3, 128, chunk_size=256, dtype="bfloat16", ragged=600),
+    AttentionCase(
+        "1,4,16,64,256_256,64,128,64,32", 8, 2, 128, chunk_size=16, dtype="bfloat16", ragged=33
+    ),
+    AttentionCase("8,16,32,128_512,192,256,32", 6, 2, 64, chunk_size=64, dtype="bfloat16"),
+    AttentionCase("64_700", 8, 2, 128, chunk_size=128, dtype="bfloat16", ragged=900),
+    AttentionCase("1,48_5000,3", 8, 8, 128, dtype="float16", ragged=64),
+    AttentionCase("1,3,30_1024,640,50", 12, 4, 256, chunk_size=128, dtype="float16", ragged=70),
+    AttentionCase("1,24_6000,40", 16, 1, 64, chunk_size=32, dtype="float16", ragged=256),
+    AttentionCase("1,12_2500,30", 6, 2, 32, chunk_size=16, dtype="float16", ragged=200),
+    AttentionCase("1,17_4096,40", 3, 1, 80, chunk_size=64, dtype="bfloat16", ragged=300),
+    AttentionCase("1,32_4096,33", 8, 1, 128, dtype="float32", ragged=200),
+    AttentionCase("1,2,8,32_512,256,128,16", 6, 2, 64, chunk_size=32, ragged=50),
+    AttentionCase("1,10_3000,9", 4, 4, 256, chunk_size=256, ragged=300),
+    AttentionCase("1,16_9000,20", 16, 1, 32, chunk_size=16, ragged=100),
+)
+
+# PAT's benchmark (ASPLOS 2026): its trees, each with its query and KV heads of 128 dimensions.
+PAT_TREES: tuple[str, ...] = (
+    "1,10_4096,416",
+    "1,256_256,32",
+    "1,1024_2048,32",
+    "1,2,64_1024,256,256",
+    "1,4,256_32,256,32",
+    "1,8,512_32,512,256",
+    "1,8,512_32,2048,256",
+    "1,8,512_512,512,256",
+    "1,4,8,256_32,256,256,32",
+    "1,4,16,512_1024,256,128,32",
+    "1,4,16,64,256,1024_256,32,256,64,32,256",
+    "1,16,32,64,128,1024_256,128,64,32,32,32",
+    "1,16,32,64,256,1024_256,128,64,32,32,32",
+    "1,8,16,32,64,128,1024_256,128,64,32,32,32,32",
+    "1,8,16,32,64,256,1024_256,128,64,32,32,32,32",
+    "2,8,16,256_256,256,32,32",
+    "4,16,256,512_512,32,128,32",
+    "8,16,32,256_512,512,256,32",
+    "256_1024",
+    "256_4096",
+)
+PAT_HEADS: tuple[tuple[int, int], ...] = ((32, 32), (16, 8), (32, 8), (64, 8))

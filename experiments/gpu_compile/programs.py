@@ -144,7 +144,9 @@ def _planner_options(size: ProgramSize, implementation: str) -> PlannerOptions:
 
 
 def _abstract_model(size: ProgramSize) -> tuple[Callable[[Any], Any], list]:
-    model = nnx.eval_shape(lambda: Decoder(size.config, rngs=nnx.Rngs(0), dtype=size.dtype))
+    model = nnx.eval_shape(
+        lambda: Decoder(size.config, rngs=nnx.Rngs(0), dtype=size.dtype, unroll=True)
+    )
     graphdef, state = nnx.split(model)
     leaves, treedef = jax.tree.flatten(state)
     return lambda leaves: nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves)), leaves

@@ -45,8 +45,8 @@ class CompileReport:
         table = Table(title=f"Kernels on {self._target.device_kind}", title_justify="left")
         table.add_column("variant", no_wrap=True)
         table.add_column("kernel", no_wrap=True)
-        for heading in ("registers", "spilled", "shared", "threads", "per SM", "compile s"):
-            table.add_column(heading, justify="right")
+        for heading in ("registers", "spilled", "shared KiB", "threads", "per SM", "compile s"):
+            table.add_column(heading, justify="right", no_wrap=True)
         for record in records:
             if "error" in record:
                 table.add_row(record["name"], "does not compile")
@@ -57,7 +57,7 @@ class CompileReport:
                     kernel["name"],
                     str(kernel["registers"]),
                     format_bytes(kernel["spill_stores"]) if kernel["spill_stores"] else "",
-                    format_bytes(kernel["shared"]),
+                    f"{kernel['shared'] / 1024:.1f}",
                     str(kernel["threads"]),
                     str(kernel["occupancy"]),
                     f"{record['compile_seconds']:.1f}" if first else "",

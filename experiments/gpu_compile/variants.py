@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import itertools
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import jax
 
 from experiments.gpu_compile.cases import Case, CaseTable, abstract, abstract_plan
 from experiments.gpu_compile.target import GpuTarget
-from pallas_kernels.implementations import AttentionShapes
+from jax_chunkattn.planner import PlannerOptions
+from jax_chunkattn.prefill import QUERY_TILE, Segment, pack_segments
+from pallas_kernels.chunk_attention import CHUNK_ATTENTION
+from pallas_kernels.implementations import AttentionShapes, Operation
+from pallas_kernels.plans import PrefillPlan
+from pallas_kernels.prefill_attention import PREFILL_ATTENTION
 
 BACKENDS = ("pallas_triton", "pallas_mosaic_gpu")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -23,44 +31,50 @@ _ROWS, _KV_HEADS, _LAYERS, _CHUNKS = 64, 8, 2, 1024
 
 @dataclass(frozen=True)
 class KernelVariant:
-    """Both kernels of two-phase attention, for one set of the sizes they are compiled for."""
+    """An operation's kernels, for one set of the sizes they are compiled for.
+
+    `query_tile` is that of Mosaic's chunk-first kernel; Triton's choose theirs as they run.
+    """
 
     backend: str
     dtype: str = "bfloat16"
     head_dim: int = 128
     chunk_size: int = 64
     group: int = 4
+    operation: Operation = CHUNK_ATTENTION
+    query_tile: int | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.backend} {self.dtype} d{self.head_dim} c{self.chunk_size} g{self.group}"
+        sizes = f"{self.dtype} d{self.head_dim} c{self.chunk_size} g{self.group}"
+        tile = f" tile {self.query_tile}" if self.query_tile else ""
+        prefill = " prefill" if self.operation is PREFILL_ATTENTION else ""
+        return f"{self.backend}{prefill} {sizes}{tile}"
 
     def unsupported(self) -> str | None:
         """Why the backend does not take these sizes; None when it does."""
         shapes = AttentionShapes(self.dtype, self.group, self.head_dim, self.chunk_size)
-        return _backend_module(self.backend).unsupported(shapes)
+        return _module(self.operation, self.backend).unsupported(shapes)
 
     def case(self, target: GpuTarget) -> Case:
-        def attend(q, keys, values, plan, lengths, layer):
-            return _backend_module(self.backend).chunk_attention(
-                q, keys, values, plan, lengths, layer=layer, scale=1 / math.sqrt(self.head_dim)
-            )
-
-        pool = (_LAYERS, _KV_HEADS, _CHUNKS, self.chunk_size, self.head_dim)
-        arguments = (
-            abstract((_ROWS, _KV_HEADS * self.group, self.head_dim), self.dtype),
-            abstract(pool, self.dtype),
-            abstract(pool, self.dtype),
-            abstract_plan(_ROWS),
-            abstract((_ROWS,)),
-            abstract(()),
-        )
-        return Case(attend, arguments)
+        """The operation, with abstract arguments."""
+        options: dict[str, Any] = {"scale": 1 / math.sqrt(self.head_dim)}
+        if self.query_tile is not None:
+            options["query_tile"] = self.query_tile
+        plan, lengths = abstract_plan(_ROWS), (abstract((_ROWS,)),)
+        if self.operation is PREFILL_ATTENTION:
+            plan, lengths = _prefill_plan(self), ()
+            options["query_tile"] = QUERY_TILE
+        attend = self.operation.function(self.backend)
+        pool = abstract((_LAYERS, _KV_HEADS, _CHUNKS, self.chunk_size, self.head_dim), self.dtype)
+        q = abstract((_ROWS, _KV_HEADS * self.group, self.head_dim), self.dtype)
+        arguments = (q, pool, pool, plan, *lengths, abstract(()))
+        return Case(lambda *args: attend(*args[:-1], layer=args[-1], **options), arguments)
 
 
 def available_backends() -> tuple[str, ...]:
     """The GPU backends that this version of the project has."""
-    return tuple(name for name in BACKENDS if importlib.util.find_spec(_module_name(name)))
+    return tuple(name for name in BACKENDS if name in CHUNK_ATTENTION.implementations)
 
 
 def variant_names(backends: Collection[str] = BACKENDS, every: bool = False) -> list[str]:
@@ -85,24 +99,48 @@ def kernel_variants() -> CaseTable:
 
 
 def _every_combination(backend: str) -> Iterator[KernelVariant]:
-    for sizes in itertools.product(DTYPES, HEAD_DIMS, CHUNK_SIZES, GROUPS):
-        yield KernelVariant(backend, *sizes)
+    for kind, *sizes in itertools.product(_kinds(backend), DTYPES, HEAD_DIMS, CHUNK_SIZES, GROUPS):
+        yield KernelVariant(backend, *sizes, **kind)
 
 
 def _one_at_a_time(backend: str) -> Iterator[KernelVariant]:
-    for dtype, head_dim in itertools.product(DTYPES, HEAD_DIMS):
-        yield KernelVariant(backend, dtype, head_dim)
-    for chunk_size in CHUNK_SIZES:
-        if chunk_size != KernelVariant.chunk_size:
-            yield KernelVariant(backend, chunk_size=chunk_size)
-    for group in GROUPS:
-        if group != KernelVariant.group:
-            yield KernelVariant(backend, group=group)
+    for kind in _kinds(backend):
+        for dtype, head_dim in itertools.product(DTYPES, HEAD_DIMS):
+            yield KernelVariant(backend, dtype, head_dim, **kind)
+        for chunk_size in CHUNK_SIZES:
+            if chunk_size != KernelVariant.chunk_size:
+                yield KernelVariant(backend, chunk_size=chunk_size, **kind)
+        for group in GROUPS:
+            if group != KernelVariant.group:
+                yield KernelVariant(backend, group=group, **kind)
 
 
-def _backend_module(backend: str):
-    return importlib.import_module(_module_name(backend))
+def _kinds(backend: str) -> Iterator[dict[str, Any]]:
+    """The operations of a backend, each query tile of one apart."""
+    yield {}
+    if backend == "pallas_mosaic_gpu":
+        yield {"query_tile": 128}
+    if backend in PREFILL_ATTENTION.implementations:
+        yield {"operation": PREFILL_ATTENTION}
 
 
-def _module_name(backend: str) -> str:
-    return f"pallas_kernels.chunk_attention.{backend}"
+def _prefill_plan(variant: KernelVariant) -> PrefillPlan:
+    segment = Segment([0] * _ROWS, list(range(_ROWS)), 0, _ROWS, 0)
+    options = PlannerOptions.for_gpu(
+        num_heads=_KV_HEADS * variant.group,
+        num_kv_heads=_KV_HEADS,
+        head_dim=variant.head_dim,
+        chunk_size=variant.chunk_size,
+    )
+    batch = pack_segments(
+        [segment],
+        num_tokens=_ROWS,
+        chunk_size=variant.chunk_size,
+        num_chunks=_CHUNKS,
+        options=options,
+    )
+    return jax.tree.map(lambda x: abstract(x.shape, x.dtype), batch.plan)
+
+
+def _module(operation: Operation, backend: str) -> ModuleType:
+    return importlib.import_module(f"{operation.package}.{backend}")

@@ -49,7 +49,7 @@ def chunk_first(
     # Room for the last item's last warpgroup, whatever its slots' place is.
     slot_rows = (-(-partials.slots.shape[0] * group // WARPGROUP_ROWS) + 1) * WARPGROUP_ROWS
 
-    def kernel(
+    def chunk_first_kernel(
         q_ref,
         keys_ref,
         values_ref,
@@ -104,7 +104,10 @@ def chunk_first(
     vector = jax.ShapeDtypeStruct((kv_heads, slot_rows), jnp.float32)
     matrix = jax.ShapeDtypeStruct((*vector.shape, shape.head_dim), jnp.float32)
     run_kernel = shape.kernel(
-        kernel, (matrix, vector, vector), (), {"item": items.row_begin.shape[0], "head": kv_heads}
+        chunk_first_kernel,
+        (matrix, vector, vector),
+        (),
+        {"item": items.row_begin.shape[0], "head": kv_heads},
     )
     output, maximum, total = run_kernel(
         queries_by_head(q, keys, shape.query_tile),

@@ -19,7 +19,7 @@ from pallas_kernels.chunk_attention.mosaic_chunk_first import queries_by_head
 from pallas_kernels.chunk_attention.mosaic_shape import WARPGROUP_ROWS, Buffers, TileShape
 from pallas_kernels.chunk_attention.mosaic_tiles import Run, attend, load_rows, store_rows
 from pallas_kernels.online_softmax import Partial
-from pallas_kernels.plans import DecodePlan
+from pallas_kernels.plans import DecodePlan, require_partials
 
 MAX_GROUP = 32
 # Rows of the staging tile that no query row of the group needs: maxima and totals go there.
@@ -62,13 +62,12 @@ def sequence_first(
         other_memory=WARPGROUP_ROWS * head_dim * 4,
         interpret=interpret,
     )
-    group, partials = shape.group, plan.partials
-    assert partials is not None
+    group, partials = shape.group, require_partials(plan)
     # The merge goes over `block_rows` query rows at once, so that each thread has a number.
     block_rows = max(1, THREADS // head_dim)
     padded_group = -(-group // block_rows) * block_rows
 
-    def kernel(
+    def sequence_first_kernel(
         q_ref,
         keys_ref,
         values_ref,
@@ -127,7 +126,7 @@ def sequence_first(
         attend(shape, Buffers(*buffers), run, jnp.int32(1), load_queries, finish)
 
     run_kernel = shape.kernel(
-        kernel,
+        sequence_first_kernel,
         jax.ShapeDtypeStruct((batch, kv_heads, padded_group, head_dim), q.dtype),
         (plgpu.SMEM((WARPGROUP_ROWS, head_dim), jnp.float32),),
         {"row": batch, "head": kv_heads},

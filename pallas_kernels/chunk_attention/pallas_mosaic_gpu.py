@@ -11,7 +11,7 @@ from typing import Any
 from pallas_kernels.chunk_attention.mosaic_chunk_first import chunk_first
 from pallas_kernels.chunk_attention.mosaic_sequence_first import MAX_GROUP, sequence_first
 from pallas_kernels.implementations import AttentionShapes
-from pallas_kernels.plans import DecodePlan
+from pallas_kernels.plans import DecodePlan, require_partials
 
 __all__ = ["chunk_attention", "chunk_first", "sequence_first", "unsupported"]
 
@@ -55,10 +55,8 @@ def chunk_attention(
 
     `interpret` is False, True, or `InterpretGPUParams`.
     """
-    if plan.partials is None:
-        raise ValueError("the Mosaic GPU kernels need a plan with partial slots")
     options: dict[str, Any] = {"layer": layer, "scale": scale, "interpret": interpret}
     shared = chunk_first(
-        q, keys, values, plan.items, plan.partials, query_tile=query_tile, **options
+        q, keys, values, plan.items, require_partials(plan), query_tile=query_tile, **options
     )
     return sequence_first(q, keys, values, plan, lengths, shared, **options)

@@ -8,6 +8,7 @@ new chunks, merges the tokens' partials and writes the output.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -46,7 +47,7 @@ def prefill_attention(
     partials = require_partials(plan)
     how = {"layer": layer, "scale": scale, "interpret": interpret}
     shared = chunk_first(q, keys, values, plan.items, partials, **how)
-    shape = KernelShape.of(q, keys)
+    shape = _causal_shape(KernelShape.of(q, keys))
     tokens = q.shape[0]
     tiles = plan.tile_begin.shape[0]
     parts = pl.cdiv(min(query_tile, tokens) * shape.group, shape.query_tile)
@@ -78,6 +79,12 @@ def prefill_attention(
     packed = jnp.max(jnp.where(used, plan.tile_begin + plan.tile_count, 0))
     is_token = jnp.arange(tokens, dtype=jnp.int32) < packed
     return jnp.where(is_token[:, None, None], output, jnp.zeros((), q.dtype))
+
+
+def _causal_shape(shape: KernelShape) -> KernelShape:
+    """With a smaller tile where the output and a partial of each query row do not fit registers."""
+    wide = shape.dtype.itemsize * shape.padded_dim >= 512
+    return dataclasses.replace(shape, query_tile=shape.query_tile // 2) if wide else shape
 
 
 def _causal_kernel(

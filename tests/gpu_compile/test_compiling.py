@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from experiments.errors import UserError
@@ -104,6 +105,7 @@ def test_every_program_of_an_8b_model_updates_the_pool_in_place(gpu):
     table = "experiments.gpu_compile.programs:whole_programs"
     found = compile_cases(table, names, TARGETS[gpu], per_process=1)
     assert failures_of(found) == []
-    assert {record["pallas_launches"] - record["captured_pallas_launches"] for record in found} == {
-        0
-    }
+    for record in found:
+        # Mosaic's launches can be captured from jax 0.12 on.
+        if "mosaic" not in record["name"] or jax.__version_info__ >= (0, 12):
+            assert record["captured_pallas_launches"] == record["pallas_launches"], record["name"]
