@@ -23,10 +23,10 @@ def test_the_library_example_runs(smollm2_path, capsys):
 
 
 def test_every_experiment_has_a_row_and_every_row_an_experiment(capsys):
-    shown = set(re.findall(r"\| `python -m experiments (\w+)", README))
+    shown = set(re.findall(r"\| `python -m experiments ([\w-]+)", README))
     with pytest.raises(SystemExit):
         main(["--help"])
-    [listed] = re.findall(r"usage: .*?\{([\w,]+)\}", capsys.readouterr().out, flags=re.DOTALL)
+    [listed] = re.findall(r"usage: .*?\{([\w,-]+)\}", capsys.readouterr().out, flags=re.DOTALL)
     assert shown == set(listed.split(","))
 
 

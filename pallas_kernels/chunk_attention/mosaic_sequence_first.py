@@ -7,6 +7,7 @@ chunk-first phase left in the row's slots, and writes the output.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -18,13 +19,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.chunk_attention.mosaic_chunk_first import queries_by_head
 from pallas_kernels.chunk_attention.mosaic_shape import WARPGROUP_ROWS, Buffers, TileShape
 from pallas_kernels.chunk_attention.mosaic_tiles import Run, attend, load_rows, store_rows
-from pallas_kernels.online_softmax import Partial
+from pallas_kernels.online_softmax import MASKED, Partial
 from pallas_kernels.plans import DecodePlan, require_partials
 
 MAX_GROUP = 32
 # Rows of the staging tile that no query row of the group needs: maxima and totals go there.
 MAXIMUM_ROW, TOTAL_ROW = MAX_GROUP, MAX_GROUP + 1
 THREADS = 128
+BLOCKS_AT_ONCE = 16  # of partials in registers, while they are merged
 
 
 class Block(NamedTuple):
@@ -66,6 +68,9 @@ def sequence_first(
     # The merge goes over `block_rows` query rows at once, so that each thread has a number.
     block_rows = max(1, THREADS // head_dim)
     padded_group = -(-group // block_rows) * block_rows
+    # Slots are loaded several at a time: each is two round trips to memory, and they need not wait
+    # for one another.
+    slots_at_once = max(1, min(8, BLOCKS_AT_ONCE * block_rows // padded_group))
 
     def sequence_first_kernel(
         q_ref,
@@ -89,11 +94,11 @@ def sequence_first(
         def load_queries(tile):
             return load_rows(q_ref.at[head, pl.ds(row * group, WARPGROUP_ROWS)])
 
-        def load_block(first):
+        def load_block(first, known):
             rows = [first + i for i in range(block_rows)]
             return Block(
                 shared_output[head, pl.ds(first, block_rows)],
-                [shared_maximum[head, row] for row in rows],
+                [jnp.where(known, shared_maximum[head, row], MASKED) for row in rows],
                 [shared_total[head, row] for row in rows],
             )
 
@@ -101,14 +106,25 @@ def sequence_first(
             _stage(staging, private)
             state = [_staged_block(staging, i, block_rows) for i in range(0, group, block_rows)]
 
-            def merge_slot(index, state):
-                first = slots[index] * group
+            begin, end = slot_begin[row], slot_begin[row + 1]
+
+            def merge_slots(step, state):
+                entries = [begin + step * slots_at_once + i for i in range(slots_at_once)]
+                places = [slots[jnp.minimum(entry, end - 1)] * group for entry in entries]
+                loaded = [
+                    [
+                        load_block(place + i * block_rows, entry < end)
+                        for entry, place in zip(entries, places, strict=True)
+                    ]
+                    for i in range(len(state))
+                ]
                 return [
-                    _merge(block, load_block(first + i * block_rows))
-                    for i, block in enumerate(state)
+                    functools.reduce(_merge, blocks, block)
+                    for block, blocks in zip(state, loaded, strict=True)
                 ]
 
-            state = lax.fori_loop(slot_begin[row], slot_begin[row + 1], merge_slot, state)
+            steps = lax.div(end - begin + (slots_at_once - 1), jnp.int32(slots_at_once))
+            state = lax.fori_loop(0, steps, merge_slots, state)
             for i, block in enumerate(state):
                 inverses = [_inverse(total) for total in block.total]
                 result = block.output * _by_row(inverses, block.output.shape)

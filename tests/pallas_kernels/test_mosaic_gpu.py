@@ -47,8 +47,8 @@ NUMERICS = {
         share(),
         128,
     ),
-    "G of 1, items of one chunk": (
-        AttentionCase("1,4_200,7", 1, 1, 64, dtype="float16", ragged=60),
+    "G of 1, ten items of one chunk": (
+        AttentionCase("1,4_640,7", 1, 1, 64, dtype="float16", ragged=60),
         share(max_item_chunks=1),
         64,
     ),

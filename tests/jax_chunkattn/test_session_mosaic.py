@@ -1,0 +1,44 @@
+"""A session on the Mosaic GPU kernels, in their interpreter: small, for it takes seconds a call."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+import jax
+import pytest
+
+from jax_chunkattn import CacheConfig, DecodeSession, PlannerOptions, SamplingParams
+from models import preset
+from models.loading import assemble, random_weights
+from pallas_kernels.targets import H200, use_target
+from tests.jax_chunkattn.toy import token_tree
+
+SIZES = {"head_dim": 64, "num_heads": 2, "num_kv_heads": 1}
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="Mosaic's interpreter does not run here before jax 0.11"
+)
+def test_decoding_on_hopper_chooses_the_tokens_of_plain_jax():
+    config = dataclasses.replace(preset("tiny"), num_layers=2, **SIZES)
+    model = assemble(config, "bfloat16", random_weights(config, 0, "bfloat16"))
+    share = PlannerOptions.for_gpu(
+        worth_sharing=lambda rows, chunks: rows > 1, chunk_size=16, **SIZES
+    )
+    hopper = use_target(dataclasses.replace(H200, interpret=True))
+    tokens = []
+    for context, implementation in (
+        (hopper, "pallas_mosaic_gpu"),
+        (contextlib.nullcontext(), "xla"),
+    ):
+        with context:
+            session = DecodeSession(
+                model, CacheConfig(20, 16, "bfloat16"), planner=share, steps_per_call=2
+            )
+            requests = session.generate(token_tree((1, 70), (3, 5)), SamplingParams(max_tokens=3))
+        assert session.backend.decode == implementation
+        assert session.stats.plan is not None
+        assert session.stats.plan.shared
+        tokens.append([request.tokens for request in requests])
+    assert tokens[0] == tokens[1]
