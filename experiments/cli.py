@@ -18,6 +18,7 @@ import tyro
 from experiments.compile_report import CompileReportConfig
 from experiments.errors import user_errors
 from experiments.generate import GenerateConfig
+from experiments.gpu import GpuConfig
 from experiments.kernel import KernelConfig
 from experiments.tree import TreeConfig
 
@@ -28,6 +29,7 @@ DEBUG_VARIABLE = "JAX_CHUNKATTN_DEBUG"
 Config = (
     Annotated[CompileReportConfig, tyro.conf.subcommand("compile-report")]
     | Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
+    | Annotated[GpuConfig, tyro.conf.subcommand("gpu")]
     | Annotated[KernelConfig, tyro.conf.subcommand("kernel")]
     | Annotated[TreeConfig, tyro.conf.subcommand("tree")]
 )

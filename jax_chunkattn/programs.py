@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-from flax import nnx
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,8 @@ class SplitModel:
     @classmethod
     def of(cls, model: Any) -> SplitModel:
         """Takes apart `model`, an `nnx.Module`."""
+        from flax import nnx  # planning and attention work without
+
         graphdef, state = nnx.split(model)
         leaves, treedef = jax.tree.flatten(state)
 

@@ -66,6 +66,17 @@ class DecoderConfig:
 
 
 PRESETS: dict[str, DecoderConfig] = {
+    "llama-3-8b": DecoderConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        rope_theta=500_000.0,
+        max_positions=8192,
+    ),
     "smollm2-135m": DecoderConfig(
         vocab_size=49_152,
         hidden_size=576,

@@ -22,7 +22,7 @@ from jax_chunkattn.planner import PlannerOptions
 from jax_chunkattn.pool import CacheConfig, ChunkPool, allocate_pool
 from jax_chunkattn.prefill import Segment, max_segments, pack_segments, prefill_step
 from jax_chunkattn.sampling import RowSampling
-from models.config import DecoderConfig
+from models.config import PRESETS, DecoderConfig
 from models.decoder import Decoder
 from pallas_kernels.chunk_attention.api import IMPLEMENTATIONS as DECODE_IMPLEMENTATIONS
 from pallas_kernels.implementations import needs_partials
@@ -30,24 +30,12 @@ from pallas_kernels.prefill_attention.api import IMPLEMENTATIONS as PREFILL_IMPL
 
 REFERENCE = "reference"  # for numbers on a CPU, not made to be compiled at this size
 
-LLAMA_3_8B = DecoderConfig(
-    vocab_size=128_256,
-    hidden_size=4096,
-    intermediate_size=14_336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    rope_theta=500_000.0,
-    max_positions=8192,
-)
-
 
 @dataclass(frozen=True)
 class ProgramSize:
     """How large a program's model, batch and pool are."""
 
-    config: DecoderConfig = LLAMA_3_8B
+    config: DecoderConfig = PRESETS["llama-3-8b"]
     rows: int = 64
     num_chunks: int = 4096
     chunk_size: int = 64
