@@ -79,7 +79,7 @@ def test_dtype_is_that_of_every_weight(tmp_path, dtype):
     ("spec", "dtype", "error", "words"),
     [
         ("random:tiny", "float8", ValueError, "known dtypes: float32, bfloat16, float16"),
-        ("random:huge", "float32", ValueError, "known presets: smollm2-135m, tiny"),
+        ("random:huge", "float32", ValueError, "known presets: llama-3-8b, smollm2-135m, tiny"),
         ("no/such.gguf", "float32", FileNotFoundError, "no model file at no/such.gguf"),
         ("smollm2", "float32", FileNotFoundError, "fetch_smollm2"),
         (".", "float32", FileNotFoundError, "no model file at ."),
