@@ -15,6 +15,7 @@ _USER_ERRORS = (
     ("jax_chunkattn", "PoolExhausted"),
     ("models", "CheckpointError"),
     ("models", "DownloadError"),
+    ("pallas_kernels.implementations", "ImplementationError"),
 )
 
 

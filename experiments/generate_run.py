@@ -26,12 +26,14 @@ from experiments.results import ResultFolder
 from experiments.summary import request_record, run_record, summarise
 from jax_chunkattn import Request, SamplingParams
 from models import LoadedModel
+from pallas_kernels.implementations import check_device
 
 
 def generate(
     config: GenerateConfig, inputs: Inputs, folder: ResultFolder, started: float
 ) -> dict[str, Any]:
     """Run the experiment into `folder`; `started` is the clock when the user's wait began."""
+    check_device(config.implementation)
     enable_compilation_cache(models.cache_dir() / "jax")
     environment = describe_environment()
     console = Console()

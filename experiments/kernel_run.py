@@ -9,7 +9,7 @@ from typing import Any
 from experiments import timing
 from experiments.compilations import count_compilations
 from experiments.environment import describe_environment, max_rss_bytes
-from experiments.kernel import KernelConfig
+from experiments.kernel import Implementation, KernelConfig
 from experiments.kernel_report import KernelReport
 from experiments.kernel_sides import (
     CaseOperands,
@@ -70,9 +70,9 @@ def measure_case(case: AttentionCase, config: KernelConfig) -> dict[str, Any]:
     An implementation that is left out is in `skipped` with the reason. `plan` is None when nothing
     was run.
     """
-    wanted = config.implementations or runnable_implementations()
+    wanted: tuple[Implementation, ...] = config.implementations or runnable_implementations()
     skipped = skip_reasons(case, wanted, config.memory_gb)
-    names = tuple(name for name in wanted if name not in skipped)
+    names: tuple[Implementation, ...] = tuple(name for name in wanted if name not in skipped)
     record: dict[str, Any] = {
         "case": case.name,
         **dataclasses.asdict(case),
@@ -100,7 +100,7 @@ def _describe(operands: CaseOperands) -> dict[str, Any]:
 
 
 def _measure(
-    operands: CaseOperands, names: tuple[str, ...], config: KernelConfig
+    operands: CaseOperands, names: tuple[Implementation, ...], config: KernelConfig
 ) -> dict[str, Any]:
     case = operands.case
     sides = make_sides(operands, names)

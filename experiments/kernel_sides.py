@@ -22,7 +22,7 @@ from jax_chunkattn.planner import PlannerOptions, PlanSummary, plan_decode
 from jax_chunkattn.workloads import case_inputs
 from pallas_kernels import DecodePlan, chunk_attention
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
-from pallas_kernels.implementations import AttentionShapes, needs_partials
+from pallas_kernels.implementations import AttentionShapes, ImplementationError, needs_partials
 from pallas_kernels.specs import AttentionCase
 from pallas_kernels.targets import current_target
 
@@ -110,7 +110,7 @@ def skip_reasons(
     for name in filter(needs_partials, implementations):
         try:
             CHUNK_ATTENTION.resolve(name, _shapes(case))
-        except ValueError as error:
+        except ImplementationError as error:
             skipped[name] = str(error)
     for name in ("paged", "dense"):
         if name not in implementations:

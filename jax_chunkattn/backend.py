@@ -38,8 +38,8 @@ def choose_backend(
       planner: overrides how work is planned.
 
     Raises:
-      ValueError: for an implementation that is unknown or cannot run here, or a planner without
-        the slots for partials that it needs.
+      ImplementationError: for an implementation that is unknown or cannot run here.
+      ValueError: for a planner without the slots for partials that the implementation needs.
     """
     group = spec.num_heads // spec.num_kv_heads
     shapes = AttentionShapes(cache.dtype, group, spec.head_dim, cache.chunk_size)

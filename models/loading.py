@@ -144,4 +144,4 @@ def _stacked_weights(config: DecoderConfig, dtype: str) -> dict[str, jax.ShapeDt
     state = nnx.state(
         nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)), nnx.Param
     )
-    return {"/".join(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+    return {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}

@@ -14,6 +14,10 @@ PREFERENCE = ("pallas_mosaic_gpu", "pallas_triton", "xla")
 """The first of these that runs is what `implementation=None` means."""
 
 
+class ImplementationError(ValueError):
+    """An implementation that is not known, or cannot run here; the message says why."""
+
+
 @dataclass(frozen=True)
 class AttentionShapes:
     """What decides whether a kernel exists for a call.
@@ -54,20 +58,18 @@ class Operation:
         """The name to run: the one asked for, or the best on this device for None.
 
         Raises:
-          ValueError: for a name that is not known, or that cannot run here, with the reason;
-            nothing is ever substituted.
+          ImplementationError: for a name that is not known, or that cannot run here, with the
+            reason; nothing is ever substituted.
         """
         if implementation is None:
             candidates = [name for name in PREFERENCE if name in self.implementations]
             return next(name for name in candidates if self._problem(name, shapes) is None)
         check_known(implementation, self.implementations)
-        problem = self._problem(implementation, shapes)
-        if problem is not None:
-            raise ValueError(f"implementation {implementation!r} cannot run: {problem}")
+        _refuse_for(implementation, self._problem(implementation, shapes))
         return implementation
 
     def _problem(self, implementation: str, shapes: AttentionShapes) -> str | None:
-        if not implementation.startswith("pallas"):
+        if not needs_partials(implementation):
             return None
         problem = _device_problem(implementation, current_target())
         if problem is not None:
@@ -84,12 +86,23 @@ def needs_partials(implementation: str) -> bool:
     return implementation.startswith("pallas")
 
 
+def check_device(implementation: str | None) -> None:
+    """Raises ImplementationError where no shapes would let an implementation run."""
+    if implementation is not None and needs_partials(implementation):
+        _refuse_for(implementation, _device_problem(implementation, current_target()))
+
+
 def check_known(implementation: str, known: Collection[str]) -> None:
-    """Raises ValueError for a name that is not among the known ones."""
+    """Raises ImplementationError for a name that is not among the known ones."""
     if implementation not in known:
-        raise ValueError(
+        raise ImplementationError(
             f"unknown implementation {implementation!r}; known: {', '.join(sorted(known))}"
         )
+
+
+def _refuse_for(implementation: str, problem: str | None) -> None:
+    if problem is not None:
+        raise ImplementationError(f"implementation {implementation!r} cannot run: {problem}")
 
 
 def _device_problem(implementation: str, target: Target) -> str | None:

@@ -99,8 +99,9 @@ def kernel_variants() -> CaseTable:
 
 
 def _every_combination(backend: str) -> Iterator[KernelVariant]:
-    for kind, *sizes in itertools.product(_kinds(backend), DTYPES, HEAD_DIMS, CHUNK_SIZES, GROUPS):
-        yield KernelVariant(backend, *sizes, **kind)
+    for kind in _kinds(backend):
+        for sizes in itertools.product(DTYPES, HEAD_DIMS, CHUNK_SIZES, GROUPS):
+            yield KernelVariant(backend, *sizes, **kind)
 
 
 def _one_at_a_time(backend: str) -> Iterator[KernelVariant]:

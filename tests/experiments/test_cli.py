@@ -24,7 +24,10 @@ finally:
 """
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["kernel"], ["tree"]])
+COMMANDS = ("generate", "kernel", "tree", "compile-report", "gpu")
+
+
+@pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)], ids=str)
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     arguments = [sys.executable, "-c", LIST_HEAVY_IMPORTS, *command, "--help"]
     finished = subprocess.run(arguments, capture_output=True, text=True, check=True)
@@ -36,7 +39,7 @@ def test_module_is_executable() -> None:
     finished = subprocess.run(
         [sys.executable, "-m", "experiments", "--help"], capture_output=True, text=True, check=True
     )
-    for subcommand in ("generate", "kernel", "tree"):
+    for subcommand in COMMANDS:
         assert subcommand in finished.stdout
 
 
@@ -66,6 +69,10 @@ BAD_INPUT = {
     "batch above prompts": (["--batch", "33"], "--batch 33 asks for more prompts"),
     "compare batch": (["--batch", "2", "--compare-batch", "3"], "--compare-batch 3 is above"),
     "chunk size of zero": (["--chunk-size", "0"], "--chunk-size must be at least 1, got 0"),
+    "kernel without a gpu": (
+        ["--implementation", "pallas_triton"],
+        "'pallas_triton' cannot run: it needs an NVIDIA GPU, and the device is 'cpu'",
+    ),
     "no tokens": (["--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
     "steps": (["--steps-per-call", "-1"], "--steps-per-call must be at least 1, got -1"),
     "temperature": (["--temperature", "-1"], "--temperature must be a number from 0 up"),

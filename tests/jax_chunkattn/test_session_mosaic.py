@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from typing import Any
 
 import jax
 import pytest
@@ -14,7 +15,7 @@ from models.loading import assemble, random_weights
 from pallas_kernels.targets import H200, use_target
 from tests.jax_chunkattn.toy import token_tree
 
-SIZES = {"head_dim": 64, "num_heads": 2, "num_kv_heads": 1}
+SIZES: dict[str, Any] = {"head_dim": 64, "num_heads": 2, "num_kv_heads": 1}
 
 
 @pytest.mark.skipif(

@@ -12,7 +12,7 @@ from flax import nnx
 
 import models
 from models.config import PRESETS, DecoderConfig, preset
-from models.decoder import Decoder
+from models.decoder import Block, Decoder
 from models.loading import assemble, random_weights
 from tests.models.dense_attention import dense_attend, empty_pool, run_dense
 
@@ -174,6 +174,7 @@ def test_float32_products_ask_for_full_precision():
 
 def test_nnx_initialises_a_decoder_of_unit_scale():
     model = Decoder(GROUPED, rngs=nnx.Rngs(0))
+    assert isinstance(model.blocks, Block)
     assert model.blocks.qkv[...].shape == (3, 24, (6 + 2 * 2) * 8)
     first, second = model.blocks.qkv[...][:2]
     assert not np.array_equal(first, second)
@@ -182,12 +183,14 @@ def test_nnx_initialises_a_decoder_of_unit_scale():
 
 def test_layers_compute_the_same_unrolled():
     scanned, unrolled = (models.load("random:tiny", unroll=u).model for u in (False, True))
+    assert isinstance(unrolled.blocks, nnx.List)
     assert len(unrolled.blocks) == unrolled.config.num_layers
     np.testing.assert_allclose(
         decoder_logits(unrolled, TOKENS), decoder_logits(scanned, TOKENS), atol=1e-5
     )
     drawn = Decoder(GROUPED, rngs=nnx.Rngs(0), unroll=True)
-    first, second = (drawn.blocks[layer].qkv[...] for layer in (0, 1))
+    assert isinstance(drawn.blocks, nnx.List)
+    first, second = (block.qkv[...] for block in drawn.blocks[:2])
     assert not np.array_equal(first, second)
     assert 0.3 < decoder_logits(drawn, TOKENS).std() < 3
 
