@@ -36,7 +36,7 @@ class CompileReport:
         self._target = target
         self._console = console or Console(highlight=False)
         if not self._console.is_terminal:
-            self._console.width = 132  # a file has no width to fit
+            self._console.width = 150  # a file has no width to fit
 
     def print_kernels(self, records: Sequence[dict[str, Any]]) -> None:
         """A line for each kernel of each variant."""
