@@ -101,7 +101,7 @@ def test_kernels_of_the_project_do_not_spill(backend):
 def test_every_program_of_an_8b_model_updates_the_pool_in_place(gpu):
     from experiments.gpu_compile.programs import whole_programs
 
-    names = list(whole_programs(implementations=("xla", *TARGETS[gpu].backends)))
+    names = list(whole_programs(implementations=TARGETS[gpu].backends))
     table = "experiments.gpu_compile.programs:whole_programs"
     found = compile_cases(table, names, TARGETS[gpu], per_process=1)
     assert failures_of(found) == []
