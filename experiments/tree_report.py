@@ -14,6 +14,7 @@ _OPERATIONS = {
     "insert_known": "insert, cached",
     "release_known": "release",
     "insert_new": "insert, new",
+    "insert_copying": "insert, part copied",
     "remove_new": "remove",
 }
 

@@ -104,22 +104,28 @@ def _measure_operations(
     """Microseconds per prompt; the tree stores the same afterwards.
 
     `known` prompts are in the tree. `new` ones are not, and leave before they are computed, so that
-    releasing them removes their nodes.
+    releasing them removes their nodes. So do those that go apart from a known one inside its first
+    chunk, which is copied as far as they agree.
     """
+    apart = tree.chunk_size // 2
+    alike = [np.append(old[:apart], other[apart:]) for old, other in zip(known, new, strict=True)]
     costs = {"match": _microseconds(tree.match, known)}
     active: list[SequenceHandle] = []
     costs["insert_known"] = _microseconds(lambda prompt: active.append(tree.insert(prompt)), known)
     costs["release_known"] = _microseconds(tree.release, active)
     costs["insert_new"], costs["remove_new"] = _measure_new(tree, new)
+    costs["insert_copying"], _ = _measure_new(tree, alike, copy_partial=True)
     return costs
 
 
-def _measure_new(tree: PrefixTree, new: list[np.ndarray]) -> tuple[dict[str, float], ...]:
+def _measure_new(
+    tree: PrefixTree, new: list[np.ndarray], *, copy_partial: bool = False
+) -> tuple[dict[str, float], ...]:
     """One at a time, so that the pool needs room for one more prompt only."""
     inserts, removals = [], []
     for prompt in new:
         begin = time.perf_counter()
-        sequence = tree.insert(prompt)
+        sequence = tree.insert(prompt, copy_partial=copy_partial)
         middle = time.perf_counter()
         tree.release(sequence)
         removals.append(time.perf_counter() - middle)

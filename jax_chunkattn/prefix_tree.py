@@ -13,14 +13,17 @@ import numpy as np
 
 from jax_chunkattn.allocator import ChunkAllocator, PoolExhausted
 from jax_chunkattn.eviction import RecencyList
+from jax_chunkattn.tree_children import closest_child, remove_child, set_computed
 from jax_chunkattn.tree_invariants import check_tree
 from jax_chunkattn.tree_nodes import (
     TOKEN_BYTES,
     Match,
     Node,
+    PartialCopy,
     Root,
     SequenceHandle,
     encode_tokens,
+    num_computed,
 )
 
 
@@ -30,7 +33,8 @@ class PrefixTree:
     A chunk is *free*, *in use* (on the path of a sequence, or private to one) or *cached* (sealed,
     in no sequence, kept for a later match): ``free_count + in_use_count + cached_count`` is always
     ``num_chunks``. Every operation costs O(chunks of the sequence it is about), whatever the size
-    of the tree and the number of children of a node.
+    of the tree. The number of children of a node adds a binary search where a prompt diverges and
+    where a chunk comes or goes, and there the moving of its siblings' pointers.
 
     Life of a sequence: `insert` creates its nodes as *pending*; the caller computes what
     `computed_tokens` says is missing and reports it with `mark_computed`; then, again and again,
@@ -95,25 +99,43 @@ class PrefixTree:
 
         Changes nothing, the eviction order included. Raises ValueError on bad tokens.
         """
-        nodes = self._walk(self._roots.get(salt), encode_tokens(tokens))
+        encoded, root = encode_tokens(tokens), self._roots.get(salt)
+        nodes = self._walk(root, encoded)
         return Match(
             chunk_ids=tuple(node.chunk_id for node in nodes),
             num_tokens=len(nodes) * self.chunk_size,
-            num_computed_tokens=_num_computed(nodes) * self.chunk_size,
+            num_computed_tokens=num_computed(nodes) * self.chunk_size,
+            num_copyable_tokens=self._find_donor(root, nodes, encoded)[1],
         )
+
+    def room_after_insert(self, tokens: Iterable[int] | np.ndarray, salt: bytes = b"") -> int:
+        """Chunks that would be left, free or evictable, if ``tokens`` were inserted.
+
+        Negative when that would be refused. Changes nothing. Raises ValueError on bad tokens.
+        """
+        encoded = encode_tokens(tokens)
+        nodes = self._walk(self._roots.get(salt), encoded)
+        needed = -(-len(encoded) // self._chunk_bytes) - len(nodes)
+        return self.free_count + self._num_evictable(nodes) - needed
 
     def computed_tokens(self, sequence: SequenceHandle) -> int:
         """Tokens from the start of ``sequence`` whose keys and values are in the pool *now*.
 
         This, read when the prefill starts, is where it starts. It may be less than
         ``num_cached_tokens``, if a sequence that owed a part was released, or more, if another
-        computed a part meanwhile, and it may equal ``num_tokens``.
+        computed a part meanwhile, and it may equal ``num_tokens``. What ``sequence.copy`` brings
+        counts from the start, for this sequence only: another that shares the pending chunk owes
+        all of it, since the copy is dropped if this one is released first.
         """
         self._require_active(sequence)
-        computed = _num_computed(sequence.nodes)
-        if computed < len(sequence.nodes):
-            return computed * self.chunk_size
-        return computed * self.chunk_size + sequence.num_computed_tail_tokens
+        nodes, copy = sequence.nodes, sequence.copy
+        computed = num_computed(nodes)
+        num_tokens = computed * self.chunk_size
+        if computed == len(nodes):
+            return num_tokens + sequence.num_computed_tail_tokens
+        if copy is not None and copy.destination_chunk == nodes[computed].chunk_id:
+            return num_tokens + copy.num_tokens
+        return num_tokens
 
     def rows(self) -> list[SequenceHandle]:
         """Active sequences in depth-first order: those under any node are one contiguous range.
@@ -127,40 +149,60 @@ class PrefixTree:
 
     # Sequences.
 
-    def insert(self, tokens: Iterable[int] | np.ndarray, salt: bytes = b"") -> SequenceHandle:
+    def insert(
+        self,
+        tokens: Iterable[int] | np.ndarray,
+        salt: bytes = b"",
+        *,
+        copy_partial: bool = False,
+    ) -> SequenceHandle:
         """Starts a sequence: shares the chunks that match, makes pending ones for the rest.
 
         Full chunks become nodes at once; the remainder, if any, gets a private tail chunk. Evicts
         cached chunks when too few are free. Two different salts never share anything.
+
+        With ``copy_partial``, the first chunk that is not shared takes over what it has in common
+        with the computed chunk, in its place, that begins most like it: the caller must carry out
+        the sequence's ``copy``, under the rules of `PartialCopy`. The donor's place in the order of
+        eviction stays.
 
         Raises ValueError on bad tokens and PoolExhausted when the pool is too small or too much of
         it is in use; nothing has changed then.
         """
         encoded = encode_tokens(tokens)
         num_tokens = len(encoded) // TOKEN_BYTES
-        nodes = self._walk(self._roots.get(salt), encoded)
+        root = self._roots.get(salt)
+        nodes = self._walk(root, encoded)
         needed = self._num_chunks_for(num_tokens) - len(nodes)
         self._require_available(needed, keeping=nodes)
 
-        root = self._roots.get(salt)
+        donor, num_copied = self._find_donor(root, nodes, encoded) if copy_partial else (None, 0)
         if root is None:
             root = self._roots[salt] = Root(self._next_root_id, salt)
             self._next_root_id += 1
         root.references += 1  # before anything is evicted: an emptied root would be dropped
-        num_cached = len(nodes)
+        num_matched = len(nodes)
         for node in nodes:
             self._take(node)
-        chunk_ids = self._allocate(needed)
+        try:
+            chunk_ids = self._allocate(needed)
+        except BaseException:
+            self._leave(nodes, root)
+            raise
         sealed_bytes = num_tokens // self.chunk_size * self._chunk_bytes
-        first_new = num_cached * self._chunk_bytes
+        first_new = num_matched * self._chunk_bytes
         for index, begin in enumerate(range(first_new, sealed_bytes, self._chunk_bytes)):
             parent = nodes[-1] if nodes else root
             chunk = encoded[begin : begin + self._chunk_bytes]
             nodes.append(self._add_node(parent, chunk, chunk_ids[index]))
         sequence = SequenceHandle(root, nodes, tail=encoded[sealed_bytes:])
-        sequence.add_chunks(chunk_ids[len(nodes) - num_cached :])
+        sequence.add_chunks(chunk_ids[len(nodes) - num_matched :])
         sequence.num_tokens = num_tokens
-        sequence.num_cached_tokens = num_cached * self.chunk_size
+        sequence.num_cached_tokens = num_matched * self.chunk_size + num_copied
+        if donor is not None:
+            sequence.copy = PartialCopy(donor.chunk_id, chunk_ids[0], num_copied)
+            if len(nodes) == num_matched:
+                sequence.num_computed_tail_tokens = num_copied
         self._activate(sequence)
         return sequence
 
@@ -173,8 +215,9 @@ class PrefixTree:
         self._require_active(sequence)
         if not 0 <= num_tokens <= sequence.num_tokens:
             raise ValueError(f"{num_tokens} tokens computed of {sequence.num_tokens}")
-        for node in sequence.nodes[: num_tokens // self.chunk_size]:
-            node.computed = True
+        first_pending = num_computed(sequence.nodes)
+        for node in sequence.nodes[first_pending : num_tokens // self.chunk_size]:
+            set_computed(node)
         in_tail = num_tokens - len(sequence.nodes) * self.chunk_size
         sequence.num_computed_tail_tokens = max(sequence.num_computed_tail_tokens, in_tail)
 
@@ -235,17 +278,19 @@ class PrefixTree:
         """A second sequence with the same tokens; shares what is sealed and copies the tail.
 
         Returns it and the ``(source, destination)`` chunks that the caller must copy on the device
-        before either is written again. Room reserved by ``sequence`` is not carried over. Raises
-        PoolExhausted when the pool cannot give the tail's chunks; nothing has changed then.
+        before either is written again. A source may be what ``sequence.copy`` fills, so that one
+        must have been carried out before this call. Room reserved by ``sequence`` is not carried
+        over. Raises PoolExhausted when the pool cannot give the tail's chunks; nothing has changed
+        then.
         """
         self._require_active(sequence)
         needed = self._num_chunks_for(sequence.num_tail_tokens)
         self._require_available(needed)
+        destinations = self._allocate(needed)
         for node in sequence.nodes:
             self._take(node)
         sequence.root.references += 1
         copy = SequenceHandle(sequence.root, list(sequence.nodes), sequence.tail)
-        destinations = self._allocate(needed)
         copy.add_chunks(destinations)
         copy.num_tokens = sequence.num_tokens
         copy.num_computed_tail_tokens = sequence.num_computed_tail_tokens
@@ -268,16 +313,7 @@ class PrefixTree:
         self._rows = None
         self.version += 1
         self._allocator.free(sequence.private_chunk_ids)
-        keep = self.retain and not sequence.root.retired
-        for node in reversed(sequence.nodes):
-            node.references -= 1
-            if node.references:
-                continue
-            if keep and node.computed:
-                self._cached.push(node)
-            else:
-                self._remove_node(node)
-        self._drop_root_reference(sequence.root)
+        self._leave(sequence.nodes, sequence.root)
 
     # Cached chunks.
 
@@ -327,6 +363,16 @@ class PrefixTree:
             parent = node
         return nodes
 
+    def _find_donor(
+        self, root: Root | None, nodes: list[Node], encoded: bytes
+    ) -> tuple[Node | None, int]:
+        """The computed node that begins most like the chunk behind ``nodes``; shared tokens."""
+        parent = nodes[-1] if nodes else root
+        if parent is None:
+            return None, 0
+        begin = len(nodes) * self._chunk_bytes
+        return closest_child(parent, encoded[begin : begin + self._chunk_bytes])
+
     def _num_chunks_for(self, num_tokens: int) -> int:
         """Chunks that ``num_tokens`` tokens take; PoolExhausted if the pool is smaller."""
         count = -(-num_tokens // self.chunk_size)
@@ -343,13 +389,15 @@ class PrefixTree:
 
     def _require_available(self, needed: int, keeping: list[Node] | None = None) -> None:
         """Raises PoolExhausted unless that many are free, or evictable and not in ``keeping``."""
-        kept = sum(node.references == 0 for node in keeping or ())
-        evictable = self.cached_count - kept
+        evictable = self._num_evictable(keeping or [])
         if needed > self.free_count + evictable:
             raise PoolExhausted(
                 f"{needed} more chunks of {self.chunk_size} tokens are needed; of the pool's "
                 f"{self.num_chunks}, {self.free_count} are free and {evictable} can be evicted"
             )
+
+    def _num_evictable(self, keeping: list[Node]) -> int:
+        return self.cached_count - sum(node.references == 0 for node in keeping)
 
     def _allocate(self, count: int) -> list[int]:
         self.evict(count - self.free_count)
@@ -365,6 +413,19 @@ class PrefixTree:
             self._cached.remove(node)
         node.references += 1
 
+    def _leave(self, nodes: list[Node], root: Root) -> None:
+        """Takes back what `_take` and a sequence's reference to its root were."""
+        keep = self.retain and not root.retired
+        for node in reversed(nodes):
+            node.references -= 1
+            if node.references:
+                continue
+            if keep and node.computed:
+                self._cached.push(node)
+            else:
+                self._remove_node(node)
+        self._drop_root_reference(root)
+
     def _add_node(self, parent: Node | Root, chunk: bytes, chunk_id: int) -> Node:
         node = Node(chunk_id, parent.chunk_id.to_bytes(8, "little") + chunk, parent)
         node.references = 1
@@ -375,6 +436,8 @@ class PrefixTree:
 
     def _remove_node(self, node: Node) -> None:
         del self._nodes[node.key]
+        if node.computed:
+            remove_child(node)
         self._allocator.free((node.chunk_id,))
         if isinstance(node.parent, Root):
             self._drop_root_reference(node.parent)
@@ -393,7 +456,7 @@ class PrefixTree:
         node = self._nodes.get(parent.chunk_id.to_bytes(8, "little") + chunk)
         if node is None:
             node = self._add_node(parent, chunk, own_chunk_id)
-            node.computed = True
+            set_computed(node)
         elif node.computed:
             self._take(node)
             self._allocator.free((own_chunk_id,))
@@ -404,11 +467,3 @@ class PrefixTree:
         sequence.path += node.chunk_id.to_bytes(4, "big")
         sequence.tail = sequence.tail[self._chunk_bytes :]
         return True
-
-
-def _num_computed(nodes: list[Node]) -> int:
-    """How many of a path's nodes are computed: they come first, so count from the end."""
-    count = len(nodes)
-    while count and not nodes[count - 1].computed:
-        count -= 1
-    return count

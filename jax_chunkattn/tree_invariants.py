@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from jax_chunkattn.tree_children import children_of
 from jax_chunkattn.tree_nodes import TOKEN_BYTES, Node, Root, SequenceHandle, encode_path
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ def check_tree(tree: PrefixTree) -> None:
     tree._allocator.check()
     _check_nodes(tree)
     _check_roots(tree)
+    _check_children(tree)
     for sequence in tree._sequences:
         _check_sequence(tree, sequence)
     _check_references(tree)
@@ -84,6 +86,26 @@ def _check_roots(tree: PrefixTree) -> None:
     _require(len({root.chunk_id for root in expected}) == len(expected), "two roots share an id")
 
 
+def _check_children(tree: PrefixTree) -> None:
+    expected: dict[Node | Root, set[Node]] = {sequence.root: set() for sequence in tree._sequences}
+    expected.update((node, set()) for node in tree._nodes.values())
+    for node in tree._nodes.values():
+        assert node.parent is not None
+        children = expected.setdefault(node.parent, set())
+        if node.computed:
+            children.add(node)
+    for parent, children in expected.items():
+        listed = children_of(parent)
+        place = f"below {parent.chunk_id}"
+        _require(set(listed) == children, f"not the computed children are listed {place}")
+        keys = [child.key for child in listed]
+        _require(keys == sorted(set(keys)), f"the children {place} are not in order, each once")
+        _require(
+            isinstance(parent.computed_children, list) == (len(listed) > 1),
+            f"one child {place} is a list, or several are none",
+        )
+
+
 def _check_sequence(tree: PrefixTree, sequence: SequenceHandle) -> None:
     size = tree.chunk_size
     parent: Node | Root = sequence.root
@@ -104,6 +126,12 @@ def _check_sequence(tree: PrefixTree, sequence: SequenceHandle) -> None:
         0 <= sequence.num_computed_tail_tokens <= sequence.num_tail_tokens,
         "more of a tail is computed than there is",
     )
+    if sequence.copy is not None:
+        _require(0 < sequence.copy.num_tokens < size, "a copy is not a part of a chunk")
+        _require(
+            tree.computed_tokens(sequence) >= sequence.num_cached_tokens,
+            "what a sequence was to copy does not count as computed",
+        )
 
 
 def _check_references(tree: PrefixTree) -> None:

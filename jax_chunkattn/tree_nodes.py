@@ -45,11 +45,12 @@ def encode_tokens(tokens: Iterable[int] | np.ndarray) -> bytes:
 class Root:
     """The empty prefix of one salt."""
 
-    __slots__ = ("chunk_id", "references", "retired", "salt")
+    __slots__ = ("chunk_id", "computed_children", "references", "retired", "salt")
 
     def __init__(self, chunk_id: int, salt: bytes):
         self.chunk_id = chunk_id  # no chunk at all: a number no chunk and no other root has
         self.salt = salt
+        self.computed_children: Node | list[Node] | None = None  # as a node's
         self.references = 0  # sequences of this salt, and nodes directly below
         self.retired = False  # after a reset: in use, but never matched nor cached again
 
@@ -58,10 +59,14 @@ class Node:
     """A sealed chunk; the path from the root to it is a token prefix.
 
     Small on purpose: a node has no table of children, because the tree keeps one table for all of
-    them, keyed by ``key``: the parent's chunk id followed by this chunk's tokens.
+    them, keyed by ``key``: the parent's chunk id followed by this chunk's tokens. What it has is a
+    list of the computed ones, in the order of their keys, and only if there are several.
     """
 
-    __slots__ = ("chunk_id", "computed", "key", "next", "parent", "previous", "references")
+    __slots__ = (
+        "chunk_id", "computed", "computed_children", "key", "next", "parent", "previous",
+        "references",
+    )  # fmt: skip
 
     def __init__(self, chunk_id: int, key: bytes, parent: Node | Root | None):
         self.chunk_id = chunk_id
@@ -69,8 +74,17 @@ class Node:
         self.parent = parent
         self.references = 0  # sequences whose path goes through here; 0 means cached
         self.computed = False  # False: pending, keys and values are not in the pool yet
+        self.computed_children: Node | list[Node] | None = None  # see tree_children
         self.previous: Node | None = None  # neighbours in the eviction order while cached
         self.next: Node | None = None
+
+
+def num_computed(nodes: list[Node]) -> int:
+    """How many of a path's nodes are computed: they come first, so count from the end."""
+    count = len(nodes)
+    while count and not nodes[count - 1].computed:
+        count -= 1
+    return count
 
 
 @dataclass(frozen=True)
@@ -78,12 +92,37 @@ class Match:
     """The longest prefix, in whole chunks, that the tree holds of some tokens.
 
     ``num_computed_tokens`` of the ``num_tokens`` have their keys and values in the pool; the rest
-    are pending: owed by a sequence inserted earlier.
+    are pending: owed by a sequence inserted earlier. ``num_copyable_tokens`` more, less than a
+    chunk, could be copied from a computed chunk that begins like the next one.
     """
 
     chunk_ids: tuple[int, ...]
     num_tokens: int
     num_computed_tokens: int
+    num_copyable_tokens: int
+
+
+@dataclass(frozen=True)
+class PartialCopy:
+    """A copy on the device, owed by the caller of ``insert``: the beginning of a chunk.
+
+    The first ``num_tokens`` tokens of ``source_chunk`` are to be the first of
+    ``destination_chunk``; what lands behind them does not matter, so a whole chunk may be copied.
+
+    Nothing protects the source. The insert that chose it may have evicted it, and handed it out
+    again: to another sequence, to this one, even as the destination. What it holds is right until
+    the pool is next written, so the copy comes before that. Copies of several inserts may be done
+    by one program if nothing was written between the inserts and the program reads every source
+    before it writes a destination: a source is computed, hence was written before the first of
+    these inserts, and no sequence's destination is another's.
+
+    If the sequence is released before its copy is done, the copy must be dropped: the destination
+    may already be another's.
+    """
+
+    source_chunk: int
+    destination_chunk: int
+    num_tokens: int
 
 
 class SequenceHandle:
@@ -95,13 +134,14 @@ class SequenceHandle:
     values in the pool. ``chunk_table`` is ``chunk_ids`` again, as int32, for the planner: it would
     spend a third of its time on converting lists.
 
-    ``num_cached_tokens`` counts the tokens that were there when the sequence came, computed or
-    owed by an earlier one; what is left to compute *now* is told by ``PrefixTree.computed_tokens``.
+    ``num_cached_tokens`` counts the tokens that were there when the sequence came: computed, owed
+    by an earlier one, or to be copied; what is left to compute *now* is told by
+    ``PrefixTree.computed_tokens``. ``copy`` is what ``insert`` asks to be copied, done or not.
     """
 
     __slots__ = (
-        "chunk_ids", "chunk_table", "nodes", "num_cached_tokens", "num_computed_tail_tokens",
-        "num_tokens", "path", "root", "tail",
+        "chunk_ids", "chunk_table", "copy", "nodes", "num_cached_tokens",
+        "num_computed_tail_tokens", "num_tokens", "path", "root", "tail",
     )  # fmt: skip
 
     def __init__(self, root: Root, nodes: list[Node], tail: bytes):
@@ -114,6 +154,7 @@ class SequenceHandle:
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self.num_computed_tail_tokens = 0
+        self.copy: PartialCopy | None = None
 
     @property
     def salt(self) -> bytes:

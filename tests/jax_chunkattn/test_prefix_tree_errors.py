@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from jax_chunkattn import prefix_tree
+from jax_chunkattn.allocator import PoolExhausted
 from jax_chunkattn.prefix_tree import PrefixTree
+from jax_chunkattn.tree_children import children_of, remove_child
 from jax_chunkattn.tree_nodes import SequenceHandle
 from tests.jax_chunkattn.tree_helpers import A, B, C, D, cache, insert_computed, state
 
@@ -48,7 +50,8 @@ def test_impossible_sizes_are_refused(num_chunks: int, chunk_size: int):
 
 
 @pytest.mark.parametrize(
-    "module", ["allocator", "eviction", "prefix_tree", "tree_invariants", "tree_nodes"]
+    "module",
+    ["allocator", "eviction", "prefix_tree", "tree_children", "tree_invariants", "tree_nodes"],
 )
 def test_the_tree_needs_no_jax(module: str):
     source = Path(prefix_tree.__file__).with_name(f"{module}.py").read_text()
@@ -103,6 +106,30 @@ def _break_rows(tree: PrefixTree, sequence: SequenceHandle) -> None:
     tree._rows = [rows[0], rows[2], rows[1]]
 
 
+def _break_children(tree: PrefixTree, sequence: SequenceHandle) -> None:
+    remove_child(sequence.nodes[1])
+
+
+def _break_children_of_a_root(tree: PrefixTree, sequence: SequenceHandle) -> None:
+    pending = tree.insert(B)
+    sequence.root.computed_children = [*children_of(sequence.root), pending.nodes[0]]
+
+
+def _break_order_of_children(tree: PrefixTree, sequence: SequenceHandle) -> None:
+    sequence.root.computed_children = children_of(sequence.root)[::-1]
+
+
+def _break_single_child(tree: PrefixTree, sequence: SequenceHandle) -> None:
+    parent = tree._cached.oldest.parent
+    assert parent is not None
+    parent.computed_children = children_of(parent)
+
+
+def _break_copy(tree: PrefixTree, sequence: SequenceHandle) -> None:
+    copying = tree.insert([1, 1, 9], copy_partial=True)
+    copying.num_computed_tail_tokens = 0
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
@@ -115,6 +142,11 @@ def _break_rows(tree: PrefixTree, sequence: SequenceHandle) -> None:
         (_break_eviction_order, "before one below"),
         (_break_computed, "its parent is not"),
         (_break_rows, "contiguous"),
+        (_break_children, "not the computed children are listed"),
+        (_break_children_of_a_root, "not the computed children are listed"),
+        (_break_order_of_children, "not in order"),
+        (_break_single_child, "one child"),
+        (_break_copy, "was to copy does not count"),
     ],
 )
 def test_check_names_what_broke(break_it, message: str):
@@ -126,3 +158,51 @@ def test_check_names_what_broke(break_it, message: str):
     break_it(tree, sequence)
     with pytest.raises(AssertionError, match=message):
         tree.check()
+
+
+# Room.
+
+
+def test_room_after_insert_is_what_an_insert_leaves():
+    """Matched chunks that were evictable are so no longer; what would be refused is negative."""
+    tree = PrefixTree(6, 4)
+    cache(tree, [*A, *B, *C])
+    held = insert_computed(tree, [*A, *D])
+    for tokens in ([*A, *B, 1], [*A, *D, 1], [*D, *D], [*B, *C, 1], A * 4, A * 6, A * 7):
+        before = state(tree)
+        room = tree.room_after_insert(tokens)
+        assert state(tree) == before
+        if room < 0:
+            with pytest.raises(PoolExhausted):
+                tree.insert(tokens)
+        else:
+            sequence = tree.insert(tokens)
+            assert tree.free_count + tree.cached_count == room
+            tree.release(sequence)
+        tree.check()
+    tree.release(held)
+    with pytest.raises(ValueError, match="empty"):
+        tree.room_after_insert([])
+
+
+def test_an_allocation_that_fails_unforeseen_changes_nothing_that_is_in_use(monkeypatch):
+    """It cannot happen; if it does, what the operation had taken is given back."""
+    tree = PrefixTree(8, 4)
+    cache(tree, [*A, *B])
+    running = insert_computed(tree, [*A, *C, 1])
+
+    def fails(count):
+        raise PoolExhausted("unforeseen")
+
+    before = state(tree)
+    monkeypatch.setattr(tree._allocator, "allocate", fails)
+    for operation in (
+        lambda: tree.insert([*A, *B, *D]),
+        lambda: tree.insert([*D, *D], b"a salt of its own"),
+        lambda: tree.reserve(running, 8),
+        lambda: tree.fork(running),
+    ):
+        with pytest.raises(PoolExhausted, match="unforeseen"):
+            operation()
+        tree.check()
+    assert state(tree) == before

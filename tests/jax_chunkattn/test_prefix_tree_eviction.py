@@ -110,6 +110,7 @@ def test_insert_that_evicts_all_of_its_own_salt():
     "operation",
     [
         lambda tree, sequence: tree.insert(A + B + C + D),
+        lambda tree, sequence: tree.insert([1, 1, *C, *D, *D], copy_partial=True),
         lambda tree, sequence: tree.insert(D + D + D, b"new salt"),
         lambda tree, sequence: tree.reserve(sequence, 16),
     ],

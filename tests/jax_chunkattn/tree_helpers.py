@@ -1,9 +1,15 @@
-"""Short prompts and short ways to bring a prefix tree into a state. Chunks hold 4 tokens."""
+"""Short prompts, short ways to bring a prefix tree into a state, and a pool made of lists.
+
+Chunks hold 4 tokens.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 from jax_chunkattn.prefix_tree import PrefixTree
-from jax_chunkattn.tree_nodes import SequenceHandle
+from jax_chunkattn.tree_nodes import PartialCopy, SequenceHandle
 
 A, B, C, D = [1, 1, 1, 1], [2, 2, 2, 2], [3, 3, 3, 3], [4, 4, 4, 4]
 
@@ -35,3 +41,29 @@ def state(tree: PrefixTree):
     eviction_order = [node.chunk_id for node in tree._cached]
     rows = [(tuple(row.chunk_ids), row.num_tokens, row.tail) for row in tree.rows()]
     return sizes(tree), eviction_order, rows, tree.version, sorted(tree._roots), tree.num_nodes
+
+
+class SlotPool:
+    """What was last written to each token slot of a pool."""
+
+    def __init__(self, num_chunks: int, chunk_size: int):
+        self._size = chunk_size
+        self._slots: list[list[Any]] = [[None] * chunk_size for _ in range(num_chunks)]
+
+    def write(self, chunk_ids: Sequence[int], begin: int, contents: Iterable[Any]) -> None:
+        for position, content in enumerate(contents, begin):
+            self._slots[chunk_ids[position // self._size]][position % self._size] = content
+
+    def read(self, chunk_ids: Sequence[int], num_tokens: int) -> list[Any]:
+        places = [divmod(position, self._size) for position in range(num_tokens)]
+        return [self._slots[chunk_ids[index]][slot] for index, slot in places]
+
+    def copy(self, copies: Sequence[PartialCopy], *, whole_chunks: bool = False) -> None:
+        """Reads all sources, then writes all destinations, the last one first."""
+        lengths = [self._size if whole_chunks else copy.num_tokens for copy in copies]
+        contents = [
+            self._slots[copy.source_chunk][:length]
+            for copy, length in zip(copies, lengths, strict=True)
+        ]
+        for copy, content in reversed(list(zip(copies, contents, strict=True))):
+            self._slots[copy.destination_chunk][: len(content)] = content
