@@ -1,15 +1,26 @@
 from __future__ import annotations
 
+from contextlib import suppress
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jax_chunkattn import sampling
-from jax_chunkattn.sampling import RowSampling, SamplingParams
+from jax_chunkattn.sampling import RowSampling, SamplingParams, TokenCounts
+from tests.jax_chunkattn import sampling_oracle
+from tests.jax_chunkattn.sampling_oracle import ROWS, OnTheEdge, Row, expected_token
 
 VOCABULARY = 64
 sample = jax.jit(sampling.sample)
+
+
+@jax.jit
+def sample_with_counts(logits, rows, positions, counts):
+    return sampling.sample(logits, rows, positions, lambda: counts)
 
 
 def logits_of(probabilities):
@@ -18,6 +29,34 @@ def logits_of(probabilities):
     row = np.zeros(len(probabilities), np.float32)
     row[order] = np.log(probabilities)
     return row, order
+
+
+def counts_of(rows, vocabulary):
+    """The token counts of rows of an oracle."""
+    prompt = np.zeros((len(rows), vocabulary), bool)
+    generated = np.zeros((len(rows), vocabulary), np.int32)
+    for index, row in enumerate(rows):
+        prompt[index, list(row.prompt)] = True
+        np.add.at(generated[index], list(row.generated), 1)
+    return TokenCounts(jnp.asarray(prompt), jnp.asarray(generated))
+
+
+def sample_rows(rows):
+    """The tokens of a batch."""
+    return np.asarray(
+        sample_with_counts(
+            jnp.asarray(np.stack([row.logits for row in rows])),
+            RowSampling.stack([row.params for row in rows], len(rows)),
+            jnp.asarray(np.array([row.position for row in rows], np.int32)),
+            counts_of(rows, len(rows[0].logits)),
+        )
+    ).tolist()
+
+
+def greedy_choice(logits, *, prompt=(), generated=(), **options):
+    row = Row(np.array(logits, np.float32), SamplingParams(**options), prompt, generated)
+    [token] = sample_rows([row])
+    return token
 
 
 def draw(row, params, count):
@@ -106,20 +145,172 @@ def test_rows_follow_their_own_rules_and_seeds(geometric):
     assert len(set(columns[:, 1])) > 3
 
 
+def test_a_top_p_that_rounding_never_reaches_keeps_to_top_k():
+    random = np.random.default_rng(0)
+    logits = random.standard_normal((2000, VOCABULARY), np.float32)
+    params = SamplingParams(
+        temperature=100.0, top_k=10, top_p=float(np.nextafter(np.float32(1), 0))
+    )
+    rows = RowSampling.stack([params] * 2000, 2000)
+    drawn = sample(jnp.asarray(logits), rows, jnp.arange(2000, dtype=jnp.int32))
+    rank = (logits > logits[np.arange(2000), np.asarray(drawn)][:, None]).sum(axis=1)
+    assert rank.max() == 9
+
+
+@pytest.mark.parametrize("p", [0.02, 0.3, 0.5, 1.0])
+def test_min_p_keeps_tokens_by_their_share_of_the_likeliest(geometric, p):
+    """What is left is drawn in its own proportions."""
+    row, order = logits_of(geometric)
+    size = int((geometric >= p * geometric[0]).sum())
+    drawn = draw(row, SamplingParams(temperature=1.0, min_p=p), 4000)
+    shares = np.array([(drawn == token).mean() for token in order])
+    expected = np.where(np.arange(VOCABULARY) < size, geometric, 0)
+    np.testing.assert_allclose(shares, expected / expected.sum(), atol=0.032)
+    assert not shares[size:].any()
+
+
+def test_min_p_keeps_a_likeliest_token_whose_logit_is_minus_zero():
+    drawn = draw(np.array([-1, -0.0, -2], np.float32), SamplingParams(temperature=1, min_p=1), 20)
+    assert set(drawn) == {1}
+
+
+def test_min_p_counts_after_temperature(geometric):
+    row, order = logits_of(geometric)
+    for temperature in (0.5, 1.0, 3.0):
+        size = int(
+            (geometric ** (1 / temperature) >= 0.3 * geometric[0] ** (1 / temperature)).sum()
+        )
+        drawn = draw(row, SamplingParams(temperature=temperature, min_p=0.3), 2000)
+        assert set(drawn) == set(order[:size])
+
+
+ALONE = Row(np.zeros(sampling_oracle.VOCABULARY, np.float32), SamplingParams())
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(ROWS, min_size=4, max_size=4))
+def test_every_row_is_sampled_by_the_definitions_whatever_the_others_ask(rows):
+    together = sample_rows(rows)
+    alone = [sample_rows([row, ALONE, ALONE, ALONE])[0] for row in rows]
+    assert together == alone
+    for row, token in zip(rows, together, strict=True):
+        with suppress(OnTheEdge):
+            assert token == expected_token(row)
+
+
+def test_draws_stay_what_they_were():
+    """A seed answers the same in every version."""
+    logits = jnp.asarray(np.tile(np.sin(np.arange(64, dtype=np.float32)) * 3, (7, 1)))
+    params = [
+        *(SamplingParams(temperature=1.0, seed=seed) for seed in (0, 1, 2**32 - 1)),
+        SamplingParams(temperature=0.5, seed=7, top_k=9),
+        SamplingParams(temperature=2.0, seed=7, top_p=0.8),
+        SamplingParams(temperature=1.5, seed=7, top_k=20, top_p=0.6),
+        SamplingParams(),
+    ]
+    first, second = (
+        sample(logits, RowSampling.stack(params, 7), jnp.full(7, position, jnp.int32)).tolist()
+        for position in (0, 1000)
+    )
+    assert first == [33, 52, 58, 27, 27, 27, 33]
+    assert second == [1, 1, 40, 39, 39, 39, 33]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_logits_of_any_precision_are_sampled_as_float32(dtype, geometric):
+    logits = jnp.asarray(np.tile(np.log(geometric), (8, 1)), dtype)
+    params = [SamplingParams(temperature=t, logit_bias={1: 0.01}) for t in (0.0, 1.0)] * 4
+    rows, positions = RowSampling.stack(params, 8), jnp.arange(8, dtype=jnp.int32)
+    assert (
+        sample(logits, rows, positions).tolist()
+        == sample(logits.astype(jnp.float32), rows, positions).tolist()
+    )
+
+
+def test_greedy_ties_go_to_the_smallest_id():
+    assert greedy_choice([1, 5, 5, 2]) == 1
+
+
+def test_a_bias_changes_the_greedy_choice():
+    assert greedy_choice([1, 2, 3, 0]) == 2
+    assert greedy_choice([1, 2, 3, 0], logit_bias={0: 2.5}) == 0
+    assert greedy_choice([1, 2, 3, 0], logit_bias={2: -1.5}) == 1
+    assert greedy_choice([1, 2, 3, 0], logit_bias={0: 100, 3: 100}) == 0
+
+
+def test_biases_beyond_the_vocabulary_are_dropped():
+    """`check_vocabulary` refuses them; on the device they must not fall on another token."""
+    assert greedy_choice([1, 2, 3, 0], logit_bias={4: 100.0, 7: 100.0, 2**31 - 2: 100.0}) == 2
+
+
+def test_a_token_may_be_forbidden_to_a_drawing_row():
+    row = np.zeros(4, np.float32)
+    drawn = draw(row, SamplingParams(temperature=1.0, logit_bias={2: -100.0}), 500)
+    assert set(drawn) == {0, 1, 3}
+
+
+def test_repetition_penalty_is_for_tokens_of_the_prompt_and_of_the_answer():
+    logits = [2, 3, 4, 1]
+    assert greedy_choice(logits, repetition_penalty=1.5, prompt=(2,)) == 1
+    assert greedy_choice(logits, repetition_penalty=1.5, generated=(2, 2)) == 1
+    assert greedy_choice(logits, repetition_penalty=1.5, prompt=(2, 1), generated=(2,)) == 2
+    assert greedy_choice(logits, repetition_penalty=2.0, prompt=(2, 1)) == 0 != 2
+
+
+def test_repetition_penalty_makes_negative_logits_smaller():
+    logits = [-3, -2, -5, -4]
+    assert greedy_choice(logits, repetition_penalty=1.2, prompt=(1,)) == 1
+    assert greedy_choice(logits, repetition_penalty=1.6, prompt=(1,)) == 0
+
+
+def test_repetition_penalty_goes_by_the_sign_after_the_bias():
+    assert greedy_choice([-1.0, 1.0], repetition_penalty=2.0, prompt=(0,)) == 1
+    options = {"repetition_penalty": 4.0, "logit_bias": {0: 3.0}, "prompt": (0,)}
+    assert greedy_choice([-1.0, 0.25], **options) == 0
+    assert greedy_choice([-1.0, 0.75], **options) == 1
+
+
+def test_frequency_penalty_grows_with_each_occurrence_in_the_answer():
+    logits = [3, 1.8, 0, 0]
+    options = {"frequency_penalty": 0.5}
+    assert greedy_choice(logits, generated=(0, 0), **options) == 0
+    assert greedy_choice(logits, generated=(0, 0, 0), **options) == 1
+    assert greedy_choice(logits, prompt=(0, 0, 0), **options) == 0
+
+
+def test_presence_penalty_is_taken_once():
+    logits = [3, 1.8, 0, 0]
+    assert greedy_choice(logits, generated=(0,), presence_penalty=1.5) == 1
+    assert greedy_choice(logits, generated=(0,) * 5, presence_penalty=1.0) == 0
+    assert greedy_choice(logits, prompt=(0,), presence_penalty=1.5) == 0
+
+
+def test_negative_penalties_favour_what_was_generated():
+    assert greedy_choice([3, 2, 0, 0], generated=(1,), presence_penalty=-1.5) == 1
+    assert greedy_choice([3, 2, 0, 0], generated=(1, 1), frequency_penalty=-0.75) == 1
+
+
+def test_penalties_change_what_is_drawn():
+    row = np.zeros(4, np.float32)
+    params = SamplingParams(temperature=0.05, presence_penalty=2.0)
+    rows = [
+        Row(row, params, prompt=(0,), generated=(1, 3), position=position)
+        for position in range(100)
+    ]
+    assert set(sample_rows(rows)) == {0, 2}
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "options",
     [
-        ({"max_tokens": 0}, "max_tokens must be at least 1"),
-        ({"temperature": -0.1}, "temperature must be 0 or more"),
-        ({"temperature": float("nan")}, "temperature must be 0 or more"),
-        ({"temperature": float("inf")}, "temperature must be 0 or more"),
-        ({"top_k": -1}, "top_k must be 0"),
-        ({"top_p": 0.0}, "top_p must be above 0"),
-        ({"top_p": 1.01}, "top_p must be above 0"),
-        ({"seed": -1}, "seed must fit 32 bits"),
-        ({"seed": 2**32}, "seed must fit 32 bits"),
+        {"temperature": 1e-29},
+        {"temperature": 1e-37},
+        {"temperature": 1e-320},
+        {"temperature": 1.0, "top_p": 1e-44},
+        {"temperature": 1.0, "top_p": 1e-320},
+        {"temperature": 1.0, "min_p": 1.0},
     ],
 )
-def test_parameters_out_of_range_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        SamplingParams(**options)
+def test_numbers_too_small_for_float32_take_the_likeliest(options, geometric):
+    row, order = logits_of(geometric)
+    assert set(draw(row + 100, SamplingParams(**options), 20)) == {order[0]}

@@ -1,0 +1,24 @@
+"""Choosing tokens on the device, every row by its own rules and its own seed."""
+
+from jax_chunkattn.sampling.log_probabilities import Logprobs, log_probabilities
+from jax_chunkattn.sampling.params import (
+    MAX_BIASED_TOKENS,
+    MAX_LOGPROBS,
+    MAX_STOP_TOKENS,
+    SamplingParams,
+)
+from jax_chunkattn.sampling.rows import MAX_DEFAULT_STOP_TOKENS, RowSampling, TokenCounts
+from jax_chunkattn.sampling.sampler import sample
+
+__all__ = [
+    "MAX_BIASED_TOKENS",
+    "MAX_DEFAULT_STOP_TOKENS",
+    "MAX_LOGPROBS",
+    "MAX_STOP_TOKENS",
+    "Logprobs",
+    "RowSampling",
+    "SamplingParams",
+    "TokenCounts",
+    "log_probabilities",
+    "sample",
+]

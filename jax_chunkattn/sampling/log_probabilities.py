@@ -1,0 +1,76 @@
+"""How likely the model itself found the chosen tokens, and which it found likeliest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
+
+from jax_chunkattn.sampling.params import MAX_LOGPROBS
+from jax_chunkattn.sampling.rows import RowSampling
+
+NO_TOKEN = -1
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Logprobs:
+    """Natural logarithms of probabilities, likeliest token first. Letters: L = `MAX_LOGPROBS`.
+
+    Row b holds what it asks for, `RowSampling.logprobs[b]`. A row that asks for no report has 0 in
+    `chosen`; columns a row did not ask for, or beyond the vocabulary, have the token `NO_TOKEN` and
+    the value 0.
+    """
+
+    chosen: Float32[Array, " B"]
+    top_tokens: Int32[Array, "B L"]  # ties by the smaller id
+    top_values: Float32[Array, "B L"]
+
+    @classmethod
+    def empty(cls, rows: int) -> Logprobs:
+        """Of rows that ask for no report."""
+        return cls(
+            jnp.zeros(rows, jnp.float32),
+            jnp.full((rows, MAX_LOGPROBS), NO_TOKEN, jnp.int32),
+            jnp.zeros((rows, MAX_LOGPROBS), jnp.float32),
+        )
+
+
+def log_probabilities(
+    logits: Float[Array, "B V"], tokens: Int32[Array, " B"], rows: RowSampling
+) -> Logprobs:
+    """Log-probabilities of the chosen `tokens`, and of each row's likeliest.
+
+    They are those of the model's own distribution, the softmax of `logits`, whatever bias, penalty,
+    temperature or truncation the tokens were chosen with. Free when no row asks. A token outside
+    the vocabulary is taken for the nearest in it.
+    """
+    batch, vocabulary = logits.shape
+    unasked = Logprobs.empty(batch)
+    likeliest = (unasked.top_tokens, unasked.top_values)
+
+    def report():
+        scores = logits.astype(jnp.float32)
+        normaliser = jax.nn.logsumexp(scores, axis=-1)
+        chosen = jnp.take_along_axis(scores, tokens[:, None], axis=-1, mode="clip")[:, 0]
+        chosen = jnp.where(rows.logprobs >= 0, chosen - normaliser, 0)
+
+        def rank():
+            columns = min(MAX_LOGPROBS, vocabulary)
+            values, indices = lax.top_k(scores, columns)
+            values -= normaliser[:, None]
+            asked = jnp.arange(columns, dtype=jnp.int32)[None, :] < rows.logprobs[:, None]
+            return (
+                likeliest[0].at[:, :columns].set(jnp.where(asked, indices, NO_TOKEN)),
+                likeliest[1].at[:, :columns].set(jnp.where(asked, values, 0)),
+            )
+
+        return chosen, *lax.cond(jnp.any(rows.logprobs > 0), rank, lambda: likeliest)
+
+    def nothing():
+        return unasked.chosen, *likeliest
+
+    return Logprobs(*lax.cond(jnp.any(rows.logprobs >= 0), report, nothing))
