@@ -1,4 +1,4 @@
-"""Running a batch through `jax_chunkattn.DecodeSession`, and what is measured of it."""
+"""Running a batch through `jax_chunkattn.Engine`, and what is measured of it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,26 @@ from experiments.environment import max_rss_bytes
 from experiments.interrupts import deferred_interrupts
 from jax_chunkattn import (
     CacheConfig,
-    DecodeSession,
-    Progress,
-    Request,
+    Engine,
+    RequestHandle,
     SamplingParams,
     chunks_needed,
 )
-from jax_chunkattn.requests import OnProgress
 
-OnFinished = Callable[[int, Request], None]
+OnFinished = Callable[[int, RequestHandle], None]
 """Called with a request and its index in the batch."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a batch is: `done` of `total`, prompts in phase "prefill", tokens in "decode"."""
+
+    phase: str
+    done: int
+    total: int
+
+
+OnProgress = Callable[[Progress], None]
 
 
 def _ignore(*_: object) -> None:
@@ -30,8 +40,8 @@ def _ignore(*_: object) -> None:
 
 
 @dataclass(frozen=True)
-class SessionSettings:
-    """How a session decodes; the fields are those of `DecodeSession` and `CacheConfig`."""
+class BatchSettings:
+    """How a batch is decoded; the fields are those of `Engine` and `CacheConfig`."""
 
     chunk_size: int
     dtype: str
@@ -91,7 +101,7 @@ def decode_batch(
     model: Any,
     prompts: Sequence[Sequence[int]],
     sampling: Sequence[SamplingParams],
-    settings: SessionSettings,
+    settings: BatchSettings,
     *,
     on_progress: OnProgress = _ignore,
     on_finished: OnFinished = _ignore,
@@ -102,37 +112,31 @@ def decode_batch(
     that have not, with what they have so far.
     """
     started = time.perf_counter()
-    with count_compilations() as compilations, deferred_interrupts() as check_interrupt:
-        session = _session(model, prompts, sampling, settings)
-        reporter = _Reporter(started, on_finished)
-
-        def progressed(progress: Progress) -> None:
-            on_progress(progress)
-            check_interrupt()
-
-        requests = session.add(prompts, sampling, on_progress=progressed)
+    with (
+        count_compilations() as compilations,
+        deferred_interrupts() as check_interrupt,
+        _engine(model, prompts, sampling, settings) as engine,
+    ):
+        handles = [engine.submit(*each) for each in zip(prompts, sampling, strict=True)]
+        reporter = _Reporter(started, handles, on_finished)
         try:
-            reporter.start(requests)
-            total = sum(params.max_tokens for params in sampling)
             while reporter.unfinished:
-                session.step()
+                engine.step()
                 reporter.report_finished()
-                left = sum(request.remaining for request in requests)
-                progressed(Progress("decode", total - left, total))
+                on_progress(_progress(handles))
+                check_interrupt()
         except KeyboardInterrupt:
             reporter.report_unfinished()
             raise
-        for request in requests:
-            session.release(request)
-    stats = session.stats
+    stats = engine.stats
     return Measured(
         batch=len(prompts),
         sharing=settings.sharing,
-        implementation=session.backend.decode,
+        implementation=engine.backend.decode,
         plan_decision=stats.plan_decision,
         shared_tokens=stats.shared_tokens,
-        prefill_tokens_computed=stats.prefill_tokens_computed,
-        prefill_tokens_reused=stats.prefill_tokens_reused,
+        prefill_tokens_computed=stats.prefill_tokens,
+        prefill_tokens_reused=sum(map(len, prompts)) - stats.prefill_tokens,
         decode_tokens=stats.decode_tokens,
         compile_seconds=stats.compile_seconds,
         prefill_seconds=stats.prefill_seconds,
@@ -143,50 +147,61 @@ def decode_batch(
         compilations=compilations.compiled,
         compilations_from_cache=compilations.from_cache,
         max_rss_bytes=max_rss_bytes(),
-        answers=tuple(tuple(request.tokens) for request in requests),
+        answers=tuple(handle.tokens for handle in handles),
     )
+
+
+def _progress(handles: Sequence[RequestHandle]) -> Progress:
+    """Prompts ready, until all are; then tokens chosen."""
+    ready = sum(bool(handle.tokens) for handle in handles)
+    if ready < len(handles):
+        return Progress("prefill", ready, len(handles))
+    total = sum(handle.params.max_tokens for handle in handles)
+    left = sum(
+        handle.params.max_tokens - len(handle.tokens) for handle in handles if not handle.done
+    )
+    return Progress("decode", total - left, total)
 
 
 class _Reporter:
     """Tells each request once: when it has finished, or at last when it will not."""
 
-    def __init__(self, started: float, on_finished: OnFinished) -> None:
-        self.unfinished: dict[int, Request] = {}
+    def __init__(
+        self, started: float, handles: Sequence[RequestHandle], on_finished: OnFinished
+    ) -> None:
+        self.unfinished = dict(enumerate(handles))
         self.first_answer_seconds = math.nan
         self._started = started
         self._on_finished = on_finished
 
-    def start(self, requests: Sequence[Request]) -> None:
-        self.unfinished = dict(enumerate(requests))
-        self.report_finished()
-
     def report_finished(self) -> None:
-        for index, request in list(self.unfinished.items()):
-            if request.finish_reason is not None:
+        for index, handle in list(self.unfinished.items()):
+            if handle.done:
                 if math.isnan(self.first_answer_seconds):
                     self.first_answer_seconds = time.perf_counter() - self._started
                 self._on_finished(index, self.unfinished.pop(index))
 
     def report_unfinished(self) -> None:
-        for index, request in self.unfinished.items():
-            self._on_finished(index, request)
+        for index, handle in self.unfinished.items():
+            self._on_finished(index, handle)
 
 
-def _session(
+def _engine(
     model: Any,
     prompts: Sequence[Sequence[int]],
     sampling: Sequence[SamplingParams],
-    settings: SessionSettings,
-) -> DecodeSession:
+    settings: BatchSettings,
+) -> Engine:
     num_chunks = chunks_needed(
         prompts,
         max(params.max_tokens for params in sampling),
         chunk_size=settings.chunk_size,
         sharing=settings.sharing,
     )
-    return DecodeSession(
+    return Engine(
         model,
-        CacheConfig(num_chunks=num_chunks, chunk_size=settings.chunk_size, dtype=settings.dtype),
+        CacheConfig(num_chunks, settings.chunk_size, settings.dtype),
+        max_running=len(prompts),
         sharing=settings.sharing,
         implementation=settings.implementation,
         steps_per_call=settings.steps_per_call,

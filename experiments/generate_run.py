@@ -11,7 +11,7 @@ from rich.console import Console
 import models
 from experiments import report
 from experiments.comparison import PREFILL_SECONDS, affordable_batch
-from experiments.decoding import Measured, OnFinished, SessionSettings, decode_batch
+from experiments.decoding import BatchSettings, Measured, OnFinished, decode_batch
 from experiments.environment import (
     describe_environment,
     enable_compilation_cache,
@@ -24,7 +24,7 @@ from experiments.progress import PhaseDisplay, phase_display
 from experiments.prompts import PromptSet, check_lengths, random_prompts, render_prompts
 from experiments.results import ResultFolder
 from experiments.summary import request_record, run_record, summarise
-from jax_chunkattn import Request, SamplingParams
+from jax_chunkattn import RequestHandle, SamplingParams
 from models import LoadedModel
 from pallas_kernels.implementations import check_device
 
@@ -98,7 +98,7 @@ def decode(
     **callbacks: OnFinished,
 ) -> Measured:
     """Answer all of `prompts` as `config` says."""
-    settings = SessionSettings(
+    settings = BatchSettings(
         chunk_size=config.chunk_size,
         dtype=config.dtype,
         sharing=config.sharing,
@@ -171,7 +171,7 @@ def _affordable_batch(
 
 
 def _writer(folder: ResultFolder, loaded: LoadedModel, prompts: PromptSet) -> OnFinished:
-    def write(index: int, request: Request) -> None:
+    def write(index: int, request: RequestHandle) -> None:
         text = None if loaded.tokenizer is None else loaded.tokenizer.decode(request.tokens)
         folder.write_record(request_record(index, prompts, request, text))
 

@@ -10,7 +10,7 @@ from experiments.generate import GenerateConfig
 from experiments.prompts import PromptSet
 
 if TYPE_CHECKING:
-    from jax_chunkattn import Request
+    from jax_chunkattn import RequestHandle
 
 
 def run_record(
@@ -31,7 +31,7 @@ def run_record(
 
 
 def request_record(
-    index: int, prompts: PromptSet, request: Request, text: str | None
+    index: int, prompts: PromptSet, request: RequestHandle, text: str | None
 ) -> dict[str, Any]:
     """A request's line: its prompt is the run's common prefix followed by `prompt_suffix_tokens`.
 

@@ -1,4 +1,4 @@
-"""Time of planning a batch, as a session does when its tree has changed."""
+"""Time of planning a batch, as an engine does when its tree has changed."""
 
 from __future__ import annotations
 

@@ -2,13 +2,23 @@
 
 from jax_chunkattn.admission import InvalidRequest, chunks_needed
 from jax_chunkattn.allocator import ChunkAllocator, PoolExhausted
+from jax_chunkattn.engine.engine import Engine
+from jax_chunkattn.engine.handle import PinnedPrefix, RequestHandle
+from jax_chunkattn.engine.requests import (
+    Completion,
+    EngineClosed,
+    Output,
+    RequestFailed,
+    StreamEvent,
+    TokenLogprobs,
+)
+from jax_chunkattn.engine.search import Hypothesis, beam_search
+from jax_chunkattn.engine.stats import EngineStats
 from jax_chunkattn.model_interface import CacheSpec, DecoderModel
 from jax_chunkattn.planner import PlannerOptions, PlanSummary, plan_decode
 from jax_chunkattn.pool import CacheConfig, ChunkPool, allocate_pool
 from jax_chunkattn.prefix_tree import PrefixTree
-from jax_chunkattn.requests import Progress, Request, SessionStats
 from jax_chunkattn.sampling import SamplingParams
-from jax_chunkattn.session import DecodeSession
 from pallas_kernels import DecodePlan, chunk_attention, prefill_attention
 
 __all__ = [
@@ -16,19 +26,27 @@ __all__ = [
     "CacheSpec",
     "ChunkAllocator",
     "ChunkPool",
+    "Completion",
     "DecodePlan",
-    "DecodeSession",
     "DecoderModel",
+    "Engine",
+    "EngineClosed",
+    "EngineStats",
+    "Hypothesis",
     "InvalidRequest",
+    "Output",
+    "PinnedPrefix",
     "PlanSummary",
     "PlannerOptions",
     "PoolExhausted",
     "PrefixTree",
-    "Progress",
-    "Request",
+    "RequestFailed",
+    "RequestHandle",
     "SamplingParams",
-    "SessionStats",
+    "StreamEvent",
+    "TokenLogprobs",
     "allocate_pool",
+    "beam_search",
     "chunk_attention",
     "chunks_needed",
     "plan_decode",

@@ -6,56 +6,53 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jax_chunkattn.allocator import PoolExhausted
 from jax_chunkattn.model_interface import DecoderModel
-from jax_chunkattn.pool import CacheConfig
 from jax_chunkattn.prefix_tree import PrefixTree
 from jax_chunkattn.sampling import SamplingParams
 
 
 class InvalidRequest(ValueError):
-    """A request that this session can never serve; nothing has changed."""
+    """A request that this engine can never serve; nothing has changed."""
 
 
-def check_request(
-    index: int,
-    prompt: Sequence[int],
-    sampling: SamplingParams,
-    model: DecoderModel,
-    cache: CacheConfig,
+def check_prompt(
+    prompt: Sequence[int], model: DecoderModel, name: str = "the prompt"
 ) -> tuple[int, ...]:
-    """The prompt as a tuple of ints, checked.
+    """The prompt as a tuple of ints, checked; `name` stands for it in messages.
 
     Raises:
-      InvalidRequest: for an empty prompt, something that is not a token id of the model, or more
-        tokens than the model has positions.
-      PoolExhausted: when the whole pool could not hold the request.
+      InvalidRequest: when it is empty, or has something that is not a token id of the model.
     """
     if len(prompt) == 0:
-        raise InvalidRequest(f"prompt {index} is empty: it needs at least one token")
+        raise InvalidRequest(f"{name} is empty: it needs at least one token")
     ids = np.asarray(prompt)
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise InvalidRequest(f"prompt {index} must be a sequence of token ids, got {prompt!r:.60}")
+        raise InvalidRequest(f"{name} must be a sequence of token ids, got {prompt!r:.60}")
     outside = (ids < 0) | (ids >= model.vocab_size)
     if outside.any():
         where = int(np.argmax(outside))
         raise InvalidRequest(
-            f"prompt {index} has token id {ids[where]} at position {where}; "
+            f"{name} has token id {ids[where]} at position {where}; "
             f"the model's ids go from 0 to {model.vocab_size - 1}"
         )
-    total = len(ids) + sampling.max_tokens
-    if total > model.max_positions:
+    return tuple(ids.tolist())
+
+
+def check_params(
+    params: SamplingParams, prompt_tokens: int, model: DecoderModel, name: str = "the prompt"
+) -> None:
+    """Raises InvalidRequest when the model cannot serve these parameters with such a prompt."""
+    if not isinstance(params, SamplingParams):
+        raise InvalidRequest(f"{name} needs SamplingParams, got {params!r:.60}")
+    if prompt_tokens + params.max_tokens > model.max_positions:
         raise InvalidRequest(
-            f"prompt {index} has {len(ids)} tokens and asks for {sampling.max_tokens} more; "
+            f"{name} has {prompt_tokens} tokens and asks for {params.max_tokens} more; "
             f"the model has {model.max_positions} positions"
         )
-    needed = chunks_to_finish(len(ids), sampling.max_tokens, cache.chunk_size)
-    if needed > cache.num_chunks:
-        raise PoolExhausted(
-            f"prompt {index} needs {needed} chunks of {cache.chunk_size} tokens to finish; "
-            f"the pool has {cache.num_chunks} in all"
-        )
-    return tuple(ids.tolist())
+    try:
+        params.check_vocabulary(model.vocab_size)
+    except ValueError as error:
+        raise InvalidRequest(f"{name}: {error}") from None
 
 
 def chunks_to_finish(prompt_tokens: int, max_tokens: int, chunk_size: int) -> int:

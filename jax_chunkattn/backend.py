@@ -1,4 +1,4 @@
-"""Which kernels a session runs, and how work is planned for them."""
+"""Which kernels an engine runs, and how work is planned for them."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Int32
 
 from jax_chunkattn.model_interface import DecoderModel
 from jax_chunkattn.pool import ChunkPool
-from jax_chunkattn.sampling import RowSampling, sample
+from jax_chunkattn.request_table import DeviceState, count_tokens
+from jax_chunkattn.sampling import Logprobs, log_probabilities, sample
 from pallas_kernels import DecodePlan, chunk_attention, write_kv
 from pallas_kernels.plans import HostOrDevice
 
@@ -20,64 +21,69 @@ NOTHING = -1  # in place of a token, where a row emitted none
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class DecodeState:
-    """Where every row stands between two tokens.
+class Chosen:
+    """What a call chose: `NOTHING` where a row was frozen."""
 
-    A row with `remaining` 0 is frozen: it is finished, or padding.
-    """
-
-    tokens: Int32[HostOrDevice, " B"]  # chosen, not yet fed to the model
-    lengths: Int32[HostOrDevice, " B"]  # tokens whose keys and values are in the pool
-    remaining: Int32[HostOrDevice, " B"]  # tokens the row may still choose
+    tokens: Int32[HostOrDevice, "*K B"]
+    logprobs: Logprobs  # *K B
 
 
 def decode_steps(
     model: DecoderModel,
-    pool: ChunkPool,
-    state: DecodeState,
+    state: DeviceState,
+    slots: Int32[HostOrDevice, " B"],
     plan: DecodePlan,
-    sampling: RowSampling,
-    stop_tokens: Int32[Array, " E"],
     *,
     num_steps: int,
     implementation: str | None = None,
-) -> tuple[ChunkPool, DecodeState, Int32[Array, "K B"]]:
+) -> tuple[DeviceState, Chosen]:
     """Up to K = `num_steps` tokens for each row that is not frozen.
 
     Each step feeds every row's chosen token at position `lengths`, writes its keys and values into
     the row's private chunks (the plan must reach K tokens ahead), attends, and chooses the next. A
     row freezes after a stop token or when `remaining` is used up; the loop ends early when all
-    rows are frozen. Donate the pool: it is then updated in place.
+    rows are frozen. Donate the state: it is then updated in place.
+
+    Args:
+      slots: of the rows, in the plan's order; S for padding.
 
     Returns:
-      The pool, the new state, and the tokens chosen at each step, `NOTHING` where a row was frozen.
+      The new state, and what was chosen at each step.
     """
-    batch = state.tokens.shape[0]
+    table = state.table
+    slots = jnp.asarray(slots)
+    rows, sampling = table.take(slots)
 
     def unfinished(carry):
-        step, _, state, _ = carry
-        return (step < num_steps) & jnp.any(state.remaining > 0)
+        step, _, _, rows, _ = carry
+        return (step < num_steps) & jnp.any(rows.remaining > 0)
 
     def advance(carry):
-        step, pool, state, chosen = carry
-        active = state.remaining > 0
-        attend = decode_attend(plan, state.lengths, active, implementation)
-        hidden, pool = model(state.tokens, state.lengths, pool, attend)
-        following = sample(model.logits(hidden), sampling, state.lengths + 1)
-        stopped = jnp.isin(following, stop_tokens)
-        remaining = jnp.where(stopped, 0, state.remaining - 1)
-        chosen = chosen.at[step].set(jnp.where(active, following, NOTHING))
-        state = DecodeState(
-            tokens=jnp.where(active, following, state.tokens),
-            lengths=state.lengths + active.astype(jnp.int32),
-            remaining=jnp.where(active, remaining, 0),
+        step, pool, counts, rows, chosen = carry
+        active = rows.remaining > 0
+        attend = decode_attend(plan, rows.lengths, active, implementation)
+        hidden, pool = model(rows.tokens, rows.lengths, pool, attend)
+        logits = model.logits(hidden)
+        following = sample(logits, sampling, rows.lengths + 1, lambda: counts.take(slots))
+        emitted = Chosen(
+            jnp.where(active, following, NOTHING), log_probabilities(logits, following, sampling)
         )
-        return step + 1, pool, state, chosen
+        chosen = jax.tree.map(lambda all, one: all.at[step].set(one), chosen, emitted)
+        counts = count_tokens(counts, slots, following, active)
+        rows = rows.choose(following, sampling.stop_tokens)
+        rows = replace(rows, lengths=rows.lengths + active.astype(jnp.int32))
+        return step + 1, pool, counts, rows, chosen
 
-    chosen = jnp.full((num_steps, batch), NOTHING, jnp.int32)
-    start = (jnp.int32(0), pool, state, chosen)
-    _, pool, state, chosen = lax.while_loop(unfinished, advance, start)
-    return pool, state, chosen
+    start = (jnp.int32(0), state.pool, table.counts, rows, _nothing(num_steps, len(slots)))
+    _, pool, counts, rows, chosen = lax.while_loop(unfinished, advance, start)
+    table = replace(table.put(slots, rows), counts=counts)
+    return DeviceState(pool, table), chosen
+
+
+def _nothing(num_steps: int, batch: int) -> Chosen:
+    empty = Logprobs.empty(batch)
+    logprobs = jax.tree.map(lambda one: jnp.broadcast_to(one, (num_steps, *one.shape)), empty)
+    return Chosen(jnp.full((num_steps, batch), NOTHING, jnp.int32), logprobs)
 
 
 def decode_attend(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
+from jax_chunkattn.decode_loop import NOTHING, Chosen
 from jax_chunkattn.model_interface import DecoderModel
 from jax_chunkattn.planning.block_table import bucket, common_runs, pad_tables
 from jax_chunkattn.planning.gpu_division import cut_for_gpu
@@ -18,7 +19,8 @@ from jax_chunkattn.planning.gpu_time import choose_pieces
 from jax_chunkattn.planning.options import GpuWork, PlannerOptions
 from jax_chunkattn.planning.work_items import flatten_items, items_of, partial_slots
 from jax_chunkattn.pool import ChunkPool
-from jax_chunkattn.sampling import RowSampling, sample
+from jax_chunkattn.request_table import DeviceState, count_tokens
+from jax_chunkattn.sampling import log_probabilities, sample
 from pallas_kernels import PrefillPlan, prefill_attention, write_kv
 from pallas_kernels.plans import HostOrDevice, PartialSlots, WorkItems
 
@@ -162,26 +164,28 @@ def _items_before(
 
 
 def next_call(
-    work: Sequence[tuple[Owner, Segment]], num_left: int
-) -> tuple[list[tuple[Owner, Segment]], list[tuple[Owner, Segment]], int]:
-    """The segments of the next prefill call, those left after it, and the call's tokens.
+    work: Sequence[tuple[Owner, Segment]], most_tokens: int = CALL_TOKENS[-1]
+) -> tuple[list[tuple[Owner, Segment]], int]:
+    """The segments of the next prefill call, and the call's tokens, at most `most_tokens`.
 
-    Segments stay with their owners and in their order; one that does not fit is cut. `num_left` is
-    the number of tokens of all the work.
+    The smallest call that holds all the work, or else the largest. Segments stay with their owners
+    and in their order; one that does not fit is cut, and what is behind it left out.
     """
-    num_tokens = next((size for size in CALL_TOKENS if size >= num_left), CALL_TOKENS[-1])
+    wanted = max(
+        sum(segment.end - segment.begin for _, segment in work), len(work) * TOKENS_PER_SEQUENCE
+    )
+    num_tokens = next((size for size in CALL_TOKENS if size >= wanted), most_tokens)
+    num_tokens = min(num_tokens, most_tokens)
     call: list[tuple[Owner, Segment]] = []
-    left = list(work)
     room = num_tokens
-    while left and room and len(call) < max_segments(num_tokens):
-        owner, segment = left.pop(0)
-        cut = min(segment.end, segment.begin + room)
-        fits = cut - segment.begin
+    for owner, segment in work[: max_segments(num_tokens)]:
+        fits = min(segment.end - segment.begin, room)
+        if not fits:
+            break
         room -= fits
+        cut = segment.begin + fits
         call.append((owner, replace(segment, tokens=segment.tokens[:fits], end=cut)))
-        if cut < segment.end:
-            left.insert(0, (owner, replace(segment, tokens=segment.tokens[fits:], begin=cut)))
-    return call, left, num_tokens
+    return call, num_tokens
 
 
 def max_segments(num_tokens: int) -> int:
@@ -191,24 +195,37 @@ def max_segments(num_tokens: int) -> int:
 
 def prefill_step(
     model: DecoderModel,
-    pool: ChunkPool,
+    state: DeviceState,
+    slots: Int32[HostOrDevice, " S"],
     batch: PrefillBatch,
-    sampling: RowSampling,
     *,
     implementation: str | None = None,
-) -> tuple[ChunkPool, Int32[HostOrDevice, " S"]]:
+) -> tuple[DeviceState, Chosen]:
     """Computes the packed tokens, and the token that follows each segment.
 
     Keys and values are written layer by layer before they are attended to, so a segment may build
     on another one of the same call.
-    """
 
+    Args:
+      slots: of the rows that the segments complete the prompts of; the number of slots for others.
+
+    Returns:
+      The new state, those rows ready to decode, and what was chosen, `NOTHING` for other segments.
+    """
     attend = prefill_attend(batch.plan, implementation)
     tokens, positions = jnp.asarray(batch.tokens), jnp.asarray(batch.positions)
-    hidden, pool = model(tokens, positions, pool, attend)
+    slots = jnp.asarray(slots)
+    table = state.table
+    rows, sampling = table.take(slots)
+    hidden, pool = model(tokens, positions, state.pool, attend)
     following = jnp.take(positions, batch.last_token) + 1
     logits = model.logits(jnp.take(hidden, batch.last_token, axis=0))
-    return pool, sample(logits, sampling, following)
+    drawn = sample(logits, sampling, following, lambda: table.counts.take(slots))
+    active = rows.remaining > 0
+    chosen = Chosen(jnp.where(active, drawn, NOTHING), log_probabilities(logits, drawn, sampling))
+    counts = count_tokens(table.counts, slots, drawn, active)
+    table = replace(table.put(slots, rows.choose(drawn, sampling.stop_tokens)), counts=counts)
+    return DeviceState(pool, table), chosen
 
 
 def prefill_attend(plan: PrefillPlan, implementation: str | None):

@@ -1,7 +1,7 @@
 """Compiled programs, kept by the shapes they were compiled for.
 
-Compiling ahead of the call, rather than inside it, is what lets a session say how often it compiled
-and how long that took, and report speeds without it. Programs are shared by all sessions of a
+Compiling ahead of the call, rather than inside it, is what lets an engine say how often it compiled
+and how long that took, and report speeds without it. Programs are shared by all engines of a
 process whose models have one definition and one set of shapes.
 """
 
@@ -48,26 +48,32 @@ class Programs:
         self._compiled: dict[Hashable, Any] = {}
 
     def compiled(
-        self, function: Callable, model: SplitModel, args: tuple, **static: Hashable
+        self, function: Callable, model: SplitModel | None, args: tuple, **static: Hashable
     ) -> tuple[Any, float]:
-        """The program of `function(model, *args, **static)`, its first argument donated.
+        """The program of `function(model, *args, **static)`, its first argument `args[0]` donated.
 
-        Returns it, to be called with `(model.leaves, *args)`, and the seconds spent compiling: 0
-        when the program was there.
+        Without a model it is `function(*args, **static)`. Arguments may be abstract.
+
+        Returns it, to be called with `(model.leaves, *args)`, or `([], *args)` without a model, and
+        the seconds spent compiling: 0 when the program was there.
         """
-        leaves, treedef = jax.tree.flatten((model.leaves, args))
-        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
-        key = (function, model.definition, treedef, shapes, tuple(sorted(static.items())))
+        model_leaves = model.leaves if model is not None else []
+        definition = model.definition if model is not None else None
+        leaves, treedef = jax.tree.flatten((model_leaves, args))
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        key = (function, definition, treedef, shapes, tuple(sorted(static.items())))
         program = self._compiled.get(key)
         if program is not None:
             return program, 0.0
         start = time.perf_counter()
 
         def run(leaves, *args):
+            if model is None:
+                return function(*args, **static)
             return function(model.merge(leaves), *args, **static)
 
         run.__name__ = function.__name__
-        program = jax.jit(run, donate_argnums=1).lower(model.leaves, *args).compile()
+        program = jax.jit(run, donate_argnums=1).lower(model_leaves, *args).compile()
         self._compiled[key] = program
         return program, time.perf_counter() - start
 

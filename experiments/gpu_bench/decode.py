@@ -25,11 +25,11 @@ from experiments.gpu_bench.clock import Side, Timing, time_sides
 from experiments.gpu_bench.pools import random_buffer
 from experiments.gpu_bench.record import significant
 from jax_chunkattn.backend import choose_backend
-from jax_chunkattn.decode_loop import NOTHING, DecodeState, decode_steps
+from jax_chunkattn.decode_loop import decode_steps
 from jax_chunkattn.planner import plan_decode
 from jax_chunkattn.pool import CacheConfig, ChunkPool
 from jax_chunkattn.programs import SplitModel
-from jax_chunkattn.sampling import RowSampling
+from jax_chunkattn.request_table import DeviceState, RequestTable, RowState
 from models.config import DecoderConfig, preset
 from models.decoder import Decoder
 from pallas_kernels.targets import current_target
@@ -70,6 +70,7 @@ class DecodeCase:
     rows: int
     side: str
     program: Program
+    state: RowState
     rest: tuple
     kv_bytes: int
 
@@ -99,7 +100,7 @@ def run(bench: Bench) -> None:
     floors.ensure(bench)
     shape = pool_shape(config, size)
     pools = [random_buffer(jax.random.key(index), shape, size.dtype) for index in range(2)]
-    holder = _Holder(leaves, ChunkPool(*pools))
+    holder = _Holder(leaves, ChunkPool(*pools), config.vocab_size)
     weight_bytes = (config.num_parameters - config.vocab_size * config.hidden_size) * (
         jnp.dtype(size.dtype).itemsize
     )
@@ -116,17 +117,23 @@ def pool_shape(config: DecoderConfig, size: DecodeSize) -> tuple[int, ...]:
 class _Holder:
     """The weights, and the pool that goes through every call."""
 
-    def __init__(self, leaves: list, pool: ChunkPool) -> None:
+    def __init__(self, leaves: list, pool: ChunkPool, vocab_size: int) -> None:
         self.leaves = leaves
         self.pool = pool
+        self.vocab_size = vocab_size
 
     def side(self, bench: Bench, case: DecodeCase, steps: int) -> Side:
         run = bench.get(case.program)
-        rest = jax.device_put(case.rest)
+        rows, rest = jax.device_put((case.state, case.rest))
+        table = RequestTable.of(rows, [], self.vocab_size)
 
         def call(_: int):
-            self.pool, _, chosen = run(self.leaves, self.pool, *rest)
-            return chosen
+            nonlocal table
+            # Every call begins with the same rows, so that none ever comes to its end.
+            table = dataclasses.replace(table, rows=jax.tree.map(jnp.copy, rows))
+            state, chosen = run(self.leaves, DeviceState(self.pool, table), *rest)
+            self.pool, table = state.pool, state.table
+            return chosen.tokens
 
         return Side(call, steps)
 
@@ -191,25 +198,25 @@ def _case(
     padded = plan.private_chunks.shape[0]
     real = np.arange(padded) < rows
     random = np.random.default_rng(rows)
-    state = DecodeState(
+    state = RowState(
         tokens=random.integers(0, config.vocab_size, padded).astype(np.int32),
         lengths=np.where(real, length, 0).astype(np.int32),
         remaining=np.where(real, size.steps + 1, 0).astype(np.int32),
     )
-    sampling = RowSampling.stack([], padded)
-    rest = (state, plan, sampling, np.array([NOTHING], np.int32))
+    table = jax.eval_shape(lambda: RequestTable.of(state, [], config.vocab_size))
+    rest = (np.arange(padded, dtype=np.int32), plan)
     merge: Callable[[list], Any] = split.merge
 
     def step(leaves, *arguments):
         return decode_steps(merge(leaves), *arguments, num_steps=size.steps, implementation=decode)
 
     pool: Any = jax.ShapeDtypeStruct(pool_shape(config, size), jnp.dtype(size.dtype))
-    arguments = (split.leaves, ChunkPool(pool, pool), *rest)
+    arguments = (split.leaves, DeviceState(ChunkPool(pool, pool), table), *rest)
     distinct = len({chunk for table in tables for chunk in table})
     per_token = 2 * config.num_layers * config.kv_size * jnp.dtype(size.dtype).itemsize
     program = Program(("decode", rows, name), step, arguments, (1,))
     kv_bytes = distinct * size.chunk_size * per_token
-    return DecodeCase(rows, name, program, rest, kv_bytes)
+    return DecodeCase(rows, name, program, state, rest, kv_bytes)
 
 
 def _measure(

@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments.gpu_bench import small_model
 from experiments.gpu_bench.bench import Bench, Program
-from jax_chunkattn import CacheConfig, DecodeSession, SamplingParams
+from jax_chunkattn import CacheConfig, Engine, SamplingParams
 from pallas_kernels.targets import Target, use_target
 
 _CHUNK = 64
@@ -83,9 +83,9 @@ def generate(
     full = jax.default_matmul_precision("highest")
     with full if dtype == "float32" else contextlib.nullcontext():
         model = small_model.make(bench.small, dtype, bench.seed)
-        session = DecodeSession(model, cache, implementation=backend, steps_per_call=8)
-        requests = session.generate(prompts, SamplingParams(max_tokens=count))
-    return [request.tokens for request in requests]
+        with Engine(model, cache, implementation=backend, steps_per_call=8) as engine:
+            outputs = list(engine.generate(prompts, SamplingParams(max_tokens=count)))
+    return [list(output.samples[0].tokens) for output in outputs]
 
 
 def _compile(bench: Bench) -> None:

@@ -17,11 +17,11 @@ from flax import nnx
 from experiments.gpu_compile.cases import Case, CaseTable, abstract, abstract_plan
 from experiments.gpu_compile.target import GpuTarget
 from experiments.gpu_compile.tensor_parallel import tensor_parallel_case
-from jax_chunkattn.decode_loop import DecodeState, decode_steps
+from jax_chunkattn.decode_loop import decode_steps
 from jax_chunkattn.planner import PlannerOptions
 from jax_chunkattn.pool import CacheConfig, ChunkPool, allocate_pool
 from jax_chunkattn.prefill import Segment, max_segments, pack_segments, prefill_step
-from jax_chunkattn.sampling import RowSampling
+from jax_chunkattn.request_table import DeviceState, RequestTable
 from models.config import PRESETS, DecoderConfig
 from models.decoder import Decoder
 from pallas_kernels.chunk_attention.api import IMPLEMENTATIONS as DECODE_IMPLEMENTATIONS
@@ -69,13 +69,14 @@ def decode_case(size: ProgramSize, implementation: str, target: GpuTarget) -> Ca
     """K steps for B rows."""
     merge, leaves = _abstract_model(size)
     pool = abstract_pool(size)
+    state, *rest = decode_arguments(size, pool)
 
     def decode(leaves, *arguments):
         return decode_steps(
             merge(leaves), *arguments, num_steps=size.steps, implementation=implementation
         )
 
-    return Case(decode, (leaves, pool, *decode_arguments(size.rows)), (1,), *pool_sizes(pool))
+    return Case(decode, (leaves, state, *rest), (1,), *pool_sizes(pool))
 
 
 def prefill_case(size: ProgramSize, implementation: str, target: GpuTarget) -> Case:
@@ -92,20 +93,24 @@ def prefill_case(size: ProgramSize, implementation: str, target: GpuTarget) -> C
         num_chunks=size.num_chunks,
         options=_planner_options(size, implementation),
     )
-    sampling = RowSampling.stack([], max_segments(tokens))
+    state = abstract_state(size, pool)
 
     def prefill(leaves, *arguments):
         return prefill_step(merge(leaves), *arguments, implementation=implementation)
 
-    arguments = (leaves, pool, *_shapes((batch, sampling)))
+    arguments = (leaves, state, abstract((max_segments(tokens),)), *_shapes((batch,)))
     return Case(prefill, arguments, (1,), *pool_sizes(pool))
 
 
-def decode_arguments(rows: int) -> tuple:
-    """State, plan, sampling and stop tokens of B = `rows` rows."""
-    state = DecodeState(*(abstract((rows,)) for _ in range(3)))
-    sampling = RowSampling.stack([], rows)
-    return state, abstract_plan(rows), *_shapes((sampling,)), abstract((1,))
+def decode_arguments(size: ProgramSize, pool: ChunkPool) -> tuple:
+    """State, slots and plan of `size.rows` rows."""
+    return abstract_state(size, pool), abstract((size.rows,)), abstract_plan(size.rows)
+
+
+def abstract_state(size: ProgramSize, pool: ChunkPool) -> DeviceState:
+    """A pool, and a table with a slot for each row."""
+    empty = partial(RequestTable.empty, size.rows, size.config.vocab_size)
+    return DeviceState(pool, jax.eval_shape(empty))
 
 
 def abstract_pool(size: ProgramSize) -> ChunkPool:

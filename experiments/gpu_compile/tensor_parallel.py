@@ -20,6 +20,7 @@ from experiments.gpu_compile.target import GpuTarget, device_mesh
 from jax_chunkattn.decode_loop import decode_steps
 from jax_chunkattn.model_interface import CacheSpec
 from jax_chunkattn.pool import ChunkPool
+from jax_chunkattn.request_table import DeviceState
 
 if TYPE_CHECKING:
     from experiments.gpu_compile.programs import ProgramSize
@@ -63,9 +64,14 @@ class AttentionOnlyDecoder:
 
 
 def tensor_parallel_case(size: ProgramSize, implementation: str, target: GpuTarget) -> Case:
-    """K steps for B rows on four GPUs, each with a quarter of the heads; the pool is donated."""
+    """K steps for B rows on four GPUs, each with a quarter of the heads; the pool is donated.
+
+    The pool has four times the chunks: as many bytes on each GPU as it has on one alone, where a
+    layer of it dwarfs the logits.
+    """
     from experiments.gpu_compile.programs import abstract_pool, decode_arguments, pool_sizes
 
+    size = replace(size, num_chunks=NUM_DEVICES * size.num_chunks)
     config = size.config
     mesh = device_mesh(target, NUM_DEVICES, AXIS)
     pool = abstract_pool(size)
@@ -86,8 +92,8 @@ def tensor_parallel_case(size: ProgramSize, implementation: str, target: GpuTarg
     by_head: Any = PartitionSpec(None, AXIS)
     placement = (
         (whole, PartitionSpec(None, None, AXIS), by_head),
-        ChunkPool(by_head, by_head),
-        *(whole,) * 4,
+        DeviceState(ChunkPool(by_head, by_head), whole),
+        *(whole,) * 2,
     )
 
     def decode(weights, *arguments):
@@ -98,10 +104,10 @@ def tensor_parallel_case(size: ProgramSize, implementation: str, target: GpuTarg
         decode,
         mesh=mesh,
         in_specs=placement,
-        out_specs=(placement[1], whole, whole),
+        out_specs=(placement[1], whole),
         check_vma=False,
     )
-    arguments = _placed((weights, pool, *decode_arguments(size.rows)), placement, mesh)
+    arguments = _placed((weights, *decode_arguments(size, pool)), placement, mesh)
     return Case(sharded, arguments, (1,), *pool_sizes(pool, NUM_DEVICES))
 
 

@@ -1,4 +1,4 @@
-"""A stand-in for the decode session, and measurements made up for the tables and pictures."""
+"""A stand-in for the engine, and measurements made up for the tables and pictures."""
 
 from __future__ import annotations
 
@@ -9,10 +9,25 @@ from typing import Any
 
 import pytest
 
-from jax_chunkattn import PrefixTree, Request
+
+class FakeHandle:
+    """A request of a `FakeEngine`."""
+
+    def __init__(self, params: Any) -> None:
+        self.params = params
+        self.chosen: list[int] = []
+        self.finish_reason: str | None = None
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return tuple(self.chosen)
+
+    @property
+    def done(self) -> bool:
+        return self.finish_reason is not None
 
 
-class FakeSession:
+class FakeEngine:
     """Decodes one token a step; request i stops after i + 1 tokens. `interrupt_at` is a step."""
 
     interrupt_at: int | None = None
@@ -20,14 +35,13 @@ class FakeSession:
     def __init__(self, model: Any, cache: Any, **settings: Any) -> None:
         self.settings = settings
         self.backend = SimpleNamespace(decode=settings["implementation"] or "xla")
-        self.requests: list[Request] = []
-        self.released: list[Request] = []
+        self.handles: list[FakeHandle] = []
+        self.closed = False
         self.steps = 0
         self.stats = SimpleNamespace(
             plan_decision="shared",
             shared_tokens=64,
-            prefill_tokens_computed=100,
-            prefill_tokens_reused=300,
+            prefill_tokens=4,
             decode_tokens=0,
             compile_seconds=0.25,
             prefill_seconds=2.0,
@@ -36,41 +50,37 @@ class FakeSession:
             kv_bytes_unshared=4000,
         )
 
-    def add(self, prompts: Sequence[Sequence[int]], sampling: Any, **_: Any) -> Sequence[Request]:
-        tree = PrefixTree(num_chunks=len(prompts), chunk_size=2)
-        self.requests = [
-            Request(tuple(prompt), params, tree.insert([1]))
-            for prompt, params in zip(prompts, sampling, strict=True)
-        ]
-        return self.requests
+    def __enter__(self) -> FakeEngine:
+        return self
 
-    def step(self) -> list[Request]:
+    def __exit__(self, *_: object) -> None:
+        self.closed = True
+
+    def submit(self, prompt: Sequence[int], params: Any) -> FakeHandle:
+        self.handles.append(FakeHandle(params))
+        return self.handles[-1]
+
+    def step(self) -> None:
         self.steps += 1
         if self.steps == self.interrupt_at:
             raise KeyboardInterrupt
-        finished = []
-        for index, request in enumerate(self.requests):
-            if request.finish_reason is None:
-                request.tokens.append(self.steps)
+        for index, handle in enumerate(self.handles):
+            if not handle.done:
+                handle.chosen.append(self.steps)
                 self.stats.decode_tokens += 1
                 self.stats.decode_seconds += 0.5
-                if len(request.tokens) == index + 1:
-                    request.finish_reason = "stop"
-                    finished.append(request)
-        return finished
-
-    def release(self, request: Request) -> None:
-        self.released.append(request)
+                if len(handle.tokens) == index + 1:
+                    handle.finish_reason = "stop"
 
 
 @pytest.fixture
-def fake_session(monkeypatch: pytest.MonkeyPatch) -> type[FakeSession]:
-    """Puts a fresh `FakeSession` class in the place of `DecodeSession`."""
+def fake_engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
+    """Puts a fresh `FakeEngine` class in the place of `Engine`."""
     from experiments import decoding
 
-    session = type("Session", (FakeSession,), {})
-    monkeypatch.setattr(decoding, "DecodeSession", session)
-    return session
+    engine = type("Engine", (FakeEngine,), {})
+    monkeypatch.setattr(decoding, "Engine", engine)
+    return engine
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Running a batch through a session, and counting compilations."""
+"""Running a batch through an engine, and counting compilations."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.compilations import count_compilations
-from experiments.decoding import Measured, SessionSettings, decode_batch
+from experiments.decoding import BatchSettings, Measured, decode_batch
 from experiments.interrupts import deferred_interrupts
 from jax_chunkattn import SamplingParams
 
-SETTINGS = SessionSettings(
+SETTINGS = BatchSettings(
     chunk_size=16,
     dtype="float32",
     sharing=True,
@@ -31,14 +31,14 @@ def decode(**callbacks: Any) -> Measured:
     return decode_batch(None, prompts, sampling, SETTINGS, **callbacks)
 
 
-def test_each_request_is_told_as_it_finishes(fake_session: type) -> None:
+def test_each_request_is_told_as_it_finishes(fake_engine: type) -> None:
     told = []
     decode(on_finished=lambda index, request: told.append((index, len(request.tokens))))
     assert told == [(0, 1), (1, 2), (2, 3)]
 
 
-def test_interrupted_requests_are_told_with_what_they_have(fake_session: Any) -> None:
-    fake_session.interrupt_at = 3
+def test_interrupted_requests_are_told_with_what_they_have(fake_engine: Any) -> None:
+    fake_engine.interrupt_at = 3
     told = []
     with pytest.raises(KeyboardInterrupt):
         decode(
@@ -49,7 +49,7 @@ def test_interrupted_requests_are_told_with_what_they_have(fake_session: Any) ->
     assert told == [(0, "stop", 1), (1, "stop", 2), (2, None, 2)]
 
 
-def test_signal_waits_for_the_end_of_a_step(fake_session: Any) -> None:
+def test_signal_waits_for_the_end_of_a_step(fake_engine: Any) -> None:
     told = []
 
     def on_progress(progress: Any) -> None:
@@ -83,18 +83,19 @@ def test_deferred_interrupts_come_at_the_check_the_end_or_the_second_signal() ->
     assert reached == ["after the signal", "the end"]
 
 
-def test_measured_rates(fake_session: type) -> None:
+def test_measured_rates(fake_engine: type) -> None:
     measured = decode()
-    assert measured.prompt_tokens == 400
-    assert measured.prefill_tokens_per_second == pytest.approx(100 / 2.0)
-    assert measured.prompt_tokens_per_second == pytest.approx(400 / 2.0)
+    assert measured.prompt_tokens == 9
+    assert measured.prefill_tokens_computed == 4
+    assert measured.prefill_tokens_per_second == pytest.approx(4 / 2.0)
+    assert measured.prompt_tokens_per_second == pytest.approx(9 / 2.0)
     assert measured.decode_tokens == 6
     assert measured.decode_tokens_per_second == pytest.approx(6 / 3.0)
     assert measured.answers == ((1,), (1, 2), (1, 2, 3))
     assert measured.first_answer_seconds > 0
 
 
-def test_progress_ends_at_its_total(fake_session: type) -> None:
+def test_progress_ends_at_its_total(fake_engine: type) -> None:
     seen = []
     decode(on_progress=seen.append)
     done = [progress.done for progress in seen]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,11 +22,10 @@ def segments_of(lengths):
 @given(st.lists(st.integers(1, 700), min_size=1, max_size=60))
 def test_calls_take_every_token_once_in_order_and_never_more_than_fits(lengths):
     work = segments_of(lengths)
-    left = sum(lengths)
     taken = [[] for _ in lengths]
     order = []
     while work:
-        call, work, num_tokens = next_call(work, left)
+        call, num_tokens = next_call(work)
         assert 1 <= len(call) <= max_segments(num_tokens)
         used = 0
         for owner, segment in call:
@@ -34,21 +35,38 @@ def test_calls_take_every_token_once_in_order_and_never_more_than_fits(lengths):
             order.append(owner)
             used += len(segment.tokens)
         assert used <= num_tokens
-        left -= used
-    assert left == 0
+        work = rest_of(work, call)
     assert taken == [list(range(length)) for length in lengths]
     assert order == sorted(order)
 
 
+def rest_of(work, call):
+    """What a call has left of the work."""
+    done = {owner: segment.end for owner, segment in call}
+    rest = []
+    for owner, segment in work:
+        begin = done.get(owner, segment.begin)
+        if begin < segment.end:
+            tokens = segment.tokens[begin - segment.begin :]
+            rest.append((owner, dataclasses.replace(segment, tokens=tokens, begin=begin)))
+    return rest
+
+
 def test_a_call_is_as_small_as_what_is_left_allows():
     for left, expected in ((1, 32), (32, 32), (33, 128), (128, 128), (129, 512), (9000, 512)):
-        assert next_call(segments_of([left]), left)[2] == expected
+        assert next_call(segments_of([left]))[1] == expected
+    for left, expected in ((1, 32), (33, 128), (129, 128), (9000, 128)):
+        assert next_call(segments_of([left]), 128)[1] == expected
     assert CALL_TOKENS == (32, 128, 512)
 
 
-def test_one_call_takes_no_more_segments_than_it_has_room_for():
-    call, rest, num_tokens = next_call(segments_of([1] * 40), 40)
-    assert (len(call), len(rest), num_tokens) == (8, 32, 128)
+def test_many_short_segments_take_a_call_with_room_for_them():
+    call, num_tokens = next_call(segments_of([1] * 8))
+    assert (len(call), num_tokens) == (8, 128)
+    call, num_tokens = next_call(segments_of([1] * 40))
+    assert (len(call), num_tokens) == (32, 512)
+    call, num_tokens = next_call(segments_of([1] * 40), 32)
+    assert (len(call), num_tokens) == (2, 32)
 
 
 def packed_on_gpu(segments, num_tokens, **work):

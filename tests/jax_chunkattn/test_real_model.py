@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_chunkattn import CacheConfig, DecodeSession, PlannerOptions, SamplingParams, allocate_pool
+from jax_chunkattn import CacheConfig, Engine, PlannerOptions, SamplingParams, allocate_pool
 from jax_chunkattn.decode_loop import decode_attend
 from jax_chunkattn.planner import plan_decode
 from jax_chunkattn.prefill import Segment, pack_segments, prefill_attend
@@ -35,16 +35,15 @@ def prompts(golden):
 @pytest.mark.parametrize("chunk_size", [16, 64])
 def test_forty_greedy_tokens_equal_those_of_transformers(smollm2, golden, prompts, chunk_size):
     """Three of the prompts share a system prompt, so the plan has shared and private parts."""
-    decoding = DecodeSession(
+    engine = Engine(
         smollm2.model,
         CacheConfig(80, chunk_size),
         planner=PlannerOptions(worth_sharing=lambda rows, chunks: rows > 1),
     )
-    requests = decoding.generate(prompts, SamplingParams(max_tokens=40))
-    for index, request in enumerate(requests):
-        assert request.tokens == golden[f"greedy_{index}"].tolist()
-    assert decoding.stats.prefill_tokens_reused > 100
-    assert decoding.stats.plan_decision.startswith("shared: ")
+    for output in engine.generate(prompts, SamplingParams(max_tokens=40)):
+        assert list(output.samples[0].tokens) == golden[f"greedy_{output.index}"].tolist()
+    assert engine.stats.prompts.hit + engine.stats.prompts.copied > 100
+    assert engine.stats.plan_decision.startswith("shared: ")
 
 
 def test_logits_of_the_chunked_path_agree_with_transformers(smollm2, golden, prompts):

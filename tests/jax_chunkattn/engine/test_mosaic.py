@@ -1,4 +1,4 @@
-"""A session on the Mosaic GPU kernels, in their interpreter: small, for it takes seconds a call."""
+"""An engine on the Mosaic GPU kernels, in their interpreter: small, for it takes seconds a call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import pytest
 
-from jax_chunkattn import CacheConfig, DecodeSession, PlannerOptions, SamplingParams
+from jax_chunkattn import CacheConfig, Engine, PlannerOptions, SamplingParams
 from models import preset
 from models.loading import assemble, random_weights
 from pallas_kernels.targets import H200, use_target
@@ -34,12 +34,11 @@ def test_decoding_on_hopper_chooses_the_tokens_of_plain_jax():
         (contextlib.nullcontext(), "xla"),
     ):
         with context:
-            session = DecodeSession(
-                model, CacheConfig(20, 16, "bfloat16"), planner=share, steps_per_call=2
-            )
-            requests = session.generate(token_tree((1, 70), (3, 5)), SamplingParams(max_tokens=3))
-        assert session.backend.decode == implementation
-        assert session.stats.plan is not None
-        assert session.stats.plan.shared
-        tokens.append([request.tokens for request in requests])
+            engine = Engine(model, CacheConfig(20, 16, "bfloat16"), planner=share, steps_per_call=2)
+            prompts = token_tree((1, 70), (3, 5))
+            outputs = list(engine.generate(prompts, SamplingParams(max_tokens=3)))
+        assert engine.backend.decode == implementation
+        assert engine.stats.plan is not None
+        assert engine.stats.plan.shared
+        tokens.append([output.samples[0].tokens for output in outputs])
     assert tokens[0] == tokens[1]

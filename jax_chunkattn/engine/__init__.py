@@ -1,0 +1,1 @@
+"""Continuous batching over one chunk pool: requests, scheduling, and calls to the device."""

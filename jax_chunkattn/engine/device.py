@@ -1,0 +1,252 @@
+"""The engine's side of the device: what it holds, and the calls that update it.
+
+Calls are dispatched without waiting and run in the order of their dispatch; `fetch` waits for one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_chunkattn.backend import Backend
+from jax_chunkattn.decode_loop import NOTHING, Chosen, decode_steps
+from jax_chunkattn.engine.requests import Request, TokenLogprobs, Work
+from jax_chunkattn.engine.stats import EngineStats
+from jax_chunkattn.model_interface import DecoderModel
+from jax_chunkattn.pool import CacheConfig, allocate_pool
+from jax_chunkattn.prefill import Segment, max_segments, pack_segments, prefill_step
+from jax_chunkattn.programs import PROGRAMS, SplitModel
+from jax_chunkattn.request_table import (
+    DeviceState,
+    RequestTable,
+    RowState,
+    copy_chunks,
+    place_counts,
+    place_rows,
+)
+from jax_chunkattn.sampling import RowSampling
+from pallas_kernels import DecodePlan
+
+ROWS_PER_PLACEMENT = 8
+COPIES_PER_CALL = 8
+
+
+@dataclass(eq=False)
+class Call:
+    """A call on its way to the device.
+
+    Attributes:
+      requests, rows: whose tokens it chooses, and in which of its rows.
+      chosen: tokens and their probabilities, [*K, B].
+      decoded: a decode call, which writes a position for each token it chooses; else prefill, which
+        chooses the first tokens.
+      most_tokens: that each request can get from it.
+      round: of the engine's, in which it was dispatched.
+      dispatched: when, in seconds; `compiled` until then.
+    """
+
+    requests: list[Request]
+    rows: list[int]
+    chosen: Chosen
+    decoded: bool
+    most_tokens: list[int] = field(default_factory=list)
+    round: int = 0
+    dispatched: float = 0.0
+    compiled: float = 0.0
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a call chose, on the host."""
+
+    chosen: Chosen
+
+    def tokens_of(self, row: int) -> list[int]:
+        column = self.chosen.tokens[:, row]
+        return column[column != NOTHING].tolist()
+
+    def logprobs_of(self, row: int, number: int | None, count: int) -> tuple[TokenLogprobs, ...]:
+        """Of the first `count` tokens; nothing when the request did not ask."""
+        if number is None:
+            return ()
+        values = self.chosen.logprobs
+        return tuple(
+            TokenLogprobs(
+                float(values.chosen[step, row]),
+                tuple(
+                    zip(
+                        values.top_tokens[step, row, :number].tolist(),
+                        values.top_values[step, row, :number].tolist(),
+                        strict=True,
+                    )
+                ),
+            )
+            for step in range(count)
+        )
+
+
+class Device:
+    """Pool and request table on the device.
+
+    Attributes:
+      blocked_seconds: spent waiting for results.
+    """
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        cache: CacheConfig,
+        backend: Backend,
+        stats: EngineStats,
+        *,
+        num_slots: int,
+        stop_tokens: Sequence[int],
+    ):
+        self.blocked_seconds = 0.0
+        self._model = model
+        self._cache = cache
+        self._backend = backend
+        self._stats = stats
+        self._num_slots = num_slots
+        self._stop_tokens = tuple(stop_tokens)
+        self._split = SplitModel.of(model)
+        self._num_chunks = cache.chunks_for(model.cache_spec)
+        self._state: DeviceState | None = None
+        self._last_ready = 0.0
+        self.reset()
+
+    def reset(self) -> None:
+        """An empty pool and table, in the place of whatever an error has left."""
+        old, self._state = self._state, None
+        if old is not None:
+            _settle(old)
+            del old
+        pool = allocate_pool(self._model.cache_spec, self._cache)
+        table = RequestTable.empty(self._num_slots, self._model.vocab_size)
+        self._state = DeviceState(pool, table)
+
+    def copy_chunks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copies chunks, given as (source, destination); all are read before any is written."""
+        for begin in range(0, len(copies), COPIES_PER_CALL):
+            part = copies[begin : begin + COPIES_PER_CALL]
+            ids = np.full((2, COPIES_PER_CALL), self._num_chunks, np.int32)
+            ids[0] = 0
+            ids[:, : len(part)] = np.array(part, np.int32).T
+            self._update(copy_chunks, None, ids[0], ids[1])
+
+    def place(self, requests: Sequence[Request]) -> None:
+        """Puts requests into their slots: where they stand, and how their tokens are chosen."""
+        for begin in range(0, len(requests), ROWS_PER_PLACEMENT):
+            part = requests[begin : begin + ROWS_PER_PLACEMENT]
+            slots = self._slots(part, ROWS_PER_PLACEMENT)
+            rows = np.zeros((3, ROWS_PER_PLACEMENT), np.int32)
+            for row, request in enumerate(part):
+                remaining = request.params.max_tokens - len(request.tokens)
+                rows[:, row] = (request.tokens or [0])[-1], len(request.history), remaining
+            params = [request.params for request in part]
+            sampling = RowSampling.stack(params, ROWS_PER_PLACEMENT, self._stop_tokens)
+            self._update(place_rows, None, slots, RowState(*rows), sampling)
+        for request in requests:
+            if request.params.has_penalties:
+                self._place_counts(request)
+
+    def prefill(self, work: Sequence[tuple[Work, Segment]], num_tokens: int) -> Call:
+        """Computes segments, and the first tokens of the requests whose prompts they complete."""
+        batch = pack_segments(
+            [segment for _, segment in work],
+            num_tokens=num_tokens,
+            chunk_size=self._cache.chunk_size,
+            num_chunks=self._num_chunks,
+            options=self._backend.planner,
+        )
+        rows = [
+            row
+            for row, (owner, segment) in enumerate(work)
+            if owner.samples_next and segment.end == len(owner.history)
+        ]
+        requests = [owner for owner, _ in (work[row] for row in rows) if isinstance(owner, Request)]
+        slots = np.full(max_segments(num_tokens), self._num_slots, np.int32)
+        slots[rows] = [request.placed_slot for request in requests]
+        static = {"implementation": self._backend.prefill}
+        chosen = self._update(prefill_step, self._split, slots, batch, **static)
+        return self._call(requests, rows, chosen, decoded=False)
+
+    def decode(self, requests: list[Request], plan: DecodePlan, num_steps: int) -> Call:
+        """K steps for these requests, which stand in the plan's order."""
+        slots = self._slots(requests, plan.private_chunks.shape[0])
+        static = {"num_steps": num_steps, "implementation": self._backend.decode}
+        chosen = self._update(decode_steps, self._split, slots, plan, **static)
+        self._stats.calls += 1
+        return self._call(requests, list(range(len(requests))), chosen, decoded=True)
+
+    def fetch(self, call: Call) -> Results:
+        """Waits for a call's results."""
+        began = time.perf_counter()
+        wants_logprobs = any(request.params.logprobs is not None for request in call.requests)
+        tokens = np.asarray(call.chosen.tokens)
+        ready = time.perf_counter()
+        self.blocked_seconds += ready - began
+        # While the host compiled, nobody looked whether the device was done.
+        compiled = self._stats.compile_seconds - call.compiled
+        busy = max(0.0, ready - max(call.dispatched, self._last_ready) - compiled)
+        self._last_ready = ready
+        if call.decoded:
+            self._stats.decode_seconds += busy
+        else:
+            self._stats.prefill_seconds += busy
+        logprobs: Any = call.chosen.logprobs
+        if wants_logprobs:
+            logprobs = jax.tree.map(np.asarray, logprobs)
+        if not call.decoded:
+            tokens = tokens[None]
+            logprobs = jax.tree.map(lambda values: values[None], logprobs)
+        return Results(Chosen(tokens, logprobs))
+
+    def _update(self, function: Callable, model: SplitModel | None, *rest, **static) -> Any:
+        """Dispatches a call that takes the state and returns a new one, and maybe more."""
+        args = (self._state, *rest)
+        program, seconds = PROGRAMS.compiled(function, model, args, **static)
+        if seconds:
+            self._stats.compilations += 1
+            self._stats.compile_seconds += seconds
+        self._state = None  # donated: if the call fails it is gone
+        updated = program(model.leaves if model is not None else [], *args)
+        if isinstance(updated, DeviceState):
+            self._state = updated
+            return None
+        self._state, chosen = updated
+        chosen.tokens.copy_to_host_async()
+        return chosen
+
+    def _call(
+        self, requests: list[Request], rows: list[int], chosen: Chosen, decoded: bool
+    ) -> Call:
+        now = time.perf_counter()
+        compiled = self._stats.compile_seconds
+        return Call(requests, rows, chosen, decoded, dispatched=now, compiled=compiled)
+
+    def _place_counts(self, request: Request) -> None:
+        vocabulary = self._model.vocab_size
+        prompt = np.zeros(vocabulary, np.bool_)
+        prompt[list(request.prompt)] = True
+        generated = np.bincount(request.tokens, minlength=vocabulary).astype(np.int32)
+        self._update(
+            place_counts, None, np.asarray(request.placed_slot, np.int32), prompt, generated
+        )
+
+    def _slots(self, requests: Sequence[Request], rows: int) -> np.ndarray:
+        slots = np.full(rows, self._num_slots, np.int32)
+        slots[: len(requests)] = [request.placed_slot for request in requests]
+        return slots
+
+
+def _settle(state: DeviceState) -> None:
+    """Waits until calls that use this state are over, so that its memory can be had again."""
+    with suppress(Exception):  # what failed is known already: that is why the state is given up
+        jax.block_until_ready(state)

@@ -1,0 +1,71 @@
+"""The plan of the rows that decode, made anew only when they or their chunks have changed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from jax_chunkattn.engine.requests import Request
+from jax_chunkattn.engine.stats import EngineStats
+from jax_chunkattn.planner import PlannerOptions, PlanShape, bucket, plan_decode
+from jax_chunkattn.prefix_tree import PrefixTree
+from pallas_kernels import DecodePlan
+
+
+class PlannedRows:
+    """Plans decode calls, and keeps the number of their shapes small.
+
+    For each number of rows, a power of two, plans only ever grow: a size that was needed once is
+    kept, so that after a while every plan fits a program that is there.
+    """
+
+    def __init__(self, options: PlannerOptions, stats: EngineStats):
+        self._options = options
+        self._stats = stats
+        self._plan: DecodePlan | None = None
+        self._key: object = None
+        self._shapes: dict[int, PlanShape] = {}
+        self._last_rows = 1
+
+    def forget(self) -> None:
+        """The next plan is made anew."""
+        self._plan = self._key = None
+
+    def plan(self, tree: PrefixTree, running: list[Request]) -> DecodePlan:
+        """The plan of these requests, which stand in the tree's depth-first order."""
+        key = (id(tree), tree.version, [id(request) for request in running])
+        if self._plan is None or key != self._key:
+            self._plan = self._plan_anew(tree, running)
+            self._key = key
+        return self._plan
+
+    def _plan_anew(self, tree: PrefixTree, running: list[Request]) -> DecodePlan:
+        began = time.perf_counter()
+        stats = self._stats
+        plan, summary = plan_decode(
+            [request.placed.chunk_table for request in running],
+            [request.placed.num_tokens for request in running],
+            chunk_size=tree.chunk_size,
+            num_chunks=tree.num_chunks,
+            options=self._options,
+            at_least=self._shape_to_keep(len(running)),
+        )
+        shape = PlanShape.of(plan)
+        self._shapes[shape.rows] = shape
+        self._last_rows = shape.rows
+        stats.plans += 1
+        stats.plans_shared += summary.shared
+        stats.plan_seconds += time.perf_counter() - began
+        stats.shared_tokens = max(stats.shared_tokens, summary.common_tokens)
+        known = stats.plan
+        if known is None or summary.unshared_chunk_reads >= known.unshared_chunk_reads:
+            stats.plan = summary
+        return plan
+
+    def _shape_to_keep(self, rows: int) -> PlanShape:
+        """The last plan's number of rows, until three quarters of them have left: their program
+        runs fewer rows too. With the largest of the other sizes that it has needed so far."""
+        wanted = bucket(rows)
+        if rows * 4 > self._last_rows:
+            wanted = max(wanted, self._last_rows)
+        return self._shapes.get(wanted, replace(PlanShape(), rows=wanted))

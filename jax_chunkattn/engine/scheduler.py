@@ -1,0 +1,239 @@
+"""Who is served next: admission, room in the pool, preemption. Host only, no device.
+
+First come, first served: whoever came first is never passed over, and when the pool runs short it
+is the youngest that gives way. So the oldest always advances, and everyone becomes the oldest.
+Priorities, where they are given, count before arrival.
+"""
+
+from __future__ import annotations
+
+import bisect
+
+from jax_chunkattn.admission import chunks_to_finish
+from jax_chunkattn.allocator import PoolExhausted
+from jax_chunkattn.engine.misses import prefix_hashes
+from jax_chunkattn.engine.requests import Phase, Pinned, Request, Work
+from jax_chunkattn.prefix_tree import PrefixTree
+
+
+class Scheduler:
+    """Waiting, active, held and pinned work over one prefix tree.
+
+    Attributes:
+      tree: where the sequences live.
+      accepted: all work that has not ended.
+      waiting: work without a slot, in the order of its turns. A fork may wait with a sequence.
+      active: work in PREFILL or DECODE, in the same order.
+      held: finished requests whose sequences are kept to be forked, the oldest first.
+      pinned: prefixes that stay, computed or not yet.
+      preemptions: how often a request had to give way.
+    """
+
+    def __init__(self, tree: PrefixTree, *, max_running: int):
+        self.tree = tree
+        self.accepted: dict[Work, None] = {}
+        self.waiting: list[Work] = []
+        self.active: list[Work] = []
+        self.held: dict[Request, None] = {}
+        self.pinned: dict[Pinned, None] = {}
+        self.preemptions = 0
+        self._max_running = max_running
+        self._free_slots = list(range(max_running))
+
+    @property
+    def running(self) -> list[Request]:
+        """Active requests."""
+        return [work for work in self.active if isinstance(work, Request)]
+
+    def require_fit(self, work: Work) -> None:
+        """Raises PoolExhausted when the pool, less what is pinned, can never hold this work, or
+        when pinning it would leave too little for work that has been accepted."""
+        pinned = set().union(*map(self._prefixes, self.pinned))
+        if isinstance(work, Pinned):
+            with_it = pinned | self._prefixes(work)
+            for other in (work, *self.accepted):
+                self._require_fit(other, with_it, "with this prefix pinned, ")
+        else:
+            self._require_fit(work, pinned, "")
+
+    def enqueue(self, work: Work) -> None:
+        """Puts work in its place in the queue, be it new or sent back."""
+        self.accepted[work] = None
+        work.phase = Phase.WAITING
+        bisect.insort(self.waiting, work, key=lambda work: work.order)
+
+    def admit_next(self) -> Work | None:
+        """Places the first of the queue in the tree and gives it a slot; None if it must wait."""
+        if not self.waiting:
+            return None
+        work = self.waiting[0]
+        if isinstance(work, Request) and not self._free_slots:
+            return None
+        if work.sequence is None and not self._place(work):
+            return None
+        self.waiting.pop(0)
+        if isinstance(work, Request):
+            work.slot = self._free_slots.pop()
+        work.phase = Phase.PREFILL
+        bisect.insort(self.active, work, key=lambda work: work.order)
+        return work
+
+    def reserve(self, request: Request, num_tokens: int) -> bool:
+        """Room for tokens of a running request; False when only a preemption can make it."""
+        while True:
+            try:
+                self.tree.reserve(request.placed, num_tokens)
+                return True
+            except PoolExhausted:
+                if not self.drop_idle():
+                    return False
+
+    def preempt_youngest(self) -> Work:
+        """Sends the youngest active work back to the queue; its tokens are computed again later."""
+        victim = self.active[-1]
+        self._vacate(victim)
+        self._release(victim)
+        self.enqueue(victim)
+        self.preemptions += 1
+        return victim
+
+    def drop_idle(self) -> bool:
+        """Gives up one sequence that nobody is computing; False when there is none.
+
+        First those held for forks, the oldest first, then those of forks that wait for a slot, the
+        youngest first. What they lose is found again in the cache or computed again.
+        """
+        if self.held:
+            self.drop_held(next(iter(self.held)))
+            return True
+        for work in reversed(self.waiting):
+            if work.sequence is not None:
+                self._release(work)
+                return True
+        return False
+
+    def finish(self, work: Work, *, hold: bool = False) -> None:
+        """Ends work wherever it stands; `hold` keeps the sequence of a request to be forked."""
+        phase, work.phase = work.phase, Phase.DONE
+        self.accepted.pop(work, None)
+        if phase in (Phase.PREFILL, Phase.DECODE):
+            self._vacate(work)
+        elif work in self.waiting:
+            self.waiting.remove(work)
+        if hold and isinstance(work, Request) and work.sequence is not None:
+            self.held[work] = None
+        else:
+            self._release(work)
+
+    def drop_held(self, request: Request) -> None:
+        """Gives up the sequence of a finished request; nothing happens when it has none."""
+        if request in self.held:
+            del self.held[request]
+            self._release(request)
+
+    def settle(self, pinned: Pinned) -> None:
+        """A pinned prefix has been computed: it stays, and needs no further work."""
+        pinned.phase = Phase.DONE
+        del self.accepted[pinned]
+        self._vacate(pinned)
+
+    def unpin(self, pinned: Pinned) -> None:
+        """A prefix need not stay any longer."""
+        del self.pinned[pinned]
+        self.finish(pinned)
+
+    def restart(self, tree: PrefixTree) -> None:
+        """Puts all work back into the queue, over a new and empty tree."""
+        self.tree = tree
+        for work in (*self.accepted, *self.held, *self.pinned):
+            work.sequence = None
+            work.dispatched = 0
+            if isinstance(work, Request):
+                work.slot = None
+                work.in_flight = work.writes_in_flight = 0
+                work.siblings = []
+        self.held.clear()
+        self.active.clear()
+        self.waiting.clear()
+        self._free_slots = list(range(self._max_running))
+        for work in dict.fromkeys((*self.accepted, *self.pinned)):
+            if isinstance(work, Request) and work.finish_reason is not None:
+                work.phase = Phase.DONE
+                del self.accepted[work]
+            else:
+                self.enqueue(work)
+
+    def check(self) -> None:
+        """Verifies every invariant; raises AssertionError naming the first one broken."""
+        self.tree.check()
+        slots = [request.placed_slot for request in self.running]
+        assert sorted([*slots, *self._free_slots]) == list(range(self._max_running)), "slots"
+        for queue in (self.waiting, self.active):
+            orders = [work.order for work in queue]
+            assert orders == sorted(orders), "a queue is out of order"
+        for work in self.waiting:
+            assert work.phase is Phase.WAITING, f"{work.phase} work waits"
+        for work in self.active:
+            assert work.phase in (Phase.PREFILL, Phase.DECODE), f"{work.phase} work is active"
+            assert work.sequence is not None, "active work is not in the tree"
+        owners = [
+            *self.waiting,
+            *self.active,
+            *self.held,
+            *(pin for pin in self.pinned if pin.phase is Phase.DONE),
+        ]
+        sequences = [work.sequence for work in owners if work.sequence is not None]
+        assert len(sequences) == len(set(sequences)), "two requests share a sequence"
+        assert set(sequences) == set(self.tree.rows()), "the tree has sequences of nobody"
+
+    def _place(self, work: Work) -> bool:
+        """Inserts the work's tokens, if that leaves every active row room to grow a little."""
+        history = work.history
+        while True:
+            spare = self.tree.room_after_insert(history, work.salt)
+            if spare >= self._num_growing(work):
+                work.sequence = self.tree.insert(history, work.salt, copy_partial=True)
+                return True
+            if not self.drop_idle():
+                return False
+
+    def _num_growing(self, work: Work) -> int:
+        """How many rows, this one among them, will need one more chunk than they have."""
+        size = self.tree.chunk_size
+        growing = 0
+        for other in (*self.active, work):
+            if isinstance(other, Request):
+                at_end = chunks_to_finish(len(other.prompt), other.params.max_tokens, size)
+                has = other.sequence
+                held = len(has.chunk_ids) if has is not None else -(-len(other.history) // size)
+                growing += at_end > held
+        return growing
+
+    def _vacate(self, work: Work) -> None:
+        self.active.remove(work)
+        if isinstance(work, Request) and work.slot is not None:
+            self._free_slots.append(work.slot)
+            work.slot = None
+
+    def _release(self, work: Work) -> None:
+        work.dispatched = 0
+        if work.sequence is not None:
+            sequence, work.sequence = work.sequence, None
+            self.tree.release(sequence)
+
+    def _prefixes(self, work: Work) -> set[tuple[bytes, int]]:
+        """What names each whole chunk of its prompt, the same for all that share the chunk."""
+        return {(work.salt, path) for path in prefix_hashes(work.prompt, self.tree.chunk_size)}
+
+    def _require_fit(self, work: Work, pinned: set, circumstance: str) -> None:
+        size = self.tree.chunk_size
+        max_tokens = work.params.max_tokens if isinstance(work, Request) else 1
+        needed = chunks_to_finish(len(work.prompt), max_tokens, size)
+        beside = len(pinned - self._prefixes(work)) if pinned else 0
+        available = self.tree.num_chunks - beside
+        if needed > available:
+            raise PoolExhausted(
+                f"{circumstance}a request of {len(work.prompt)} tokens that asks for {max_tokens} "
+                f"more needs {needed} chunks of {size} tokens, and can never have more than "
+                f"{available}: the pool has {self.tree.num_chunks}, {beside} pinned for others"
+            )

@@ -1,0 +1,98 @@
+"""What an engine has done so far, and how it stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from jax_chunkattn.engine.misses import PromptUse
+from jax_chunkattn.planner import PlanSummary
+
+
+@dataclass
+class EngineStats:
+    """Counters since the engine was made, and sizes as they are now. Seconds are wall time.
+
+    Attributes:
+      running, waiting, held, pinned: requests being computed, queued, finished but kept for forks;
+        pinned prefixes.
+      chunks_in_use, chunks_cached, chunks_free: of the pool; they add up to its size.
+      submitted, finished, aborted, failed: requests. Those still to come are not in the last three.
+      forks: sequences that began as copies of others.
+      preemptions: requests sent back to the queue because the pool was full.
+      recoveries: times the pool was rebuilt after an error.
+      evictions: cached chunks given up for others.
+      prompts: prompt tokens by where they came from: found in the cache, or why not.
+      prefill_tokens: tokens computed by prefill, those computed again after a preemption included.
+      decode_tokens: tokens chosen by decoding, the first of each request not included.
+      prefill_seconds, decode_seconds: the device was busy with either.
+      host_seconds: the engine's own work: scheduling, tree, plans, text; while the device computes
+        or not. Neither waiting for the device nor compiling is in it.
+      compilations, compile_seconds: programs compiled, and the time that took.
+      calls: decode calls to the device.
+      plans, plans_shared, plan_seconds: decode plans made, those of them that share, time for them.
+      plan: the decision when there was most to read.
+      shared_tokens: the longest prefix that two rows had in common, in full chunks.
+      most_chunks_in_use, most_chunks_unshared: the most that was in use at once, and what the same
+        requests would have held at that moment without sharing.
+      bytes_per_chunk: keys and values of a chunk, all layers.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    held: int = 0
+    pinned: int = 0
+    chunks_in_use: int = 0
+    chunks_cached: int = 0
+    chunks_free: int = 0
+    submitted: int = 0
+    finished: int = 0
+    aborted: int = 0
+    failed: int = 0
+    forks: int = 0
+    preemptions: int = 0
+    recoveries: int = 0
+    evictions: int = 0
+    prompts: PromptUse = field(default_factory=PromptUse)
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    host_seconds: float = 0.0
+    compilations: int = 0
+    compile_seconds: float = 0.0
+    calls: int = 0
+    plans: int = 0
+    plans_shared: int = 0
+    plan_seconds: float = 0.0
+    plan: PlanSummary | None = None
+    shared_tokens: int = 0
+    most_chunks_in_use: int = 0
+    most_chunks_unshared: int = 0
+    bytes_per_chunk: int = 0
+
+    @property
+    def kv_bytes_held(self) -> int:
+        """The most that was in use at once."""
+        return self.most_chunks_in_use * self.bytes_per_chunk
+
+    @property
+    def kv_bytes_unshared(self) -> int:
+        """What that would have been without sharing."""
+        return self.most_chunks_unshared * self.bytes_per_chunk
+
+    @property
+    def kv_bytes_saved(self) -> int:
+        """What sharing saved when most was in use."""
+        return self.kv_bytes_unshared - self.kv_bytes_held
+
+    @property
+    def host_microseconds_per_token(self) -> float:
+        """The engine's own work for each decoded token."""
+        return 1e6 * self.host_seconds / self.decode_tokens if self.decode_tokens else 0.0
+
+    @property
+    def plan_decision(self) -> str:
+        """Whether rows share what they read, and why, when there was most to read."""
+        if self.plan is None:
+            return "nothing planned yet"
+        return ("shared: " if self.plan.shared else "unshared: ") + self.plan.reason

@@ -1,0 +1,248 @@
+"""Errors in the middle of things: nothing is lost, nothing leaks, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from jax_chunkattn import RequestFailed, SamplingParams
+from jax_chunkattn.allocator import ChunkAllocator, PoolExhausted
+from jax_chunkattn.engine import core, device, rows, scheduler
+from jax_chunkattn.prefix_tree import PrefixTree
+from tests.jax_chunkattn.engine.engines import BytePairs, assert_all_returned, make_engine, run
+from tests.jax_chunkattn.toy import greedy_without_cache, token_tree
+
+PROMPTS = token_tree((1, 40), (4, 9))
+TOKENS = 60  # of each answer: two rows at once outgrow a pool of ten chunks
+EXPECTED = [greedy_without_cache(prompt, TOKENS) for prompt in PROMPTS]
+
+
+class Fault(Exception):
+    pass
+
+
+def fail_once(monkeypatch, owner, name, at):
+    """Makes call number `at` of a function raise; returns how often it was called."""
+    calls = itertools.count()
+    function = getattr(owner, name)
+    counted = []
+
+    def maybe(*args, **kwargs):
+        counted.append(next(calls))
+        if counted[-1] == at:
+            raise Fault(f"{name} {at}")
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, maybe)
+    return counted
+
+
+def submit_all(engine):
+    return [engine.submit(prompt, SamplingParams(TOKENS)) for prompt in PROMPTS]
+
+
+HOST_FUNCTIONS = [
+    (owner, name)
+    for owner, names in {
+        PrefixTree: ("insert", "reserve", "append", "release", "mark_computed", "rows"),
+        scheduler.Scheduler: (
+            "admit_next", "enqueue", "reserve", "preempt_youngest", "finish", "_place", "_vacate",
+            "_release",
+        ),
+        core.Core: (
+            "_dispatch", "_dispatch_prefill", "_dispatch_decode", "_admitted", "_add_segment",
+            "_prefilled", "_send", "_collect", "_record", "_finish", "_notify", "_note_memory",
+        ),
+        rows.PlannedRows: ("plan",),
+        rows: ("plan_decode",),
+        device.Device: ("copy_chunks", "place", "prefill", "decode", "fetch", "_update"),
+        device: ("pack_segments",),
+        core: ("next_call",),
+    }.items()
+    for name in names
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), HOST_FUNCTIONS, ids=[f"{o.__name__}.{n}" for o, n in HOST_FUNCTIONS]
+)
+def test_an_error_in_any_function_of_a_step_costs_time_only(monkeypatch, owner, name):
+    """The pool is small: eviction and preemption are part of it."""
+    called = 0
+    for at in (0, 1, 2, 5, 11):
+        engine = make_engine(num_chunks=10, steps_per_call=3, prefill_tokens=32, max_running=3)
+        handles = submit_all(engine)
+        with monkeypatch.context() as patch:
+            calls = fail_once(patch, owner, name, at)
+            tokens = [[], [], [], []]
+            for index, handle in enumerate(handles):
+                for event in handle.stream():
+                    tokens[index].extend(event.tokens)
+            called += len(calls)
+        assert tokens == EXPECTED
+        assert engine.stats.recoveries == (1 if len(calls) > at else 0)
+        assert_all_returned(engine)
+    assert called, f"{name} was never called"
+
+
+@pytest.mark.parametrize("at", [*range(12), 20, 30, 40])
+def test_a_failing_allocation_is_survived_wherever_it_happens(monkeypatch, at):
+    engine = make_engine(num_chunks=10, steps_per_call=3, prefill_tokens=32, max_running=3)
+    handles = submit_all(engine)
+    calls = itertools.count()
+    allocate = ChunkAllocator.allocate
+
+    def maybe(self, count):
+        if next(calls) == at:
+            raise PoolExhausted("as injected")
+        return allocate(self, count)
+
+    monkeypatch.setattr(ChunkAllocator, "allocate", maybe)
+    assert run(handles) == EXPECTED
+    monkeypatch.undo()
+    assert_all_returned(engine)
+
+
+def test_a_lasting_error_fails_the_requests_it_hits_and_the_engine_lives_on(monkeypatch):
+    engine = make_engine(steps_per_call=3, max_running=2)
+    handles = submit_all(engine)
+    with monkeypatch.context() as patch:
+
+        def broken(*_, **__):
+            raise Fault("the device is on fire")
+
+        patch.setattr(device.Device, "decode", broken)
+        for handle in handles:
+            with pytest.raises(RequestFailed, match="on fire") as failed:
+                handle.result()
+            assert isinstance(failed.value.__cause__, Fault)
+            assert handle.finish_reason == "error"
+    assert engine.stats.failed == 4
+    assert not engine.has_work
+    assert run(submit_all(engine)) == EXPECTED
+    assert_all_returned(engine)
+
+
+def test_a_pool_that_cannot_be_rebuilt_fails_everyone_at_once(monkeypatch):
+    engine = make_engine(steps_per_call=3)
+    handles = submit_all(engine)
+    engine.step()
+    with monkeypatch.context() as patch:
+        fail_once(patch, device.Device, "decode", 0)
+
+        def out_of_memory(*_, **__):
+            raise MemoryError("no room for a pool")
+
+        patch.setattr(device, "allocate_pool", out_of_memory)
+        with pytest.raises(RequestFailed, match="could not be rebuilt"):
+            engine.run()
+        for handle in handles:
+            with pytest.raises(RequestFailed, match="no room for a pool"):
+                handle.result()
+    assert not engine.has_work
+
+
+def test_a_poisoned_request_fails_alone(monkeypatch):
+    """An error that only its own tokens cause, where it enters the tree."""
+    engine = make_engine(steps_per_call=3)
+    poison = token_tree((1, 30), seed=5)[0]
+    insert = PrefixTree.insert
+
+    def picky(self, tokens, *args, **kwargs):
+        if tuple(tokens) == tuple(poison):
+            raise Fault("cannot stomach this")
+        return insert(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(PrefixTree, "insert", picky)
+    good = submit_all(engine)
+    bad = engine.submit(poison, SamplingParams(4))
+    good += submit_all(engine)
+    assert run(good) == EXPECTED * 2
+    with pytest.raises(RequestFailed, match="cannot stomach"):
+        bad.result()
+    assert_all_returned(engine)
+
+
+def test_a_callback_that_raises_ends_its_own_request():
+    def fussy(event):
+        if event.finish_reason is None:
+            raise Fault("not in this mood")
+
+    engine = make_engine(steps_per_call=3)
+    bad = engine.submit(PROMPTS[0], SamplingParams(24), on_event=fussy)
+    good = submit_all(engine)
+    assert run(good) == EXPECTED
+    assert isinstance(bad.error, Fault)
+    assert bad.finish_reason == "error"
+    with pytest.raises(RequestFailed, match="mood"):
+        bad.result()
+    assert engine.stats.recoveries == 0
+    assert_all_returned(engine)
+
+
+def test_a_tokenizer_that_raises_ends_its_own_request():
+    class Picky(BytePairs):
+        def decode(self, ids):
+            if list(ids[:3]) == EXPECTED[0][:3]:
+                raise Fault("unspeakable")
+            return super().decode(ids)
+
+    engine = make_engine(tokenizer=Picky(), steps_per_call=3)
+    assert EXPECTED[0][:3] != EXPECTED[1][:3]
+    bad, good, *_ = handles = submit_all(engine)
+    assert run([good]) == [EXPECTED[1]]
+    assert isinstance(bad.error, Fault)
+    for handle in handles[2:]:
+        handle.abort()
+    assert_all_returned(engine)
+
+
+def test_an_exception_in_a_streams_consumer_ends_that_request_alone():
+    engine = make_engine(steps_per_call=3)
+    first, *others = submit_all(engine)
+
+    def consume():
+        for _ in first.stream():
+            raise Fault("consumer")
+
+    with pytest.raises(Fault):
+        consume()
+    assert first.finish_reason == "abort"
+    assert run(others) == EXPECTED[1:]
+    assert_all_returned(engine)
+
+
+def test_ctrl_c_in_the_middle_of_a_step_loses_nothing(monkeypatch):
+    engine = make_engine(steps_per_call=3)
+    handles = submit_all(engine)
+    append = PrefixTree.append
+    calls = itertools.count()
+
+    def interrupted(self, *args):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return append(self, *args)
+
+    monkeypatch.setattr(PrefixTree, "append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run()
+    engine.check()
+    assert run(handles) == EXPECTED
+    assert_all_returned(engine)
+
+
+def test_recomputed_requests_keep_their_penalties_logprobs_and_text(monkeypatch):
+    params = SamplingParams(
+        24, temperature=0.8, seed=3, repetition_penalty=1.2, frequency_penalty=0.5, logprobs=2
+    )
+    whole = make_engine(tokenizer=BytePairs(), steps_per_call=3).submit(PROMPTS[0], params).result()
+    engine = make_engine(tokenizer=BytePairs(), steps_per_call=3)
+    fail_once(monkeypatch, device.Device, "decode", 4)
+    again = engine.submit(PROMPTS[0], params).result()
+    assert engine.stats.recoveries == 1
+    assert (again.tokens, again.text) == (whole.tokens, whole.text)
+    np.testing.assert_allclose(
+        [one.chosen for one in again.logprobs], [one.chosen for one in whole.logprobs], atol=1e-4
+    )

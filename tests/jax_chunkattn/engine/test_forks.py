@@ -1,0 +1,101 @@
+"""Forks: continuations that share what is sealed, and searches built on them."""
+
+from __future__ import annotations
+
+import pytest
+
+from jax_chunkattn import InvalidRequest, SamplingParams
+from tests.jax_chunkattn.engine.engines import BytePairs, assert_all_returned, make_engine, run
+from tests.jax_chunkattn.toy import greedy_without_cache, token_tree
+
+
+@pytest.mark.parametrize("steps_before", range(7))
+def test_a_fork_goes_on_as_its_parent_would(steps_before):
+    [prompt] = token_tree((1, 52))
+    engine = make_engine(steps_per_call=3, prefill_tokens=32)
+    parent = engine.submit(prompt, SamplingParams(20))
+    for _ in range(steps_before):
+        engine.step()
+    child = parent.fork()
+    engine.check()
+    grandchild = child.fork(SamplingParams(30))
+    expected = greedy_without_cache(prompt, 30)
+    assert run([parent, child, grandchild]) == [expected[:20], expected[:20], expected]
+    assert_all_returned(engine)
+
+
+def test_a_branch_continues_behind_another_token():
+    [prompt] = token_tree((1, 52))
+    engine = make_engine(steps_per_call=1)
+    parent = engine.submit(prompt, SamplingParams(6), hold=True)
+    first = run([parent])[0]
+    computed = engine.stats.prefill_tokens
+    others = [(first[-1] + offset) % 256 for offset in (1, 2)]
+    branches = [parent.fork(SamplingParams(16), next_token=token) for token in others]
+    for token, tokens in zip(others, run(branches), strict=True):
+        begin = [*first[:-1], token]
+        assert tokens == begin + greedy_without_cache(prompt + begin, 10)
+    assert engine.stats.prefill_tokens == computed
+    assert engine.stats.forks == 2
+    parent.release()
+    assert_all_returned(engine)
+
+
+def test_a_fork_of_a_request_that_is_gone_computes_what_is_not_cached():
+    [prompt] = token_tree((1, 52))
+    engine = make_engine()
+    parent = engine.submit(prompt, SamplingParams(6))
+    run([parent])
+    child = parent.fork(SamplingParams(12))
+    assert run([child]) == [greedy_without_cache(prompt, 12)]
+    assert engine.stats.forks == 0
+    assert_all_returned(engine)
+
+
+def test_sampled_forks_differ_and_can_be_repeated():
+    [prompt] = token_tree((1, 40))
+
+    def tokens():
+        engine = make_engine()
+        parent = engine.submit(prompt, SamplingParams(24, temperature=1.5, seed=5))
+        while len(parent.tokens) < 8:
+            engine.step()
+        count = len(parent.tokens)
+        return count, run([parent, parent.fork(), parent.fork()])
+
+    count, branches = tokens()
+    assert len({tuple(branch[:count]) for branch in branches}) == 1
+    assert len({tuple(branch) for branch in branches}) == 3
+    assert tokens() == (count, branches)
+
+
+def test_the_text_of_a_fork_begins_with_its_parents():
+    engine = make_engine(tokenizer=BytePairs(), steps_per_call=2)
+    parent = engine.submit("once upon", SamplingParams(12))
+    while len(parent.tokens) < 5:
+        engine.step()
+    child = parent.fork()
+    events = list(child.stream())
+    assert child.result().text == parent.result().text
+    assert "".join(event.text for event in events) == child.text[-len(events[0].text) :] or (
+        child.text.endswith("".join(event.text for event in events))
+    )
+
+
+def test_forks_that_cannot_go_on_are_refused():
+    [prompt] = token_tree((1, 20))
+    free = greedy_without_cache(prompt, 4)
+    engine = make_engine(stop_tokens=[free[3]])
+    parent = engine.submit(prompt, SamplingParams(9))
+    with pytest.raises(InvalidRequest, match="there is none yet"):
+        parent.fork(next_token=3)
+    run([parent])
+    if parent.finish_reason == "stop":
+        with pytest.raises(InvalidRequest, match="needs a next_token"):
+            parent.fork(SamplingParams(20))
+    with pytest.raises(InvalidRequest, match="next_token has token id 999"):
+        parent.fork(SamplingParams(20), next_token=999)
+    with pytest.raises(InvalidRequest, match="max_tokens is 1"):
+        parent.fork(SamplingParams(1), next_token=5)
+    assert engine.stats.submitted == 1
+    assert_all_returned(engine)
