@@ -20,6 +20,7 @@ from experiments.errors import user_errors
 from experiments.generate import GenerateConfig
 from experiments.gpu import GpuConfig
 from experiments.kernel import KernelConfig
+from experiments.search import SearchConfig
 from experiments.tree import TreeConfig
 
 EXIT_BAD_INPUT = 2
@@ -31,6 +32,7 @@ Config = (
     | Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
     | Annotated[GpuConfig, tyro.conf.subcommand("gpu")]
     | Annotated[KernelConfig, tyro.conf.subcommand("kernel")]
+    | Annotated[SearchConfig, tyro.conf.subcommand("search")]
     | Annotated[TreeConfig, tyro.conf.subcommand("tree")]
 )
 

@@ -1,0 +1,96 @@
+"""`python -m experiments search`: a tree search over answers, on forks of one prompt.
+
+At every depth the best partial answers are forked, each into several that go on differently; the
+worst are dropped. All of them share the prompt and whatever they have in common behind it: a fork
+copies one chunk at most and computes nothing again.
+
+    python -m experiments search --question "Why is the sky blue?" --width 3 --keep 2 --depth 4
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from experiments.errors import UserError
+from experiments.generate import _by_default
+from experiments.loading import parse_model
+from experiments.prompts import read_system_prompt
+from experiments.results import ResultFolder, new_run_path
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Search a tree of answers to one question: fork the best, drop the rest, share all they have
+    in common."""
+
+    question: str = "What makes a good friend?"
+    """What is asked."""
+
+    model: str = "smollm2"
+    """`smollm2` (downloaded once) or a path to a GGUF file."""
+
+    system_prompt: Annotated[Path | None, _by_default("FILE", "the shipped one")] = None
+    """A text file with the system prompt."""
+
+    width: int = 3
+    """Branches of each partial answer."""
+
+    keep: int = 2
+    """Partial answers that go on at each depth: those of the highest mean log-probability."""
+
+    depth: int = 4
+    """Rounds of branching."""
+
+    tokens: int = 12
+    """Tokens that a branch adds."""
+
+    temperature: float = 0.8
+    """Randomness of the branches."""
+
+    chunk_size: int = 64
+    """Tokens in a chunk of the KV cache."""
+
+    seed: int = 0
+    """Seed of the branches."""
+
+    output: Annotated[Path | None, _by_default("FOLDER", "runs/search-TIME")] = None
+    """Folder for the results."""
+
+
+def run(config: SearchConfig) -> dict[str, Any]:
+    """Run the search, print its tree, and return its summary.
+
+    Raises:
+        UserError: something in `config`, or a file it names, cannot be used.
+        KeyboardInterrupt: with a message that says where the results so far are.
+    """
+    check(config)
+    source = parse_model(config.model)
+    if source.is_random:
+        raise UserError("--model: a search over answers needs a tokenizer; random models have none")
+    system_prompt = read_system_prompt(config.system_prompt)
+    with ResultFolder(config.output or new_run_path("search")) as folder:
+        from experiments.search_run import search
+
+        try:
+            return search(config, source, system_prompt, folder)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(folder.state()) from None
+
+
+def check(config: SearchConfig) -> None:
+    """Raise `UserError` for a value that no run could use."""
+    for name in ("width", "keep", "depth", "tokens", "chunk_size"):
+        value = getattr(config, name)
+        if value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if config.width > 20:
+        raise UserError(f"--width must be at most 20, got {config.width}")
+    if not 0 < config.temperature < float("inf"):
+        raise UserError(f"--temperature must be above 0, got {config.temperature}")
+    if not 0 <= config.seed < 2**31:
+        raise UserError(f"--seed must be from 0 to {2**31 - 1}, got {config.seed}")
+    if not config.question.strip():
+        raise UserError("--question is empty")

@@ -1,0 +1,174 @@
+"""The work of `search`: grow the tree on one engine, show it, say what sharing saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree
+
+import models
+from experiments import report
+from experiments.environment import describe_environment, enable_compilation_cache
+from experiments.loading import ModelSource, fetch_model
+from experiments.results import ResultFolder
+from experiments.search import SearchConfig
+from jax_chunkattn import CacheConfig, Engine, RequestHandle, SamplingParams, chunks_needed
+
+
+@dataclass(eq=False)
+class Branch:
+    """A partial answer: where it begins in its request's tokens, and how likely its own are."""
+
+    handle: RequestHandle
+    begin: int
+    depth: int
+    children: list[Branch] = field(default_factory=list)
+    kept: bool = False
+
+    @property
+    def score(self) -> float:
+        """Mean log-probability of all tokens of the answer so far."""
+        logprobs = [one.chosen for one in self.handle.logprobs]
+        return sum(logprobs) / len(logprobs)
+
+    @property
+    def stopped(self) -> bool:
+        return self.handle.finish_reason == "stop"
+
+
+def search(
+    config: SearchConfig, source: ModelSource, system_prompt: str, folder: ResultFolder
+) -> dict[str, Any]:
+    """Run the experiment into `folder`."""
+    enable_compilation_cache(models.cache_dir() / "jax")
+    environment = describe_environment()
+    loaded = models.load(fetch_model(source))
+    assert loaded.tokenizer is not None, "only random models have none"
+    prompt = loaded.tokenizer.apply_chat_template(
+        [
+            {"role": "system", "content": system_prompt},
+            {"role": "user", "content": config.question},
+        ]
+    )
+    at_once = config.keep * (1 + config.width)  # branches that go on, and their children
+    longest = 1 + config.depth * config.tokens
+    engine = Engine(
+        loaded.model,
+        CacheConfig(
+            chunks_needed([prompt] * at_once, longest, chunk_size=config.chunk_size) + at_once,
+            config.chunk_size,
+        ),
+        tokenizer=loaded.tokenizer,
+        stop_tokens=loaded.tokenizer.stop_ids,
+        max_running=config.keep * config.width,
+    )
+    with engine:
+        folder.write_record({"kind": "run", "prompt_tokens": len(prompt)})
+        root = grow(engine, prompt, config, folder)
+    answers = [branch for branch in everything_below(root) if not branch.children]
+    best = max(answers, key=lambda branch: (branch.stopped, branch.score))
+    console = Console()
+    console.print(_drawn(config, root, best))
+    stats = engine.stats
+    branches = everything_below(root)
+    summary = {
+        "experiment": "search",
+        **{name: getattr(config, name) for name in ("question", "width", "keep", "depth")},
+        "tokens": config.tokens,
+        "seed": config.seed,
+        "answer": best.handle.text,
+        "score": round(best.score, 4),
+        "branches": len(branches),
+        "forked": stats.forks,
+        "prefill_tokens_computed": stats.prefill_tokens,
+        "prefill_tokens_without_sharing": sum(
+            len(prompt) + branch.begin for branch in (root, *branches)
+        ),
+        "decode_tokens": stats.decode_tokens,
+        "kv_bytes_held": stats.kv_bytes_held,
+        "kv_bytes_unshared": stats.kv_bytes_unshared,
+        "environment": environment,
+    }
+    console.print(Text(f"best answer ({best.score:.3f}): {' '.join(best.handle.text.split())}"))
+    console.print(
+        f"{summary['branches']} branches, {stats.forks} of them forked; KV cache held "
+        f"{report.format_bytes(stats.kv_bytes_held)}, without sharing "
+        f"{report.format_bytes(stats.kv_bytes_unshared)}",
+        highlight=False,
+    )
+    folder.write_summary(summary)
+    report.print_folder(console, folder.path)
+    return summary
+
+
+def grow(engine: Engine, prompt: list[int], config: SearchConfig, folder: ResultFolder) -> Branch:
+    """The tree: its root is the answer's likeliest first token, replaced in each first branch."""
+    first = SamplingParams(1, logprobs=config.width, ignore_eos=True)
+    root = Branch(engine.submit(prompt, first, hold=True), 0, 0)
+    starts = [token for token, _ in root.handle.result().logprobs[0].top]
+    going_on = [root]
+    for depth in range(1, config.depth + 1):
+        for parent in going_on:
+            parent.kept = True
+            for index in range(config.width):
+                child = _branch(parent, config, starts[index] if parent is root else None, index)
+                parent.children.append(child)
+        fresh = [child for parent in going_on for child in parent.children]
+        for child in fresh:
+            child.handle.result()
+            folder.write_record(_record(child))
+        for parent in going_on:
+            parent.handle.release()
+        fresh.sort(key=lambda branch: -branch.score)
+        going_on = [branch for branch in fresh if not branch.stopped][: config.keep]
+        for branch in fresh:
+            if depth == config.depth or branch not in going_on:
+                branch.handle.release()
+        if not going_on:
+            break
+    return root
+
+
+def _branch(parent: Branch, config: SearchConfig, next_token: int | None, index: int) -> Branch:
+    begin = 0 if next_token is not None else len(parent.handle.tokens)
+    params = SamplingParams(
+        max_tokens=begin + config.tokens,
+        temperature=config.temperature,
+        seed=config.seed + 1000 * parent.depth + index,
+        logprobs=0,
+    )
+    handle = parent.handle.fork(params, next_token=next_token, hold=True)
+    return Branch(handle, begin, parent.depth + 1)
+
+
+def everything_below(root: Branch) -> list[Branch]:
+    """All branches, each before those that go on from it."""
+    return [branch for child in root.children for branch in (child, *everything_below(child))]
+
+
+def _record(branch: Branch) -> dict[str, Any]:
+    return {
+        "kind": "branch",
+        "depth": branch.depth,
+        "text": branch.handle.text,
+        "tokens": list(branch.handle.tokens),
+        "score": round(branch.score, 4),
+        "stopped": branch.stopped,
+    }
+
+
+def _drawn(config: SearchConfig, root: Branch, best: Branch) -> Tree:
+    drawn = Tree(Text(config.question, style="bold"))
+
+    def add(branch: Branch, to: Tree, shown: int) -> None:
+        for child in branch.children:
+            text = " ".join(child.handle.text[shown:].split())
+            style = "bold green" if child is best else ("" if child.kept else "dim")
+            node = to.add(Text(f"{child.score:6.3f}  {text}", style=style))
+            add(child, node, len(child.handle.text))
+
+    add(root, drawn, 0)
+    return drawn

@@ -1,0 +1,64 @@
+"""`python -m experiments search`, small."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.errors import UserError
+from experiments.search import SearchConfig, run
+
+
+def test_a_search_forks_instead_of_computing_again(
+    smollm2_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    system_prompt = tmp_path / "system.txt"
+    system_prompt.write_text("Answer in one sentence.")
+    config = SearchConfig(
+        "What is rain?",
+        model=str(smollm2_path),
+        system_prompt=system_prompt,
+        width=2,
+        keep=1,
+        depth=2,
+        tokens=5,
+        chunk_size=16,
+        output=tmp_path / "out",
+    )
+    summary = run(config)
+    run_record, *branches = map(
+        json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    )
+    assert [branch["depth"] for branch in branches] == [1, 1, 2, 2]
+    assert summary["branches"] == summary["forked"] == 4
+    assert summary["prefill_tokens_computed"] == run_record["prompt_tokens"]
+    first, second, *deeper = branches
+    assert first["tokens"][0] != second["tokens"][0]
+    parent = max(first, second, key=lambda branch: branch["score"])
+    for branch in deeper:
+        assert branch["tokens"][:5] == parent["tokens"]
+        assert len(branch["tokens"]) == 10
+    best = max(deeper, key=lambda branch: branch["score"])
+    others = [branch for branch in (first, second) if branch is not parent]
+    assert summary["answer"] in [best["text"], *(branch["text"] for branch in others)]
+    assert "best answer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"width": 0}, "--width must be at least 1"),
+        ({"width": 21}, "--width must be at most 20"),
+        ({"temperature": 0.0}, "--temperature must be above 0"),
+        ({"question": " "}, "--question is empty"),
+        ({"model": "random:tiny"}, "random models have none"),
+        ({"model": "nothing"}, "unknown model"),
+    ],
+)
+def test_bad_values_are_refused(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        run(SearchConfig(**values, output=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
