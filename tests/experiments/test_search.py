@@ -8,13 +8,19 @@ from typing import Any
 
 import pytest
 
+from experiments import search_run
 from experiments.errors import UserError
 from experiments.search import SearchConfig, run
 
 
 def test_a_search_forks_instead_of_computing_again(
-    smollm2_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    smollm2_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # It would stay on for every test that follows in this process.
+    monkeypatch.setattr(search_run, "enable_compilation_cache", lambda folder: None)
     system_prompt = tmp_path / "system.txt"
     system_prompt.write_text("Answer in one sentence.")
     config = SearchConfig(
