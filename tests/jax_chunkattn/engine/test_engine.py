@@ -20,7 +20,10 @@ from tests.jax_chunkattn.engine.engines import BytePairs, assert_all_returned, m
 from tests.jax_chunkattn.toy import greedy_without_cache, token_tree, toy_model
 
 
-@pytest.mark.parametrize(("chunk_size", "sharing"), [(16, True), (64, True), (16, False)])
+@pytest.mark.parametrize(
+    ("chunk_size", "sharing"),
+    [(16, True), (16, False), pytest.param(64, True, marks=pytest.mark.slow)],
+)
 def test_tokens_equal_those_of_a_model_without_a_cache(chunk_size, sharing):
     """Three levels of sharing, unequal lengths, chunk boundaries crossed, rows that come and go."""
     prompts = token_tree((1, 137), (2, 40), (3, 21)) + token_tree((1, 64), (1, 1), seed=1)
@@ -128,6 +131,7 @@ def test_stop_tokens_end_a_request_and_are_its_last_token():
     assert run([engine.submit(prompt, ignoring)]) == [free]
 
 
+@pytest.mark.slow
 def test_steps_per_call_changes_nothing_but_the_number_of_calls():
     prompts = token_tree((1, 60), (3, 5))
     tokens, calls = [], []
@@ -413,6 +417,7 @@ def test_pins_that_leave_too_little_room_are_refused():
     engine.check()
 
 
+@pytest.mark.slow
 def test_half_precision_pools_decode():
     """Not the same tokens (that is promised for float32), but the same first ones."""
     prompts = token_tree((1, 64), (2, 9))
@@ -425,6 +430,7 @@ def test_half_precision_pools_decode():
         assert [len(each) for each in tokens] == [6, 6]
 
 
+@pytest.mark.slow
 def test_chunks_needed_is_enough_and_no_less():
     prompts = token_tree((1, 64), (3, 8))
     assert chunks_needed(prompts, 9, chunk_size=16) == 4 + 3

@@ -28,6 +28,7 @@ def test_preempted_requests_pause_and_lose_nothing():
     assert_all_returned(engine)
 
 
+@pytest.mark.slow
 def test_a_preempted_sample_draws_the_same_tokens():
     prompts = token_tree((6, 20))
     params = [
@@ -55,6 +56,7 @@ def test_a_preempted_sample_draws_the_same_tokens():
     assert_all_returned(tight)
 
 
+@pytest.mark.slow
 def test_the_oldest_is_never_preempted():
     prompts = token_tree((5, 30))
     engine = make_engine(num_chunks=10, steps_per_call=2)
@@ -71,6 +73,7 @@ def test_the_oldest_is_never_preempted():
     assert engine.stats.preemptions > 0
 
 
+@pytest.mark.slow
 def test_a_pool_just_large_enough_serves_any_number_of_requests_one_by_one():
     prompts = token_tree((4, 40))
     engine = make_engine(num_chunks=5)
@@ -82,6 +85,7 @@ def test_a_pool_just_large_enough_serves_any_number_of_requests_one_by_one():
     assert_all_returned(engine)
 
 
+@pytest.mark.slow
 def test_held_requests_give_way_before_running_ones():
     prompts = token_tree((4, 30))
     engine = make_engine(num_chunks=8)
