@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import jax
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 pytest_plugins = ["tests.fixtures_weights", "tests.interpreted"]
+
+settings.register_profile("long")  # tests that can go on for longer ask for its name
 
 install_import_hook(
     [

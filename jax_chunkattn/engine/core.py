@@ -38,7 +38,7 @@ MAX_FAILURES = 3
 
 
 class Core:
-    """Advances all work by one turn at a time; not thread-safe.
+    """Advances all work by one turn at a time; not thread-safe, but callbacks may call all of it.
 
     A request that was being computed at `MAX_FAILURES` errors in a row, without a token between
     them, ends with the last of them; before that, everyone is computed again.
@@ -65,6 +65,7 @@ class Core:
         self._prefill_tokens = prefill_tokens
         self._stop_tokens = frozenset(stop_tokens)
         self._in_flight: deque[Call] = deque()
+        self._news: deque[tuple[Request, StreamEvent]] = deque()
         self._round = 0
         self._blamed: list[Work] | None = None
 
@@ -101,6 +102,9 @@ class Core:
                 self._collect(self._in_flight.popleft())
         except Exception as error:
             self.recover(error)
+        except BaseException:
+            self.recover(None)
+            raise
 
     def fail(self, request: Request, error: BaseException) -> None:
         """Ends a request by an error."""
@@ -114,14 +118,14 @@ class Core:
         """Ends a request because nobody wants it any more."""
         if request.phase is not Phase.DONE:
             request.finish_reason = "abort"
-            request.events.append(StreamEvent(finish_reason="abort"))
+            self._add_event(request, StreamEvent(finish_reason="abort"))
             self.stats.aborted += 1
             try:
                 self.scheduler.finish(request)
                 self._orphan(request)
             except Exception as error:
                 self.recover(error)
-            self._notify(request, request.events[-1])
+            self._notify_all()
 
     def fork_sequence(self, parent: Request, child: Request) -> None:
         """Gives `child` a copy of the parent's sequence, if it has one and the pool has room.
@@ -132,11 +136,15 @@ class Core:
         if sequence is None or self.tree.computed_tokens(sequence) < len(parent.history):
             return
         try:
-            child.sequence, copies = self.tree.fork(sequence)
+            copy, copies = self.tree.fork(sequence)
         except PoolExhausted:
             return
-        child.dispatched = len(child.history)
-        self.device.copy_chunks(copies)
+        try:
+            self.device.copy_chunks(copies)
+        except BaseException:
+            self.tree.release(copy)
+            raise
+        child.sequence, child.dispatched = copy, len(child.history)
         self.stats.forks += 1
 
     def recover(self, error: BaseException | None) -> None:
@@ -371,11 +379,14 @@ class Core:
 
     def _collect(self, call: Call) -> None:
         results = self.device.fetch(call)
-        for request, row, most in zip(call.requests, call.rows, call.most_tokens, strict=True):
-            request.in_flight -= most
-            request.writes_in_flight -= most * call.decoded
-            if request.phase is not Phase.DONE:
-                self._record(request, results, row, decoded=call.decoded)
+        try:
+            for request, row, most in zip(call.requests, call.rows, call.most_tokens, strict=True):
+                request.in_flight -= most
+                request.writes_in_flight -= most * call.decoded
+                if request.phase is not Phase.DONE:
+                    self._record(request, results, row, decoded=call.decoded)
+        finally:
+            self._notify_all()
 
     def _record(self, request: Request, results: Results, row: int, *, decoded: bool) -> None:
         """Takes over what a call chose for a row: all of it, or nothing if an error occurs."""
@@ -409,18 +420,28 @@ class Core:
             reason = "stop"
         elif len(request.tokens) == request.params.max_tokens:
             reason = "length"
-        event = StreamEvent(tuple(new), text, logprobs, reason)
-        request.events.append(event)
+        self._add_event(request, StreamEvent(tuple(new), text, logprobs, reason))
         request.finish_reason = reason  # from here on the request has ended, come what may
         if reason is not None:
             self.stats.finished += 1
             self._finish(request)
-        self._notify(request, event)
 
     def _finish(self, request: Request) -> None:
         generated_from = len(request.prompt) // self.tree.chunk_size
         self.scheduler.finish(request, hold=request.hold)
         self.memory.remember(request.history, request.salt, from_chunk=generated_from)
+
+    def _add_event(self, request: Request, event: StreamEvent) -> None:
+        request.events.append(event)
+        self._news.append((request, event))
+
+    def _notify_all(self) -> None:
+        """Calls back about all that is new, in its order.
+
+        Only now that a call's results are taken over as a whole: a callback may take over the next.
+        """
+        while self._news:
+            self._notify(*self._news.popleft())
 
     def _notify(self, request: Request, event: StreamEvent) -> None:
         """Calls back; a callback that raises ends its own request and no other."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
+from math import nan
 
 from jax_chunkattn.admission import InvalidRequest, check_params, check_prompt
 from jax_chunkattn.backend import Backend, choose_backend
 from jax_chunkattn.engine.core import Core
 from jax_chunkattn.engine.device import Device
 from jax_chunkattn.engine.handle import PinnedPrefix, RequestHandle
+from jax_chunkattn.engine.lock import FairLock
 from jax_chunkattn.engine.misses import PrefixMemory
 from jax_chunkattn.engine.requests import (
     Completion,
@@ -22,6 +23,7 @@ from jax_chunkattn.engine.requests import (
     Request,
     RequestFailed,
     StreamEvent,
+    TokenLogprobs,
 )
 from jax_chunkattn.engine.rows import PlannedRows
 from jax_chunkattn.engine.scheduler import Scheduler
@@ -117,7 +119,7 @@ class Engine:
             prefill_tokens=prefill_tokens,
             stop_tokens=stop_tokens,
         )
-        self._lock = threading.RLock()
+        self._lock = FairLock()
         self._arrivals = count()
         self._closed = False
 
@@ -311,7 +313,12 @@ class Engine:
         with self._lock:
             self._core.check()
 
-    # Inside, for handles.
+    # Inside, for handles and searches.
+
+    def _require_servable(self, prompt: Prompt, params: SamplingParams, salt: str) -> None:
+        """Raises what `submit` would."""
+        with self._lock:
+            self._check(prompt, params, salt)
 
     def _tokens(self, prompt: Prompt) -> Sequence[int]:
         if not isinstance(prompt, str):
@@ -433,9 +440,7 @@ class Engine:
             )
         order = (parent.order[0], next(self._arrivals))
         child = Request(parent.prompt, parent.salt, order, params, hold=hold, tokens=tokens)
-        child.logprobs = list(parent.logprobs)
-        if next_token is not None and child.logprobs:
-            child.logprobs[-1] = child.logprobs[-1].of(next_token)
+        child.logprobs = _inherited_logprobs(parent, params, next_token)
         child.text_stream = self._text_stream(params, "the fork")
         if child.text_stream is not None:
             piece = child.text_stream.push(tokens)
@@ -461,6 +466,18 @@ class Engine:
 
 def _each_sample(params: SamplingParams) -> list[SamplingParams]:
     return [replace(params, n=1, seed=(params.seed + index) % 2**32) for index in range(params.n)]
+
+
+def _inherited_logprobs(
+    parent: Request, params: SamplingParams, next_token: int | None
+) -> list[TokenLogprobs]:
+    """Of the tokens that a fork begins with, when it asks for any: NaN for what is not known."""
+    if params.logprobs is None:
+        return []
+    logprobs = list(parent.logprobs) or [TokenLogprobs(nan)] * len(parent.tokens)
+    if next_token is not None:
+        logprobs[-1] = logprobs[-1].of(next_token)
+    return logprobs
 
 
 def _raise_error(request: Request) -> None:

@@ -26,7 +26,8 @@ class TokenLogprobs:
     """Natural logarithms of the model's own probabilities, at one position.
 
     Attributes:
-      chosen: of the token that was chosen.
+      chosen: of the token that was chosen. NaN where a fork begins with tokens for which its parent
+        did not ask, or with another one that its parent did not list.
       top: the likeliest tokens and theirs, the likeliest first; as many as were asked for.
     """
 

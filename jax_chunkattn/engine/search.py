@@ -50,24 +50,35 @@ def beam_search(
     and all of them decode one token in one call. Other requests of the engine advance meanwhile.
 
     Args:
-      beams: hypotheses kept at each step, and most that are returned.
+      beams: hypotheses that go on at each step: the likeliest that have not ended. Those that end
+        are answers when they are among the `2 * beams` likeliest. Also, most that are returned.
       max_tokens: most tokens of an answer.
       length_penalty: above 0 favours long answers; 0 ranks by probability.
       stop_tokens: end an answer.
 
     Raises:
-      ValueError: when `beams` is not from 1 to half of `MAX_LOGPROBS`, or `max_tokens` below 1.
-      InvalidRequest, PoolExhausted, EngineClosed: as `Engine.submit`.
+      ValueError: when `beams` is not from 1 to half of `MAX_LOGPROBS`, or more than that together
+        with the stop tokens, or `max_tokens` below 1.
+      InvalidRequest, PoolExhausted, EngineClosed: as `Engine.submit`, for the longest answer.
       RequestFailed: when an error ended a hypothesis.
     """
+    stops = frozenset(stop_tokens)
     if not 1 <= beams <= MAX_LOGPROBS // 2:
         raise ValueError(f"beams must be from 1 to {MAX_LOGPROBS // 2}, got {beams}")
+    if beams + len(stops) > MAX_LOGPROBS:
+        raise ValueError(
+            f"beams and stop tokens must be at most {MAX_LOGPROBS} together, "
+            f"got {beams} and {len(stops)}"
+        )
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
 
+    engine._require_servable(prompt, SamplingParams(max_tokens), salt)
+    # Whichever stop tokens are among them, as many as there are beams go on from each hypothesis.
+    num_likeliest = max(2 * beams, beams + len(stops))
+
     def one_more(tokens: tuple[int, ...]) -> SamplingParams:
-        # Twice as many as beams: at most that many of them stop, so enough go on.
-        return SamplingParams(len(tokens) + 1, logprobs=2 * beams, ignore_eos=True)
+        return SamplingParams(len(tokens) + 1, logprobs=num_likeliest, ignore_eos=True)
 
     def score(tokens: tuple[int, ...], logprob: float) -> float:
         return logprob / len(tokens) ** length_penalty
@@ -86,9 +97,10 @@ def beam_search(
                 key=lambda candidate: -candidate[0],
             )
             parents, live = live, []
-            for logprob, tokens, parent in candidates[: 2 * beams]:
-                if tokens[-1] in stop_tokens or len(tokens) == max_tokens:
-                    done.append(Hypothesis(tokens, logprob, score(tokens, logprob)))
+            for rank, (logprob, tokens, parent) in enumerate(candidates):
+                if tokens[-1] in stops or len(tokens) == max_tokens:
+                    if rank < 2 * beams:
+                        done.append(Hypothesis(tokens, logprob, score(tokens, logprob)))
                 elif len(live) < beams:
                     child = parent.handle.fork(one_more(tokens), next_token=tokens[-1], hold=True)
                     handles.append(child)

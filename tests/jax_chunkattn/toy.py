@@ -9,10 +9,12 @@ import numpy as np
 from flax import nnx
 
 import models
+from jax_chunkattn.planner import bucket
 from models.decoder import Decoder
 from tests.models.dense_attention import empty_pool, run_dense
 
 CONTEXT = 512
+MIN_CONTEXT = 128
 
 
 @functools.cache
@@ -27,17 +29,33 @@ def _split():
 
 def greedy_without_cache(prompt, max_tokens, stop_tokens=()):
     """Each token from a forward pass over the whole sequence, in dense causal attention."""
-    graphdef, state = _split()
     tokens = list(prompt)
     while len(tokens) < len(prompt) + max_tokens:
-        padded = jnp.asarray(np.pad(tokens, (0, CONTEXT - len(tokens))), jnp.int32)
-        pool = empty_pool(toy_model().cache_spec, CONTEXT)
-        positions = jnp.arange(CONTEXT, dtype=jnp.int32)
-        logits, _ = run_dense(graphdef, state, padded, positions, pool)
-        tokens.append(int(logits[len(tokens) - 1].argmax()))
+        tokens.append(int(_run(tokens, CONTEXT)[len(tokens) - 1].argmax()))
         if tokens[-1] in stop_tokens:
             break
     return tokens[len(prompt) :]
+
+
+@functools.lru_cache(maxsize=2048)
+def logits_without_cache(tokens: tuple[int, ...]) -> np.ndarray:
+    """Of what follows each of `tokens [T]`, by one pass in dense causal attention: `[T, V]`."""
+    return np.asarray(_run(tokens, bucket(len(tokens), MIN_CONTEXT)))[: len(tokens)]
+
+
+def log_probabilities_without_cache(tokens: tuple[int, ...]) -> np.ndarray:
+    """Natural logarithms of the probabilities of what follows `tokens`, in float64: `[V]`."""
+    logits = logits_without_cache(tokens)[-1].astype(np.float64)
+    return logits - np.logaddexp.reduce(logits)
+
+
+def _run(tokens, context):
+    """Logits `[context, V]` of tokens and of padding behind them."""
+    graphdef, state = _split()
+    padded = jnp.asarray(np.pad(tokens, (0, context - len(tokens))), jnp.int32)
+    pool = empty_pool(toy_model().cache_spec, context)
+    logits, _ = run_dense(graphdef, state, padded, jnp.arange(context, dtype=jnp.int32), pool)
+    return logits
 
 
 def token_tree(*levels, seed=0):

@@ -233,6 +233,45 @@ def test_ctrl_c_in_the_middle_of_a_step_loses_nothing(monkeypatch):
     assert_all_returned(engine)
 
 
+def test_ctrl_c_while_a_fork_waits_for_the_device_loses_nothing(monkeypatch):
+    engine = make_engine(steps_per_call=3)
+    handles = submit_all(engine)
+    while not handles[0].tokens:
+        engine.step()
+    with monkeypatch.context() as patch:
+
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr(device.Device, "fetch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            handles[0].fork()
+    engine.check()
+    assert engine.stats.submitted == 4
+    assert run(handles) == EXPECTED
+    assert_all_returned(engine)
+
+
+@pytest.mark.parametrize("error", [Fault, KeyboardInterrupt])
+def test_a_fork_whose_copy_fails_leaves_nothing_behind(monkeypatch, error):
+    engine = make_engine(steps_per_call=3)
+    handles = submit_all(engine)
+    while not handles[0].tokens:
+        engine.step()
+    with monkeypatch.context() as patch:
+
+        def broken(*_):
+            raise error
+
+        patch.setattr(device.Device, "copy_chunks", broken)
+        with pytest.raises(error):
+            handles[0].fork()
+    engine.check()
+    assert engine.stats.submitted == 4
+    assert run([*handles, handles[0].fork(SamplingParams(30))])[:4] == EXPECTED
+    assert_all_returned(engine)
+
+
 def test_recomputed_requests_keep_their_penalties_logprobs_and_text(monkeypatch):
     params = SamplingParams(
         24, temperature=0.8, seed=3, repetition_penalty=1.2, frequency_penalty=0.5, logprobs=2

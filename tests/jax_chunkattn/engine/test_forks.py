@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from jax_chunkattn import InvalidRequest, SamplingParams
@@ -49,6 +50,38 @@ def test_a_fork_of_a_request_that_is_gone_computes_what_is_not_cached():
     child = parent.fork(SamplingParams(12))
     assert run([child]) == [greedy_without_cache(prompt, 12)]
     assert engine.stats.forks == 0
+    assert_all_returned(engine)
+
+
+def test_a_fork_has_one_logprob_for_each_of_its_tokens_if_it_asks():
+    """NaN for those that its parent does not know."""
+    [prompt] = token_tree((1, 52))
+    engine = make_engine(steps_per_call=3)
+    asked = engine.submit(prompt, SamplingParams(6, logprobs=2), hold=True)
+    silent = engine.submit(prompt, SamplingParams(6), hold=True)
+    run([asked, silent])
+    (_, best), (second, runner_up) = asked.logprobs[-1].top
+    unlisted = next(t for t in range(256) if t not in dict(asked.logprobs[-1].top))
+
+    def fork(parent, number, **options):
+        handle = parent.fork(SamplingParams(8, logprobs=number), **options)
+        assert len(handle.result().tokens) == 8
+        return [one.chosen for one in handle.logprobs]
+
+    known = [one.chosen for one in asked.logprobs]
+    assert known[-1] == pytest.approx(best, abs=1e-5)
+    same = fork(asked, 2)
+    assert same[:6] == known
+    assert len(same) == 8
+    other = fork(asked, 2, next_token=second)
+    assert other[:6] == [*known[:5], runner_up]
+    assert np.isnan(fork(asked, 2, next_token=unlisted)).tolist() == 5 * [False] + [True] + 2 * [
+        False
+    ]
+    assert np.isnan(fork(silent, 2)).tolist() == 6 * [True] + 2 * [False]
+    assert fork(asked, None) == []
+    for handle in (asked, silent):
+        handle.release()
     assert_all_returned(engine)
 
 

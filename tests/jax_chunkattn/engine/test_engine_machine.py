@@ -1,0 +1,573 @@
+"""The engine driven at random, its answers held against a model without a cache.
+
+Requests share beginnings, fork, wait, give way, are aborted in the middle or left by their
+consumers, in pools from just large enough to ample; see `oracle` for what they must answer.
+
+    pytest -s --hypothesis-profile=long tests/jax_chunkattn/engine/test_engine_machine.py
+
+goes on for 20,000 steps, some minutes, and prints what was seen.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from dataclasses import replace
+from typing import ClassVar
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from jax_chunkattn import InvalidRequest, PoolExhausted, RequestFailed, SamplingParams
+from jax_chunkattn.admission import chunks_to_finish
+from tests.jax_chunkattn.engine.engines import BytePairs, assert_all_returned, make_engine
+from tests.jax_chunkattn.engine.machine_requests import (
+    LONG,
+    LONGEST_PROMPT,
+    PARAMS,
+    PROMPTS,
+    SALTS,
+    STEPS,
+    STOP_TOKENS,
+    SUFFIXES,
+    TEXTS,
+    CallbackError,
+    Listener,
+    Tracked,
+    TrackedPin,
+    prefixes,
+)
+from tests.jax_chunkattn.engine.oracle import Agreement, ending, text_of
+
+MOST_OPEN = 8
+MOST_DONE = 8
+MOST_STEPS = 1_000  # of the engine, for `MOST_OPEN` requests to end
+POOLS = [(10, 16)]  # chunks and their size; each compiles programs of its own
+MORE_POOLS = [*POOLS, (24, 16), (40, 4)]
+COMMON = {
+    "aborted in decode",
+    "aborted in waiting",
+    "callback raised",
+    "engine refused nonsense",
+    "evicted",
+    "fork copied",
+    "fork recomputed",
+    "fork refused",
+    "partial chunk copied",
+    "pinned",
+    "preempted",
+    "stop string",
+    "stop token",
+    "stream left",
+}
+RARE = {
+    "aborted in prefill",
+    "aborted with siblings",
+    "forked in a callback",
+    "held lost",
+    "held released",
+    "late error",
+    "pin refused",
+    "request refused",
+    "reset with requests active",
+    "samples forked",
+    "stepped in a callback",
+    "twins",
+}
+
+
+def pick(data: st.DataObject, some: list):
+    """One of them, drawn as an index, which prints shorter."""
+    return some[data.draw(st.integers(0, len(some) - 1))]
+
+
+class EngineMachine(RuleBasedStateMachine):
+    steps: ClassVar[int] = 0
+    seen: ClassVar[Counter[str]] = Counter()
+    agreement: ClassVar[Agreement] = Agreement()
+    pools: ClassVar[list[tuple[int, int]]] = POOLS
+
+    @initialize(data=st.data(), sharing=st.sampled_from([True] * 7 + [False]))
+    def start(self, data: st.DataObject, sharing: bool) -> None:
+        num_chunks, self.chunk_size = pick(data, self.pools)
+        self.num_chunks = num_chunks
+        self.sharing = sharing
+        self.engine = make_engine(
+            num_chunks,
+            self.chunk_size,
+            steps_per_call=3,
+            prefill_tokens=32,
+            max_running=data.draw(st.sampled_from([4, 3, 1])),
+            tokenizer=BytePairs(),
+            stop_tokens=STOP_TOKENS,
+            sharing=sharing,
+            retain=data.draw(st.sampled_from([True] * 7 + [False])),
+        )
+        self.requests: list[Tracked] = []
+        self.pins: list[TrackedPin] = []
+        self.counts: Counter[str] = Counter()  # what the engine's statistics must say
+        self.before = self.engine.stats
+        self.fill(data.draw(st.integers(0, num_chunks // 2)))
+
+    def saw(self, event: str, times: int = 1) -> None:
+        if times > 0:
+            self.seen[event] += times
+
+    def open(self) -> list[Tracked]:
+        return [tracked for tracked in self.requests if not tracked.handle.done]
+
+    def may_submit(self) -> bool:
+        return len(self.open()) < MOST_OPEN
+
+    def track(self, handle, namespace, listener=None, hold=False) -> Tracked:
+        tracked = Tracked(handle, namespace, listener, hold)
+        self.requests.append(tracked)
+        self.counts["submitted"] += 1
+        return tracked
+
+    # What can ever fit, said plainly.
+
+    def namespace(self, salt: str) -> object:
+        return salt if self.sharing else object()
+
+    def fits(self, tokens, max_tokens: int, namespace: object, pinned: set) -> bool:
+        own = prefixes(tokens, self.chunk_size, namespace)
+        needed = chunks_to_finish(len(tokens), max_tokens, self.chunk_size)
+        return needed <= self.num_chunks - len(pinned - own)
+
+    def pinned(self) -> set:
+        each = (prefixes(pin.tokens, self.chunk_size, pin.namespace) for pin in self.pins)
+        return set().union(*each)
+
+    # Requests come.
+
+    def submit_one(
+        self, prompt, params, salt, listener=None, *, priority=0, hold=False
+    ) -> Tracked | None:
+        namespace = self.namespace(salt)
+        tokens = list(prompt.encode()) if isinstance(prompt, str) else prompt
+        fits = self.fits(tokens, params.max_tokens, namespace, self.pinned())
+        try:
+            handle = self.engine.submit(
+                prompt, params, salt=salt, priority=priority, hold=hold, on_event=listener
+            )
+        except PoolExhausted:
+            assert not fits
+            self.saw("request refused")
+            return None
+        assert fits
+        if any(other.handle.prompt == handle.prompt for other in self.open()):
+            self.saw("twins")
+        return self.track(handle, namespace, listener, hold)
+
+    @precondition(may_submit)
+    @rule(prompt=PROMPTS, params=PARAMS, salt=SALTS, hold=st.booleans(), steps=STEPS)
+    def submit(self, prompt, params, salt, hold, steps) -> None:
+        self.submit_one(prompt, params, salt, hold=hold)
+        self.step(steps)
+
+    @precondition(may_submit)
+    @rule(prompts=st.lists(PROMPTS, min_size=3, max_size=4), params=LONG, steps=STEPS)
+    def submit_several(self, prompts, params, steps) -> None:
+        """Together they may grow too long for the pool."""
+        for prompt in prompts:
+            self.submit_one(prompt, params, "")
+        self.step(4 * steps)
+
+    @precondition(may_submit)
+    @rule(
+        prompt=PROMPTS | TEXTS,
+        params=PARAMS,
+        salt=SALTS,
+        priority=st.integers(-1, 1),
+        at=st.integers(1, 3),
+        act=st.sampled_from(["raise", "leave", "abort", "fork", "submit", "step", "raise"]),
+        steps=STEPS,
+    )
+    def submit_with_callback(self, prompt, params, salt, priority, at, act, steps) -> None:
+        """Callbacks may do all that any caller may, and raise."""
+
+        def on_event(index: int) -> None:
+            assert tracked is not None
+            if index != at:
+                return
+            if act == "raise":
+                self.saw("callback raised")
+                raise CallbackError
+            if act == "leave":
+                self.abort_one(tracked)
+            elif act == "abort":
+                self.abort_one(self.requests[0])
+            elif act == "fork" and self.may_submit():
+                self.saw("forked in a callback")
+                self.fork_one(tracked, None, None)
+            elif act == "submit" and self.may_submit():
+                self.submit_one(tracked.handle.prompt, params, salt)
+            elif act == "step":
+                self.saw("stepped in a callback")
+                self.engine.step()
+
+        listener = Listener(on_event)
+        tracked = self.submit_one(prompt, params, salt, listener, priority=priority)
+        self.step(2 * steps)
+
+    @precondition(lambda self: self.requests and self.may_submit())
+    @rule(data=st.data(), suffix=SUFFIXES, params=PARAMS, steps=STEPS)
+    def next_turn(self, data, suffix, params, steps) -> None:
+        """A prompt that continues another request, as far as that has come."""
+        handle = pick(data, self.requests).handle
+        prompt = [*handle.prompt, *handle.tokens, *suffix]
+        self.submit_one(prompt[:LONGEST_PROMPT], params, "")
+        self.step(steps)
+
+    @precondition(may_submit)
+    @rule(prompt=PROMPTS, params=PARAMS, n=st.integers(2, 3), priority=st.integers(-1, 1))
+    def submit_samples(self, prompt, params, n, priority) -> None:
+        params = replace(params, n=n)
+        namespaces = [self.namespace("") for _ in range(n)]
+        pinned = self.pinned()
+        fits = all(self.fits(prompt, params.max_tokens, each, pinned) for each in namespaces)
+        try:
+            handles = self.engine.submit_samples(prompt, params, priority=priority)
+        except PoolExhausted:
+            assert not fits
+            return self.saw("request refused")
+        assert fits
+        for index, handle in enumerate(handles):
+            assert handle.params == replace(params, n=1, seed=params.seed + index)
+        first, *others = map(self.track, handles, namespaces)
+        first.siblings = others if self.sharing else []
+
+    @precondition(lambda self: self.requests and self.may_submit())
+    @rule(
+        data=st.data(),
+        params=st.none() | PARAMS,
+        next_token=st.none() | st.sampled_from([*STOP_TOKENS, *b"ab", 200]),
+        hold=st.booleans(),
+        steps=STEPS,
+        twice=st.booleans(),
+    )
+    def fork(self, data, params, next_token, hold, steps, twice) -> None:
+        self.step(steps)
+        running = [one for one in self.open() if one.handle.state == "decode"]
+        parent = pick(data, running or self.requests)
+        self.fork_one(parent, params, next_token, hold=hold)
+        if twice:
+            self.fork_one(parent, params, next_token, hold=hold)
+
+    @precondition(lambda self: self.requests and self.may_submit())
+    @rule(data=st.data(), params=PARAMS)
+    def fork_any(self, data, params) -> None:
+        self.fork_one(pick(data, self.requests), params, None)
+
+    def fork_one(self, parent: Tracked, params, next_token, hold: bool = False) -> None:
+        before = self.engine.stats.forks
+        asked = params
+        if params is None:
+            seed = parent.handle.params.seed + 1 + parent.num_forks
+            params = replace(parent.handle.params, seed=seed)
+        try:
+            handle = parent.handle.fork(asked, next_token=next_token, hold=hold)
+        except InvalidRequest:
+            self.saw("fork refused")
+            assert self.has_no_next(parent, params, next_token)
+            return
+        except PoolExhausted:
+            self.saw("fork refused")
+            pinned = self.pinned()
+            prompt, most = parent.handle.prompt, params.max_tokens
+            assert not self.fits(prompt, most, parent.namespace, pinned)
+            return
+        assert not self.has_no_next(parent, params, next_token)
+        parent.num_forks += 1
+        assert handle.params == params
+        assert handle.prompt == parent.handle.prompt
+        given = list(parent.handle.tokens)
+        if next_token is not None:
+            given[-1] = next_token
+        assert list(handle.tokens) == given
+        assert text_of(given).startswith(handle.text)
+        copied = self.engine.stats.forks - before
+        self.counts["forks"] += copied
+        self.saw("fork copied" if copied else "fork recomputed")
+        self.track(handle, parent.namespace, hold=hold)
+
+    def has_no_next(self, parent: Tracked, params, next_token) -> bool:
+        tokens = list(parent.handle.tokens)
+        if next_token is None:
+            no_end_to_replace = parent.handle.finish_reason == "stop"
+        else:
+            no_end_to_replace = not tokens
+            tokens[-1:] = [next_token]
+        stopped = any(stop in text_of(tokens) for stop in params.stop)
+        return no_end_to_replace or stopped or len(tokens) >= params.max_tokens
+
+    # Time passes, and callers do what they like.
+
+    @rule(count=st.integers(1, 12))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            assert self.engine.step() == self.engine.has_work
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), count=st.integers(1, 2), leave=st.booleans())
+    def read(self, data, count, leave) -> None:
+        """Streams stay open, so that others go on in between, or are left."""
+        tracked = pick(data, self.open() or self.requests)
+        tracked.read_events(count)
+        if leave and tracked.stream is not None:
+            if not tracked.handle.done:
+                self.saw("stream left")
+                self.note_abort(tracked)
+            tracked.leave_stream()
+            assert tracked.handle.done
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def result(self, data) -> None:
+        handle = pick(data, self.requests).handle
+        try:
+            completion = handle.result()
+        except RequestFailed:
+            assert handle.error is not None
+        else:
+            assert handle.error is None
+            assert completion.tokens == handle.tokens
+            assert completion.text == handle.text
+            assert completion.logprobs == handle.logprobs
+            assert completion.finish_reason == handle.finish_reason
+
+    @precondition(lambda self: self.open())
+    @rule(data=st.data(), steps=STEPS)
+    def abort(self, data, steps) -> None:
+        self.step(steps)
+        started = [one for one in self.open() if one.handle.state == "prefill"]
+        self.abort_one(pick(data, started or self.open() or self.requests))
+
+    def abort_one(self, tracked: Tracked) -> None:
+        reason = tracked.handle.finish_reason
+        if not tracked.handle.done:
+            self.note_abort(tracked)
+        tracked.handle.abort()
+        assert tracked.handle.finish_reason == (reason or "abort")
+
+    def note_abort(self, tracked: Tracked) -> None:
+        self.saw(f"aborted in {tracked.handle.state}")
+        if tracked.siblings and tracked.handle.state != "decode":
+            self.saw("aborted with siblings")
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def release(self, data) -> None:
+        held = [tracked for tracked in self.requests if tracked.hold]
+        self.let_go(pick(data, held or self.requests))
+
+    def let_go(self, tracked: Tracked) -> None:
+        before = self.engine.stats.held
+        tracked.handle.release()
+        tracked.hold = False
+        self.saw("held released", before - self.engine.stats.held)
+
+    @rule(tokens=PROMPTS, salt=SALTS, sometimes=st.integers(0, 2))
+    def pin_sometimes(self, tokens, salt, sometimes) -> None:
+        if not sometimes:
+            self.pin(tokens, salt)
+
+    def pin(self, tokens, salt) -> None:
+        namespace = self.namespace(salt)
+        whole = tokens[: len(tokens) // self.chunk_size * self.chunk_size]
+        try:
+            handle = self.engine.pin(tokens, salt=salt)
+        except InvalidRequest:
+            assert not whole
+            self.saw("pin refused")
+        except PoolExhausted:
+            assert not self.pin_fits(whole, namespace)
+            self.saw("pin refused")
+        else:
+            assert whole
+            assert self.pin_fits(whole, namespace)
+            assert handle.num_tokens == len(whole)
+            self.pins.append(TrackedPin(handle, namespace, whole))
+            self.saw("pinned")
+
+    def pin_fits(self, tokens, namespace) -> bool:
+        pinned = self.pinned() | prefixes(tokens, self.chunk_size, namespace)
+        accepted = [(tokens, 1, namespace)]
+        accepted += [
+            (one.handle.prompt, one.handle.params.max_tokens, one.namespace) for one in self.open()
+        ]
+        accepted += [(pin.tokens, 1, pin.namespace) for pin in self.pins if not pin.handle.computed]
+        return all(self.fits(*one, pinned=pinned) for one in accepted)
+
+    def fill(self, count: int) -> None:
+        """Makes the pool smaller, by pinning what nobody asks for."""
+        if count:
+            self.pin([255] * (count * self.chunk_size), "filler")
+
+    @precondition(lambda self: self.pins)
+    @rule(data=st.data())
+    def unpin(self, data) -> None:
+        pin = pick(data, self.pins)
+        self.pins.remove(pin)
+        pin.handle.release()
+        pin.handle.release()
+
+    @rule(sometimes=st.integers(0, 5))
+    def reset(self, sometimes: int) -> None:
+        if sometimes:
+            return
+        refill = sum(len(pin.tokens) for pin in self.pins if pin.namespace == "filler")
+        self.engine.reset()
+        self.pins.clear()
+        for tracked in self.requests:
+            tracked.hold &= not tracked.verified
+        stats = self.engine.stats
+        assert (stats.held, stats.pinned, stats.chunks_cached) == (0, 0, 0)
+        if stats.running:
+            self.saw("reset with requests active")
+        self.fill(refill // self.chunk_size)
+
+    @rule(which=st.integers(0, 20))
+    def submit_nonsense(self, which: int) -> None:
+        if which > 9:
+            return
+        good, params = [1, 2, 3], SamplingParams(2)
+        engine, too_many = self.engine, self.num_chunks * self.chunk_size
+        call, error = [
+            (lambda: engine.submit([], params), InvalidRequest),
+            (lambda: engine.submit([256], params), InvalidRequest),
+            (lambda: engine.submit(good, SamplingParams(2, n=2)), InvalidRequest),
+            (lambda: engine.submit(good, SamplingParams(2, stop="\ufffd")), InvalidRequest),
+            (lambda: engine.submit(good, SamplingParams(2, stop_token_ids=[300])), InvalidRequest),
+            (lambda: engine.submit(good, SamplingParams(1022)), InvalidRequest),
+            (lambda: engine.submit(good, SamplingParams(too_many)), PoolExhausted),
+            (lambda: engine.submit_samples(good, SamplingParams(too_many, n=2)), PoolExhausted),
+            (lambda: engine.generate([good, []], params), InvalidRequest),
+            (lambda: engine.pin([7]), InvalidRequest),
+        ][which]
+        before = self.engine.stats, self.engine._core.tree.version
+        with pytest.raises((error, PoolExhausted)):  # all of the pool may be pinned
+            call()
+        assert (self.engine.stats, self.engine._core.tree.version) == before
+        self.saw("engine refused nonsense")
+
+    # What must hold.
+
+    @invariant()
+    def everything_holds(self) -> None:
+        type(self).steps += 1
+        self.engine.check()
+        for tracked in self.requests:
+            tracked.note_growth()
+            if tracked.handle.done and not tracked.verified:
+                self.verify(tracked)
+        self.statistics_are_right()
+        done = [tracked for tracked in self.requests if tracked.verified]
+        for tracked in done[: max(0, len(done) - MOST_DONE)]:
+            self.forget(tracked)
+
+    def verify(self, tracked: Tracked) -> None:
+        """Its end has come: all it answered must be right."""
+        tracked.verified = True
+        handle, given = tracked.handle, len(tracked.given)
+        expected = ending(handle.tokens, handle.params, STOP_TOKENS, given)
+        if handle.error is not None and not isinstance(handle.error, CallbackError):
+            raise handle.error
+        if handle.finish_reason in ("abort", "error"):
+            assert expected is None, f"{handle} should have ended by {expected}"
+            assert handle.error is not None or handle.finish_reason == "abort"
+            assert text_of(handle.tokens).startswith(handle.text)
+            tracked.hold = False
+        else:
+            assert expected == (handle.finish_reason, len(handle.tokens), handle.text)
+            self.saw("late error", handle.error is not None)
+        of = (handle.prompt, handle.params, handle.tokens)
+        if handle.tokens:
+            self.agreement.check_tokens(*of, given)
+        self.agreement.check_logprobs(*of, handle.logprobs, given)
+        self.counts[handle.finish_reason or ""] += 1
+        self.saw(f"ended by {handle.finish_reason}")
+        if expected and expected.reason == "stop":
+            stopped_by_text = any(stop in text_of(handle.tokens) for stop in handle.params.stop)
+            self.saw("stop string" if stopped_by_text else "stop token")
+
+    def statistics_are_right(self) -> None:
+        stats, before, counts = self.engine.stats, self.before, self.counts
+        self.before = stats
+        assert stats.recoveries == 0
+        assert stats.submitted == counts["submitted"]
+        assert stats.finished == counts["stop"] + counts["length"]
+        assert stats.aborted == counts["abort"]
+        assert stats.failed == counts["error"]
+        assert stats.running + stats.waiting == len(self.open())
+        assert stats.pinned == len(self.pins)
+        held = [tracked for tracked in self.requests if tracked.verified and tracked.hold]
+        for tracked in held[: len(held) - stats.held]:
+            self.saw("held lost")
+            tracked.hold = False
+        assert stats.held <= len(held)
+        total = stats.chunks_free + stats.chunks_cached + stats.chunks_in_use
+        assert total == self.num_chunks
+        self.saw("preempted", stats.preemptions - before.preemptions)
+        forked, self.counts["forks"] = self.counts["forks"], 0
+        self.saw("samples forked", stats.forks - before.forks - forked)
+        self.saw("evicted", stats.evictions - before.evictions)
+        self.saw("partial chunk copied", stats.prompts.copied > before.prompts.copied)
+
+    def forget(self, tracked: Tracked) -> None:
+        """It must be complete for those who stream it late, too."""
+        self.requests.remove(tracked)
+        self.let_go(tracked)
+        tracked.read_to_the_end()
+
+    def teardown(self) -> None:
+        """Aborts some of what is left, lets the rest end, and gives everything back."""
+        if sys.exception() is not None or not hasattr(self, "engine"):
+            return
+        for tracked in self.open()[::3]:
+            self.abort_one(tracked)
+        for _ in range(MOST_STEPS):
+            if not self.engine.step():
+                break
+        assert not self.engine.has_work, "some request never ends"
+        self.everything_holds()
+        for tracked in list(self.requests):
+            self.forget(tracked)
+        for pin in self.pins:
+            assert pin.handle.computed
+            pin.handle.release()
+        assert_all_returned(self.engine)
+
+
+def test_random_use_gives_the_answers_of_a_model_without_a_cache():
+    thorough = settings.get_current_profile_name() == "long"
+    EngineMachine.steps = 0
+    EngineMachine.seen.clear()
+    EngineMachine.agreement = Agreement()
+    EngineMachine.pools = MORE_POOLS if thorough else POOLS
+    run_state_machine_as_test(
+        EngineMachine,
+        settings=settings(
+            max_examples=600 if thorough else 20,
+            stateful_step_count=50,
+            deadline=None,
+            report_multiple_bugs=False,
+            suppress_health_check=[HealthCheck.too_slow],
+        ),
+    )
+    seen, agreement = EngineMachine.seen, EngineMachine.agreement
+    print(f"{EngineMachine.steps} steps, {agreement}, {dict(sorted(seen.items()))}")
+    assert agreement.near_ties <= agreement.tokens / 10_000
+    assert EngineMachine.steps >= (20_000 if thorough else 500)
+    missed = (COMMON | RARE if thorough else COMMON) - set(seen)
+    assert not missed, f"never happened in {EngineMachine.steps} steps: {missed}"
