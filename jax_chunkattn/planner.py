@@ -16,6 +16,7 @@ from jax_chunkattn.planning.block_table import bucket, common_runs, pack_left, p
 from jax_chunkattn.planning.cpu_division import divide_for_cpu
 from jax_chunkattn.planning.division import Division
 from jax_chunkattn.planning.gpu_division import divide_for_gpu
+from jax_chunkattn.planning.gpu_time import most_items_alone
 from jax_chunkattn.planning.options import GpuCosts, GpuWork, PlannerOptions
 from jax_chunkattn.planning.work_items import flatten_items, pad, partial_slots
 from pallas_kernels.plans import DecodePlan
@@ -82,6 +83,30 @@ class PlanShape:
             plan.items.chunks.shape[0],
             plan.private_chunks.shape[1],
             plan.partials.slots.shape[0] if plan.partials is not None else 0,
+        )
+
+    @classmethod
+    def largest(cls, rows: int, columns: int, options: PlannerOptions) -> PlanShape:
+        """A shape that holds every plan of `rows` rows, of at most `columns` chunks each.
+
+        On a GPU, where every program of the grid costs something even if it has no work, not every
+        plan: all that share nothing, and those that share unless they have unusually many items.
+        """
+        rows = bucket(rows)
+        chunks = rows * columns  # no plan reads a row's chunk twice for it
+        if options.gpu is not None:
+            items, slots = most_items_alone(rows, rows, columns, options.gpu)
+        else:
+            # A tree with B leaves has fewer than 2 B runs, each of which may be cut.
+            pieces = chunks // options.max_item_chunks if options.max_item_chunks else 0
+            tiles = -(-rows // options.max_item_rows) if options.max_item_rows else 1
+            items, slots = (2 * rows + pieces) * tiles, 0
+        return cls(
+            rows=rows,
+            items=bucket(items, cls.items),
+            item_chunks=bucket(chunks, cls.item_chunks),
+            private_chunks=bucket(columns, cls.private_chunks),
+            slots=slots and bucket(slots),
         )
 
 

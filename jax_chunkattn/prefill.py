@@ -15,8 +15,9 @@ from jax_chunkattn.decode_loop import NOTHING, Chosen
 from jax_chunkattn.model_interface import DecoderModel
 from jax_chunkattn.planning.block_table import bucket, common_runs, pad_tables
 from jax_chunkattn.planning.gpu_division import cut_for_gpu
-from jax_chunkattn.planning.gpu_time import choose_pieces
+from jax_chunkattn.planning.gpu_time import choose_pieces, most_items_alone
 from jax_chunkattn.planning.options import GpuWork, PlannerOptions
+from jax_chunkattn.planning.packing import single_rows
 from jax_chunkattn.planning.work_items import flatten_items, items_of, partial_slots
 from jax_chunkattn.pool import ChunkPool
 from jax_chunkattn.request_table import DeviceState, count_tokens
@@ -60,6 +61,62 @@ class PrefillBatch:
     plan: PrefillPlan
 
 
+@dataclass(frozen=True)
+class PrefillShape:
+    """The padded sizes of a call that decide, beside its tokens, which compiled program runs it.
+
+    `slots` is 0 in plans without partials. Calls of T tokens start from larger sizes than 0.
+    """
+
+    table_width: int = 0
+    items: int = 0
+    item_chunks: int = 0
+    slots: int = 0
+
+    @classmethod
+    def of(cls, batch: PrefillBatch) -> PrefillShape:
+        plan = batch.plan
+        return cls(
+            plan.block_tables.shape[1],
+            plan.items.row_begin.shape[0],
+            plan.items.chunks.shape[0],
+            plan.partials.slots.shape[0] if plan.partials is not None else 0,
+        )
+
+    @classmethod
+    def largest(cls, num_tokens: int, columns: int, options: PlannerOptions) -> PrefillShape:
+        """A shape that holds every call of `num_tokens` for sequences of at most `columns` chunks.
+
+        On a GPU, where every program of the grid costs something even if it has no work, not every
+        call: all that share nothing, and those that share unless they have unusually many items.
+        """
+        least = cls._least(num_tokens, options.gpu)
+        items = slots = 0
+        segments = max_segments(num_tokens)
+        if options.gpu is not None:
+            tiles = -(-num_tokens // options.gpu.tile_rows) + segments
+            items, slots = most_items_alone(tiles, segments, columns, options.gpu)
+        return cls(
+            table_width=bucket(columns, least.table_width),
+            items=bucket(items, least.items),
+            item_chunks=bucket(segments * columns, least.item_chunks),
+            slots=bucket(slots, least.slots) if least.slots else 0,
+        )
+
+    @classmethod
+    def _least(cls, num_tokens: int, gpu: GpuWork | None) -> PrefillShape:
+        """What calls of T tokens are padded to at least, so that nearly all have one shape."""
+        items = 2 * max_segments(num_tokens)  # a tree with S leaves has fewer than 2 S runs
+        slots = 0
+        if gpu is not None:
+            items += ITEMS_PER_TOKEN * -(-num_tokens // gpu.tile_rows)
+            slots = bucket(ITEMS_PER_TOKEN * num_tokens)
+        return cls(MIN_TABLE_WIDTH, bucket(items), MIN_ITEM_CHUNKS, slots)
+
+    def _and(self, other: PrefillShape) -> PrefillShape:
+        return PrefillShape(*map(max, vars(self).values(), vars(other).values()))
+
+
 def pack_segments(
     segments: Sequence[Segment],
     *,
@@ -67,14 +124,15 @@ def pack_segments(
     chunk_size: int,
     num_chunks: int,
     options: PlannerOptions = PlannerOptions(),
+    at_least: PrefillShape = PrefillShape(),
 ) -> PrefillBatch:
     """Packs segments into arrays of T = `num_tokens`; at most T / 16 of them, T tokens in all.
 
-    Segments whose sequences begin with the same chunks read them once if they are neighbours.
-    Options for a GPU cut the items and give the plan slots for partials; no other option counts.
-    All calls of T tokens have one shape, unless their sequences have very long prefixes or, on a
-    GPU, their tokens more than four items each: then some sizes double, and another program is
-    compiled.
+    Segments whose sequences begin with the same chunks read them once if they are neighbours and
+    the options share. Options for a GPU cut the items and give the plan slots for partials; no
+    other option counts. All calls of T tokens have one shape, that of `at_least` or a smaller one,
+    unless their sequences have very long prefixes or, on a GPU, their tokens more than four items
+    each: then some sizes double, and another program is compiled.
 
     Raises:
       ValueError: when they do not fit.
@@ -86,7 +144,8 @@ def pack_segments(
             f"{len(segments)} segments of {sum(lengths)} tokens do not fit a call of "
             f"{num_tokens} tokens and {most} segments"
         )
-    width = bucket(max(len(segment.chunk_ids) for segment in segments), MIN_TABLE_WIDTH)
+    least = PrefillShape._least(num_tokens, options.gpu)._and(at_least)
+    width = bucket(max(len(segment.chunk_ids) for segment in segments), least.table_width)
     tokens = np.zeros(num_tokens, np.int32)
     positions = np.zeros(num_tokens, np.int32)
     chunks = np.full(num_tokens, num_chunks, np.int32)
@@ -113,7 +172,7 @@ def pack_segments(
     padded_tiles = np.zeros((4, -(-num_tokens // QUERY_TILE) + most), np.int32)
     padded_tiles[:, : len(tiles)] = np.array(tiles, np.int32).T
     tile_begin, tile_count, tile_position, tile_sequence = padded_tiles
-    items, partials = _items_before(segments, num_tokens, chunk_size, num_chunks, options.gpu)
+    items, partials = _items_before(segments, num_tokens, chunk_size, num_chunks, options, least)
     plan = PrefillPlan(
         chunks,
         positions % chunk_size,
@@ -135,30 +194,31 @@ def _items_before(
     num_tokens: int,
     chunk_size: int,
     num_chunks: int,
-    gpu: GpuWork | None,
+    options: PlannerOptions,
+    least: PrefillShape,
 ) -> tuple[WorkItems, PartialSlots | None]:
     """The chunks wholly before each segment, once for all segments behind them; rows are tokens."""
     first_token = np.cumsum([0, *(segment.end - segment.begin for segment in segments)])
     table, _ = pad_tables([segment.chunk_ids for segment in segments], num_chunks)
-    runs = common_runs(table, np.array([segment.begin // chunk_size for segment in segments]))
+    before = np.array([segment.begin // chunk_size for segment in segments])
+    runs = common_runs(table, before) if options.sharing else single_rows(before)
     begin = first_token[runs.row_begin]
     items = replace(
         items_of(table, runs), row_begin=begin, row_count=first_token[runs.row_end] - begin
     )
-    # A tree with S leaves has fewer than 2 S runs.
-    min_items = 2 * max_segments(num_tokens)
+    gpu = options.gpu
+    if gpu is not None:
+        items = cut_for_gpu(items, choose_pieces(items.row_count, items.chunk_count, gpu), gpu)
+    padded = flatten_items(items, num_chunks, least.items, least.item_chunks)
     if gpu is None:
-        return flatten_items(items, num_chunks, bucket(min_items), MIN_ITEM_CHUNKS), None
-    items = cut_for_gpu(items, choose_pieces(items.row_count, items.chunk_count, gpu), gpu)
-    min_items += ITEMS_PER_TOKEN * -(-num_tokens // gpu.tile_rows)
-    padded = flatten_items(items, num_chunks, bucket(min_items), MIN_ITEM_CHUNKS)
+        return padded, None
     partials = partial_slots(
         items,
         rows=num_tokens,
         num_items=padded.row_begin.shape[0],
         group=gpu.group,
         align=gpu.align,
-        min_slots=bucket(ITEMS_PER_TOKEN * num_tokens),
+        min_slots=least.slots,
     )
     return padded, partials
 

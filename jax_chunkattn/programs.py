@@ -8,7 +8,8 @@ process whose models have one definition and one set of shapes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,8 +42,44 @@ class SplitModel:
         return cls(leaves, (graphdef, treedef), merge)
 
 
+@dataclass(frozen=True)
+class Invocation:
+    """A call of `function(model, *args, **static)`, or without a model of `function(*args, ...)`.
+
+    The first of `args` is donated. Arguments may be abstract.
+    """
+
+    function: Callable
+    model: SplitModel | None
+    args: tuple
+    static: Mapping[str, Hashable] = field(default_factory=dict)
+
+    @property
+    def leaves(self) -> list[jax.Array]:
+        """What the program is called with, before `args`."""
+        return self.model.leaves if self.model is not None else []
+
+    def key(self) -> Hashable:
+        """What decides the program: two invocations with equal keys run the same."""
+        definition = self.model.definition if self.model is not None else None
+        leaves, treedef = jax.tree.flatten((self.leaves, self.args))
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        return self.function, definition, treedef, shapes, tuple(sorted(self.static.items()))
+
+    def lower(self) -> jax.stages.Lowered:
+        """Traces it."""
+
+        def run(leaves, *args):
+            if self.model is None:
+                return self.function(*args, **self.static)
+            return self.function(self.model.merge(leaves), *args, **self.static)
+
+        run.__name__ = self.function.__name__
+        return jax.jit(run, donate_argnums=1).lower(self.leaves, *self.args)
+
+
 class Programs:
-    """Compiles a function for each new set of argument shapes, and counts."""
+    """Compiles each invocation's program once, and says how long it took."""
 
     def __init__(self) -> None:
         self._compiled: dict[Hashable, Any] = {}
@@ -50,32 +87,33 @@ class Programs:
     def compiled(
         self, function: Callable, model: SplitModel | None, args: tuple, **static: Hashable
     ) -> tuple[Any, float]:
-        """The program of `function(model, *args, **static)`, its first argument `args[0]` donated.
+        """The program of an `Invocation`, to be called with its `leaves` and `args`.
 
-        Without a model it is `function(*args, **static)`. Arguments may be abstract.
-
-        Returns it, to be called with `(model.leaves, *args)`, or `([], *args)` without a model, and
-        the seconds spent compiling: 0 when the program was there.
+        Returns it and the seconds spent compiling: 0 when the program was there.
         """
-        model_leaves = model.leaves if model is not None else []
-        definition = model.definition if model is not None else None
-        leaves, treedef = jax.tree.flatten((model_leaves, args))
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        key = (function, definition, treedef, shapes, tuple(sorted(static.items())))
+        invocation = Invocation(function, model, args, static)
+        key = invocation.key()
         program = self._compiled.get(key)
         if program is not None:
             return program, 0.0
         start = time.perf_counter()
-
-        def run(leaves, *args):
-            if model is None:
-                return function(*args, **static)
-            return function(model.merge(leaves), *args, **static)
-
-        run.__name__ = function.__name__
-        program = jax.jit(run, donate_argnums=1).lower(model_leaves, *args).compile()
-        self._compiled[key] = program
+        program = self._compiled[key] = invocation.lower().compile()
         return program, time.perf_counter() - start
+
+    def compile_all(self, invocations: Iterable[Invocation], threads: int) -> int:
+        """Compiles the programs of these that are not there yet; returns how many.
+
+        They are traced one after another in this thread, whose settings count, while `threads`
+        others compile what has been traced.
+        """
+        compiling: dict[Hashable, Future] = {}
+        with ThreadPoolExecutor(threads) as pool:
+            for invocation in invocations:
+                key = invocation.key()
+                if key not in self._compiled and key not in compiling:
+                    compiling[key] = pool.submit(invocation.lower().compile)
+        self._compiled.update({key: program.result() for key, program in compiling.items()})
+        return len(compiling)
 
 
 PROGRAMS = Programs()

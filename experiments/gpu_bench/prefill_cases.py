@@ -81,8 +81,13 @@ def make(case: PrefillCase, seed: int, *, most_values: int) -> MadePrefill:
         chunk_size=case.chunk_size,
         dtype_bytes=jnp.dtype(case.dtype).itemsize,
     )
-    sizes = {"chunk_size": case.chunk_size, "num_chunks": num_chunks}
-    batch = pack_segments(segments, num_tokens=case.num_tokens, options=options, **sizes)
+    batch = pack_segments(
+        segments,
+        num_tokens=case.num_tokens,
+        chunk_size=case.chunk_size,
+        num_chunks=num_chunks,
+        options=options,
+    )
 
     def normal(*shape: int) -> np.ndarray:
         return random.standard_normal(shape, np.float32).astype(jnp.dtype(case.dtype))

@@ -95,6 +95,13 @@ class Core:
             not_ours -= self.stats.compile_seconds + self.device.blocked_seconds
             self.stats.host_seconds += time.perf_counter() - began + not_ours
 
+    def warm_up(self, threads: int) -> int:
+        """Compiles all programs that any work can need, and returns how many were not there."""
+        shapes = self._rows.fix_shapes(self.scheduler.max_running, self.device.most_columns)
+        return self.device.warm_up(
+            shapes, self._steps_per_call, self._prefill_tokens, threads=threads
+        )
+
     def drain(self) -> None:
         """Waits for all that is on its way and takes it over."""
         try:

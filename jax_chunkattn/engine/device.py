@@ -6,9 +6,10 @@ Calls are dispatched without waiting and run in the order of their dispatch; `fe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,9 +20,18 @@ from jax_chunkattn.decode_loop import NOTHING, Chosen, decode_steps
 from jax_chunkattn.engine.requests import Request, TokenLogprobs, Work
 from jax_chunkattn.engine.stats import EngineStats
 from jax_chunkattn.model_interface import DecoderModel
+from jax_chunkattn.planner import PlanShape, plan_decode
 from jax_chunkattn.pool import CacheConfig, allocate_pool
-from jax_chunkattn.prefill import Segment, max_segments, pack_segments, prefill_step
-from jax_chunkattn.programs import PROGRAMS, SplitModel
+from jax_chunkattn.prefill import (
+    CALL_TOKENS,
+    PrefillBatch,
+    PrefillShape,
+    Segment,
+    max_segments,
+    pack_segments,
+    prefill_step,
+)
+from jax_chunkattn.programs import PROGRAMS, Invocation, SplitModel
 from jax_chunkattn.request_table import (
     DeviceState,
     RequestTable,
@@ -118,6 +128,7 @@ class Device:
         self._split = SplitModel.of(model)
         self._num_chunks = cache.chunks_for(model.cache_spec)
         self._state: DeviceState | None = None
+        self._prefill_shapes: dict[int, PrefillShape] = {}
         self._last_ready = 0.0
         self.reset()
 
@@ -134,56 +145,65 @@ class Device:
     def copy_chunks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copies chunks, given as (source, destination); all are read before any is written."""
         for begin in range(0, len(copies), COPIES_PER_CALL):
-            part = copies[begin : begin + COPIES_PER_CALL]
-            ids = np.full((2, COPIES_PER_CALL), self._num_chunks, np.int32)
-            ids[0] = 0
-            ids[:, : len(part)] = np.array(part, np.int32).T
-            self._update(copy_chunks, None, ids[0], ids[1])
+            self._update(self._copying(copies[begin : begin + COPIES_PER_CALL]))
 
     def place(self, requests: Sequence[Request]) -> None:
         """Puts requests into their slots: where they stand, and how their tokens are chosen."""
         for begin in range(0, len(requests), ROWS_PER_PLACEMENT):
-            part = requests[begin : begin + ROWS_PER_PLACEMENT]
-            slots = self._slots(part, ROWS_PER_PLACEMENT)
-            rows = np.zeros((3, ROWS_PER_PLACEMENT), np.int32)
-            for row, request in enumerate(part):
-                remaining = request.params.max_tokens - len(request.tokens)
-                rows[:, row] = (request.tokens or [0])[-1], len(request.history), remaining
-            params = [request.params for request in part]
-            sampling = RowSampling.stack(params, ROWS_PER_PLACEMENT, self._stop_tokens)
-            self._update(place_rows, None, slots, RowState(*rows), sampling)
+            self._update(self._placing(requests[begin : begin + ROWS_PER_PLACEMENT]))
         for request in requests:
             if request.params.has_penalties:
-                self._place_counts(request)
+                tokens = request.prompt, request.tokens
+                self._update(self._counting(request.placed_slot, *tokens))
 
     def prefill(self, work: Sequence[tuple[Work, Segment]], num_tokens: int) -> Call:
         """Computes segments, and the first tokens of the requests whose prompts they complete."""
-        batch = pack_segments(
-            [segment for _, segment in work],
-            num_tokens=num_tokens,
-            chunk_size=self._cache.chunk_size,
-            num_chunks=self._num_chunks,
-            options=self._backend.planner,
-        )
+        batch = self._pack([segment for _, segment in work], num_tokens)
         rows = [
             row
             for row, (owner, segment) in enumerate(work)
             if owner.samples_next and segment.end == len(owner.history)
         ]
         requests = [owner for owner, _ in (work[row] for row in rows) if isinstance(owner, Request)]
-        slots = np.full(max_segments(num_tokens), self._num_slots, np.int32)
+        slots = self._slots([], max_segments(num_tokens))
         slots[rows] = [request.placed_slot for request in requests]
-        static = {"implementation": self._backend.prefill}
-        chosen = self._update(prefill_step, self._split, slots, batch, **static)
+        chosen = self._update(self._prefilling(slots, batch))
         return self._call(requests, rows, chosen, decoded=False)
 
     def decode(self, requests: list[Request], plan: DecodePlan, num_steps: int) -> Call:
         """K steps for these requests, which stand in the plan's order."""
-        slots = self._slots(requests, plan.private_chunks.shape[0])
-        static = {"num_steps": num_steps, "implementation": self._backend.decode}
-        chosen = self._update(decode_steps, self._split, slots, plan, **static)
+        chosen = self._update(self._decoding(requests, plan, num_steps))
         self._stats.calls += 1
         return self._call(requests, list(range(len(requests))), chosen, decoded=True)
+
+    def warm_up(
+        self,
+        decode_shapes: Sequence[PlanShape],
+        num_steps: int,
+        prefill_tokens: int,
+        *,
+        threads: int,
+    ) -> int:
+        """Compiles all programs, for plans of these shapes, and runs none; returns how many.
+
+        From now on prefill calls of a size, `prefill_tokens` at most, have one shape. What shares
+        more than that has room for is computed without sharing.
+        """
+        self._prefill_shapes = {
+            size: PrefillShape.largest(size, self.most_columns, self._backend.planner)
+            for size in CALL_TOKENS
+            if size <= prefill_tokens
+        }
+        began = time.perf_counter()
+        compiled = PROGRAMS.compile_all(self._all_calls(decode_shapes, num_steps), threads)
+        self._stats.compilations += compiled
+        self._stats.compile_seconds += time.perf_counter() - began
+        return compiled
+
+    @property
+    def most_columns(self) -> int:
+        """Most chunks of a sequence."""
+        return min(-(-self._model.max_positions // self._cache.chunk_size), self._num_chunks)
 
     def fetch(self, call: Call) -> Results:
         """Waits for a call's results."""
@@ -205,18 +225,19 @@ class Device:
             logprobs = jax.tree.map(np.asarray, logprobs)
         if not call.decoded:
             tokens = tokens[None]
-            logprobs = jax.tree.map(lambda values: values[None], logprobs)
+            if wants_logprobs:  # else they are the device's, where this would be three programs
+                logprobs = jax.tree.map(lambda values: values[None], logprobs)
         return Results(Chosen(tokens, logprobs))
 
-    def _update(self, function: Callable, model: SplitModel | None, *rest, **static) -> Any:
+    def _update(self, invocation: Invocation) -> Any:
         """Dispatches a call that takes the state and returns a new one, and maybe more."""
-        args = (self._state, *rest)
-        program, seconds = PROGRAMS.compiled(function, model, args, **static)
+        call = invocation
+        program, seconds = PROGRAMS.compiled(call.function, call.model, call.args, **call.static)
         if seconds:
             self._stats.compilations += 1
             self._stats.compile_seconds += seconds
         self._state = None  # donated: if the call fails it is gone
-        updated = program(model.leaves if model is not None else [], *args)
+        updated = program(call.leaves, *call.args)
         if isinstance(updated, DeviceState):
             self._state = updated
             return None
@@ -231,14 +252,71 @@ class Device:
         compiled = self._stats.compile_seconds
         return Call(requests, rows, chosen, decoded, dispatched=now, compiled=compiled)
 
-    def _place_counts(self, request: Request) -> None:
+    def _all_calls(
+        self, decode_shapes: Sequence[PlanShape], num_steps: int
+    ) -> Iterator[Invocation]:
+        """A call of each kind and shape, with nothing to do; those that take longest to compile
+        come first."""
+        sizes = {"chunk_size": self._cache.chunk_size, "num_chunks": self._num_chunks}
+        for shape in reversed(decode_shapes):
+            plan, _ = plan_decode([], [], **sizes, options=self._backend.planner, at_least=shape)
+            yield self._decoding([], plan, num_steps)
+        for num_tokens in self._prefill_shapes:
+            batch = self._pack([Segment([0], [0], 0, 1, 0)], num_tokens)
+            yield self._prefilling(self._slots([], max_segments(num_tokens)), batch)
+        yield self._placing([])
+        yield self._counting(0, (), [])
+        yield self._copying([])
+
+    # What a call is made with. A slot of S, and a chunk of N, stands for nothing.
+
+    def _decoding(self, requests: list[Request], plan: DecodePlan, num_steps: int) -> Invocation:
+        slots = self._slots(requests, plan.private_chunks.shape[0])
+        static = {"num_steps": num_steps, "implementation": self._backend.decode}
+        return Invocation(decode_steps, self._split, (self._state, slots, plan), static)
+
+    def _prefilling(self, slots: np.ndarray, batch: PrefillBatch) -> Invocation:
+        static = {"implementation": self._backend.prefill}
+        return Invocation(prefill_step, self._split, (self._state, slots, batch), static)
+
+    def _placing(self, requests: Sequence[Request]) -> Invocation:
+        rows = np.zeros((3, ROWS_PER_PLACEMENT), np.int32)
+        for row, request in enumerate(requests):
+            remaining = request.params.max_tokens - len(request.tokens)
+            rows[:, row] = (request.tokens or [0])[-1], len(request.history), remaining
+        params = [request.params for request in requests]
+        sampling = RowSampling.stack(params, ROWS_PER_PLACEMENT, self._stop_tokens)
+        slots = self._slots(requests, ROWS_PER_PLACEMENT)
+        return Invocation(place_rows, None, (self._state, slots, RowState(*rows), sampling))
+
+    def _counting(self, slot: int, prompt: Sequence[int], tokens: Sequence[int]) -> Invocation:
         vocabulary = self._model.vocab_size
-        prompt = np.zeros(vocabulary, np.bool_)
-        prompt[list(request.prompt)] = True
-        generated = np.bincount(request.tokens, minlength=vocabulary).astype(np.int32)
-        self._update(
-            place_counts, None, np.asarray(request.placed_slot, np.int32), prompt, generated
+        in_prompt = np.zeros(vocabulary, np.bool_)
+        in_prompt[list(prompt)] = True
+        generated = np.bincount(tokens, minlength=vocabulary).astype(np.int32)
+        args = (self._state, np.asarray(slot, np.int32), in_prompt, generated)
+        return Invocation(place_counts, None, args)
+
+    def _copying(self, copies: Sequence[tuple[int, int]]) -> Invocation:
+        ids = np.full((2, COPIES_PER_CALL), self._num_chunks, np.int32)
+        ids[0] = 0
+        ids[:, : len(copies)] = np.array(copies, np.int32).reshape(-1, 2).T
+        return Invocation(copy_chunks, None, (self._state, ids[0], ids[1]))
+
+    def _pack(self, segments: list[Segment], num_tokens: int) -> PrefillBatch:
+        shape = self._prefill_shapes.get(num_tokens)
+        pack = partial(
+            pack_segments,
+            segments,
+            num_tokens=num_tokens,
+            chunk_size=self._cache.chunk_size,
+            num_chunks=self._num_chunks,
+            at_least=shape or PrefillShape(),
         )
+        batch = pack(options=self._backend.planner)
+        if shape is not None and PrefillShape.of(batch) != shape:
+            batch = pack(options=replace(self._backend.planner, sharing=False))
+        return batch
 
     def _slots(self, requests: Sequence[Request], rows: int) -> np.ndarray:
         slots = np.full(rows, self._num_slots, np.int32)

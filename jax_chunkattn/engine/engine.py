@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
@@ -27,7 +28,7 @@ from jax_chunkattn.engine.requests import (
 )
 from jax_chunkattn.engine.rows import PlannedRows
 from jax_chunkattn.engine.scheduler import Scheduler
-from jax_chunkattn.engine.stats import EngineStats
+from jax_chunkattn.engine.stats import EngineStats, WarmUp
 from jax_chunkattn.engine.text import TextStream, Tokenizer, open_stream
 from jax_chunkattn.model_interface import DecoderModel
 from jax_chunkattn.planner import PlannerOptions, bucket
@@ -243,6 +244,29 @@ class Engine:
         return PinnedPrefix(self, pinned)
 
     # Running.
+
+    def warm_up(self, *, threads: int = 4) -> WarmUp:
+        """Compiles every program that any work can come to need, and runs none of them.
+
+        Without it programs are compiled when they are first needed, as small as they can be. After
+        it calls have few and generous shapes, and nothing compiles again. On a GPU, requests that
+        share in unusually many places are then decoded without sharing: `stats.plan_decision` says
+        so.
+
+        Args:
+          threads: that compile at once.
+
+        Raises:
+          ValueError: for fewer than one.
+          EngineClosed: after `close`.
+        """
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        began = time.perf_counter()
+        with self._lock:
+            self._require_open()
+            compiled = self._core.warm_up(threads)
+        return WarmUp(compiled, time.perf_counter() - began)
 
     @property
     def has_work(self) -> bool:

@@ -7,16 +7,19 @@ from dataclasses import replace
 
 from jax_chunkattn.engine.requests import Request
 from jax_chunkattn.engine.stats import EngineStats
-from jax_chunkattn.planner import PlannerOptions, PlanShape, bucket, plan_decode
+from jax_chunkattn.planner import PlannerOptions, PlanShape, PlanSummary, bucket, plan_decode
 from jax_chunkattn.prefix_tree import PrefixTree
 from pallas_kernels import DecodePlan
+
+TOO_MANY_ITEMS = "the plan that shares has more work items than the compiled programs have room for"
 
 
 class PlannedRows:
     """Plans decode calls, and keeps the number of their shapes small.
 
     For each number of rows, a power of two, plans only ever grow: a size that was needed once is
-    kept, so that after a while every plan fits a program that is there.
+    kept, so that after a while every plan fits a program that is there. Once shapes are fixed they
+    all have these.
     """
 
     def __init__(self, options: PlannerOptions, stats: EngineStats):
@@ -25,11 +28,24 @@ class PlannedRows:
         self._plan: DecodePlan | None = None
         self._key: object = None
         self._shapes: dict[int, PlanShape] = {}
+        self._fixed = False
         self._last_rows = 1
 
     def forget(self) -> None:
         """The next plan is made anew."""
         self._plan = self._key = None
+
+    def fix_shapes(self, most_rows: int, columns: int) -> list[PlanShape]:
+        """From now on one shape for each number of rows, of at most `columns` chunks each.
+
+        Returns them. A plan that shares more than its shape has room for is made without sharing.
+        """
+        powers = range(bucket(most_rows).bit_length())
+        shapes = [PlanShape.largest(1 << power, columns, self._options) for power in powers]
+        self._shapes = {shape.rows: shape for shape in shapes}
+        self._fixed = True
+        self.forget()
+        return shapes
 
     def plan(self, tree: PrefixTree, running: list[Request]) -> DecodePlan:
         """The plan of these requests, which stand in the tree's depth-first order."""
@@ -42,14 +58,12 @@ class PlannedRows:
     def _plan_anew(self, tree: PrefixTree, running: list[Request]) -> DecodePlan:
         began = time.perf_counter()
         stats = self._stats
-        plan, summary = plan_decode(
-            [request.placed.chunk_table for request in running],
-            [request.placed.num_tokens for request in running],
-            chunk_size=tree.chunk_size,
-            num_chunks=tree.num_chunks,
-            options=self._options,
-            at_least=self._shape_to_keep(len(running)),
-        )
+        wanted = self._shape_to_keep(len(running))
+        plan, summary = self._plan_rows(tree, running, self._options, wanted)
+        if self._fixed and PlanShape.of(plan) != wanted:
+            unshared = replace(self._options, sharing=False)
+            plan, summary = self._plan_rows(tree, running, unshared, wanted)
+            summary = replace(summary, reason=TOO_MANY_ITEMS)
         shape = PlanShape.of(plan)
         self._shapes[shape.rows] = shape
         self._last_rows = shape.rows
@@ -61,6 +75,22 @@ class PlannedRows:
         if known is None or summary.unshared_chunk_reads >= known.unshared_chunk_reads:
             stats.plan = summary
         return plan
+
+    def _plan_rows(
+        self,
+        tree: PrefixTree,
+        running: list[Request],
+        options: PlannerOptions,
+        at_least: PlanShape,
+    ) -> tuple[DecodePlan, PlanSummary]:
+        return plan_decode(
+            [request.placed.chunk_table for request in running],
+            [request.placed.num_tokens for request in running],
+            chunk_size=tree.chunk_size,
+            num_chunks=tree.num_chunks,
+            options=options,
+            at_least=at_least,
+        )
 
     def _shape_to_keep(self, rows: int) -> PlanShape:
         """The last plan's number of rows, until three quarters of them have left: their program

@@ -27,6 +27,7 @@ class Scheduler:
       held: finished requests whose sequences are kept to be forked, the oldest first.
       pinned: prefixes that stay, computed or not yet.
       preemptions: how often a request had to give way.
+      max_running: most requests with a slot.
     """
 
     def __init__(self, tree: PrefixTree, *, max_running: int):
@@ -37,7 +38,7 @@ class Scheduler:
         self.held: dict[Request, None] = {}
         self.pinned: dict[Pinned, None] = {}
         self.preemptions = 0
-        self._max_running = max_running
+        self.max_running = max_running
         self._free_slots = list(range(max_running))
 
     @property
@@ -155,7 +156,7 @@ class Scheduler:
         self.held.clear()
         self.active.clear()
         self.waiting.clear()
-        self._free_slots = list(range(self._max_running))
+        self._free_slots = list(range(self.max_running))
         for work in dict.fromkeys((*self.accepted, *self.pinned)):
             if isinstance(work, Request) and work.finish_reason is not None:
                 work.phase = Phase.DONE
@@ -167,7 +168,7 @@ class Scheduler:
         """Verifies every invariant; raises AssertionError naming the first one broken."""
         self.tree.check()
         slots = [request.placed_slot for request in self.running]
-        assert sorted([*slots, *self._free_slots]) == list(range(self._max_running)), "slots"
+        assert sorted([*slots, *self._free_slots]) == list(range(self.max_running)), "slots"
         for queue in (self.waiting, self.active):
             orders = [work.order for work in queue]
             assert orders == sorted(orders), "a queue is out of order"

@@ -8,6 +8,15 @@ from jax_chunkattn.engine.misses import PromptUse
 from jax_chunkattn.planner import PlanSummary
 
 
+@dataclass(frozen=True)
+class WarmUp:
+    """What `Engine.warm_up` did: programs compiled, those not counted that were there, and how long
+    it took, in seconds of wall time."""
+
+    programs: int
+    seconds: float
+
+
 @dataclass
 class EngineStats:
     """Counters since the engine was made, and sizes as they are now. Seconds are wall time.

@@ -49,6 +49,21 @@ def choose_pieces(rows: np.ndarray, chunks: np.ndarray, gpu: GpuWork) -> np.ndar
     return best
 
 
+def most_items_alone(tiles: int, runs: int, columns: int, gpu: GpuWork) -> tuple[int, int]:
+    """Most items that `choose_pieces` and query tiles make of `runs` runs of `columns` chunks that
+    have `tiles` tiles together, and most slots for their partials.
+
+    Of a run there are at most `columns / min_piece` pieces. And no piece is shorter than the
+    smallest of `_SHARES` of the even share, but the last of its run: that many pieces fill all
+    workers, and one more for each tile. PAT cuts runs to five times their mean before that.
+    """
+    filling = math.ceil(gpu.workers / (gpu.num_kv_heads * min(_SHARES)))
+    by_length = 2 * tiles * max(1, columns // gpu.min_piece)
+    items = min(by_length, filling + tiles + runs // 4)
+    flattened = -(-gpu.tile_rows * gpu.group // gpu.align) * gpu.align
+    return items, items * -(-flattened // gpu.group)
+
+
 def plan_time(
     blocks: Blocks, pieces: np.ndarray, full: np.ndarray, covered: np.ndarray, gpu: GpuWork
 ) -> float:
