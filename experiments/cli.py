@@ -21,6 +21,7 @@ from experiments.generate import GenerateConfig
 from experiments.gpu import GpuConfig
 from experiments.kernel import KernelConfig
 from experiments.search import SearchConfig
+from experiments.serve import ServeConfig
 from experiments.tree import TreeConfig
 
 EXIT_BAD_INPUT = 2
@@ -33,6 +34,7 @@ Config = (
     | Annotated[GpuConfig, tyro.conf.subcommand("gpu")]
     | Annotated[KernelConfig, tyro.conf.subcommand("kernel")]
     | Annotated[SearchConfig, tyro.conf.subcommand("search")]
+    | Annotated[ServeConfig, tyro.conf.subcommand("serve")]
     | Annotated[TreeConfig, tyro.conf.subcommand("tree")]
 )
 

@@ -12,17 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-
 from experiments.errors import UserError
 from experiments.loading import ModelSource, parse_model
+from experiments.options import by_default, option
 from experiments.prompts import PromptLine, read_prompts, read_system_prompt
 from experiments.results import ResultFolder, new_run_path
-
-
-def _by_default(metavar: str, meaning: str) -> Any:
-    """How `--help` shows an option whose None stands for `meaning`."""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {meaning})")
 
 
 @dataclass(frozen=True)
@@ -32,13 +26,13 @@ class GenerateConfig:
     model: str = "smollm2"
     """`smollm2` (downloaded once), a path to a GGUF file, or `random:PRESET` (random weights)."""
 
-    system_prompt: Annotated[Path | None, _by_default("FILE", "the shipped one")] = None
+    system_prompt: Annotated[Path | None, by_default("FILE", "the shipped one")] = None
     """A text file with the system prompt that all requests share."""
 
-    prompts: Annotated[Path | None, _by_default("FILE", "the 32 shipped ones")] = None
+    prompts: Annotated[Path | None, by_default("FILE", "the 32 shipped ones")] = None
     """Questions, one a line, or JSON lines of `text` (a question) or `tokens` (a whole prompt)."""
 
-    batch: Annotated[int | None, _by_default("INT", "all")] = None
+    batch: Annotated[int | None, by_default("INT", "all")] = None
     """How many of the prompts to answer, from the first on."""
 
     max_tokens: int = 48
@@ -64,7 +58,7 @@ class GenerateConfig:
 
     implementation: Annotated[
         Literal["xla", "pallas_triton", "pallas_mosaic_gpu", "reference"] | None,
-        _by_default("{xla,pallas_triton,pallas_mosaic_gpu,reference}", "the best for the device"),
+        by_default("{xla,pallas_triton,pallas_mosaic_gpu,reference}", "the best for the device"),
     ] = None
     """The attention implementation."""
 
@@ -80,10 +74,10 @@ class GenerateConfig:
     compare: bool = True
     """Afterwards do the same without sharing."""
 
-    compare_batch: Annotated[int | None, _by_default("INT", "what half a minute allows")] = None
+    compare_batch: Annotated[int | None, by_default("INT", "what half a minute allows")] = None
     """How many requests to answer without sharing."""
 
-    output: Annotated[Path | None, _by_default("FOLDER", "runs/generate-TIME")] = None
+    output: Annotated[Path | None, by_default("FOLDER", "runs/generate-TIME")] = None
     """Folder for the results."""
 
 
@@ -138,7 +132,7 @@ def check(config: GenerateConfig) -> None:
     for name in ("batch", "max_tokens", "chunk_size", "steps_per_call", "compare_batch"):
         value = getattr(config, name)
         if value is not None and value < 1:
-            raise UserError(f"{_option(name)} must be at least 1, got {value}")
+            raise UserError(f"{option(name)} must be at least 1, got {value}")
     if not (config.temperature >= 0 and math.isfinite(config.temperature)):
         raise UserError(f"--temperature must be a number from 0 up, got {config.temperature}")
     if config.top_k < 0:
@@ -147,7 +141,3 @@ def check(config: GenerateConfig) -> None:
         raise UserError(f"--top-p must be above 0 and at most 1, got {config.top_p}")
     if not 0 <= config.seed < 2**31:
         raise UserError(f"--seed must be from 0 to {2**31 - 1}, got {config.seed}")
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

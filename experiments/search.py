@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from experiments.errors import UserError
-from experiments.generate import _by_default
 from experiments.loading import parse_model
+from experiments.options import by_default
 from experiments.prompts import read_system_prompt
 from experiments.results import ResultFolder, new_run_path
 
@@ -31,7 +31,7 @@ class SearchConfig:
     model: str = "smollm2"
     """`smollm2` (downloaded once) or a path to a GGUF file."""
 
-    system_prompt: Annotated[Path | None, _by_default("FILE", "the shipped one")] = None
+    system_prompt: Annotated[Path | None, by_default("FILE", "the shipped one")] = None
     """A text file with the system prompt."""
 
     width: int = 3
@@ -55,7 +55,7 @@ class SearchConfig:
     seed: int = 0
     """Seed of the branches."""
 
-    output: Annotated[Path | None, _by_default("FOLDER", "runs/search-TIME")] = None
+    output: Annotated[Path | None, by_default("FOLDER", "runs/search-TIME")] = None
     """Folder for the results."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,9 @@ from typing import Any
 import numpy as np
 
 from experiments.errors import UserError
+from experiments.trace import BLOCK_TOKENS, read_lines
 from jax_chunkattn.allocator import PoolExhausted
 from jax_chunkattn.prefix_tree import PrefixTree
-
-BLOCK_TOKENS = 512
-"""Tokens of a block in Mooncake's traces (Qin et al., FAST 2025)."""
 
 
 def read_trace(path: Path) -> list[np.ndarray]:
@@ -23,22 +20,17 @@ def read_trace(path: Path) -> list[np.ndarray]:
     Raises:
         UserError: the file cannot be read, or a line is not a request.
     """
-    requests: list[np.ndarray] = []
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                blocks = np.array(json.loads(line)["hash_ids"], np.int32)
-                if blocks.ndim != 1 or not blocks.size or blocks.min() < 0:
-                    raise ValueError("hash_ids must be a list of ids from 0 up")
-                requests.append(blocks)
-    except OSError as error:
-        raise UserError(f"--trace {path} cannot be read ({error.strerror or error})") from error
-    except (ValueError, TypeError, KeyError, OverflowError) as error:
-        where = f"--trace {path}, line {len(requests) + 1}"
-        raise UserError(f"{where}: not a request of such a trace: {error!r}") from error
+    requests = list(read_lines(path, _blocks))
     if not requests:
         raise UserError(f"--trace {path} holds no requests")
     return requests
+
+
+def _blocks(request: Any) -> np.ndarray:
+    blocks = np.array(request["hash_ids"], np.int32)
+    if blocks.ndim != 1 or not blocks.size or blocks.min() < 0:
+        raise ValueError("hash_ids must be a list of ids from 0 up")
+    return blocks
 
 
 def replay(requests: list[np.ndarray], num_chunks: int | None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ finally:
 """
 
 
-COMMANDS = ("generate", "kernel", "tree", "compile-report", "gpu")
+COMMANDS = ("generate", "serve", "kernel", "tree", "compile-report", "gpu")
 
 
 @pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)], ids=str)

@@ -1,0 +1,88 @@
+"""All sides, once or in several rounds, so that what else the machine does hits each alike."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from experiments.progress import PhaseDisplay
+from experiments.results import ResultFolder
+from experiments.serve import ServeConfig, Side
+from experiments.serving.ideal import ideal_hits
+from experiments.serving.measures import ratios, request_record, side_record, spread
+from experiments.serving.replay import Served
+from experiments.serving.sides import run_side, warm_up
+from experiments.serving.workload import Workload
+from jax_chunkattn import CacheConfig
+from models import LoadedModel
+
+
+class SideRun(NamedTuple):
+    """One side in one round: its record, and its requests."""
+
+    record: dict[str, Any]
+    served: tuple[Served, ...]
+
+
+class Rounds:
+    """Runs the sides and writes their records as they come.
+
+    Attributes:
+      base: the side that ratios are to.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        loaded: LoadedModel,
+        workload: Workload,
+        cache: CacheConfig,
+        folder: ResultFolder,
+        display: PhaseDisplay,
+    ) -> None:
+        sides = config.sides
+        self.base: Side = "unshared" if "unshared" in sides else sides[-1]
+        self._config = config
+        self._given = (config, loaded, workload, cache)
+        self._num_requests = len(workload.requests)
+        prompts = [request.prompt for request in workload.requests]
+        self._ideal = ideal_hits(prompts, cache.chunk_size)
+        self._folder = folder
+        self._display = display
+        self._answers: list[tuple[int, ...]] | None = None
+        self._runs: dict[Side, list[SideRun]] = {side: [] for side in sides}
+
+    def run(self) -> None:
+        """Every side in every round, in an order that changes."""
+        sides = self._config.sides
+        for number in range(self._config.rounds):
+            first = number % len(sides)
+            for side in (*sides[first:], *sides[:first]):
+                self._run_side(side, number)
+
+    def typical(self, side: Side) -> SideRun:
+        """The side's round with the median latency (of two, the better one)."""
+        runs = sorted(self._runs[side], key=lambda run: run.record["normalised_latency"]["mean"])
+        return runs[(len(runs) - 1) // 2]
+
+    def ratios(self, side: Side) -> dict[str, dict[str, float] | None]:
+        """The side's numbers over those of `base` in the same round: median, least, most."""
+        pairs = zip(self._runs[side], self._runs[self.base], strict=True)
+        return spread([ratios(mine.record, other.record) for mine, other in pairs])
+
+    def _run_side(self, side: Side, number: int) -> None:
+        name = side if self._config.rounds == 1 else f"{side}, round {number + 1}"
+        if number == 0:
+            self._display.update(f"{name}: warm-up")
+            warm_up(side, *self._given)
+        replayed = run_side(
+            side,
+            *self._given,
+            on_served=lambda served: self._folder.write_record(
+                request_record(side, number, served)
+            ),
+            on_turn=lambda done: self._display.update(name, done, self._num_requests),
+        )
+        record = side_record(side, number, replayed, self._ideal, self._answers)
+        self._folder.write_record({"kind": "side", **record})
+        self._answers = self._answers or [one.tokens for one in replayed.served]
+        self._runs[side].append(SideRun(record, replayed.served))
