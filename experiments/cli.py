@@ -22,6 +22,7 @@ from experiments.gpu import GpuConfig
 from experiments.kernel import KernelConfig
 from experiments.search import SearchConfig
 from experiments.serve import ServeConfig
+from experiments.soak import SoakConfig
 from experiments.tree import TreeConfig
 
 EXIT_BAD_INPUT = 2
@@ -35,6 +36,7 @@ Config = (
     | Annotated[KernelConfig, tyro.conf.subcommand("kernel")]
     | Annotated[SearchConfig, tyro.conf.subcommand("search")]
     | Annotated[ServeConfig, tyro.conf.subcommand("serve")]
+    | Annotated[SoakConfig, tyro.conf.subcommand("soak")]
     | Annotated[TreeConfig, tyro.conf.subcommand("tree")]
 )
 

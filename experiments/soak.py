@@ -1,0 +1,140 @@
+"""`python -m experiments soak`: random work for a long time, and proof that nothing leaks.
+
+Requests of every kind come at random, in waves that overload the engine, bursts, and lulls that
+leave it idle, over a pool that is too small for them: long and short prompts behind shared prefixes
+or behind none, samples, forks, conversations, penalties, stop tokens, held requests, pins, salts,
+and aborts at any moment. At the end these must hold, or the exit code is 1:
+
+* resident memory is flat: its median over the run's last quarter is within 2% of the first's;
+* nothing was compiled once the engine was warm;
+* every request ended, for a reason that fits what it asked for, and streamed each token once;
+* greedy answers are those that a fresh engine gives to each request alone;
+* the engine's own invariants held whenever they were checked, no chunk was lost, and after a reset
+  all chunks are free.
+
+    python -m experiments soak --minutes 5
+    python -m experiments soak --model smollm2 --rows 8 --minutes 30
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from experiments.errors import UserError
+from experiments.loading import ModelSource, parse_model
+from experiments.options import by_default
+from experiments.results import ResultFolder, new_run_path
+
+
+@dataclass(frozen=True)
+class SoakConfig:
+    """Run random requests for a long time and prove that nothing leaks, is lost or is compiled
+    again."""
+
+    minutes: float = 5.0
+    """How long requests come. The first fifth warms up: it counts for nothing but lost requests."""
+
+    model: str = "random:tiny"
+    """`random:PRESET` for random weights, `smollm2` (downloaded once) or a path to a GGUF file."""
+
+    rows: int = 16
+    """Most requests decoded at once."""
+
+    chunk_size: int = 16
+    """Tokens in a chunk of the KV cache."""
+
+    chunks: Annotated[int | None, by_default("INT", "a fifth of what full rows need")] = None
+    """Chunks in the pool. Few make evictions and preemptions frequent."""
+
+    context_tokens: Annotated[int | None, by_default("INT", "512, or what the model has")] = None
+    """Longest prompt and answer together."""
+
+    steps_per_call: int = 4
+    """Tokens decoded for each row in one call to the device."""
+
+    prefill_tokens: int = 128
+    """Most prompt tokens computed between two decode calls: 32, 128 or 512."""
+
+    interval: float = 1.0
+    """Seconds between two lines of `results.jsonl`, and two checks of the engine's invariants."""
+
+    recheck: int = 32
+    """Greedy requests, chosen at random, that are computed again at the end."""
+
+    seed: int = 0
+    """Seed of the work, and of random weights."""
+
+    output: Annotated[Path | None, by_default("FOLDER", "runs/soak-TIME")] = None
+    """Folder for the results."""
+
+
+def run(config: SoakConfig) -> dict[str, Any]:
+    """Run the soak, print and write what it found, and return its summary.
+
+    Raises:
+        UserError: something in `config` cannot be used.
+        SystemExit: with what did not hold, once the results are written and printed.
+        KeyboardInterrupt: with a message that says where the results so far are.
+    """
+    check(config)
+    source = parse_model(config.model)
+    with ResultFolder(config.output or new_run_path("soak")) as folder:
+        from experiments.soaking.run import soak
+
+        try:
+            summary = soak(config, source, folder)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(folder.state()) from None
+    if summary["failures"]:
+        print(json.dumps(summary), flush=True)
+        raise SystemExit(f"failed: {'; '.join(summary['failures'])}")
+    return summary
+
+
+def check(config: SoakConfig) -> None:
+    """Raise `UserError` for a value that no run could use."""
+    for name in ("minutes", "interval"):
+        value = getattr(config, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise UserError(f"--{name} must be above 0, got {value}")
+    for name in ("rows", "chunk_size", "chunks", "steps_per_call", "recheck"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if config.prefill_tokens not in (32, 128, 512):
+        raise UserError(f"--prefill-tokens must be 32, 128 or 512, got {config.prefill_tokens}")
+    if config.context_tokens is not None and config.context_tokens < 64:
+        raise UserError(f"--context-tokens must be at least 64, got {config.context_tokens}")
+    if not 0 <= config.seed < 2**31:
+        raise UserError(f"--seed must be from 0 to {2**31 - 1}, got {config.seed}")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the config's defaults come to for a model."""
+
+    context_tokens: int
+    num_chunks: int
+
+
+def sizes_for(config: SoakConfig, source: ModelSource, max_positions: int) -> Sizes:
+    """The longest context and the pool. Raises `UserError` when one does not fit the other."""
+    context = config.context_tokens or min(512, max_positions)
+    if context > max_positions:
+        raise UserError(
+            f"--context-tokens {context} is above the {max_positions} positions of {source.name}"
+        )
+    longest = -(-context // config.chunk_size)
+    # Beside the longest request there is room for prefixes of half its length to be pinned.
+    least = longest + -(-longest // 2)
+    chunks = config.chunks or max(least, config.rows * longest // 5)
+    if chunks < least:
+        raise UserError(
+            f"--chunks {chunks} is too small for contexts of {context} tokens: it must be at "
+            f"least {least}"
+        )
+    return Sizes(context, chunks)
