@@ -79,9 +79,15 @@ class Invocation:
 
 
 class Programs:
-    """Compiles each invocation's program once, and says how long it took."""
+    """Compiles each invocation's program once, and says how long it took.
 
-    def __init__(self) -> None:
+    Of more than `most` programs those used last are kept. On a CPU one takes some 440 memory maps,
+    and a process that needs more than Linux allows (`vm.max_map_count`: 65,530) dies while XLA
+    compiles.
+    """
+
+    def __init__(self, most: int = 64) -> None:
+        self._most = most
         self._compiled: dict[Hashable, Any] = {}
 
     def compiled(
@@ -93,11 +99,13 @@ class Programs:
         """
         invocation = Invocation(function, model, args, static)
         key = invocation.key()
-        program = self._compiled.get(key)
+        program = self._compiled.pop(key, None)
         if program is not None:
+            self._compiled[key] = program  # the last used stands last
             return program, 0.0
         start = time.perf_counter()
-        program = self._compiled[key] = invocation.lower().compile()
+        program = invocation.lower().compile()
+        self._keep({key: program})
         return program, time.perf_counter() - start
 
     def compile_all(self, invocations: Iterable[Invocation], threads: int) -> int:
@@ -106,14 +114,24 @@ class Programs:
         They are traced one after another in this thread, whose settings count, while `threads`
         others compile what has been traced.
         """
+        programs: dict[Hashable, Any] = {}
         compiling: dict[Hashable, Future] = {}
         with ThreadPoolExecutor(threads) as pool:
             for invocation in invocations:
                 key = invocation.key()
-                if key not in self._compiled and key not in compiling:
+                if key in self._compiled:
+                    programs[key] = self._compiled.pop(key)
+                elif key not in compiling:
                     compiling[key] = pool.submit(invocation.lower().compile)
-        self._compiled.update({key: program.result() for key, program in compiling.items()})
+        self._keep(programs | {key: program.result() for key, program in compiling.items()})
         return len(compiling)
+
+    def _keep(self, programs: Mapping[Hashable, Any]) -> None:
+        """Puts programs last, and drops those before them that are too many."""
+        self._compiled.update(programs)
+        too_many = len(self._compiled) - max(self._most, len(programs))
+        for key in list(self._compiled)[: max(0, too_many)]:
+            self._compiled.pop(key, None)
 
 
 PROGRAMS = Programs()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import jax
+import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -20,3 +24,15 @@ install_import_hook(
 )
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+_MAPS = Path("/proc/self/maps")
+_MANY_MAPS = 25_000  # of the 65,530 that Linux allows; the engine's programs need as many more
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _room_for_more_programs() -> Iterator[None]:
+    """Forgets what JAX has compiled before the process has too many memory maps, and dies."""
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY_MAPS:
+        jax.clear_caches()

@@ -12,6 +12,7 @@ import pytest
 
 from experiments.compilations import count_compilations
 from experiments.decoding import BatchSettings, Measured, decode_batch
+from experiments.environment import enable_compilation_cache
 from experiments.interrupts import deferred_interrupts
 from jax_chunkattn import SamplingParams
 
@@ -116,31 +117,12 @@ def test_compilations_are_counted_once_a_program() -> None:
     assert counts.seconds > 0
 
 
-def test_programs_from_the_persistent_cache_are_not_compilations(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from jax.experimental.compilation_cache import compilation_cache
-
-    from experiments.environment import enable_compilation_cache
-
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_min_entry_size_bytes",
-    )
-    before = {name: getattr(jax.config, name) for name in names}
+def test_programs_from_the_persistent_cache_are_not_compilations(tmp_path: Path) -> None:
+    enable_compilation_cache(tmp_path)
     argument = jnp.ones(7)
-    compilation_cache.reset_cache()
-    try:
-        jax.config.update("jax_compilation_cache_dir", None)
-        enable_compilation_cache(tmp_path)
-        counted = []
-        for _ in range(2):
-            with count_compilations() as counts:
-                jax.jit(lambda x: x * 3.0 - 0.25)(argument)
-            counted.append((counts.compiled, counts.from_cache))
-        assert counted == [(1, 0), (0, 1)]
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+    counted = []
+    for _ in range(2):
+        with count_compilations() as counts:
+            jax.jit(lambda x: x * 3.0 - 0.25)(argument)
+        counted.append((counts.compiled, counts.from_cache))
+    assert counted == [(1, 0), (0, 1)]

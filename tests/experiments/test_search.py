@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from experiments import search_run
 from experiments.errors import UserError
 from experiments.search import SearchConfig, run
 
@@ -19,8 +18,7 @@ def test_a_search_forks_instead_of_computing_again(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # It would stay on for every test that follows in this process.
-    monkeypatch.setattr(search_run, "enable_compilation_cache", lambda folder: None)
+    monkeypatch.setenv("JAX_CHUNKATTN_CACHE", str(tmp_path / "cache"))
     system_prompt = tmp_path / "system.txt"
     system_prompt.write_text("Answer in one sentence.")
     config = SearchConfig(
