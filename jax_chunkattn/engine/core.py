@@ -97,7 +97,7 @@ class Core:
 
     def warm_up(self, threads: int) -> int:
         """Compiles all programs that any work can need, and returns how many were not there."""
-        shapes = self._rows.fix_shapes(self.scheduler.max_running, self.device.most_columns)
+        shapes = self._rows.fix_shapes(self.scheduler.max_running)
         return self.device.warm_up(
             shapes, self._steps_per_call, self._prefill_tokens, threads=threads
         )

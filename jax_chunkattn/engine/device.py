@@ -129,6 +129,8 @@ class Device:
         self._num_chunks = cache.chunks_for(model.cache_spec)
         self._state: DeviceState | None = None
         self._prefill_shapes: dict[int, PrefillShape] = {}
+        if backend.planner.gpu is None:  # room costs nothing on a CPU
+            self._fix_prefill_shapes()
         self._last_ready = 0.0
         self.reset()
 
@@ -189,13 +191,10 @@ class Device:
         From now on prefill calls of a size, `prefill_tokens` at most, have one shape. What shares
         more than that has room for is computed without sharing.
         """
-        self._prefill_shapes = {
-            size: PrefillShape.largest(size, self.most_columns, self._backend.planner)
-            for size in CALL_TOKENS
-            if size <= prefill_tokens
-        }
+        self._fix_prefill_shapes()
+        sizes = [size for size in CALL_TOKENS if size <= prefill_tokens]
         began = time.perf_counter()
-        compiled = PROGRAMS.compile_all(self._all_calls(decode_shapes, num_steps), threads)
+        compiled = PROGRAMS.compile_all(self._all_calls(decode_shapes, num_steps, sizes), threads)
         self._stats.compilations += compiled
         self._stats.compile_seconds += time.perf_counter() - began
         return compiled
@@ -252,8 +251,14 @@ class Device:
         compiled = self._stats.compile_seconds
         return Call(requests, rows, chosen, decoded, dispatched=now, compiled=compiled)
 
+    def _fix_prefill_shapes(self) -> None:
+        """From now on prefill calls of one size have one shape."""
+        for size in CALL_TOKENS:
+            shape = PrefillShape.largest(size, self.most_columns, self._backend.planner)
+            self._prefill_shapes[size] = shape
+
     def _all_calls(
-        self, decode_shapes: Sequence[PlanShape], num_steps: int
+        self, decode_shapes: Sequence[PlanShape], num_steps: int, prefill_sizes: Sequence[int]
     ) -> Iterator[Invocation]:
         """A call of each kind and shape, with nothing to do; those that take longest to compile
         come first."""
@@ -261,7 +266,7 @@ class Device:
         for shape in reversed(decode_shapes):
             plan, _ = plan_decode([], [], **sizes, options=self._backend.planner, at_least=shape)
             yield self._decoding([], plan, num_steps)
-        for num_tokens in self._prefill_shapes:
+        for num_tokens in prefill_sizes:
             batch = self._pack([Segment([0], [0], 0, 1, 0)], num_tokens)
             yield self._prefilling(self._slots([], max_segments(num_tokens)), batch)
         yield self._placing([])

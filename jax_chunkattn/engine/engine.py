@@ -103,17 +103,18 @@ class Engine:
         self._sharing = sharing
         self._stats = EngineStats(bytes_per_chunk=cache.bytes_per_chunk(model.cache_spec))
         chunk_size, num_chunks = cache.chunk_size, cache.chunks_for(model.cache_spec)
+        device = Device(
+            model,
+            cache,
+            self.backend,
+            self._stats,
+            num_slots=bucket(max_running, MIN_SLOTS),
+            stop_tokens=stop_tokens,
+        )
         self._core = Core(
-            Device(
-                model,
-                cache,
-                self.backend,
-                self._stats,
-                num_slots=bucket(max_running, MIN_SLOTS),
-                stop_tokens=stop_tokens,
-            ),
+            device,
             Scheduler(PrefixTree(num_chunks, chunk_size, retain=retain), max_running=max_running),
-            PlannedRows(self.backend.planner, self._stats),
+            PlannedRows(self.backend.planner, self._stats, device.most_columns),
             PrefixMemory(chunk_size, REMEMBERED_POOLS * num_chunks),
             self._stats,
             steps_per_call=steps_per_call,
@@ -248,10 +249,9 @@ class Engine:
     def warm_up(self, *, threads: int = 4) -> WarmUp:
         """Compiles every program that any work can come to need, and runs none of them.
 
-        Without it programs are compiled when they are first needed, as small as they can be. After
-        it calls have few and generous shapes, and nothing compiles again. On a GPU, requests that
-        share in unusually many places are then decoded without sharing: `stats.plan_decision` says
-        so.
+        Without it programs are compiled when they are first needed. On a GPU they are then as small
+        as they can be; after it calls have few and generous shapes, and requests that share in
+        unusually many places are decoded without sharing: `stats.plan_decision` says so.
 
         Args:
           threads: that compile at once.

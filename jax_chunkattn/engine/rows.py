@@ -17,35 +17,35 @@ TOO_MANY_ITEMS = "the plan that shares has more work items than the compiled pro
 class PlannedRows:
     """Plans decode calls, and keeps the number of their shapes small.
 
-    For each number of rows, a power of two, plans only ever grow: a size that was needed once is
-    kept, so that after a while every plan fits a program that is there. Once shapes are fixed they
-    all have these.
+    For each number of rows, a power of two, there is one shape, with room for rows of at most
+    `columns` chunks each. Room costs nothing on a CPU. On a GPU it does, and there, until the
+    shapes are fixed, plans only ever grow: a size that was needed once is kept, so that after a
+    while every plan fits a program that is there.
     """
 
-    def __init__(self, options: PlannerOptions, stats: EngineStats):
+    def __init__(self, options: PlannerOptions, stats: EngineStats, columns: int):
         self._options = options
         self._stats = stats
+        self._columns = columns
         self._plan: DecodePlan | None = None
         self._key: object = None
         self._shapes: dict[int, PlanShape] = {}
-        self._fixed = False
+        self._fixed = options.gpu is None
         self._last_rows = 1
 
     def forget(self) -> None:
         """The next plan is made anew."""
         self._plan = self._key = None
 
-    def fix_shapes(self, most_rows: int, columns: int) -> list[PlanShape]:
-        """From now on one shape for each number of rows, of at most `columns` chunks each.
+    def fix_shapes(self, most_rows: int) -> list[PlanShape]:
+        """From now on there is one shape for each number of rows; returns them all.
 
-        Returns them. A plan that shares more than its shape has room for is made without sharing.
+        A plan that shares more than its shape has room for is made without sharing.
         """
-        powers = range(bucket(most_rows).bit_length())
-        shapes = [PlanShape.largest(1 << power, columns, self._options) for power in powers]
-        self._shapes = {shape.rows: shape for shape in shapes}
         self._fixed = True
+        self._shapes.clear()
         self.forget()
-        return shapes
+        return [self._shape(1 << power) for power in range(bucket(most_rows).bit_length())]
 
     def plan(self, tree: PrefixTree, running: list[Request]) -> DecodePlan:
         """The plan of these requests, which stand in the tree's depth-first order."""
@@ -98,4 +98,9 @@ class PlannedRows:
         wanted = bucket(rows)
         if rows * 4 > self._last_rows:
             wanted = max(wanted, self._last_rows)
-        return self._shapes.get(wanted, replace(PlanShape(), rows=wanted))
+        return self._shape(wanted)
+
+    def _shape(self, rows: int) -> PlanShape:
+        if rows not in self._shapes and self._fixed:
+            self._shapes[rows] = PlanShape.largest(rows, self._columns, self._options)
+        return self._shapes.get(rows, PlanShape(rows=rows))

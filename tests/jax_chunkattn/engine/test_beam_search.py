@@ -30,7 +30,7 @@ PROMPT = token_tree((1, 44))[0]
 
 
 def make(num_chunks: int = 200, **options) -> Engine:
-    options = {"steps_per_call": 3, "prefill_tokens": 32, "max_running": 4, **options}
+    options = {"prefill_tokens": 32, "max_running": 4, **options}
     return make_engine(num_chunks, **options)
 
 

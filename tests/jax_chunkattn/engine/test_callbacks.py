@@ -17,7 +17,7 @@ def run_with(act, at: int = 2):
 
     Returns engine, handles, and the events of each in the order of all.
     """
-    engine = make_engine(num_chunks=12, steps_per_call=3, prefill_tokens=32, max_running=3)
+    engine = make_engine(num_chunks=10, prefill_tokens=32, max_running=3)
     seen = []
 
     def listener(index):
@@ -85,7 +85,7 @@ def test_a_callback_may_close_the_engine():
 
 
 def run_with_close():
-    engine = make_engine(num_chunks=12, steps_per_call=3, prefill_tokens=32, max_running=3)
+    engine = make_engine(num_chunks=10, prefill_tokens=32, max_running=3)
     seen = []
 
     def close(event):
@@ -99,7 +99,7 @@ def run_with_close():
 
 
 def test_a_callback_that_raises_at_the_last_event_leaves_the_answer_but_is_not_hidden():
-    engine = make_engine(num_chunks=12, steps_per_call=3, prefill_tokens=32, max_running=3)
+    engine = make_engine(num_chunks=10, prefill_tokens=32, max_running=3)
 
     def fussy(event):
         if event.finish_reason:

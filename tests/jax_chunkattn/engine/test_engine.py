@@ -28,7 +28,7 @@ def test_tokens_equal_those_of_a_model_without_a_cache(chunk_size, sharing):
     """Three levels of sharing, unequal lengths, chunk boundaries crossed, rows that come and go."""
     prompts = token_tree((1, 137), (2, 40), (3, 21)) + token_tree((1, 64), (1, 1), seed=1)
     prompts += [prompts[0][:128], prompts[0][:130], prompts[0]]
-    engine = make_engine(chunk_size=chunk_size, sharing=sharing, steps_per_call=5, max_running=4)
+    engine = make_engine(chunk_size=chunk_size, sharing=sharing, max_running=4)
     handles = []
     for index, prompt in enumerate(prompts):
         handles.append(engine.submit(prompt, SamplingParams(max_tokens=8 + 7 * (index % 4))))
@@ -118,8 +118,8 @@ def test_stop_tokens_end_a_request_and_are_its_last_token():
     free = greedy_without_cache(prompt, 30)
     stop = free[11]
     expected = free[: free.index(stop) + 1]
-    engine = make_engine(stop_tokens=[stop, 255], steps_per_call=4)
-    own = make_engine(steps_per_call=4)
+    engine = make_engine(stop_tokens=[stop, 255])
+    own = make_engine()
     for handle in (
         engine.submit(prompt, SamplingParams(max_tokens=30)),
         own.submit(prompt, SamplingParams(max_tokens=30, stop_token_ids=[stop])),
@@ -145,7 +145,7 @@ def test_steps_per_call_changes_nothing_but_the_number_of_calls():
 
 def test_a_plan_is_made_only_when_the_tree_changes():
     [prompt] = token_tree((1, 17))
-    engine = make_engine(chunk_size=64, steps_per_call=4)
+    engine = make_engine(chunk_size=64)
     run([engine.submit(prompt, SamplingParams(max_tokens=40))])
     assert engine.stats.calls >= 10
     assert engine.stats.plans == 1
@@ -168,7 +168,7 @@ def test_sampling_depends_on_the_seed_and_on_nothing_else_in_the_batch():
 def test_a_long_prompt_does_not_hold_up_running_rows():
     """Its pieces take turns with decode calls."""
     short, long = token_tree((1, 20))[0], token_tree((1, 400), seed=1)[0]
-    engine = make_engine(prefill_tokens=32, steps_per_call=2)
+    engine = make_engine(prefill_tokens=32)
     running = engine.submit(short, SamplingParams(max_tokens=60))
     while len(running.tokens) < 4:
         engine.step()
@@ -200,7 +200,7 @@ def test_first_come_first_served_unless_priorities_say_otherwise():
 
 def test_streams_carry_every_token_once_whoever_advances_the_engine():
     prompts = token_tree((1, 40), (3, 4))
-    engine = make_engine(steps_per_call=3)
+    engine = make_engine()
     handles = [engine.submit(prompt, SamplingParams(10)) for prompt in prompts]
     called = []
     handles.append(engine.submit(prompts[0], SamplingParams(10), on_event=called.append))
@@ -228,7 +228,7 @@ def test_samples_of_one_prompt_compute_it_once_and_copy_the_tail():
 
 
 def test_text_comes_with_a_tokenizer_and_stops_at_a_stop_string():
-    engine = make_engine(tokenizer=BytePairs(), steps_per_call=4)
+    engine = make_engine(tokenizer=BytePairs())
     [free] = run([engine.submit("a prompt", SamplingParams(40))])
     assert free == greedy_without_cache(list(b"a prompt"), 40)
     whole = bytes(free).decode(errors="replace")
@@ -245,7 +245,7 @@ def test_text_comes_with_a_tokenizer_and_stops_at_a_stop_string():
 
 def test_logprobs_are_those_of_the_model():
     [prompt] = token_tree((1, 30))
-    engine = make_engine(steps_per_call=3)
+    engine = make_engine()
     plain = engine.submit(prompt, SamplingParams(9))
     asked = engine.submit(prompt, SamplingParams(9, logprobs=3))
     completion = asked.result()
@@ -263,7 +263,7 @@ def test_logprobs_are_those_of_the_model():
 
 def test_penalties_count_the_prompt_and_what_was_generated():
     [prompt] = token_tree((1, 30))
-    engine = make_engine(steps_per_call=3)
+    engine = make_engine()
     [free] = run([engine.submit(prompt, SamplingParams(40))])
     assert len(set(free)) < 40
     [penalised] = run([engine.submit(prompt, SamplingParams(40, frequency_penalty=2.0))])
@@ -313,7 +313,7 @@ def test_one_sampling_for_each_prompt():
 def test_aborting_works_at_any_point_and_returns_everything():
     prompts = token_tree((1, 60), (3, 20))
     for steps_before in range(8):
-        engine = make_engine(steps_per_call=2, prefill_tokens=32, max_running=2)
+        engine = make_engine(prefill_tokens=32, max_running=2)
         handles = [engine.submit(prompt, SamplingParams(9)) for prompt in prompts]
         for _ in range(steps_before):
             engine.step()
@@ -330,7 +330,7 @@ def test_aborting_works_at_any_point_and_returns_everything():
 
 def test_leaving_a_stream_aborts_its_request():
     [prompt] = token_tree((1, 20))
-    engine = make_engine(steps_per_call=2)
+    engine = make_engine()
     handle = engine.submit(prompt, SamplingParams(30))
     for event in handle.stream():
         assert event.finish_reason is None
@@ -345,7 +345,7 @@ def test_leaving_a_stream_aborts_its_request():
 
 def test_closing_ends_streams_and_refuses_more():
     [prompt] = token_tree((1, 20))
-    with make_engine(steps_per_call=2) as engine:
+    with make_engine() as engine:
         handles = [engine.submit(prompt, SamplingParams(30)) for _ in range(3)]
         samples = engine.submit_samples(prompt, SamplingParams(30, n=3))
         engine.step()
@@ -435,7 +435,7 @@ def test_chunks_needed_is_enough_and_no_less():
     prompts = token_tree((1, 64), (3, 8))
     assert chunks_needed(prompts, 9, chunk_size=16) == 4 + 3
     assert chunks_needed(prompts, 9, chunk_size=16, sharing=False) == 3 * 5
-    engine = make_engine(num_chunks=7, steps_per_call=3)
+    engine = make_engine(num_chunks=7)
     assert run([engine.submit(prompt, SamplingParams(9)) for prompt in prompts]) == [
         greedy_without_cache(prompt, 9) for prompt in prompts
     ]

@@ -72,7 +72,7 @@ def test_an_error_in_any_function_of_a_step_costs_time_only(monkeypatch, owner, 
     """The pool is small: eviction and preemption are part of it."""
     called = 0
     for at in (0, 1, 2, 5, 11):
-        engine = make_engine(num_chunks=10, steps_per_call=3, prefill_tokens=32, max_running=3)
+        engine = make_engine(num_chunks=10, prefill_tokens=32, max_running=3)
         handles = submit_all(engine)
         with monkeypatch.context() as patch:
             calls = fail_once(patch, owner, name, at)
@@ -89,7 +89,7 @@ def test_an_error_in_any_function_of_a_step_costs_time_only(monkeypatch, owner, 
 
 @pytest.mark.parametrize("at", [*range(12), 20, 30, 40])
 def test_a_failing_allocation_is_survived_wherever_it_happens(monkeypatch, at):
-    engine = make_engine(num_chunks=10, steps_per_call=3, prefill_tokens=32, max_running=3)
+    engine = make_engine(num_chunks=10, prefill_tokens=32, max_running=3)
     handles = submit_all(engine)
     calls = itertools.count()
     allocate = ChunkAllocator.allocate
@@ -106,7 +106,7 @@ def test_a_failing_allocation_is_survived_wherever_it_happens(monkeypatch, at):
 
 
 def test_a_lasting_error_fails_the_requests_it_hits_and_the_engine_lives_on(monkeypatch):
-    engine = make_engine(steps_per_call=3, max_running=2)
+    engine = make_engine(max_running=2)
     handles = submit_all(engine)
     with monkeypatch.context() as patch:
 
@@ -126,7 +126,7 @@ def test_a_lasting_error_fails_the_requests_it_hits_and_the_engine_lives_on(monk
 
 
 def test_a_pool_that_cannot_be_rebuilt_fails_everyone_at_once(monkeypatch):
-    engine = make_engine(steps_per_call=3)
+    engine = make_engine()
     handles = submit_all(engine)
     engine.step()
     with monkeypatch.context() as patch:
@@ -146,7 +146,7 @@ def test_a_pool_that_cannot_be_rebuilt_fails_everyone_at_once(monkeypatch):
 
 def test_a_poisoned_request_fails_alone(monkeypatch):
     """An error that only its own tokens cause, where it enters the tree."""
-    engine = make_engine(steps_per_call=3)
+    engine = make_engine()
     poison = token_tree((1, 30), seed=5)[0]
     insert = PrefixTree.insert
 
@@ -170,7 +170,7 @@ def test_a_callback_that_raises_ends_its_own_request():
         if event.finish_reason is None:
             raise Fault("not in this mood")
 
-    engine = make_engine(steps_per_call=3)
+    engine = make_engine()
     bad = engine.submit(PROMPTS[0], SamplingParams(24), on_event=fussy)
     good = submit_all(engine)
     assert run(good) == EXPECTED
@@ -189,7 +189,7 @@ def test_a_tokenizer_that_raises_ends_its_own_request():
                 raise Fault("unspeakable")
             return super().decode(ids)
 
-    engine = make_engine(tokenizer=Picky(), steps_per_call=3)
+    engine = make_engine(tokenizer=Picky())
     assert EXPECTED[0][:3] != EXPECTED[1][:3]
     bad, good, *_ = handles = submit_all(engine)
     assert run([good]) == [EXPECTED[1]]
@@ -200,7 +200,7 @@ def test_a_tokenizer_that_raises_ends_its_own_request():
 
 
 def test_an_exception_in_a_streams_consumer_ends_that_request_alone():
-    engine = make_engine(steps_per_call=3)
+    engine = make_engine()
     first, *others = submit_all(engine)
 
     def consume():
@@ -215,7 +215,7 @@ def test_an_exception_in_a_streams_consumer_ends_that_request_alone():
 
 
 def test_ctrl_c_in_the_middle_of_a_step_loses_nothing(monkeypatch):
-    engine = make_engine(steps_per_call=3)
+    engine = make_engine()
     handles = submit_all(engine)
     append = PrefixTree.append
     calls = itertools.count()
@@ -234,7 +234,7 @@ def test_ctrl_c_in_the_middle_of_a_step_loses_nothing(monkeypatch):
 
 
 def test_ctrl_c_while_a_fork_waits_for_the_device_loses_nothing(monkeypatch):
-    engine = make_engine(steps_per_call=3)
+    engine = make_engine()
     handles = submit_all(engine)
     while not handles[0].tokens:
         engine.step()
@@ -254,7 +254,7 @@ def test_ctrl_c_while_a_fork_waits_for_the_device_loses_nothing(monkeypatch):
 
 @pytest.mark.parametrize("error", [Fault, KeyboardInterrupt])
 def test_a_fork_whose_copy_fails_leaves_nothing_behind(monkeypatch, error):
-    engine = make_engine(steps_per_call=3)
+    engine = make_engine()
     handles = submit_all(engine)
     while not handles[0].tokens:
         engine.step()
@@ -276,8 +276,8 @@ def test_recomputed_requests_keep_their_penalties_logprobs_and_text(monkeypatch)
     params = SamplingParams(
         24, temperature=0.8, seed=3, repetition_penalty=1.2, frequency_penalty=0.5, logprobs=2
     )
-    whole = make_engine(tokenizer=BytePairs(), steps_per_call=3).submit(PROMPTS[0], params).result()
-    engine = make_engine(tokenizer=BytePairs(), steps_per_call=3)
+    whole = make_engine(tokenizer=BytePairs()).submit(PROMPTS[0], params).result()
+    engine = make_engine(tokenizer=BytePairs())
     fail_once(monkeypatch, device.Device, "decode", 4)
     again = engine.submit(PROMPTS[0], params).result()
     assert engine.stats.recoveries == 1

@@ -13,7 +13,7 @@ from tests.jax_chunkattn.toy import greedy_without_cache, token_tree
 @pytest.mark.parametrize("steps_before", range(7))
 def test_a_fork_goes_on_as_its_parent_would(steps_before):
     [prompt] = token_tree((1, 52))
-    engine = make_engine(steps_per_call=3, prefill_tokens=32)
+    engine = make_engine(prefill_tokens=32)
     parent = engine.submit(prompt, SamplingParams(20))
     for _ in range(steps_before):
         engine.step()
@@ -27,7 +27,7 @@ def test_a_fork_goes_on_as_its_parent_would(steps_before):
 
 def test_a_branch_continues_behind_another_token():
     [prompt] = token_tree((1, 52))
-    engine = make_engine(steps_per_call=1)
+    engine = make_engine()
     parent = engine.submit(prompt, SamplingParams(6), hold=True)
     first = run([parent])[0]
     computed = engine.stats.prefill_tokens
@@ -56,7 +56,7 @@ def test_a_fork_of_a_request_that_is_gone_computes_what_is_not_cached():
 def test_a_fork_has_one_logprob_for_each_of_its_tokens_if_it_asks():
     """NaN for those that its parent does not know."""
     [prompt] = token_tree((1, 52))
-    engine = make_engine(steps_per_call=3)
+    engine = make_engine()
     asked = engine.submit(prompt, SamplingParams(6, logprobs=2), hold=True)
     silent = engine.submit(prompt, SamplingParams(6), hold=True)
     run([asked, silent])
@@ -103,7 +103,7 @@ def test_sampled_forks_differ_and_can_be_repeated():
 
 
 def test_the_text_of_a_fork_begins_with_its_parents():
-    engine = make_engine(tokenizer=BytePairs(), steps_per_call=2)
+    engine = make_engine(tokenizer=BytePairs())
     parent = engine.submit("once upon", SamplingParams(12))
     while len(parent.tokens) < 5:
         engine.step()

@@ -12,7 +12,7 @@ from tests.jax_chunkattn.toy import greedy_without_cache, token_tree
 
 def test_preempted_requests_pause_and_lose_nothing():
     prompts = token_tree((1, 32), (6, 9))
-    engine = make_engine(num_chunks=16, steps_per_call=4)
+    engine = make_engine(num_chunks=16)
     streams = {index: [] for index in range(6)}
     handles = [
         engine.submit(prompt, SamplingParams(50), on_event=streams[index].append)
@@ -59,7 +59,7 @@ def test_a_preempted_sample_draws_the_same_tokens():
 @pytest.mark.slow
 def test_the_oldest_is_never_preempted():
     prompts = token_tree((5, 30))
-    engine = make_engine(num_chunks=10, steps_per_call=2)
+    engine = make_engine(num_chunks=10)
     finished = []
     for index, prompt in enumerate(prompts):
 
@@ -107,7 +107,7 @@ def test_held_requests_give_way_before_running_ones():
 def test_forks_that_wait_for_a_slot_give_way_too():
     """They hold chunks without running; the oldest could otherwise wait for them for ever."""
     prompts = token_tree((2, 30))
-    engine = make_engine(num_chunks=8, max_running=1, steps_per_call=2)
+    engine = make_engine(num_chunks=8, max_running=1)
     parent = engine.submit(prompts[0], SamplingParams(20))
     while not parent.tokens:
         engine.step()
@@ -139,7 +139,7 @@ def test_the_papers_policy_keeps_nothing():
 
 def test_a_reset_while_requests_run_leaves_nothing_of_them_behind():
     prompts = token_tree((1, 40), (2, 8))
-    engine = make_engine(steps_per_call=2)
+    engine = make_engine()
     engine.pin(prompts[0])
     handles = [engine.submit(prompt, SamplingParams(20)) for prompt in prompts]
     for _ in range(5):

@@ -19,7 +19,7 @@ TIMEOUT = 120  # seconds; compiling is part of it
 
 
 def small_engine(**options):
-    options = {"steps_per_call": 3, "prefill_tokens": 32, "max_running": 3, **options}
+    options = {"prefill_tokens": 32, "max_running": 3, **options}
     return make_engine(num_chunks=10, **options)
 
 

@@ -23,7 +23,7 @@ COLUMNS = 40
 
 
 def small_engine():
-    return make_engine(num_chunks=40, max_running=2, steps_per_call=3, prefill_tokens=32)
+    return make_engine(num_chunks=40, max_running=2, prefill_tokens=32)
 
 
 def test_nothing_compiles_after_a_warm_up():
@@ -188,8 +188,7 @@ def test_what_shares_in_too_many_places_is_decoded_unshared(monkeypatch):
         ]
         for request in requests:
             request.sequence = tree.insert(request.prompt)
-        rows = PlannedRows(SHARE_ALL, stats)
-        rows.fix_shapes(4, COLUMNS)
+        rows = PlannedRows(SHARE_ALL, stats, COLUMNS)
         in_order = sorted(requests, key=lambda one: tree.rows().index(one.placed))
         plan = rows.plan(tree, in_order)
         assert PlanShape.of(plan) == shape
