@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 from experiments.compile_report import CompileReportConfig
+from experiments.engine import EngineConfig
 from experiments.errors import user_errors
 from experiments.generate import GenerateConfig
 from experiments.gpu import GpuConfig
@@ -31,6 +32,7 @@ DEBUG_VARIABLE = "JAX_CHUNKATTN_DEBUG"
 
 Config = (
     Annotated[CompileReportConfig, tyro.conf.subcommand("compile-report")]
+    | Annotated[EngineConfig, tyro.conf.subcommand("engine")]
     | Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
     | Annotated[GpuConfig, tyro.conf.subcommand("gpu")]
     | Annotated[KernelConfig, tyro.conf.subcommand("kernel")]

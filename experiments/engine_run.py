@@ -1,0 +1,241 @@
+"""The work of `engine`: the same rows by the bare decode loop and by the engine, in turns."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import models
+from experiments import report
+from experiments.engine import EngineConfig
+from experiments.environment import describe_environment, enable_compilation_cache
+from experiments.errors import UserError
+from experiments.interrupts import deferred_interrupts
+from experiments.loading import ModelSource, fetch_model
+from experiments.progress import phase_display
+from experiments.results import ResultFolder
+from jax_chunkattn import (
+    CacheConfig,
+    ChunkPool,
+    Engine,
+    PrefixTree,
+    SamplingParams,
+    chunks_needed,
+    plan_decode,
+)
+from jax_chunkattn.backend import choose_backend
+from jax_chunkattn.decode_loop import decode_steps
+from jax_chunkattn.programs import Programs, SplitModel
+from jax_chunkattn.request_table import DeviceState, RequestTable, RowState
+from models import LoadedModel
+
+Prompts = Sequence[Sequence[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """Tokens decoded in a time, and the host's share of it that the device did not hide."""
+
+    tokens: int
+    seconds: float
+    host_seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.seconds
+
+    @property
+    def host_microseconds(self) -> float:
+        """Of host work for each token."""
+        return 1e6 * self.host_seconds / self.tokens
+
+
+def compare(config: EngineConfig, source: ModelSource, folder: ResultFolder) -> dict[str, Any]:
+    """Run the experiment into `folder`."""
+    enable_compilation_cache(models.cache_dir() / "jax")
+    environment = describe_environment()
+    with phase_display() as display, deferred_interrupts() as check_interrupt:
+        display.update("load")
+        loaded = models.load(fetch_model(source), dtype=config.dtype, seed=config.seed)
+        prompts = _prompts(config, loaded)
+        display.update("compile")
+        sides: dict[str, Callable[[], Timed]] = {
+            "bare loop": bare_loop(config, loaded, prompts),
+            "engine": engine_side(config, loaded, prompts, check_interrupt),
+        }
+        for side in sides.values():
+            side()  # prefill and whatever else comes only once
+        timed: dict[str, list[Timed]] = {name: [] for name in sides}
+        for round_number in range(config.rounds):
+            display.update("measure", round_number, config.rounds)
+            for name, side in sides.items():
+                one = side()
+                timed[name].append(one)
+                folder.write_record(
+                    {"kind": "round", "side": name, **dataclasses.asdict(one), "rate": one.rate}
+                )
+                check_interrupt()
+    rates = {name: median(one.rate for one in rounds) for name, rounds in timed.items()}
+    ratios = [
+        engine.rate / bare.rate
+        for bare, engine in zip(timed["bare loop"], timed["engine"], strict=True)
+    ]
+    host = median(one.host_microseconds for one in timed["engine"])
+    summary = {
+        "experiment": "engine",
+        **{name: getattr(config, name) for name in ("model", "rows", "shared_tokens")},
+        **{name: getattr(config, name) for name in ("own_tokens", "tokens", "steps_per_call")},
+        "dtype": config.dtype,
+        "rounds": config.rounds,
+        "bare_tokens_per_second": round(rates["bare loop"], 2),
+        "engine_tokens_per_second": round(rates["engine"], 2),
+        "ratio": round(median(ratios), 4),
+        "ratio_range": [round(min(ratios), 4), round(max(ratios), 4)],
+        "host_microseconds_per_token": round(host, 2),
+        "environment": environment,
+    }
+    folder.write_summary(summary)
+    _print(summary, folder)
+    return summary
+
+
+def bare_loop(config: EngineConfig, loaded: LoadedModel, prompts: Prompts) -> Callable[[], Timed]:
+    """Decodes the rows from where their prompts end, over random keys and values: a step takes as
+    long whatever they are."""
+    calls = config.tokens // config.steps_per_call
+    cache = _cache(config, prompts)
+    spec = loaded.model.cache_spec
+    backend = choose_backend(spec, cache)
+    tree = PrefixTree(cache.chunks_for(spec), config.chunk_size)
+    for prompt in prompts:
+        sequence = tree.insert(prompt)
+        tree.reserve(sequence, config.tokens)
+    rows = tree.rows()
+    plans = [
+        plan_decode(
+            [row.chunk_table for row in rows],
+            [row.num_tokens + call * config.steps_per_call for row in rows],
+            chunk_size=config.chunk_size,
+            num_chunks=tree.num_chunks,
+            options=backend.planner,
+        )[0]
+        for call in range(calls)
+    ]
+    padded = plans[0].private_chunks.shape[0]
+    real = np.arange(padded) < len(rows)
+    state = RowState(
+        np.zeros(padded, np.int32),
+        np.where(real, len(prompts[0]), 0).astype(np.int32),
+        np.where(real, config.tokens, 0).astype(np.int32),
+    )
+    table = RequestTable.of(state, [], loaded.config.vocab_size)
+    shape = (spec.num_layers, spec.num_kv_heads, tree.num_chunks, config.chunk_size, spec.head_dim)
+    keys = jax.random.split(jax.random.key(config.seed))
+    pool = ChunkPool(*(jax.random.normal(key, shape, jnp.dtype(config.dtype)) for key in keys))
+    slots = np.arange(padded, dtype=np.int32)
+    model, programs = SplitModel.of(loaded.model), Programs()
+    static = {"num_steps": config.steps_per_call, "implementation": backend.decode}
+
+    def run() -> Timed:
+        nonlocal pool
+        now = DeviceState(pool, jax.tree.map(jnp.array, table))
+        # Plans grow as rows do: compiled here, and there from the second time on.
+        compiled = [
+            programs.compiled(decode_steps, model, (now, slots, plan), **static)[0]
+            for plan in plans
+        ]
+        jax.block_until_ready(now)
+        began = time.perf_counter()
+        for program, plan in zip(compiled, plans, strict=True):
+            now, _ = program(model.leaves, now, slots, plan)
+        jax.block_until_ready(now)
+        seconds = time.perf_counter() - began
+        pool = now.pool
+        return Timed(calls * config.steps_per_call * len(rows), seconds)
+
+    return run
+
+
+def engine_side(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    prompts: Prompts,
+    check_interrupt: Callable[[], None],
+) -> Callable[[], Timed]:
+    """Answers the prompts by one engine, which keeps them cached from one time to the next; timed
+    while all rows decode: after the last has begun and before the first has ended."""
+    engine = Engine(
+        loaded.model,
+        _cache(config, prompts),
+        max_running=config.rows,
+        steps_per_call=config.steps_per_call,
+    )
+    engine.warm_up()
+    params = SamplingParams(config.tokens + 1, ignore_eos=True)
+
+    def run() -> Timed:
+        handles = [engine.submit(prompt, params) for prompt in prompts]
+        marks = []
+        while not any(handle.done for handle in handles):
+            engine.step()
+            check_interrupt()
+            if all(handle.tokens for handle in handles):
+                tokens = sum(len(handle.tokens) for handle in handles)
+                marks.append((time.perf_counter(), tokens, engine.stats.host_seconds))
+        engine.run()
+        (began, before, host_before), *_, (ended, after, host_after) = marks
+        return Timed(after - before, ended - began, host_after - host_before)
+
+    return run
+
+
+def _cache(config: EngineConfig, prompts: Prompts) -> CacheConfig:
+    num_chunks = chunks_needed(prompts, config.tokens + 1, chunk_size=config.chunk_size)
+    return CacheConfig(num_chunks, config.chunk_size, config.dtype)
+
+
+def _prompts(config: EngineConfig, loaded: LoadedModel) -> Prompts:
+    longest = config.shared_tokens + config.own_tokens + config.tokens + 1
+    if longest > loaded.config.max_positions:
+        raise UserError(
+            f"--shared-tokens, --own-tokens and --tokens make {longest} positions, "
+            f"{config.model} has {loaded.config.max_positions}"
+        )
+    random = np.random.default_rng(config.seed)
+    ids = random.integers(0, loaded.config.vocab_size, config.shared_tokens).tolist()
+    own = random.integers(0, loaded.config.vocab_size, (config.rows, config.own_tokens))
+    return [ids + each for each in own.tolist()]
+
+
+def _print(summary: dict[str, Any], folder: ResultFolder) -> None:
+    table = Table(
+        title=f"{summary['rows']} rows of {summary['model']}, {summary['shared_tokens']:,} shared "
+        f"tokens, {summary['steps_per_call']} steps a call, median of {summary['rounds']}",
+        title_justify="left",
+    )
+    for name in ("", "tokens/s", "host work"):
+        table.add_column(name, justify="right" if name else "left")
+    table.add_row("bare loop", f"{summary['bare_tokens_per_second']:,.1f}", "")
+    table.add_row(
+        "engine",
+        f"{summary['engine_tokens_per_second']:,.1f}",
+        f"{summary['host_microseconds_per_token']:.1f} us a token",
+    )
+    console = Console()
+    console.print(table)
+    low, high = summary["ratio_range"]
+    console.print(
+        f"the engine reaches {summary['ratio']:.1%} of the bare loop ({low:.1%} to {high:.1%})",
+        highlight=False,
+    )
+    report.print_folder(console, folder.path)
