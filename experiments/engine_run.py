@@ -25,6 +25,7 @@ from experiments.progress import phase_display
 from experiments.results import ResultFolder
 from jax_chunkattn import (
     CacheConfig,
+    CacheSpec,
     ChunkPool,
     Engine,
     PrefixTree,
@@ -34,7 +35,9 @@ from jax_chunkattn import (
 )
 from jax_chunkattn.backend import choose_backend
 from jax_chunkattn.decode_loop import decode_steps
-from jax_chunkattn.programs import Programs, SplitModel
+from jax_chunkattn.engine.engine import MIN_SLOTS
+from jax_chunkattn.planner import PlanShape, bucket
+from jax_chunkattn.programs import PROGRAMS, SplitModel
 from jax_chunkattn.request_table import DeviceState, RequestTable, RowState
 from models import LoadedModel
 
@@ -69,9 +72,9 @@ def compare(config: EngineConfig, source: ModelSource, folder: ResultFolder) -> 
         loaded = models.load(fetch_model(source), dtype=config.dtype, seed=config.seed)
         prompts = _prompts(config, loaded)
         display.update("compile")
-        sides: dict[str, Callable[[], Timed]] = {
-            "bare loop": bare_loop(config, loaded, prompts),
+        sides: dict[str, Callable[[], Timed]] = {  # the engine first: its program serves both
             "engine": engine_side(config, loaded, prompts, check_interrupt),
+            "bare loop": bare_loop(config, loaded, prompts),
         }
         for side in sides.values():
             side()  # prefill and whatever else comes only once
@@ -110,8 +113,8 @@ def compare(config: EngineConfig, source: ModelSource, folder: ResultFolder) -> 
 
 
 def bare_loop(config: EngineConfig, loaded: LoadedModel, prompts: Prompts) -> Callable[[], Timed]:
-    """Decodes the rows from where their prompts end, over random keys and values: a step takes as
-    long whatever they are."""
+    """Decodes the rows from where their prompts end, by the engine's own program, over random keys
+    and values: a step takes as long whatever they are."""
     calls = config.tokens // config.steps_per_call
     cache = _cache(config, prompts)
     spec = loaded.model.cache_spec
@@ -121,6 +124,8 @@ def bare_loop(config: EngineConfig, loaded: LoadedModel, prompts: Prompts) -> Ca
         sequence = tree.insert(prompt)
         tree.reserve(sequence, config.tokens)
     rows = tree.rows()
+    columns = -(-loaded.config.max_positions // config.chunk_size)
+    shape = PlanShape.largest(len(rows), min(columns, tree.num_chunks), backend.planner)
     plans = [
         plan_decode(
             [row.chunk_table for row in rows],
@@ -128,35 +133,34 @@ def bare_loop(config: EngineConfig, loaded: LoadedModel, prompts: Prompts) -> Ca
             chunk_size=config.chunk_size,
             num_chunks=tree.num_chunks,
             options=backend.planner,
+            at_least=shape,
         )[0]
         for call in range(calls)
     ]
-    padded = plans[0].private_chunks.shape[0]
-    real = np.arange(padded) < len(rows)
+    num_slots = bucket(config.rows, MIN_SLOTS)
+    real = np.arange(num_slots) < len(rows)
     state = RowState(
-        np.zeros(padded, np.int32),
+        np.zeros(num_slots, np.int32),
         np.where(real, len(prompts[0]), 0).astype(np.int32),
         np.where(real, config.tokens, 0).astype(np.int32),
     )
     table = RequestTable.of(state, [], loaded.config.vocab_size)
-    shape = (spec.num_layers, spec.num_kv_heads, tree.num_chunks, config.chunk_size, spec.head_dim)
-    keys = jax.random.split(jax.random.key(config.seed))
-    pool = ChunkPool(*(jax.random.normal(key, shape, jnp.dtype(config.dtype)) for key in keys))
-    slots = np.arange(padded, dtype=np.int32)
-    model, programs = SplitModel.of(loaded.model), Programs()
+    pool = _random_pool(spec, tree, config)
+    slots = np.full(shape.rows, num_slots, np.int32)
+    slots[: len(rows)] = np.arange(len(rows))
+    model = SplitModel.of(loaded.model)
     static = {"num_steps": config.steps_per_call, "implementation": backend.decode}
 
     def run() -> Timed:
         nonlocal pool
         now = DeviceState(pool, jax.tree.map(jnp.array, table))
-        # Plans grow as rows do: compiled here, and there from the second time on.
-        compiled = [
-            programs.compiled(decode_steps, model, (now, slots, plan), **static)[0]
-            for plan in plans
+        programs = [
+            PROGRAMS.compiled(decode_steps, model, (now, slots, plan), **static)[0]
+            for plan in plans  # one and the same, unless plans for a GPU outgrow their shape
         ]
         jax.block_until_ready(now)
         began = time.perf_counter()
-        for program, plan in zip(compiled, plans, strict=True):
+        for program, plan in zip(programs, plans, strict=True):
             now, _ = program(model.leaves, now, slots, plan)
         jax.block_until_ready(now)
         seconds = time.perf_counter() - began
@@ -197,6 +201,12 @@ def engine_side(
         return Timed(after - before, ended - began, host_after - host_before)
 
     return run
+
+
+def _random_pool(spec: CacheSpec, tree: PrefixTree, config: EngineConfig) -> ChunkPool:
+    shape = (spec.num_layers, spec.num_kv_heads, tree.num_chunks, config.chunk_size, spec.head_dim)
+    keys = jax.random.split(jax.random.key(config.seed))
+    return ChunkPool(*(jax.random.normal(key, shape, jnp.dtype(config.dtype)) for key in keys))
 
 
 def _cache(config: EngineConfig, prompts: Prompts) -> CacheConfig:

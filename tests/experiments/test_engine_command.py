@@ -1,0 +1,61 @@
+"""`python -m experiments engine`, small."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+
+from experiments.engine import EngineConfig, check, run
+from experiments.engine_run import Timed
+from experiments.errors import UserError
+from jax_chunkattn import Engine
+
+
+def test_both_sides_are_timed_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("JAX_CHUNKATTN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Engine, "warm_up", lambda _: None)  # of which this needs a third
+    small = {"model": "random:tiny", "rows": 2, "shared_tokens": 32, "tokens": 24, "rounds": 3}
+    out = tmp_path / "out"
+    summary = run(EngineConfig(**small, steps_per_call=4, chunk_size=16, output=out))
+    rounds = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [one["side"] for one in rounds] == ["engine", "bare loop"] * 3
+    for one in rounds:
+        assert one["rate"] == one["tokens"] / one["seconds"] > 0
+    bare, engine = (
+        [one for one in rounds if one["side"] == side] for side in ("bare loop", "engine")
+    )
+    assert {one["tokens"] for one in bare} == {2 * 24}
+    assert all(0 < one["tokens"] <= 2 * 24 for one in engine)
+    ratios = [two["rate"] / one["rate"] for one, two in zip(bare, engine, strict=True)]
+    assert summary["ratio"] == pytest.approx(median(ratios), abs=1e-3)
+    assert summary["host_microseconds_per_token"] > 0
+
+
+def test_rates_and_host_work_are_per_token():
+    timed = Timed(tokens=200, seconds=4.0, host_seconds=0.01)
+    assert timed.rate == 50
+    assert timed.host_microseconds == pytest.approx(50)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": 0}, "--rows must be at least 1"),
+        ({"shared_tokens": -1}, "--shared-tokens must be from 0 up"),
+        ({"tokens": 31}, "--tokens must be at least 32, four calls of 8, got 31"),
+        ({"seed": 2**31}, "--seed must be from 0"),
+    ],
+)
+def test_bad_values_are_refused(changes: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        check(EngineConfig(**changes))
+
+
+def test_more_positions_than_the_model_has_are_refused(tmp_path: Path):
+    config = EngineConfig(model="random:tiny", shared_tokens=100_000, output=tmp_path / "out")
+    with pytest.raises(UserError, match="make 100081 positions, random:tiny has"):
+        run(config)
