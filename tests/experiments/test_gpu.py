@@ -38,6 +38,7 @@ def rehearse(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]], 
     return code, records, json.loads((folder / "summary.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_part_rehearses_in_one_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     code, records, summary = rehearse(tmp_path / "out")
     assert code == 0

@@ -487,7 +487,7 @@ def test_random_operations_agree_with_the_model():
     run_state_machine_as_test(
         PrefixTreeMachine,
         settings=settings(
-            max_examples=350,
+            max_examples=120,
             stateful_step_count=50,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow],

@@ -32,19 +32,29 @@ def pack(ranges, chunk_size, num_tokens, seed=0, options=PlannerOptions()):
     return segments, batch, num_chunks
 
 
+RANGES = [
+    ([(64, 129), (0, 3), (640, 699), (15, 16)], 16, 128),
+    ([(0, 1)], 16, 32),
+    ([(0, 300)], 64, 512),
+    ([(0, 20), (128, 148), (127, 128), (1, 2), (129, 200)], 128, 128),
+    ([(1030, 1130)], 16, 100),
+]
+HEADS = [(6, 2), (4, 4), (8, 1)]
+CASES = [
+    pytest.param(
+        *ranges,
+        *heads,
+        id=f"{ranges[0]} {heads}",
+        # The first of either with all of the other are enough for every day.
+        marks=[pytest.mark.slow] if row and column else [],
+    )
+    for row, ranges in enumerate(RANGES)
+    for column, heads in enumerate(HEADS)
+]
+
+
 @implementations
-@pytest.mark.parametrize(
-    ("ranges", "chunk_size", "num_tokens"),
-    [
-        ([(0, 1)], 16, 32),
-        ([(0, 300)], 64, 512),
-        ([(64, 129), (0, 3), (640, 699), (15, 16)], 16, 128),
-        ([(0, 20), (128, 148), (127, 128), (1, 2), (129, 200)], 128, 128),
-        ([(1030, 1130)], 16, 100),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (8, 1)])
+@pytest.mark.parametrize(("ranges", "chunk_size", "num_tokens", "heads", "kv_heads"), CASES)
 def test_each_token_sees_its_sequence_up_to_itself(
     ranges, chunk_size, num_tokens, heads, kv_heads, implementation
 ):
