@@ -37,6 +37,7 @@ SMALL: dict[str, Any] = {
     "max_running": 16,
     "pool_chunks": 200,
     "steps_per_call": 3,
+    "prefill_tokens": 32,
     "every": 1,
     "warm_up": 0.0,
 }

@@ -52,7 +52,9 @@ def test_prompt_logits_equal_transformers(smollm2, split_model, index):
     np.testing.assert_array_equal(logits.argmax(-1), GOLDEN[f"argmax_{index}"])
 
 
-@pytest.mark.parametrize("index", PROMPTS)
+@pytest.mark.parametrize(
+    "index", [pytest.param(index, marks=[pytest.mark.slow] if index else []) for index in PROMPTS]
+)
 def test_greedy_tokens_equal_transformers(smollm2, split_model, index):
     prompt, expected = GOLDEN[f"prompt_{index}"], GOLDEN[f"greedy_{index}"]
     logits, pool = prefill(smollm2, split_model, prompt)

@@ -48,7 +48,7 @@ def test_tokens_equal_those_of_a_model_without_a_cache(chunk_size, sharing):
 @implementations
 def test_each_implementation_decodes_the_same(implementation):
     prompts = token_tree((1, 70), (4, 9))
-    engine = make_engine(num_chunks=40, planner=None, implementation=implementation)
+    engine = make_engine(planner=None, implementation=implementation)
     tokens = [output.samples[0].tokens for output in engine.generate(prompts, SamplingParams(12))]
     assert engine.backend.decode == engine.backend.prefill == implementation
     assert [list(each) for each in tokens] == [greedy_without_cache(p, 12) for p in prompts]
@@ -383,7 +383,7 @@ def test_salts_share_nothing():
 
 def test_a_pinned_prefix_survives_what_evicts_the_rest():
     [prompt] = token_tree((1, 40))
-    engine = make_engine(num_chunks=8)
+    engine = make_engine(num_chunks=10, prefill_tokens=32)
     pinned = engine.pin(prompt)
     assert pinned.num_tokens == 32
     engine.run()
@@ -401,17 +401,17 @@ def test_a_pinned_prefix_survives_what_evicts_the_rest():
 
 def test_pins_that_leave_too_little_room_are_refused():
     [prompt] = token_tree((1, 64))
-    engine = make_engine(num_chunks=8)
+    engine = make_engine(num_chunks=10, prefill_tokens=32)
     with pytest.raises(InvalidRequest, match="fills no chunk"):
         engine.pin(prompt[:15])
-    waiting = engine.submit([7] * 60, SamplingParams(30))
+    waiting = engine.submit([7] * 92, SamplingParams(30))
     with pytest.raises(PoolExhausted, match="with this prefix pinned"):
         engine.pin(prompt)
     assert engine.stats.pinned == 0
     waiting.abort()
     engine.pin(prompt)
     with pytest.raises(PoolExhausted, match="4 pinned for others"):
-        engine.submit([7] * 60, SamplingParams(30))
+        engine.submit([7] * 92, SamplingParams(30))
     handle = engine.submit(prompt, SamplingParams(30))
     assert run([handle]) == [greedy_without_cache(prompt, 30)]
     engine.check()

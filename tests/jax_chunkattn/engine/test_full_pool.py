@@ -12,7 +12,7 @@ from tests.jax_chunkattn.toy import greedy_without_cache, token_tree
 
 def test_preempted_requests_pause_and_lose_nothing():
     prompts = token_tree((1, 32), (6, 9))
-    engine = make_engine(num_chunks=16)
+    engine = make_engine(num_chunks=10, max_running=4, prefill_tokens=32)
     streams = {index: [] for index in range(6)}
     handles = [
         engine.submit(prompt, SamplingParams(50), on_event=streams[index].append)
@@ -107,19 +107,19 @@ def test_held_requests_give_way_before_running_ones():
 def test_forks_that_wait_for_a_slot_give_way_too():
     """They hold chunks without running; the oldest could otherwise wait for them for ever."""
     prompts = token_tree((2, 30))
-    engine = make_engine(num_chunks=8, max_running=1)
+    engine = make_engine(num_chunks=10, max_running=1, prefill_tokens=32)
     parent = engine.submit(prompts[0], SamplingParams(20))
     while not parent.tokens:
         engine.step()
     forks = [parent.fork() for _ in range(3)]
-    late = engine.submit(prompts[1], SamplingParams(90))
+    late = engine.submit(prompts[1], SamplingParams(130))
     expected = greedy_without_cache(prompts[0], 20)
     assert run([parent, *forks, late]) == [
         expected,
         expected,
         expected,
         expected,
-        greedy_without_cache(prompts[1], 90),
+        greedy_without_cache(prompts[1], 130),
     ]
     assert_all_returned(engine)
 
