@@ -205,5 +205,6 @@ def _engine(
         sharing=settings.sharing,
         implementation=settings.implementation,
         steps_per_call=settings.steps_per_call,
+        prefill_first=True,  # so that all rows decode together
         stop_tokens=settings.stop_tokens,
     )

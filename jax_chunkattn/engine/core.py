@@ -54,6 +54,7 @@ class Core:
         *,
         steps_per_call: int,
         prefill_tokens: int,
+        prefill_first: bool,
         stop_tokens: Sequence[int],
     ):
         self.device = device
@@ -63,6 +64,7 @@ class Core:
         self._rows = rows
         self._steps_per_call = steps_per_call
         self._prefill_tokens = prefill_tokens
+        self._prefill_first = prefill_first
         self._stop_tokens = frozenset(stop_tokens)
         self._in_flight: deque[Call] = deque()
         self._news: deque[tuple[Request, StreamEvent]] = deque()
@@ -246,7 +248,8 @@ class Core:
     def _dispatch(self) -> None:
         if not self._reserve_rows():
             return  # the calls on their way may end requests and free chunks
-        self._dispatch_prefill()
+        if self._dispatch_prefill() and self._prefill_first:
+            return
         rows = [request for request in self._ready() if self._reserve(request)]
         if rows:
             self._dispatch_decode(rows)
@@ -275,10 +278,11 @@ class Core:
         steps = min(request.may_choose, self._steps_per_call)
         return self.scheduler.reserve(request, request.writes_in_flight + steps)
 
-    def _dispatch_prefill(self) -> None:
+    def _dispatch_prefill(self) -> bool:
+        """Sends what is to compute of prompts, if there is any."""
         work = self._prefill_work()
         if not work:
-            return
+            return False
         call, num_tokens = next_call(work, self._prefill_tokens)
         self._note_memory()
         call.sort(key=lambda part: part[1].chunk_ids)  # equal prefixes become neighbours
@@ -290,6 +294,7 @@ class Core:
             if segment.end == len(owner.history):
                 self._prefilled(owner)
         self._send(sent, [1] * len(sent.requests))
+        return True
 
     def _prefill_work(self) -> list[tuple[Work, Segment]]:
         """What is to compute for work in PREFILL, as much of the queue as a call can take admitted.

@@ -65,6 +65,9 @@ class Engine:
       steps_per_call: tokens decoded for each row in one call to the device, K.
       prefill_tokens: most prompt tokens computed between two decode calls: one of
         `jax_chunkattn.prefill.CALL_TOKENS`. Fewer disturb running rows less.
+      prefill_first: True lets nobody decode while there are prompts to compute and there is room
+        for them. Best for a batch that is there as a whole; where requests keep coming, running
+        rows would wait for all that come.
       sharing: False gives every request chunks of its own, as a server without a prefix cache.
       retain: False frees chunks when their last sequence leaves, as the paper does.
       implementation: of attention when decoding; None picks the best that runs here.
@@ -84,6 +87,7 @@ class Engine:
         max_running: int = 64,
         steps_per_call: int = 8,
         prefill_tokens: int = CALL_TOKENS[-1],
+        prefill_first: bool = False,
         sharing: bool = True,
         retain: bool = True,
         implementation: str | None = None,
@@ -119,6 +123,7 @@ class Engine:
             self._stats,
             steps_per_call=steps_per_call,
             prefill_tokens=prefill_tokens,
+            prefill_first=prefill_first,
             stop_tokens=stop_tokens,
         )
         self._lock = FairLock()

@@ -381,6 +381,20 @@ def test_salts_share_nothing():
     engine.check()
 
 
+@pytest.mark.parametrize("prefill_first", [True, False])
+def test_a_batch_may_be_prefilled_as_a_whole_first(prefill_first):
+    prompts = token_tree((1, 20), (4, 30))
+    engine = make_engine(num_chunks=200, prefill_tokens=32, prefill_first=prefill_first)
+    handles = [engine.submit(prompt, SamplingParams(12)) for prompt in prompts]
+    most = 0
+    while not all(handle.tokens for handle in handles):
+        engine.step()
+        most = max(len(handle.tokens) for handle in handles)
+    assert (most == 1) == prefill_first
+    assert run(handles) == [greedy_without_cache(prompt, 12) for prompt in prompts]
+    assert_all_returned(engine)
+
+
 def test_a_pinned_prefix_survives_what_evicts_the_rest():
     [prompt] = token_tree((1, 40))
     engine = make_engine(num_chunks=10, prefill_tokens=32)
