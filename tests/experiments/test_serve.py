@@ -112,7 +112,7 @@ def test_hits_are_counted_exactly_one_request_at_a_time(serve: Any, tmp_path: Pa
 
 
 def test_all_sides_give_the_same_answers(serve: Any, tmp_path: Path):
-    sides = sides_of(serve(closed=5))
+    sides = sides_of(serve(closed=5, prefill_tokens=512))
     assert sides["shared"]["equal_answers"] is None
     assert sides["free-at-once"]["equal_answers"] == sides["unshared"]["equal_answers"] == 5
     # Those that run at the same time share, even if nothing is kept.
