@@ -7,19 +7,24 @@ and checks every length against the file before use. Format: docs/gguf.md of ggm
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import mmap
 import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from models.errors import CheckpointError
+from models.tensors import drop_pages
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
+VALUES_AT_ONCE = 1 << 20
 STRING, ARRAY = 8, 9
 SCALAR_DTYPES = {
     0: np.dtype("u1"),
@@ -38,36 +43,78 @@ SCALAR_DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class GGUFTensor:
-    """A tensor still in its file. `shape` is outermost first, the reverse of GGUF's order."""
+    """A tensor still in its file. `shape` is outermost first, the reverse of GGUF's order.
+
+    It takes `size` bytes from byte `begin` of the file on.
+    """
 
     name: str
     shape: tuple[int, ...]
     type_name: str
-    data: np.ndarray
+    mapping: mmap.mmap
+    begin: int
+    size: int
+
+    @property
+    def data(self) -> np.ndarray:
+        """The bytes, mapped."""
+        return np.frombuffer(self.mapping, np.uint8, self.size, self.begin)
 
     def dequantize(self) -> np.ndarray:
-        """The values, `shape`, float32. Raises CheckpointError for a type gguf cannot decode."""
+        """The values, `shape`, float32. Raises CheckpointError for a type gguf cannot decode.
+
+        Some rows at a time, whose pages are then dropped: at the peak the values are resident, and
+        little else. (gguf, asked for all, holds them twice.)
+        """
         import gguf
 
         tensor_type = gguf.GGMLQuantizationType[self.type_name]
         block_size, type_size = gguf.GGML_QUANT_SIZES[tensor_type]
         row_bytes = self.shape[-1] // block_size * type_size
-        rows = self.data.reshape(*self.shape[:-1], row_bytes)
+        values = np.empty((math.prod(self.shape[:-1]), self.shape[-1]), np.float32)
+        if not values.size:
+            return values.reshape(self.shape)
+        stored = self.data.reshape(len(values), row_bytes)
+        at_once = max(1, VALUES_AT_ONCE // self.shape[-1])
         try:
-            return gguf.quants.dequantize(rows, tensor_type).reshape(self.shape)
+            for row in range(0, len(values), at_once):
+                rows = slice(row, row + at_once)
+                values[rows] = gguf.quants.dequantize(stored[rows], tensor_type)
+                begin = self.begin + row * row_bytes
+                drop_pages(self.mapping, begin, min(begin + at_once * row_bytes, self.end))
         except NotImplementedError:
             raise CheckpointError(
                 f"tensor {self.name} is stored as {self.type_name}, which cannot be decoded here"
             ) from None
+        return values.reshape(self.shape)
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.size
 
 
 @dataclasses.dataclass(frozen=True)
 class GGUFFile:
-    """Metadata by key (scalars, strings, lists) and tensors by name."""
+    """Metadata by key (scalars, strings, lists) and tensors; implements `models.tensors.Tensors`.
+
+    `tensor` gives float32, whatever is stored.
+    """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(tensor.size for tensor in self.tensors.values())
+
+    @contextlib.contextmanager
+    def tensor(self, name: str) -> Iterator[np.ndarray]:
+        yield self.tensors[name].dequantize()
 
     def require(self, key: str) -> Any:
         """The metadata value of `key`; CheckpointError when the file has none."""
@@ -92,7 +139,9 @@ def read_gguf(path: str | Path) -> GGUFFile:
     path = Path(path)
     if path.stat().st_size < len(MAGIC):
         raise CheckpointError(f"{path}: not a GGUF file (it has {path.stat().st_size} bytes)")
-    header = _Header(path, np.memmap(path, dtype=np.uint8, mode="r"))
+    with path.open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    header = _Header(path, mapping)
     tensor_count, metadata_count = header.start()
     metadata: dict[str, Any] = {}
     for _ in range(metadata_count):
@@ -105,7 +154,9 @@ def read_gguf(path: str | Path) -> GGUFFile:
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise CheckpointError(f"{path}: alignment {alignment!r} is not a power of two")
     data_start = -(-header.offset // alignment) * alignment
-    return GGUFFile(path, metadata, _place_tensors(header, entries, data_start))
+    tensors = _place_tensors(header, entries, data_start)
+    drop_pages(mapping, 0, data_start)
+    return GGUFFile(path, metadata, tensors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,10 +170,10 @@ class _TensorEntry:
 class _Header:
     """A cursor over the header that refuses to step past the end of the file."""
 
-    def __init__(self, path: Path, data: np.ndarray):
+    def __init__(self, path: Path, mapping: mmap.mmap):
         self.path = path
-        self.data = data
-        self.buffer = data.data
+        self.mapping = mapping
+        self.buffer = memoryview(mapping)
         self.offset = 0
 
     def start(self) -> tuple[int, int]:
@@ -205,9 +256,10 @@ def _place_tensors(
                 f"{header.path}: tensor {entry.name} has rows of {entry.shape[-1]}, not a multiple "
                 f"of the block size {block_size} of {tensor_type.name}"
             )
-        header.offset = data_start + entry.offset
+        begin = header.offset = data_start + entry.offset
         size = math.prod(entry.shape) // block_size * type_size
         header.take(size, f"tensor {entry.name}")
-        data = header.data[header.offset - size : header.offset]
-        tensors[entry.name] = GGUFTensor(entry.name, entry.shape, tensor_type.name, data)
+        tensors[entry.name] = GGUFTensor(
+            entry.name, entry.shape, tensor_type.name, header.mapping, begin, size
+        )
     return tensors
