@@ -1,4 +1,4 @@
-"""The byte-level BPE tokenizer and chat template that a GGUF file carries.
+"""A checkpoint's tokenizer and chat templates: text to ids and back, and chats to ids.
 
 Special tokens are parsed wherever their text occurs, in a user's message too: a chat is rendered to
 one string by its template and that string is encoded, which is what `transformers` does in
@@ -9,188 +9,178 @@ one string by its template and that string is encoded, which is what `transforme
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from models.errors import CheckpointError
-from models.gguf_file import GGUFFile
+from models.chat_template import ChatTemplates, Message
 
 if TYPE_CHECKING:
-    import jinja2
     import tokenizers
 
-CONTROL_TOKEN, USER_DEFINED_TOKEN = 3, 4
-DIGIT_SPLITTING = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell"})
-PLAIN_BYTE_LEVEL = frozenset({"gpt-2", "default"})
-"""Values of `tokenizer.ggml.pre`, by how text is cut before BPE (llama.cpp, llama-vocab.cpp)."""
-
-USUAL_END_TOKENS = frozenset({"<|im_end|>", "<|endoftext|>"})
-"""Control tokens that end an answer even in a file that declares only one of them."""
-
-Message = Mapping[str, Any]
+USUAL_END_TOKENS = frozenset(
+    {
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|eot|>",
+        "<|end_of_text|>",
+        "<|end|>",
+        "<end_of_turn>",
+        "<｜end▁of▁sentence｜>",  # noqa: RUF001
+    }
+)
+"""Special tokens that end an answer even in a checkpoint that declares only one of them."""
 
 
 class ChatTokenizer:
-    """Text to ids and back, and chats to ids. Build it with `read_tokenizer`.
+    """Text to ids and back, and chats to ids.
 
-    `stop_ids` are the ids that end an answer; a decode loop stops at any of them.
+    Built by `models.tokenizer_folder.read_tokenizer_folder` and
+    `models.gguf_tokenizer.read_gguf_tokenizer`.
+
+    Attributes:
+      stop_ids: ids that end an answer; a decode loop stops at any of them.
+      special_ids: ids of special tokens, which `decode` skips.
+
+    Args:
+      backend: with every special token added as one; its truncation and padding are turned off.
+      stop_ids: those that the checkpoint declares; special tokens of `USUAL_END_TOKENS` join them.
+      templates: the chat templates.
     """
 
     def __init__(
-        self,
-        bpe: tokenizers.Tokenizer,
-        plain_bpe: tokenizers.Tokenizer,
-        *,
-        special_ids: frozenset[int],
-        stop_ids: tuple[int, ...],
-        chat_template: str | None,
-        template_tokens: Mapping[str, str],
+        self, backend: tokenizers.Tokenizer, *, stop_ids: Iterable[int], templates: ChatTemplates
     ):
-        self._bpe = bpe
-        self._plain_bpe = plain_bpe
-        self._template_source = chat_template
-        self._template_tokens = dict(template_tokens)
-        self.special_ids = special_ids
-        self.stop_ids = stop_ids
+        backend.no_truncation()
+        backend.no_padding()
+        special = {
+            index: token.content
+            for index, token in backend.get_added_tokens_decoder().items()
+            if token.special
+        }
+        usual = [index for index, content in special.items() if content in USUAL_END_TOKENS]
+        self._backend = backend
+        self._templates = templates
+        self.special_ids = frozenset(special)
+        self.stop_ids = tuple(dict.fromkeys([*stop_ids, *usual]))
 
     @property
     def vocab_size(self) -> int:
-        return self._bpe.get_vocab_size()
+        return self._backend.get_vocab_size()
 
-    def encode(self, text: str, *, parse_special: bool = True) -> list[int]:
-        """Ids of `text`, with nothing added around it.
+    @property
+    def template_names(self) -> tuple[str, ...]:
+        """Names that `render_chat` takes; empty when the checkpoint has no chat template."""
+        return self._templates.names
 
-        With `parse_special=False` the text of a special token is cut like any other text. Raises
-        ValueError for a string with lone surrogates, which no bytes stand for.
+    def encode(
+        self, text: str, *, parse_special: bool = True, add_special_tokens: bool = False
+    ) -> list[int]:
+        """Ids of `text`.
+
+        With `add_special_tokens` the tokenizer's own post-processor adds what it adds around a
+        text, usually one token that begins it; a rendered chat has that token already. With
+        `parse_special=False` the text of a special token, or of another token that a chat template
+        writes, is cut like any other text. Raises ValueError for a string with lone surrogates,
+        which no bytes stand for.
         """
         text.encode("utf-8")
-        bpe = self._bpe if parse_special else self._plain_bpe
-        return bpe.encode(text, add_special_tokens=False).ids
+        backend = self._backend if parse_special else self._plain_backend
+        return backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are not valid UTF-8 become U+FFFD."""
-        return self._bpe.decode(list(ids), skip_special_tokens=skip_special)
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def render_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
     ) -> str:
         """The chat as the one string that the model was trained on.
 
-        A message has a "role" and a "content". Raises ValueError when the file carries no chat
-        template or the template refuses the messages.
+        A message has a "role" and a "content": text, or for templates that know them a list of
+        parts. `template` names one of `template_names`; `tools` are JSON schemas; `variables` are
+        what else a template asks for (enable_thinking=False). Raises ValueError when there is no
+        such template or it refuses the messages.
         """
-        import jinja2
-
-        try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                **self._template_tokens,
-            )
-        except (jinja2.TemplateError, TypeError, OverflowError) as error:
-            raise ValueError(f"the chat template cannot render these messages: {error}") from error
+        return self._templates.render(
+            messages,
+            name=template,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            documents=documents,
+            variables=variables,
+        )
 
     def apply_chat_template(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
     ) -> list[int]:
         """Ids of `render_chat`; see the module's note on special tokens in a message."""
-        return self.encode(self.render_chat(messages, add_generation_prompt=add_generation_prompt))
+        rendered = self.render_chat(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            template=template,
+            tools=tools,
+            documents=documents,
+            **variables,
+        )
+        return self.encode(rendered)
 
     @functools.cached_property
-    def _template(self) -> jinja2.Template:
-        import jinja2
-        import jinja2.sandbox
-
-        if self._template_source is None:
-            raise ValueError("this checkpoint carries no chat template")
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = _raise_template_error
-        return environment.from_string(self._template_source)
+    def _plain_backend(self) -> tokenizers.Tokenizer:
+        """Made when first asked for: most of the time nobody asks, and it takes a second."""
+        hidden = {
+            token.content
+            for token in self._backend.get_added_tokens_decoder().values()
+            if token.special or self._templates.write(token.content)
+        }
+        return _hide_tokens(self._backend, hidden)
 
 
-def read_tokenizer(file: GGUFFile) -> ChatTokenizer:
-    """The tokenizer in `file`'s metadata.
+def _hide_tokens(backend: tokenizers.Tokenizer, hidden: Collection[str]) -> tokenizers.Tokenizer:
+    """A copy that never encodes a text to a token of `hidden`; ids are the same.
 
-    Raises CheckpointError when it is of another kind than byte-level BPE, or inconsistent.
+    Such a token is neither looked for in the text nor spelt by merges, and its entry in the
+    vocabulary gets a name with a space, which no pre-tokenizer leaves in a word.
     """
-    tokens = file.require_list("tokenizer.ggml.tokens")
-    types = [1] * len(tokens)
-    if "tokenizer.ggml.token_type" in file.metadata:
-        types = file.require_list("tokenizer.ggml.token_type")
-    if len(types) != len(tokens):
-        raise CheckpointError(f"{file.path}: {len(tokens)} tokens but {len(types)} token types")
-    control = [index for index, kind in enumerate(types) if kind == CONTROL_TOKEN]
-    user_defined = [index for index, kind in enumerate(types) if kind == USER_DEFINED_TOKEN]
-    bpe, plain_bpe = _build_bpe(file, tokens), _build_bpe(file, tokens)
-    _add_tokens(bpe, [tokens[index] for index in control], special=True)
-    _add_tokens(bpe, [tokens[index] for index in user_defined], special=False)
-    ids = {name: _token_id(file, name, len(tokens)) for name in ("bos", "eos", "eot", "eom")}
-    usual_ends = [index for index in control if tokens[index] in USUAL_END_TOKENS]
-    declared_ends = [index for name, index in ids.items() if name != "bos" and index is not None]
-    return ChatTokenizer(
-        bpe,
-        plain_bpe,
-        special_ids=frozenset(control),
-        stop_ids=tuple(dict.fromkeys([*declared_ends, *usual_ends])),
-        chat_template=file.metadata.get("tokenizer.chat_template"),
-        template_tokens={
-            f"{name}_token": tokens[index]
-            for name, index in ids.items()
-            if name in ("bos", "eos") and index is not None
-        },
-    )
-
-
-def _build_bpe(file: GGUFFile, tokens: list[str]) -> tokenizers.Tokenizer:
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
-
-    kind = file.require("tokenizer.ggml.model")
-    if kind != "gpt2":
-        raise CheckpointError(
-            f"{file.path}: tokenizer {kind!r} is not supported, only byte-level BPE ('gpt2')"
-        )
-    name = file.metadata.get("tokenizer.ggml.pre", "default")
-    if name not in DIGIT_SPLITTING | PLAIN_BYTE_LEVEL:
-        known = ", ".join(sorted(DIGIT_SPLITTING | PLAIN_BYTE_LEVEL))
-        raise CheckpointError(f"{file.path}: pre-tokenizer {name!r} is not supported, only {known}")
-    merges = [tuple(merge.split(" ")) for merge in file.require_list("tokenizer.ggml.merges")]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    if len(vocabulary) != len(tokens):
-        raise CheckpointError(f"{file.path}: the vocabulary holds a token twice")
-    try:
-        bpe = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    except Exception as error:  # the Rust side raises bare Exception
-        raise CheckpointError(f"{file.path}: inconsistent BPE merges: {error}") from error
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    digits = [pre_tokenizers.Digits(individual_digits=True)] if name in DIGIT_SPLITTING else []
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])
-    bpe.decoder = decoders.ByteLevel()
-    return bpe
-
-
-def _add_tokens(bpe: tokenizers.Tokenizer, contents: list[str], *, special: bool) -> None:
     import tokenizers
 
-    added = [
-        tokenizers.AddedToken(content, special=special, normalized=False) for content in contents
-    ]
-    if special:
-        bpe.add_special_tokens(added)
+    spec = json.loads(backend.to_str())
+    model = spec["model"]
+    by_index = isinstance(model["vocab"], list)  # Unigram: pairs of piece and score
+    known = {piece for piece, _ in model["vocab"]} if by_index else set(model["vocab"])
+    names = {content: f" {content} " for content in hidden if content in known}
+    if by_index:
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
     else:
-        bpe.add_tokens(added)
-
-
-def _token_id(file: GGUFFile, name: str, vocab_size: int) -> int | None:
-    value = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
-    if value is not None and not (isinstance(value, int) and 0 <= value < vocab_size):
-        raise CheckpointError(f"{file.path}: {name} token id {value!r} is outside the vocabulary")
-    return value
-
-
-def _raise_template_error(message: str) -> None:
-    import jinja2
-
-    raise jinja2.TemplateError(message)
+        model["vocab"] = {names.get(token, token): index for token, index in model["vocab"].items()}
+    if "merges" in model:
+        model["merges"] = [
+            pair for pair in model["merges"] if names.keys().isdisjoint((*pair, "".join(pair)))
+        ]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    # Those outside the model's vocabulary stay, so that the ids behind them do.
+    spec["added_tokens"] = [
+        {**token, "special": token["special"] or token["content"] in hidden}
+        for token in spec["added_tokens"]
+        if token["content"] not in names
+    ]
+    plain = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    plain.encode_special_tokens = True
+    return plain

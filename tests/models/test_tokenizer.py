@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from models.gguf_file import read_gguf
-from models.tokenizer import ChatTokenizer, read_tokenizer
+from models.gguf_tokenizer import read_gguf_tokenizer
+from models.tokenizer import ChatTokenizer
 from tests.models.tiny_checkpoint import write_checkpoint
 
 BEGIN, END, HE = 257, 258, 256
@@ -18,7 +19,7 @@ def make_tokenizer(tmp_path, **metadata) -> ChatTokenizer:
         "types": "tokenizer.ggml.token_type",
     }
     overrides = {names[name]: value for name, value in metadata.items()}
-    return read_tokenizer(read_gguf(write_checkpoint(tmp_path / "t.gguf", metadata=overrides)))
+    return read_gguf_tokenizer(read_gguf(write_checkpoint(tmp_path / "t.gguf", metadata=overrides)))
 
 
 @pytest.mark.parametrize("text", ["he said: hé\n\n  12", "😀\x00\u200d", "", "a<s>b"])

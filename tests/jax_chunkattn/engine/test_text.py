@@ -272,9 +272,9 @@ def test_nothing_can_be_pushed_behind_the_end():
 
 def test_a_real_tokenizer_fits(smollm2_path):
     from models.gguf_file import read_gguf
-    from models.tokenizer import read_tokenizer
+    from models.gguf_tokenizer import read_gguf_tokenizer
 
-    tokenizer: Tokenizer = read_tokenizer(read_gguf(smollm2_path))
+    tokenizer: Tokenizer = read_gguf_tokenizer(read_gguf(smollm2_path))
     text = "naïve café 👩\u200d💻 你好, <|im_start|> " * 20 + "the end"
     tokens = tokenizer.encode(text)
     for size in (1, 3, 8):

@@ -1,0 +1,229 @@
+"""The tokenizer of a checkpoint folder in Hugging Face's layout.
+
+tokenizer.json is taken at its word. transformers 5 rebuilds some kinds (`LlamaTokenizer`) from
+their vocabulary and merges alone, which can place prefix spaces otherwise; 4 and
+`PreTrainedTokenizerFast` read the file as we do. Unlike transformers we add no token that has no
+id yet: the model would have no embedding for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.chat_template import DEFAULT, ChatTemplates
+from models.errors import CheckpointError
+from models.tokenizer import ChatTokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
+
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+GENERATION_CONFIG = "generation_config.json"
+CONFIG = "config.json"
+TEMPLATE = "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"
+PROCESSOR_TEMPLATE = "chat_template.json"
+
+OTHER_LAYOUTS = ("tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json")
+"""Files that tokenizers come in without a tokenizer.json."""
+
+TOKEN_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+TOKEN_NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+
+
+def read_tokenizer_folder(folder: Path) -> ChatTokenizer | None:
+    """The tokenizer that `folder` holds as tokenizer.json, or None when it holds no tokenizer.
+
+    Raises CheckpointError, which names the file, when one is malformed or contradicts another, and
+    when there is a tokenizer in another layout only.
+    """
+    if not (folder / TOKENIZER).is_file():
+        for name in OTHER_LAYOUTS:
+            if (folder / name).is_file():
+                raise CheckpointError(
+                    f"{folder / name}: only {TOKENIZER} can be read; to make one, run "
+                    f"transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) "
+                    "where transformers, sentencepiece and tiktoken are installed"
+                )
+        return None
+    config = _read_object(folder / TOKENIZER_CONFIG)
+    special_tokens = _special_tokens(folder, config)
+    backend = load_backend(folder / TOKENIZER)
+    _add_missing_tokens(backend, folder, config, special_tokens)
+    if config.get("add_bos_token") is True and backend.post_processor is None:
+        begin_with(backend, special_tokens.get("bos_token"), folder / TOKENIZER_CONFIG)
+    return ChatTokenizer(
+        backend,
+        stop_ids=_stop_ids(folder, backend, special_tokens),
+        templates=ChatTemplates(_templates(folder, config), special_tokens),
+    )
+
+
+def load_backend(path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer that `path`, a tokenizer.json, describes; CheckpointError when it is none."""
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust side raises bare Exception
+        raise CheckpointError(f"{path}: not a usable tokenizer: {error}") from error
+
+
+def begin_with(backend: tokenizers.Tokenizer, token: str | None, path: Path) -> None:
+    """Lets texts begin with `token`, as `path` asks."""
+    from tokenizers import processors
+
+    index = None if token is None else backend.token_to_id(token)
+    if token is None or index is None:
+        raise CheckpointError(f"{path}: texts are to begin with a BOS token, but it names none")
+    backend.post_processor = processors.TemplateProcessing(
+        single=[token, "$A"], special_tokens=[(token, index)]
+    )
+
+
+def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Text by name. special_tokens_map.json counts where the config lists no added tokens."""
+    sources = [(folder / TOKENIZER_CONFIG, config)]
+    if "added_tokens_decoder" not in config:
+        path = folder / SPECIAL_TOKENS_MAP
+        sources.append((path, _read_object(path)))
+    tokens = {}
+    for path, source in sources:
+        for name in TOKEN_NAMES:
+            if source.get(name) is not None:
+                tokens[name] = _content(source[name], f"{path}: {name}")
+    return tokens
+
+
+def _content(token: Any, where: str) -> str:
+    """The text of a token that is written as its text, or as an object with flags."""
+    content = token.get("content") if isinstance(token, Mapping) else token
+    if not isinstance(content, str):
+        raise CheckpointError(f"{where} must be text or an object with a content, got {token!r}")
+    return content
+
+
+def _add_missing_tokens(
+    backend: tokenizers.Tokenizer,
+    folder: Path,
+    config: Mapping[str, Any],
+    special_tokens: Mapping[str, str],
+) -> None:
+    """Adds tokens that are in the vocabulary, or in the config with their id, but not added yet."""
+    import tokenizers
+
+    path = folder / TOKENIZER_CONFIG
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for index, entry in _declared_tokens(config, path):
+        if entry["content"] not in added:
+            try:
+                token = tokenizers.AddedToken(
+                    **{flag: entry[flag] for flag in TOKEN_FLAGS if flag in entry}
+                )
+            except TypeError as error:
+                raise CheckpointError(f"{path}: added token {index}: {error}") from error
+            backend.add_tokens([token])
+            added.add(token.content)
+        if backend.token_to_id(entry["content"]) != index:
+            raise CheckpointError(
+                f"{path}: {entry['content']!r} has id {index}, but in {TOKENIZER} "
+                f"{backend.token_to_id(entry['content'])}"
+            )
+    for content in special_tokens.values():
+        if content not in added and backend.token_to_id(content) is not None:
+            backend.add_special_tokens([tokenizers.AddedToken(content, special=True)])
+
+
+def _declared_tokens(
+    config: Mapping[str, Any], path: Path
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    declared = config.get("added_tokens_decoder") or {}
+    if not isinstance(declared, Mapping):
+        raise CheckpointError(f"{path}: added_tokens_decoder must be an object")
+    for key, entry in declared.items():
+        if not key.isdecimal() or not isinstance(entry, Mapping):
+            raise CheckpointError(f"{path}: added token {key!r} must be an object by its id")
+        _content(entry, f"{path}: added token {key}")
+    yield from sorted((int(key), entry) for key, entry in declared.items())
+
+
+def _stop_ids(
+    folder: Path, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str]
+) -> list[int]:
+    """What generation_config.json declares, else config.json, else the tokenizer's EOS."""
+    for name in (GENERATION_CONFIG, CONFIG):
+        declared = _read_object(folder / name)
+        value = declared.get("eos_token_id")
+        if value is None and isinstance(declared.get("text_config"), Mapping):
+            value = declared["text_config"].get("eos_token_id")
+        if value is not None:
+            ids = value if isinstance(value, list) else [value]
+            if not ids or not all(type(index) is int and index >= 0 for index in ids):
+                raise CheckpointError(
+                    f"{folder / name}: eos_token_id must be an id or a list of ids, got {value!r}"
+                )
+            return ids
+    end = special_tokens.get("eos_token")
+    index = None if end is None else backend.token_to_id(end)
+    return [] if index is None else [index]
+
+
+def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Sources by name. Template files take the place of all that the config has."""
+    files = {path.stem: path for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
+    if (folder / TEMPLATE).is_file():
+        files[DEFAULT] = folder / TEMPLATE
+    if files:
+        return {name: _read_text(path) for name, path in files.items()}
+    for path, source in (
+        (folder / TOKENIZER_CONFIG, config),
+        (folder / PROCESSOR_TEMPLATE, _read_object(folder / PROCESSOR_TEMPLATE)),
+    ):
+        value = source.get("chat_template")
+        if isinstance(value, str):
+            return {DEFAULT: value}
+        if value is not None:
+            return _named_templates(value, path)
+    return {}
+
+
+def _named_templates(value: Any, path: Path) -> dict[str, str]:
+    templates = {}
+    for entry in value if isinstance(value, list) else [value]:
+        name, source = (
+            (entry.get("name"), entry.get("template"))
+            if isinstance(entry, Mapping)
+            else (None, None)
+        )
+        if not isinstance(name, str) or not isinstance(source, str):
+            raise CheckpointError(
+                f"{path}: chat_template must be text or a list of objects with a name and a "
+                "template"
+            )
+        templates[name] = source
+    return templates
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; empty when there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object")
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not UTF-8 text: {error}") from error
