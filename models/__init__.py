@@ -1,12 +1,13 @@
-"""Decoders for the engine: a Flax Llama decoder, GGUF checkpoints, tokenizer and download."""
+"""Decoders for the engine: one Flax decoder for many architectures, checkpoints, tokenizers."""
 
 from __future__ import annotations
 
-from models.config import PRESETS, DecoderConfig, preset
+from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.download import cache_dir, fetch_smollm2
 from models.errors import CheckpointError, DownloadError
 from models.loading import LoadedModel, load
+from models.presets import PRESETS, preset
 
 __all__ = [
     "PRESETS",

@@ -1,19 +1,45 @@
-"""The shape of a Llama-architecture decoder, and named shapes."""
+"""What tells one decoder from another, as data."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import math
+from typing import Literal
 
 from jax_chunkattn.model_interface import CacheSpec
+from models.rope import LayerRopes, Rope, RotaryTables
+from models.weights import Weight, decoder_weights
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """All of a decoder but its weights and their dtype; hashable, so it can be a static argument.
 
-    `num_heads` is Hq, `num_kv_heads` Hkv, `head_dim` D, `num_layers` L, `hidden_size` E. Raises
-    ValueError when a field, or the relation of two, makes no decoder.
+    The defaults are Llama's. Raises ValueError when a field, or the relation of two, makes no
+    decoder.
+
+    Attributes:
+      vocab_size, hidden_size, intermediate_size, num_layers: V, E, the width of the MLP, L.
+      num_heads, num_kv_heads, head_dim: Hq, Hkv, D.
+      max_positions: most tokens of a sequence.
+      tie_embeddings: whether the embedding is the unembedding too.
+      norm: "rms" (Zhang and Sennrich, arXiv 1910.07467), or "layer", which has a bias.
+      norm_epsilon: added to the mean square, or the variance.
+      norm_before, norm_after: what each layer's attention and MLP read, and what they add to the
+        residual stream, is normalised. OLMo 2 (arXiv 2501.00656) norms after, Gemma 2 both.
+      query_key_norm: RMS norm of queries and keys before they turn: of each "head" (Qwen3), or of
+        all heads together ("projection", OLMo 2).
+      activation: of the MLP, or of its gate.
+      gated_mlp: activation(gate) * up (SwiGLU, arXiv 2002.05202) rather than activation(up).
+      qkv_bias, attention_out_bias, mlp_bias: which projections add a bias.
+      rope: rotary embedding of all layers, or of each; None is none.
+      learned_positions: whether an embedding of positions is added to that of tokens.
+      attention_scale: multiplies attention's scores; None is 1/sqrt(D).
+      attention_softcap, logit_softcap: x becomes cap * tanh(x / cap), for scores and for logits
+        (Gemma 2, arXiv 2408.00118, section 2).
+      embedding_scale: multiplies embeddings.
     """
 
     vocab_size: int
@@ -23,90 +49,71 @@ class DecoderConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rope_theta: float = 10_000.0
-    rms_norm_eps: float = 1e-5
     max_positions: int = 2048
     tie_embeddings: bool = False
+    norm: Literal["rms", "layer"] = "rms"
+    norm_epsilon: float = 1e-5
+    norm_before: bool = True
+    norm_after: bool = False
+    query_key_norm: Literal["head", "projection"] | None = None
+    activation: Activation = "silu"
+    gated_mlp: bool = True
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    rope: Rope | LayerRopes | None = Rope()
+    learned_positions: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name != "tie_embeddings" and not value > 0:
+            if type(value) in (int, float) and not value > 0:
                 raise ValueError(f"{field.name} must be positive, got {value}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
                 f"({self.num_kv_heads}): each KV head serves the same number of query heads"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary embedding, got {self.head_dim}")
+        if isinstance(self.rope, tuple) and len(self.rope) != self.num_layers:
+            raise ValueError(f"{len(self.rope)} ropes for {self.num_layers} layers")
+        for rope in self.layer_ropes:
+            if rope is not None and (
+                self.head_dim % 2 or not 2 <= rope.turning(self.head_dim) <= self.head_dim
+            ):
+                raise ValueError(
+                    f"of a head_dim of {self.head_dim}, {rope.turning(self.head_dim)} cannot rotate"
+                )
 
     @property
-    def query_size(self) -> int:
-        """Hq * D."""
-        return self.num_heads * self.head_dim
+    def layer_ropes(self) -> LayerRopes:
+        """The rotary embedding of each layer."""
+        return self.rope if isinstance(self.rope, tuple) else (self.rope,) * self.num_layers
 
     @property
-    def kv_size(self) -> int:
-        """Hkv * D."""
-        return self.num_kv_heads * self.head_dim
+    def rotary_tables(self) -> RotaryTables | None:
+        return RotaryTables.of(self.layer_ropes, self.head_dim)
 
     @property
     def cache_spec(self) -> CacheSpec:
-        return CacheSpec(self.num_layers, self.num_kv_heads, self.head_dim, self.num_heads)
+        return CacheSpec(
+            self.num_layers,
+            self.num_kv_heads,
+            self.head_dim,
+            self.num_heads,
+            scale=self.attention_scale,
+            softcap=self.attention_softcap,
+        )
+
+    @property
+    def weights(self) -> dict[str, Weight]:
+        """Every weight of the decoder, by name."""
+        return decoder_weights(self)
 
     @property
     def num_parameters(self) -> int:
         """Number of weights, a tied embedding counted once."""
-        hidden = self.hidden_size
-        attention = hidden * (2 * self.query_size + 2 * self.kv_size)
-        block = attention + 3 * hidden * self.intermediate_size + 2 * hidden
-        embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * hidden
-        return self.num_layers * block + embeddings + hidden
-
-
-PRESETS: dict[str, DecoderConfig] = {
-    "llama-3-8b": DecoderConfig(
-        vocab_size=128_256,
-        hidden_size=4096,
-        intermediate_size=14_336,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        rope_theta=500_000.0,
-        max_positions=8192,
-    ),
-    "smollm2-135m": DecoderConfig(
-        vocab_size=49_152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_layers=30,
-        num_heads=9,
-        num_kv_heads=3,
-        head_dim=64,
-        rope_theta=100_000.0,
-        max_positions=8192,
-        tie_embeddings=True,
-    ),
-    "tiny": DecoderConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=128,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        max_positions=1024,
-        tie_embeddings=True,
-    ),
-}
-
-
-def preset(name: str) -> DecoderConfig:
-    """The config called `name`; an unknown name is a ValueError that lists the known ones."""
-    if name in PRESETS:
-        return PRESETS[name]
-    close = difflib.get_close_matches(name, PRESETS, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise ValueError(f"unknown preset {name!r}{hint}; known presets: {', '.join(sorted(PRESETS))}")
+        return sum(math.prod(weight.shape) for weight in self.weights.values())

@@ -1,21 +1,17 @@
-"""A Llama-architecture decoder in Flax NNX whose attention is handed in from outside.
+"""A decoder in Flax NNX whose attention is handed in from outside.
 
-RMSNorm, rotary embedding (Su et al., arXiv 2104.09864, in the "rotate half" layout of Hugging Face
-checkpoints), grouped-query attention (Ainslie et al., arXiv 2305.13245) and SwiGLU (Shazeer, arXiv
-2002.05202). The weights of all layers are stacked on a leading L axis and `lax.scan` runs over
-them, so that compile time does not grow with depth; the KV pool travels in the scan's carry, where
-XLA updates it in place. On a GPU the scan is not worth its price: every step copies a layer's
-weights out of the stack, as many bytes again as the products read, twice. There each layer has its
-own arrays, and the layers are unrolled.
-
-Projections are stored `[in, out]`, with Q, K, V side by side and gate and up side by side: on CPU
-`[in, out]` is up to a quarter faster than `[out, in]` for 8 to 32 tokens, and fewer, wider products
-suit a GPU at no cost on CPU.
+One decoder for all architectures: what tells them apart is in `DecoderConfig`. The weights of all
+layers are stacked on a leading L axis and `lax.scan` runs over them, so that compile time does not
+grow with depth; the KV pool travels in the scan's carry, where XLA updates it in place. On a GPU
+the scan is not worth its price: every step copies a layer's weights out of the stack, as many bytes
+again as the products read, twice. There each layer has its own arrays, and the layers are unrolled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,92 +20,144 @@ from jax import lax
 
 from jax_chunkattn.model_interface import Attend, Pool
 from models.config import DecoderConfig
+from models.rope import Angles, rotate
+from models.weights import BLOCKS, Weight, block_weights, decoder_weights
 
-Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
 
 
 def project(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
-    """`x [T, in] @ weight [in, out] -> [T, out]`; float32 operands are multiplied in full float32.
+    """`x [T, *in]` times `weight [*in, *out]`: `[T, *out]`.
 
-    Without the explicit precision a GPU would round float32 operands to TF32.
+    float32 operands are multiplied in full float32; without the explicit precision a GPU would
+    round them to TF32.
     """
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.matmul(x, weight, precision=precision, preferred_element_type=out_dtype)
+    axes = x.ndim - 1
+    return jnp.tensordot(x, weight, axes, precision=precision, preferred_element_type=out_dtype)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """`x [T, E]` over its root mean square, times `scale [E]`; computed in float32."""
+    """`x [T, ..., *S]` over its root mean square, times `scale [*S]`; computed in float32."""
     wide = x.astype(jnp.float32)
-    normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
-    return (normed * scale.astype(jnp.float32)[None, :]).astype(x.dtype)
+    axes = tuple(range(-scale.ndim, 0))
+    square = jnp.mean(jnp.square(wide), axis=axes, keepdims=True)
+    return (wide * lax.rsqrt(square + epsilon) * _like(scale, x.ndim)).astype(x.dtype)
 
 
-def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, each `[T, 1, D/2]` float32, of `positions [T]`."""
-    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    frequencies = 1.0 / (theta**exponents)
-    angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
-    return jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    """`x [T, E]` less its mean, over its standard deviation, times `scale [E]` plus `bias [E]`."""
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    normed = centred * lax.rsqrt(variance + epsilon)
+    return (normed * _like(scale, x.ndim) + _like(bias, x.ndim)).astype(x.dtype)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate each pair `(i, i + D/2)` of `x [T, H, D]` by its angle; computed in float32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+    """`cap * tanh(x / cap)`; `x` without a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def _like(weight: jax.Array, rank: int) -> jax.Array:
+    """`weight` in float32, with axes before its own up to `rank`."""
+    return weight.astype(jnp.float32).reshape((1,) * (rank - weight.ndim) + weight.shape)
 
 
 class Block(nnx.Module):
-    """One layer. Where `Decoder` scans, every weight has an extra leading L axis."""
+    """One layer. Where `Decoder` scans, every weight has an extra leading L axis.
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        hidden, inner = config.hidden_size, config.intermediate_size
-        qkv_size = config.query_size + 2 * config.kv_size
-        normal = nnx.initializers.normal(stddev=hidden**-0.5)
-        down_normal = nnx.initializers.normal(stddev=inner**-0.5)
+    `models.weights.block_weights` says which weights a config gives it besides these.
+    """
+
+    qkv: nnx.Param
+    attention_out: nnx.Param
+    down: nnx.Param
+
+    def __init__(self, config: DecoderConfig, params: dict[str, nnx.Param]):
         self.config = config
-        self.attention_norm = nnx.Param(jnp.ones((hidden,), dtype))
-        self.qkv = nnx.Param(normal(rngs.params(), (hidden, qkv_size), dtype))
-        self.attention_out = nnx.Param(normal(rngs.params(), (config.query_size, hidden), dtype))
-        self.mlp_norm = nnx.Param(jnp.ones((hidden,), dtype))
-        self.gate_up = nnx.Param(normal(rngs.params(), (hidden, 2 * inner), dtype))
-        self.down = nnx.Param(down_normal(rngs.params(), (inner, hidden), dtype))
+        for name, param in params.items():
+            setattr(self, name, param)
 
     def __call__(
-        self,
-        x: jax.Array,
-        rotary: tuple[jax.Array, jax.Array],
-        pool: Pool,
-        layer: jax.Array,
-        attend: Attend,
+        self, x: jax.Array, angles: Angles | None, pool: Pool, layer: jax.Array, attend: Attend
     ) -> tuple[jax.Array, Pool]:
         """`x [T, E] -> [T, E]`, and the pool after `attend` wrote this layer's keys and values."""
-        epsilon = self.config.rms_norm_eps
-        q, k, v = self._heads(rms_norm(x, self.attention_norm[...], epsilon))
-        attended, pool = attend(pool, layer, rotate(q, *rotary), rotate(k, *rotary), v)
-        attended = attended.astype(x.dtype).reshape(x.shape[0], self.config.query_size)
-        x = x + project(attended, self.attention_out[...])
-        gate_up = project(rms_norm(x, self.mlp_norm[...], epsilon), self.gate_up[...])
-        gate, up = jnp.split(gate_up, 2, axis=-1)
-        return x + project(jax.nn.silu(gate) * up, self.down[...]), pool
-
-    def _heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Project `x [T, E]` to q `[T, Hq, D]`, k and v `[T, Hkv, D]`."""
         config = self.config
-        heads = project(x, self.qkv[...]).reshape(x.shape[0], -1, config.head_dim)
-        q, k, v = jnp.split(
-            heads, [config.num_heads, config.num_heads + config.num_kv_heads], axis=1
+        attended, pool = self._attention(
+            self._norm("attention_norm", x) if config.norm_before else x,
+            angles,
+            pool,
+            layer,
+            attend,
         )
-        return q, k, v
+        x = x + (self._norm("attention_post_norm", attended) if config.norm_after else attended)
+        output = self._mlp(self._norm("mlp_norm", x) if config.norm_before else x)
+        return x + (self._norm("mlp_post_norm", output) if config.norm_after else output), pool
+
+    def _attention(
+        self, x: jax.Array, angles: Angles | None, pool: Pool, layer: jax.Array, attend: Attend
+    ) -> tuple[jax.Array, Pool]:
+        config = self.config
+        heads = self._project("qkv", x)  # [T, Hkv, G + 2, D]
+        q = heads[:, :, :-2].reshape(len(x), config.num_heads, config.head_dim)
+        k, v = heads[:, :, -2], heads[:, :, -1]
+        if config.query_key_norm is not None:
+            q = rms_norm(q, self._weight("query_norm"), config.norm_epsilon)
+            k = rms_norm(k, self._weight("key_norm"), config.norm_epsilon)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        attended, pool = attend(pool, layer, q, k, v)
+        return self._project("attention_out", attended.astype(x.dtype)), pool
+
+    def _mlp(self, x: jax.Array) -> jax.Array:
+        activation = ACTIVATIONS[self.config.activation]
+        if self.config.gated_mlp:
+            gate_up = self._project("gate_up", x)  # [T, 2, F]
+            inner = activation(gate_up[:, 0]) * gate_up[:, 1]
+        else:
+            inner = activation(self._project("up", x))
+        return self._project("down", inner)
+
+    def _project(self, name: str, x: jax.Array) -> jax.Array:
+        output = project(x, self._weight(name))
+        if not hasattr(self, f"{name}_bias"):
+            return output
+        return output + self._weight(f"{name}_bias")[None]
+
+    def _norm(self, name: str, x: jax.Array) -> jax.Array:
+        return norm(self, name, x)
+
+    def _weight(self, name: str) -> jax.Array:
+        return getattr(self, name)[...]
+
+
+def norm(module: Any, name: str, x: jax.Array) -> jax.Array:
+    """The norm of `x [T, E]` that `module`'s config asks for, with its weights called `name`."""
+    epsilon = module.config.norm_epsilon
+    scale = getattr(module, name)[...]
+    if module.config.norm == "rms":
+        return rms_norm(x, scale, epsilon)
+    return layer_norm(x, scale, getattr(module, f"{name}_bias")[...], epsilon)
 
 
 class Decoder(nnx.Module):
     """A `jax_chunkattn.model_interface.DecoderModel` with weights and activations in `dtype`.
 
     Norms and rotary angles are computed in float32 whatever `dtype` is, and logits are float32.
-    `Decoder(config, rngs=...)` draws random weights; `models.load` reads them from a file. `unroll`
-    gives each layer arrays of its own instead of a part of stacked ones.
+    `Decoder(config, rngs=...)` draws random weights; `models.load` reads them from a checkpoint.
+    `unroll` gives each layer arrays of its own instead of a part of stacked ones.
     """
+
+    embedding: nnx.Param
+    position_embedding: nnx.Param  # only if they are learned
+    unembedding: nnx.Param  # only if it is not the embedding
+    blocks: Block | nnx.List
 
     def __init__(
         self,
@@ -119,28 +167,29 @@ class Decoder(nnx.Module):
         dtype: jnp.dtype | str = "float32",
         unroll: bool = False,
     ):
-        dtype = jnp.dtype(dtype)
+        dtype = jnp.dtype(dtype).name
         self.config = config
         self.cache_spec = config.cache_spec
         self.vocab_size = config.vocab_size
         self.max_positions = config.max_positions
 
-        @nnx.split_rngs(splits=config.num_layers)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def stacked_blocks(rngs: nnx.Rngs) -> Block:
-            return Block(config, rngs=rngs, dtype=dtype)
+        def draw(weight: Weight) -> nnx.Param:
+            noise = jax.random.normal(rngs.params(), weight.shape, weight.dtype(dtype))
+            return nnx.Param(noise * weight.stddev + weight.mean)
 
-        normal = nnx.initializers.normal(stddev=config.hidden_size**-0.5)
-        embedding_shape = (config.vocab_size, config.hidden_size)
-        self.embedding = nnx.Param(normal(rngs.params(), embedding_shape, dtype))
+        for name, weight in decoder_weights(config).items():
+            if not name.startswith(BLOCKS):
+                setattr(self, name, draw(weight))
+        layer = block_weights(config)
         if unroll:
             layers = range(config.num_layers)
-            self.blocks = nnx.List(Block(config, rngs=rngs, dtype=dtype) for _ in layers)
+            self.blocks = nnx.List(
+                Block(config, {name: draw(weight) for name, weight in layer.items()})
+                for _ in layers
+            )
         else:
-            self.blocks = stacked_blocks(rngs)
-        self.final_norm = nnx.Param(jnp.ones((config.hidden_size,), dtype))
-        if not config.tie_embeddings:
-            self.unembedding = nnx.Param(normal(rngs.params(), embedding_shape[::-1], dtype))
+            stacked = {name: one.stacked(config.num_layers) for name, one in layer.items()}
+            self.blocks = Block(config, {name: draw(weight) for name, weight in stacked.items()})
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, pool: Pool, attend: Attend
@@ -150,26 +199,44 @@ class Decoder(nnx.Module):
         `attend` is called once per layer (see `model_interface.Attend`). A token id outside the
         vocabulary is clamped into it: callers check ids on the host.
         """
-        x = self.embedding[...].at[tokens].get(mode="clip")
-        rotary = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        x = self._embed(tokens, positions)
+        tables = self.config.rotary_tables
+        kinds = tables.kind if tables is not None else (0,) * self.config.num_layers
+        turning = tables.angles(positions) if tables is not None else None
+
+        def angles_of(kind) -> Angles | None:
+            return None if turning is None else (turning[0][kind], turning[1][kind])
+
         if isinstance(self.blocks, nnx.List):
             for layer, block in enumerate(self.blocks):
-                x, pool = block(x, rotary, pool, jnp.int32(layer), attend)
+                x, pool = block(x, angles_of(kinds[layer]), pool, jnp.int32(layer), attend)
             return x, pool
         graphdef, stacked = nnx.split(self.blocks)
+        all_alike = len(set(kinds)) == 1
 
         def run_layer(carry, scanned):
             x, pool = carry
-            weights, layer = scanned
-            return nnx.merge(graphdef, weights)(x, rotary, pool, layer, attend), None
+            weights, layer, kind = scanned
+            angles = angles_of(0 if all_alike else kind)
+            return nnx.merge(graphdef, weights)(x, angles, pool, layer, attend), None
 
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        (x, pool), _ = lax.scan(run_layer, (x, pool), (stacked, layers))
+        scanned = stacked, layers, jnp.array(kinds, jnp.int32)
+        (x, pool), _ = lax.scan(run_layer, (x, pool), scanned)
         return x, pool
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final norm and unembedding: `hidden [R, E] -> [R, V]` float32."""
-        normed = rms_norm(hidden, self.final_norm[...], self.config.rms_norm_eps)
         tied = self.config.tie_embeddings
         unembedding = self.embedding[...].T if tied else self.unembedding[...]
-        return project(normed, unembedding, out_dtype=jnp.dtype(jnp.float32))
+        normed = norm(self, "final_norm", hidden)
+        logits = project(normed, unembedding, out_dtype=jnp.dtype(jnp.float32))
+        return softcap(logits, self.config.logit_softcap)
+
+    def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        x = self.embedding[...].at[tokens].get(mode="clip")
+        if self.config.embedding_scale is not None:
+            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        if self.config.learned_positions:
+            x = x + self.position_embedding[...].at[positions].get(mode="clip")
+        return x

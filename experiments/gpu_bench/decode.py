@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from experiments.gpu_bench import floors
 from experiments.gpu_bench.bench import Bench, Program
@@ -30,8 +29,9 @@ from jax_chunkattn.planner import plan_decode
 from jax_chunkattn.pool import CacheConfig, ChunkPool
 from jax_chunkattn.programs import SplitModel
 from jax_chunkattn.request_table import DeviceState, RequestTable, RowState
-from models.config import DecoderConfig, preset
-from models.decoder import Decoder
+from models.building import abstract_decoder
+from models.config import DecoderConfig
+from models.presets import preset
 from pallas_kernels.targets import current_target
 
 
@@ -83,10 +83,7 @@ def run(bench: Bench) -> None:
     size = DecodeSize.of(bench.small)
     config = preset(size.model)
     unroll = current_target().platform == "gpu" and not bench.small
-    abstract = nnx.eval_shape(
-        lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(size.dtype), unroll=unroll)
-    )
-    split = SplitModel.of(abstract)
+    split = SplitModel.of(abstract_decoder(config, size.dtype, unroll=unroll))
     with ThreadPoolExecutor(1) as background:
         # Drawing the weights takes the host as long as compiling the programs.
         weights = background.submit(_weights, size, bench.seed, unroll) if bench.runs else None
@@ -213,7 +210,13 @@ def _case(
     pool: Any = jax.ShapeDtypeStruct(pool_shape(config, size), jnp.dtype(size.dtype))
     arguments = (split.leaves, DeviceState(ChunkPool(pool, pool), table), *rest)
     distinct = len({chunk for table in tables for chunk in table})
-    per_token = 2 * config.num_layers * config.kv_size * jnp.dtype(size.dtype).itemsize
+    per_token = (
+        2
+        * config.num_layers
+        * config.num_kv_heads
+        * config.head_dim
+        * jnp.dtype(size.dtype).itemsize
+    )
     program = Program(("decode", rows, name), step, arguments, (1,))
     kv_bytes = distinct * size.chunk_size * per_token
     return DecodeCase(rows, name, program, state, rest, kv_bytes)

@@ -32,9 +32,10 @@ def config(small: bool) -> DecoderConfig:
 
 def make(small: bool, dtype: str, seed: int):
     """The model on the default device, as `models.load` makes it there."""
-    from models.loading import assemble, random_weights
+    from models.building import build
+    from models.random_weights import random_fill
     from pallas_kernels.targets import current_target
 
     shape = config(small)
     unroll = current_target().platform == "gpu"
-    return assemble(shape, dtype, random_weights(shape, seed, dtype), unroll)
+    return build(shape, dtype, random_fill(shape, seed), unroll=unroll)

@@ -5,14 +5,13 @@ Nothing is allocated, so a 16 GB model with a 34 GB pool compiles on a laptop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from experiments.gpu_compile.cases import Case, CaseTable, abstract, abstract_plan
 from experiments.gpu_compile.target import GpuTarget
@@ -21,9 +20,11 @@ from jax_chunkattn.decode_loop import decode_steps
 from jax_chunkattn.planner import PlannerOptions
 from jax_chunkattn.pool import CacheConfig, ChunkPool, allocate_pool
 from jax_chunkattn.prefill import Segment, max_segments, pack_segments, prefill_step
+from jax_chunkattn.programs import SplitModel
 from jax_chunkattn.request_table import DeviceState, RequestTable
-from models.config import PRESETS, DecoderConfig
-from models.decoder import Decoder
+from models.building import abstract_decoder
+from models.config import DecoderConfig
+from models.presets import PRESETS
 from pallas_kernels.chunk_attention.api import IMPLEMENTATIONS as DECODE_IMPLEMENTATIONS
 from pallas_kernels.implementations import needs_partials
 from pallas_kernels.prefill_attention.api import IMPLEMENTATIONS as PREFILL_IMPLEMENTATIONS
@@ -67,21 +68,21 @@ def whole_programs(
 
 def decode_case(size: ProgramSize, implementation: str, target: GpuTarget) -> Case:
     """K steps for B rows."""
-    merge, leaves = _abstract_model(size)
+    model = _abstract_model(size)
     pool = abstract_pool(size)
     state, *rest = decode_arguments(size, pool)
 
     def decode(leaves, *arguments):
         return decode_steps(
-            merge(leaves), *arguments, num_steps=size.steps, implementation=implementation
+            model.merge(leaves), *arguments, num_steps=size.steps, implementation=implementation
         )
 
-    return Case(decode, (leaves, state, *rest), (1,), *pool_sizes(pool))
+    return Case(decode, (model.leaves, state, *rest), (1,), *pool_sizes(pool))
 
 
 def prefill_case(size: ProgramSize, implementation: str, target: GpuTarget) -> Case:
     """T new tokens of one sequence behind a cached prompt."""
-    merge, leaves = _abstract_model(size)
+    model = _abstract_model(size)
     pool = abstract_pool(size)
     tokens, cached = size.prefill_tokens, 2 * size.prefill_tokens
     chunks = list(range(-(-(cached + tokens) // size.chunk_size)))
@@ -96,9 +97,9 @@ def prefill_case(size: ProgramSize, implementation: str, target: GpuTarget) -> C
     state = abstract_state(size, pool)
 
     def prefill(leaves, *arguments):
-        return prefill_step(merge(leaves), *arguments, implementation=implementation)
+        return prefill_step(model.merge(leaves), *arguments, implementation=implementation)
 
-    arguments = (leaves, state, abstract((max_segments(tokens),)), *_shapes((batch,)))
+    arguments = (model.leaves, state, abstract((max_segments(tokens),)), *_shapes((batch,)))
     return Case(prefill, arguments, (1,), *pool_sizes(pool))
 
 
@@ -136,13 +137,8 @@ def _planner_options(size: ProgramSize, implementation: str) -> PlannerOptions:
     )
 
 
-def _abstract_model(size: ProgramSize) -> tuple[Callable[[Any], Any], list]:
-    model = nnx.eval_shape(
-        lambda: Decoder(size.config, rngs=nnx.Rngs(0), dtype=size.dtype, unroll=True)
-    )
-    graphdef, state = nnx.split(model)
-    leaves, treedef = jax.tree.flatten(state)
-    return lambda leaves: nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves)), leaves
+def _abstract_model(size: ProgramSize) -> SplitModel:
+    return SplitModel.of(abstract_decoder(size.config, size.dtype, unroll=True))
 
 
 def _shapes(tree: Any) -> Any:

@@ -80,13 +80,13 @@ def tensor_parallel_case(size: ProgramSize, implementation: str, target: GpuTarg
         num_kv_heads=config.num_kv_heads // NUM_DEVICES,
         num_heads=config.num_heads // NUM_DEVICES,
     )
+    layers, hidden = config.num_layers, config.hidden_size
+    query_size = config.num_heads * config.head_dim
+    kv_size = config.num_kv_heads * config.head_dim
     weights = (
-        abstract((config.vocab_size, config.hidden_size), size.dtype),
-        abstract(
-            (config.num_layers, config.hidden_size, config.query_size + 2 * config.kv_size),
-            size.dtype,
-        ),
-        abstract((config.num_layers, config.query_size, config.hidden_size), size.dtype),
+        abstract((config.vocab_size, hidden), size.dtype),
+        abstract((layers, hidden, query_size + 2 * kv_size), size.dtype),
+        abstract((layers, query_size, hidden), size.dtype),
     )
     whole: Any = PartitionSpec()
     by_head: Any = PartitionSpec(None, AXIS)

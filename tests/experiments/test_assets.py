@@ -19,9 +19,9 @@ def test_there_are_32_different_questions() -> None:
 
 def test_shared_prefix_is_a_little_over_2048_tokens(smollm2_path: Path) -> None:
     from models.gguf_file import read_gguf
-    from models.tokenizer import read_tokenizer
+    from models.gguf_tokenizer import read_gguf_tokenizer
 
-    tokenizer = read_tokenizer(read_gguf(smollm2_path))
+    tokenizer = read_gguf_tokenizer(read_gguf(smollm2_path))
     prompts = render_prompts(
         read_prompts(None), read_system_prompt(None), tokenizer, tokenizer.vocab_size
     )

@@ -11,10 +11,12 @@ import pytest
 from flax import nnx
 
 import models
-from models.config import PRESETS, DecoderConfig, preset
+from models.config import DecoderConfig
 from models.decoder import Block, Decoder
-from models.loading import assemble, random_weights
+from models.presets import PRESETS, preset
+from models.rope import Rope
 from tests.models.dense_attention import dense_attend, empty_pool, run_dense
+from tests.models.weights import decoder_of, random_weights
 
 GROUPED = DecoderConfig(
     vocab_size=50,
@@ -24,8 +26,8 @@ GROUPED = DecoderConfig(
     num_heads=6,
     num_kv_heads=2,
     head_dim=8,
-    rope_theta=300.0,
-    rms_norm_eps=1e-3,
+    rope=Rope(300.0),
+    norm_epsilon=1e-3,
     max_positions=64,
 )
 CONFIGS = {
@@ -37,9 +39,9 @@ CONFIGS = {
 TOKENS = np.array([3, 41, 7, 7, 0, 49, 12, 30, 7], np.int32)
 
 
-def make_weights(config: DecoderConfig, dtype: str = "float32") -> dict[str, np.ndarray]:
+def make_weights(config: DecoderConfig) -> dict[str, np.ndarray]:
     """Random weights whose norms are not all one."""
-    weights = dict(random_weights(config, 5, dtype))
+    weights = random_weights(config, 5)
     random = np.random.default_rng(6)
     for name, weight in weights.items():
         if name.endswith("norm"):
@@ -51,14 +53,12 @@ def numpy_logits(config: DecoderConfig, weights: dict[str, np.ndarray], tokens: 
     """Logits `[T, V]` in float64, one head and one layer at a time, rotating complex numbers."""
     weights = {name: weight.astype(np.float64) for name, weight in weights.items()}
     dim, group = config.head_dim, config.num_heads // config.num_kv_heads
-    frequencies = config.rope_theta ** (-2.0 * np.arange(dim // 2) / dim)
+    assert isinstance(config.rope, Rope)
+    frequencies = config.rope.theta ** (-2.0 * np.arange(dim // 2) / dim)
     turn = np.exp(1j * np.outer(np.arange(len(tokens)), frequencies))
 
     def norm(x, scale):
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.rms_norm_eps) * scale
-
-    def head(x, weight, index):
-        return x @ weight[:, index * dim : (index + 1) * dim]
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_epsilon) * scale
 
     def rotated(x):
         turned = (x[:, : dim // 2] + 1j * x[:, dim // 2 :]) * turn
@@ -71,13 +71,13 @@ def numpy_logits(config: DecoderConfig, weights: dict[str, np.ndarray], tokens: 
         h = norm(x, block["attention_norm"])
         heads = []
         for index in range(config.num_heads):
-            key_index = config.num_heads + index // group
-            q, k = (rotated(head(h, block["qkv"], i)) for i in (index, key_index))
-            v = head(h, block["qkv"], key_index + config.num_kv_heads)
+            heads_of_group = h @ block["qkv"][:, index // group].swapaxes(0, 1)  # [G + 2, T, D]
+            q, k = rotated(heads_of_group[index % group]), rotated(heads_of_group[-2])
+            v = heads_of_group[-1]
             scores = np.exp(q @ k.T / np.sqrt(dim) + future)
             heads.append(scores / scores.sum(-1, keepdims=True) @ v)
-        x = x + np.concatenate(heads, -1) @ block["attention_out"]
-        gate, up = np.split(norm(x, block["mlp_norm"]) @ block["gate_up"], 2, -1)
+        x = x + np.einsum("htd,hde->te", np.stack(heads), block["attention_out"])
+        gate, up = norm(x, block["mlp_norm"]) @ block["gate_up"].swapaxes(0, 1)
         x = x + (gate / (1 + np.exp(-gate)) * up) @ block["down"]
     unembedding = weights["embedding"].T if config.tie_embeddings else weights["unembedding"]
     return norm(x, weights["final_norm"]) @ unembedding
@@ -98,20 +98,20 @@ def decoder_logits(model: Decoder, tokens: np.ndarray, cuts: tuple[int, ...] = (
 def test_logits_equal_a_plain_numpy_decoder(name):
     config = CONFIGS[name]
     weights = make_weights(config)
-    actual = decoder_logits(assemble(config, "float32", weights.items()), TOKENS)
+    actual = decoder_logits(decoder_of(config, weights), TOKENS)
     assert actual.dtype == np.float32
     np.testing.assert_allclose(actual, numpy_logits(config, weights, TOKENS), atol=2e-5, rtol=0)
 
 
 def test_feeding_tokens_in_pieces_changes_nothing():
-    model = assemble(GROUPED, "float32", make_weights(GROUPED).items())
+    model = decoder_of(GROUPED, make_weights(GROUPED))
     whole = decoder_logits(model, TOKENS)
     np.testing.assert_allclose(decoder_logits(model, TOKENS, (4, 8)), whole, atol=1e-5, rtol=0)
 
 
 def test_bfloat16_keeps_weights_and_activations_narrow_and_logits_wide():
-    weights = make_weights(GROUPED, "bfloat16")
-    model = assemble(GROUPED, "bfloat16", weights.items())
+    weights = make_weights(GROUPED)
+    model = decoder_of(GROUPED, weights, "bfloat16")
     seen = []
 
     def attend(pool, layer, q, k, v):
@@ -130,7 +130,7 @@ def test_bfloat16_keeps_weights_and_activations_narrow_and_logits_wide():
 
 def test_attend_sees_each_layer_once_and_the_pool_comes_back():
     """The engine's pool may be any pytree; here it counts."""
-    model = assemble(GROUPED, "float32", make_weights(GROUPED).items())
+    model = decoder_of(GROUPED, make_weights(GROUPED))
 
     def attend(pool, layer, q, k, v):
         assert q.shape == (2, 6, 8)
@@ -152,7 +152,7 @@ def test_layers_are_traced_once_however_many_there_are():
         traces.append(layer)
         return q, pool
 
-    model = assemble(GROUPED, "float32", make_weights(GROUPED).items())
+    model = decoder_of(GROUPED, make_weights(GROUPED))
     tokens = jnp.array([1, 2], jnp.int32)
     jax.jit(lambda: model(tokens, tokens, None, attend)[0])()
     assert len(traces) == 1
@@ -160,7 +160,7 @@ def test_layers_are_traced_once_however_many_there_are():
 
 def test_float32_products_ask_for_full_precision():
     """Otherwise a GPU rounds the operands to TF32."""
-    model = assemble(GROUPED, "float32", make_weights(GROUPED).items())
+    model = decoder_of(GROUPED, make_weights(GROUPED))
     tokens = jnp.array([1, 2], jnp.int32)
 
     def run(tokens):
@@ -175,7 +175,7 @@ def test_float32_products_ask_for_full_precision():
 def test_nnx_initialises_a_decoder_of_unit_scale():
     model = Decoder(GROUPED, rngs=nnx.Rngs(0))
     assert isinstance(model.blocks, Block)
-    assert model.blocks.qkv[...].shape == (3, 24, (6 + 2 * 2) * 8)
+    assert model.blocks.qkv[...].shape == (3, 24, 2, 3 + 2, 8)
     first, second = model.blocks.qkv[...][:2]
     assert not np.array_equal(first, second)
     assert 0.3 < decoder_logits(model, TOKENS).std() < 3
@@ -210,10 +210,12 @@ def test_smollm2_preset_has_its_published_size():
     ("change", "words"),
     [
         ({"num_heads": 5}, "multiple of num_kv_heads"),
-        ({"head_dim": 7}, "even"),
+        ({"head_dim": 7}, "cannot rotate"),
+        ({"rope": Rope(dims=16)}, "of a head_dim of 8, 16 cannot rotate"),
+        ({"rope": (Rope(), None)}, "2 ropes for 3 layers"),
         ({"vocab_size": 0}, "vocab_size must be positive"),
-        ({"rms_norm_eps": -1.0}, "rms_norm_eps must be positive"),
-        ({"rope_theta": float("nan")}, "rope_theta must be positive"),
+        ({"norm_epsilon": -1.0}, "norm_epsilon must be positive"),
+        ({"attention_softcap": float("nan")}, "attention_softcap must be positive"),
     ],
 )
 def test_impossible_configs_are_refused(change, words):
@@ -222,5 +224,5 @@ def test_impossible_configs_are_refused(change, words):
 
 
 def test_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"did you mean 'smollm2-135m'.*smollm2-135m, tiny"):
+    with pytest.raises(ValueError, match=r"did you mean 'smollm2-135m'.*smollm2-135m, .*tiny"):
         preset("smolm2-135m")

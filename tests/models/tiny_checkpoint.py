@@ -10,7 +10,9 @@ import gguf
 import numpy as np
 
 from models.config import DecoderConfig
-from models.gguf_checkpoint import expected_shapes
+from models.gguf_config import KINDS
+from models.layout import expected_shapes
+from models.rope import Rope
 
 CONFIG = DecoderConfig(
     vocab_size=259,
@@ -20,7 +22,7 @@ CONFIG = DecoderConfig(
     num_heads=4,
     num_kv_heads=2,
     head_dim=8,
-    rope_theta=500.0,
+    rope=Rope(500.0),
     max_positions=128,
 )
 CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}:{{ m['content'] }}{% endfor %}"
@@ -31,7 +33,7 @@ def checkpoint_tensors(config: DecoderConfig, seed: int = 0) -> dict[str, np.nda
     random = np.random.default_rng(seed)
     return {
         name: random.normal(1.0 if len(shape) == 1 else 0.0, 0.2, shape).astype(np.float32)
-        for name, shape in expected_shapes(config).items()
+        for name, shape in expected_shapes(KINDS["llama"].layout, config).items()
     }
 
 
@@ -43,6 +45,7 @@ def interleave_rows(weight: np.ndarray, num_heads: int) -> np.ndarray:
 
 def config_metadata(config: DecoderConfig) -> dict[str, Any]:
     """Every `llama.*` key of `config` but the vocabulary's size, which the embedding tells."""
+    assert isinstance(config.rope, Rope)
     return {
         "llama.block_count": config.num_layers,
         "llama.context_length": config.max_positions,
@@ -50,9 +53,9 @@ def config_metadata(config: DecoderConfig) -> dict[str, Any]:
         "llama.feed_forward_length": config.intermediate_size,
         "llama.attention.head_count": config.num_heads,
         "llama.attention.head_count_kv": config.num_kv_heads,
-        "llama.rope.freq_base": config.rope_theta,
+        "llama.rope.freq_base": config.rope.theta,
         "llama.rope.dimension_count": config.head_dim,
-        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "llama.attention.layer_norm_rms_epsilon": config.norm_epsilon,
     }
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from jax_chunkattn import CacheConfig, Engine, PlannerOptions, SamplingParams
 from models import preset
-from models.loading import assemble, random_weights
+from models.building import build
+from models.random_weights import random_fill
 from pallas_kernels.targets import H200, use_target
 from tests.jax_chunkattn.toy import token_tree
 
@@ -23,7 +24,7 @@ SIZES: dict[str, Any] = {"head_dim": 64, "num_heads": 2, "num_kv_heads": 1}
 )
 def test_decoding_on_hopper_chooses_the_tokens_of_plain_jax():
     config = dataclasses.replace(preset("tiny"), num_layers=2, **SIZES)
-    model = assemble(config, "bfloat16", random_weights(config, 0, "bfloat16"))
+    model = build(config, "bfloat16", random_fill(config, 0))
     share = PlannerOptions.for_gpu(
         worth_sharing=lambda rows, chunks: rows > 1, chunk_size=16, **SIZES
     )

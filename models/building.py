@@ -1,0 +1,96 @@
+"""Making a decoder: its arrays one by one, straight into the place, dtype and sharding they keep.
+
+Host memory holds one array of the decoder at a time besides those already placed. On a CPU a placed
+array is the host's own: its buffer begins at an address that JAX takes over without a copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Sharding
+
+from models.config import DecoderConfig
+from models.decoder import Decoder
+from models.weights import BLOCKS, Weight, decoder_weights
+
+Fill = Callable[[str, int | None, np.ndarray], None]
+"""`fill(name, layer, out)` writes one weight, of one layer or (None) outside the layers."""
+
+Place = Callable[[str, Weight], Sharding | None]
+"""The sharding of a weight; None is the default device."""
+
+OnProgress = Callable[[int, int], None]
+"""Called with the bytes of weights made so far, and of all."""
+
+ALIGNMENT = 64  # bytes; what XLA wants of a buffer that it does not copy
+
+
+def build(
+    config: DecoderConfig,
+    dtype: str,
+    fill: Fill,
+    *,
+    unroll: bool = False,
+    place: Place = lambda name, weight: None,
+    on_progress: OnProgress = lambda done, total: None,
+) -> Decoder:
+    """A `Decoder` whose weights `fill` has written."""
+    graphdef, state = nnx.split(abstract_decoder(config, dtype, unroll=unroll))
+    leaves = dict(nnx.to_flat_state(state))
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    done = 0
+
+    def fill_and_tell(name: str, layer: int | None, out: np.ndarray) -> None:
+        nonlocal done
+        fill(name, layer, out)
+        done += out.nbytes
+        on_progress(done, total)
+
+    filled = {
+        path: leaves[path].replace(array)
+        for path, array in _arrays(config, dtype, fill_and_tell, unroll, place)
+    }
+    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def abstract_decoder(config: DecoderConfig, dtype: str, *, unroll: bool = False) -> Decoder:
+    """A decoder of shapes and dtypes, for tracing and compiling: its weights have no values."""
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, unroll=unroll))
+
+
+def _arrays(
+    config: DecoderConfig, dtype: str, fill: Fill, unroll: bool, place: Place
+) -> Iterator[tuple[tuple, jax.Array]]:
+    """Each array of the decoder, with its path in the decoder's state."""
+    layers = range(config.num_layers)
+    for name, weight in decoder_weights(config).items():
+        in_layers = name.startswith(BLOCKS)
+        short = name.removeprefix(BLOCKS)
+        if in_layers and unroll:
+            one = weight.unstacked()
+            for layer in layers:
+                array = aligned_empty(one.shape, one.dtype(dtype))
+                fill(short, layer, array)
+                yield ("blocks", layer, short), jax.device_put(array, place(name, one))
+            continue
+        array = aligned_empty(weight.shape, weight.dtype(dtype))
+        if in_layers:
+            for layer in layers:
+                fill(short, layer, array[layer])
+        else:
+            fill(name, None, array)
+        yield tuple(name.split("/")), jax.device_put(array, place(name, weight))
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """`np.empty`, beginning where XLA can use it without a copy."""
+    kind = np.dtype(jax.numpy.dtype(dtype))
+    size = math.prod(shape) * kind.itemsize
+    buffer = np.empty(size + ALIGNMENT, np.uint8)
+    begin = -buffer.ctypes.data % ALIGNMENT
+    return buffer[begin : begin + size].view(kind).reshape(shape)

@@ -1,0 +1,180 @@
+"""A GGUF file's metadata in the words of config.json, and its tensors' names.
+
+GGUF's keys are those of ggml's docs/gguf.md, and its tensors those of llama.cpp's converter. It
+changes some weights: permutes Llama's queries and keys, adds one to Gemma's norms, and transposes
+GPT-2's matrices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from models.architectures import GEMMA2, GEMMA3, GPT2, LLAMA, PHI3, QWEN2, QWEN3, Architecture
+from models.errors import CheckpointError
+from models.gguf_file import GGUFFile
+from models.layout import Layout
+
+_ENDS = {
+    "token_embd": ("embedding",),
+    "output_norm": ("final_norm",),
+    "output": ("unembedding",),
+}
+_ATTENTION = {
+    "blk.{}.attn_norm": ("attention_norm",),
+    "blk.{}.attn_q": ("q",),
+    "blk.{}.attn_k": ("k",),
+    "blk.{}.attn_v": ("v",),
+    "blk.{}.attn_output": ("attention_out",),
+}
+_MLP = {
+    "blk.{}.ffn_norm": ("mlp_norm",),
+    "blk.{}.ffn_gate": ("gate",),
+    "blk.{}.ffn_up": ("up",),
+    "blk.{}.ffn_down": ("down",),
+}
+_QUERY_KEY_NORMS = {
+    "blk.{}.attn_q_norm": ("query_norm",),
+    "blk.{}.attn_k_norm": ("key_norm",),
+}
+_FUSED_ATTENTION = {
+    "blk.{}.attn_norm": ("attention_norm",),
+    "blk.{}.attn_qkv": ("q", "k", "v"),
+    "blk.{}.attn_output": ("attention_out",),
+    "blk.{}.ffn_norm": ("mlp_norm",),
+    "blk.{}.ffn_down": ("down",),
+}
+_NORMS_AFTER = {
+    "blk.{}.post_attention_norm": ("attention_post_norm",),
+    "blk.{}.post_ffw_norm": ("mlp_post_norm",),
+}
+_LLAMA = _ENDS | _ATTENTION | _MLP
+_ROPE_FACTORS = "rope_freqs.weight"
+_IGNORED = (r"rope_freqs\.weight",)  # read with the metadata
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """An architecture in GGUF files.
+
+    Attributes:
+      unscaled_layers: of the one model whose scores are not scaled by 1/sqrt(head_dim) but by
+        1/sqrt(hidden_size / num_heads): the file does not say, llama.cpp knows it by its layers.
+    """
+
+    architecture: Architecture
+    layout: Layout
+    unscaled_layers: int | None = None
+
+
+KINDS = {
+    "llama": _Kind(LLAMA, Layout(_LLAMA, ignored=_IGNORED, interleaved=True)),
+    "qwen2": _Kind(QWEN2, Layout(_LLAMA)),
+    "qwen3": _Kind(QWEN3, Layout(_LLAMA | _QUERY_KEY_NORMS)),
+    "gemma2": _Kind(GEMMA2, Layout(_LLAMA | _NORMS_AFTER), unscaled_layers=46),
+    "gemma3": _Kind(GEMMA3, Layout(_LLAMA | _NORMS_AFTER | _QUERY_KEY_NORMS), unscaled_layers=62),
+    "phi3": _Kind(PHI3, Layout(_ENDS | _FUSED_ATTENTION | {"blk.{}.ffn_up": ("gate", "up")})),
+    "gpt2": _Kind(
+        GPT2,
+        Layout(
+            _ENDS
+            | _FUSED_ATTENTION
+            | {"position_embd": ("position_embedding",), "blk.{}.ffn_up": ("up",)}
+        ),
+    ),
+}
+
+_WORDS = {
+    "embedding_length": ("hidden_size", "n_embd"),
+    "feed_forward_length": ("intermediate_size", "n_inner"),
+    "block_count": ("num_hidden_layers", "n_layer"),
+    "attention.head_count": ("num_attention_heads", "n_head"),
+    "attention.head_count_kv": ("num_key_value_heads",),
+    "attention.key_length": ("head_dim",),
+    "context_length": ("max_position_embeddings", "n_positions"),
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
+    "attention.layer_norm_epsilon": ("layer_norm_epsilon",),
+    "attention.sliding_window": ("sliding_window",),
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "rope.freq_base": ("rope_theta",),
+}
+"""For each key of GGUF, after the architecture's name, the keys of config.json that mean it."""
+_REQUIRED = {
+    "embedding_length",
+    "feed_forward_length",
+    "block_count",
+    "attention.head_count",
+    "context_length",
+}
+
+
+def gguf_architecture(file: GGUFFile) -> tuple[Architecture, Layout]:
+    """The file's architecture. Raises CheckpointError when it is not supported."""
+    name = file.require("general.architecture")
+    if name not in KINDS:
+        raise CheckpointError(
+            f"{file.path}: architecture {name!r} is not supported in GGUF files, only "
+            f"{', '.join(KINDS)}"
+        )
+    return KINDS[name].architecture, KINDS[name].layout
+
+
+def hf_words(file: GGUFFile) -> dict[str, Any]:
+    """The file's metadata as a config.json. Raises CheckpointError for what has no words there."""
+    name = file.require("general.architecture")
+    config: dict[str, Any] = {"tie_word_embeddings": "output.weight" not in file.shapes}
+    for key, words in _WORDS.items():
+        value = file.metadata.get(f"{name}.{key}")
+        if value is None and key in _REQUIRED:
+            raise CheckpointError(f"{file.path}: metadata '{name}.{key}' is missing")
+        if value is not None:
+            config |= dict.fromkeys(words, _number(file, f"{name}.{key}", key in _REQUIRED))
+    if "token_embd.weight" not in file.shapes:
+        raise CheckpointError(f"{file.path}: missing tensor token_embd.weight")
+    config["vocab_size"] = file.shapes["token_embd.weight"][0]
+    by_heads = config["hidden_size"] // max(config["num_attention_heads"], 1)
+    head_dim = config.setdefault("head_dim", by_heads)
+    values = file.metadata.get(f"{name}.attention.value_length", head_dim)
+    if values != head_dim:
+        raise CheckpointError(
+            f"{file.path}: keys have {head_dim} dimensions and values {values}; only equal ones "
+            "are supported"
+        )
+    unscaled = config["num_hidden_layers"] == KINDS[name].unscaled_layers
+    config["query_pre_attn_scalar"] = by_heads if unscaled else head_dim
+    return config | _rope_words(file, name, head_dim)
+
+
+def _number(file: GGUFFile, key: str, integer: bool) -> int | float:
+    value = file.metadata[key]
+    if not isinstance(value, int if integer else (int, float)) or isinstance(value, bool):
+        kind = "integer" if integer else "number"
+        raise CheckpointError(f"{file.path}: metadata {key!r} is not one {kind}")
+    return value
+
+
+def _rope_words(file: GGUFFile, name: str, head_dim: int) -> dict[str, Any]:
+    words: dict[str, Any] = {}
+    rotated = file.metadata.get(f"{name}.rope.dimension_count", head_dim)
+    if rotated != head_dim:
+        words["partial_rotary_factor"] = rotated / max(head_dim, 1)
+    kind = file.metadata.get(f"{name}.rope.scaling.type", "none")
+    if kind != "none":
+        words["rope_scaling"] = {
+            "rope_type": kind,
+            "factor": file.metadata.get(f"{name}.rope.scaling.factor"),
+            "original_max_position_embeddings": file.metadata.get(
+                f"{name}.rope.scaling.original_context_length"
+            ),
+        }
+    if _ROPE_FACTORS in file.shapes:
+        if kind != "none":
+            raise CheckpointError(f"{file.path}: rotary scaling {kind!r} beside {_ROPE_FACTORS}")
+        with file.tensor(_ROPE_FACTORS) as factors:
+            words["rope_scaling"] = {
+                "rope_type": "longrope",
+                "short_factor": factors.tolist(),
+                "attention_factor": 1.0,
+            }
+    return words

@@ -1,0 +1,126 @@
+"""A Hugging Face checkpoint's config.json as a `DecoderConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from models.architectures import ARCHITECTURES, REQUIRED, Architecture, Key
+from models.config import DecoderConfig
+from models.errors import CheckpointError
+from models.hf_rope import layer_types, read_ropes
+
+
+def find_architecture(config: Mapping[str, Any], where: Path) -> Architecture:
+    """The architecture that config.json names.
+
+    Raises:
+      CheckpointError: when it is not in the table, which the message lists; or when the weights are
+        quantised.
+    """
+    names = config.get("architectures") or []
+    known = next((ARCHITECTURES[name] for name in names if name in ARCHITECTURES), None)
+    if known is None:
+        named = ", ".join(map(repr, names)) or f"(model_type {config.get('model_type')!r})"
+        raise CheckpointError(
+            f"{where}: architecture {named} is not supported; supported are "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        raise CheckpointError(
+            f"{where}: the weights are quantised ({method or 'quantization_config'}), which is not "
+            "supported; use the original checkpoint, or a GGUF file"
+        )
+    return known
+
+
+def read_config(
+    config: Mapping[str, Any],
+    architecture: Architecture,
+    where: Path,
+    max_positions: int | None = None,
+) -> DecoderConfig:
+    """The decoder that config.json describes, for sequences of at most `max_positions` tokens.
+
+    None is as many as the model has. Sliding windows cannot be expressed, but make no difference to
+    sequences that fit into one.
+
+    Raises:
+      CheckpointError: a key is missing, or asks for what is not supported; the message names it.
+    """
+    for key, supported in architecture.must_be.items():
+        value = config.get(key)
+        if value is not None and value != supported:
+            raise CheckpointError(
+                f"{where}: {key} is {value!r}; of {architecture.class_name}, only "
+                f"{supported!r} is supported"
+            )
+    fields = {name: _value(config, source, where) for name, source in architecture.fields.items()}
+    if fields["num_kv_heads"] is None:
+        fields["num_kv_heads"] = fields["num_heads"]
+    if fields["intermediate_size"] is None:
+        fields["intermediate_size"] = 4 * fields["hidden_size"]
+    try:
+        if fields["head_dim"] is None:
+            fields["head_dim"] = fields["hidden_size"] // fields["num_heads"]
+        decoder = DecoderConfig(**fields)
+        if architecture.rotates:
+            ropes = read_ropes(config, architecture, decoder, max_positions)
+            decoder = replace(decoder, rope=ropes)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+        raise CheckpointError(f"{where}: makes no decoder: {error}") from error
+    _check_windows(config, architecture, decoder, where, max_positions)
+    return _limited(decoder, where, max_positions)
+
+
+def _value(config: Mapping[str, Any], source: Any, where: Path) -> Any:
+    if not isinstance(source, Key):
+        return source
+    value = config.get(source.name, source.default)
+    if value is None and not source.nullable:
+        value = source.default
+    if value is REQUIRED:
+        raise CheckpointError(f"{where}: {source.name!r} is missing")
+    if value is None or source.convert is None:
+        return value
+    try:
+        return source.convert(value)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        raise CheckpointError(f"{where}: {source.name} {value!r} is not supported") from None
+
+
+def _check_windows(
+    config: Mapping[str, Any],
+    architecture: Architecture,
+    decoder: DecoderConfig,
+    where: Path,
+    max_positions: int | None,
+) -> None:
+    window = config.get("sliding_window", architecture.windows.default)
+    kinds = layer_types(config, architecture, decoder.num_layers)
+    if window is None or "sliding_attention" not in kinds:
+        return
+    if window < (max_positions or decoder.max_positions):
+        count = kinds.count("sliding_attention")
+        raise CheckpointError(
+            f"{where}: {count} of {len(kinds)} layers see the last {window:,} tokens only "
+            f"(sliding_window), which is not supported; sequences of up to {window:,} tokens do "
+            f"not need it: load with max_positions={window} (--max-positions {window})"
+        )
+
+
+def _limited(decoder: DecoderConfig, where: Path, max_positions: int | None) -> DecoderConfig:
+    if max_positions is None or max_positions == decoder.max_positions:
+        return decoder
+    if max_positions > decoder.max_positions or decoder.learned_positions:
+        what = "learned, and cannot be limited" if decoder.learned_positions else "all it has"
+        raise CheckpointError(
+            f"{where}: max_positions={max_positions}: the model's {decoder.max_positions:,} "
+            f"positions are {what}"
+        )
+    return replace(decoder, max_positions=max_positions)

@@ -1,0 +1,158 @@
+"""Where a checkpoint keeps each weight of the decoder, and how it stores it.
+
+A layout names tensors by stem: a stem's `.weight`, and `.bias` where there is one. What a tensor
+holds is told in parts: the decoder's weights, but with `q`, `k` and `v` for its `qkv`, and `gate`
+and `up` for its `gate_up`. A tensor may hold several parts, one after another.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from models.config import DecoderConfig
+from models.weights import BLOCKS, Weight, block_weights, decoder_weights
+
+Index = tuple
+WHOLE: Mapping[str, Index] = {}
+JOINED: Mapping[str, Mapping[str, Index]] = {
+    "qkv": {
+        "q": (..., slice(None, -2), slice(None)),
+        "k": (..., -2, slice(None)),
+        "v": (..., -1, slice(None)),
+    },
+    "gate_up": {"gate": (..., 0, slice(None)), "up": (..., 1, slice(None))},
+}
+"""The weights of the decoder that are made of several parts, and where each part lies in them."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One kind of checkpoint of one architecture.
+
+    Attributes:
+      tensors: the parts in each stem; `{}` stands for the layer.
+      prefix: of stems, which some files leave out.
+      ignored: patterns of tensors that hold nothing the decoder needs.
+      input_first: matrices are `[in, out]`, not `[out, in]`.
+      norm_offset: what is added to a norm's stored scale.
+      position_offset: rows before that of position 0.
+      interleaved: queries and keys turn neighbouring dimensions, as in llama.cpp, not halves.
+    """
+
+    tensors: dict[str, tuple[str, ...]]
+    prefix: str = ""
+    ignored: tuple[str, ...] = ()
+    input_first: bool = False
+    norm_offset: float = 0.0
+    position_offset: int = 0
+    interleaved: bool = False
+
+    def without_prefix(self) -> Layout:
+        tensors = {stem.removeprefix(self.prefix): parts for stem, parts in self.tensors.items()}
+        return Layout(**vars(self) | {"tensors": tensors, "prefix": ""})
+
+    def ignores(self, name: str) -> bool:
+        return any(re.fullmatch(pattern, name) for pattern in self.ignored)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What of a checkpoint's tensor goes where in a weight of the decoder.
+
+    Attributes:
+      tensor: its name.
+      shape: the tensor's, as stored.
+      rows: of the tensor, once its outputs are on the first axis.
+      index: into the decoder's weight, of one layer.
+      part: the part's name.
+      is_matrix: it is a projection's, whose axes are outputs and inputs.
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    rows: slice
+    index: Index
+    part: str
+    is_matrix: bool
+
+
+def pieces(layout: Layout, config: DecoderConfig, name: str, layer: int | None) -> list[Piece]:
+    """Where the decoder's weight called `name` comes from, in one layer or outside the layers."""
+    weights = decoder_weights(config) if layer is None else block_weights(config)
+    weight = weights[name]
+    base, suffix = (name[:-5], ".bias") if name.endswith("_bias") else (name, ".weight")
+    found = []
+    for part, index in JOINED.get(base, {base: (...,)}).items():
+        stem, parts = next((s, p) for s, p in layout.tensors.items() if part in p)
+        sizes = [_stored_shape(layout, config, weight, base, other)[0] for other in parts]
+        begin = sum(sizes[: parts.index(part)])
+        rows = slice(begin, begin + sizes[parts.index(part)])
+        whole = (sum(sizes), *_stored_shape(layout, config, weight, base, part)[1:])
+        if layout.input_first and weight.inputs:
+            whole = whole[::-1]
+        tensor = stem.format(layer) + suffix
+        found.append(Piece(tensor, whole, rows, index, part, bool(weight.inputs)))
+    return found
+
+
+def expected_shapes(layout: Layout, config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a checkpoint of this layout and config must hold."""
+    return {
+        piece.tensor: piece.shape
+        for name, layer in every_weight(config)
+        for piece in pieces(layout, config, name, layer)
+    }
+
+
+def every_weight(config: DecoderConfig) -> Iterator[tuple[str, int | None]]:
+    """Names of the weights outside the layers, then of each layer's."""
+    for name in decoder_weights(config):
+        if not name.startswith(BLOCKS):
+            yield name, None
+    for layer in range(config.num_layers):
+        for name in block_weights(config):
+            yield name, layer
+
+
+def _stored_shape(
+    layout: Layout, config: DecoderConfig, weight: Weight, base: str, part: str
+) -> tuple[int, ...]:
+    """Of a part of `weight`, outputs first."""
+    index = JOINED.get(base, {}).get(part, (...,))
+    shape = np.broadcast_to(np.empty(()), weight.shape)[index].shape
+    if weight.inputs:
+        return math.prod(shape[weight.inputs :]), math.prod(shape[: weight.inputs])
+    if base == "position_embedding":
+        return shape[0] + layout.position_offset, shape[1]
+    return shape if base == "embedding" else (math.prod(shape),)
+
+
+def place(
+    weight: np.ndarray, piece: Piece, stored: np.ndarray, layout: Layout, config: DecoderConfig
+) -> None:
+    """Writes a piece, out of the tensor it comes from, into one layer's `weight`."""
+    values = stored.T if layout.input_first and piece.is_matrix else stored
+    values = values[piece.rows]
+    if layout.interleaved and piece.part in ("q", "k"):
+        values = rotate_half_rows(values, config.head_dim)
+    if piece.part == "position_embedding":
+        values = values[layout.position_offset :]
+    target = weight[piece.index]
+    target[...] = (values.T if piece.is_matrix else values).reshape(target.shape)
+    if layout.norm_offset and piece.part.endswith("norm") and piece.tensor.endswith(".weight"):
+        target += target.dtype.type(layout.norm_offset)
+
+
+def rotate_half_rows(values: np.ndarray, head_dim: int) -> np.ndarray:
+    """Reorder the rows of a query or key projection `[H*D, ...]` from llama.cpp's order.
+
+    llama.cpp turns neighbours (2i, 2i + 1), and its converter permutes the rows so that this equals
+    turning (i, i + D/2); here the permutation is undone.
+    """
+    pairs = values.reshape(-1, head_dim // 2, 2, *values.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(values.shape)

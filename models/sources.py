@@ -1,0 +1,87 @@
+"""Where a decoder comes from: a folder, a GGUF file, a repository on the hub, or random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from models.building import Fill
+from models.checkpoint import checkpoint_fill
+from models.config import DecoderConfig
+from models.gguf_config import gguf_architecture, hf_words
+from models.gguf_file import read_gguf
+from models.hf_config import find_architecture, read_config
+from models.presets import preset
+from models.random_weights import random_fill
+from models.safetensors_folder import read_folder, read_json
+
+if TYPE_CHECKING:
+    from models.tokenizer import ChatTokenizer
+
+RANDOM_PREFIX = "random:"
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A decoder's config, and how to get the rest; weights and tokenizer are read when asked for.
+
+    Attributes:
+      name: for people.
+      fill: checks that all weights are there, and gives what writes them.
+    """
+
+    name: str
+    config: DecoderConfig
+    fill: Callable[[], Fill]
+    tokenizer: Callable[[], ChatTokenizer | None]
+
+
+def random_checkpoint(spec: str, seed: int, max_positions: int | None) -> Checkpoint:
+    """Random weights of the preset that `spec` names."""
+    config = preset(spec.removeprefix(RANDOM_PREFIX))
+    if max_positions is not None:
+        config = replace(config, max_positions=max_positions)
+    return Checkpoint(spec, config, lambda: random_fill(config, seed), lambda: None)
+
+
+def open_checkpoint(spec: str | Path, max_positions: int | None) -> Checkpoint:
+    """The checkpoint at a path. Raises as `models.load`."""
+    path = Path(spec)
+    if not path.exists():
+        raise FileNotFoundError(f"no such file or folder: {path}")
+    if path.is_file() and path.suffix == ".gguf":
+        return _open_gguf(path, max_positions)
+    return _open_folder(path, max_positions)
+
+
+def _open_gguf(path: Path, max_positions: int | None) -> Checkpoint:
+    from models.gguf_tokenizer import read_gguf_tokenizer
+
+    file = read_gguf(path)
+    architecture, layout = gguf_architecture(file)
+    config = read_config(hf_words(file), architecture, path, max_positions)
+    return Checkpoint(
+        path.stem,
+        config,
+        lambda: checkpoint_fill(file, layout, config),
+        lambda: read_gguf_tokenizer(file),
+    )
+
+
+def _open_folder(path: Path, max_positions: int | None) -> Checkpoint:
+    from models.tokenizer_folder import read_tokenizer_folder
+
+    folder = path if path.is_dir() else path.parent
+    where = folder / CONFIG
+    words = read_json(where)
+    architecture = find_architecture(words, where)
+    config = read_config(words, architecture, where, max_positions)
+    return Checkpoint(
+        folder.resolve().name,
+        config,
+        lambda: checkpoint_fill(read_folder(path), architecture.layout, config),
+        lambda: read_tokenizer_folder(folder),
+    )

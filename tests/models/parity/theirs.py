@@ -1,0 +1,61 @@
+"""A case's checkpoint, written by transformers, and what transformers makes of it."""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from tests.models.parity.cases import GREEDY_TOKENS, PROMPTS, Case
+from tests.models.parity.recipe import draw
+
+
+def make_model(case: Case) -> Any:
+    """transformers' model of this case in float32, with the recipe's weights."""
+    model_class = getattr(transformers, case.class_name)
+    model = model_class(model_class.config_class(**case.config))
+    model = model.to(torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(draw(name, tuple(parameter.shape))))
+    return model
+
+
+def write_checkpoint(case: Case, model: Any, folder: Path) -> None:
+    """Saves it as transformers does."""
+    saved = model.base_model if case.bare else model
+    saved.config.architectures = [case.class_name]
+    options = {}
+    if case.shards > 1:
+        size = sum(tensor.numel() * 4 for tensor in model.state_dict().values())
+        options["max_shard_size"] = size // case.shards + 1
+    saved.save_pretrained(folder, **options)
+    if case.bare:  # the base class puts its own name there
+        config = type(model.config).from_pretrained(folder)
+        config.architectures = [case.class_name]
+        config.save_pretrained(folder)
+
+
+def prompt_logits(model: Any) -> list[np.ndarray]:
+    """Logits `[T, V]` of both prompts."""
+    with torch.no_grad():
+        return [model(torch.tensor([prompt])).logits[0].numpy() for prompt in PROMPTS]
+
+
+def greedy_tokens(model: Any) -> tuple[list[list[int]], float]:
+    """The continuation of both prompts, and the smallest gap between a token and the next best."""
+    tokens, smallest = [], float("inf")
+    for prompt in PROMPTS:
+        ids = list(prompt)
+        for _ in range(GREEDY_TOKENS):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0, -1]
+            best = torch.topk(logits, 2).values
+            smallest = min(smallest, float(best[0] - best[1]))
+            ids.append(int(logits.argmax()))
+        tokens.append(ids[len(prompt) :])
+    return tokens, smallest
