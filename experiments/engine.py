@@ -26,7 +26,8 @@ class EngineConfig:
     """Compare the engine's speed with that of the bare decode loop at the same shapes."""
 
     model: str = "smollm2"
-    """`smollm2` (downloaded once), `random:PRESET`, or a path to a GGUF file."""
+    """`smollm2` (downloaded once), `random:PRESET` (random weights), a GGUF file, a folder with a
+    Hugging Face checkpoint, or ORG/NAME[@REVISION] to fetch from the hub."""
 
     rows: int = 32
     """Requests decoded at once."""

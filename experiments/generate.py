@@ -24,7 +24,8 @@ class GenerateConfig:
     """Answer many questions behind one shared system prompt, and show what sharing saves."""
 
     model: str = "smollm2"
-    """`smollm2` (downloaded once), a path to a GGUF file, or `random:PRESET` (random weights)."""
+    """`smollm2` (downloaded once), a GGUF file, a folder with a Hugging Face checkpoint,
+    ORG/NAME[@REVISION] to fetch from the hub, or `random:PRESET` (random weights)."""
 
     system_prompt: Annotated[Path | None, by_default("FILE", "the shipped one")] = None
     """A text file with the system prompt that all requests share."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +11,14 @@ from experiments.errors import UserError
 
 SMOLLM2 = "smollm2"
 RANDOM_PREFIX = "random:"
+FILE_SUFFIXES = (".gguf", ".safetensors")
+PATH_BEGINNINGS = (".", "/", "~")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model named on the command line: `smollm2`, `random:PRESET`, or else a file's path."""
+    """A model named on the command line: `smollm2`, `random:PRESET`, a path, or a hub name."""
 
     name: str
 
@@ -21,26 +26,44 @@ class ModelSource:
     def is_random(self) -> bool:
         return self.name.startswith(RANDOM_PREFIX)
 
+    @property
+    def path(self) -> Path | None:
+        """The file or folder that is meant, when one is there."""
+        expanded = os.path.expanduser(self.name)
+        return Path(expanded) if os.path.exists(expanded) else None
+
 
 def parse_model(name: str) -> ModelSource:
-    """The model that `--model name` means; the preset of a random one is checked when it is made.
+    """The model that `--model name` means.
+
+    Anything that exists is a path. The preset of a random model, and whether the hub has a model,
+    are found out by `fetch_model`.
 
     Raises:
-        UserError: `name` is neither a known name nor an existing file.
+        UserError: `name` is neither a known name, nor an existing file or folder, nor a hub name.
     """
-    if name == SMOLLM2 or name.startswith(RANDOM_PREFIX):
-        return ModelSource(name)
-    if not Path(name).is_file():
-        what = "there is no such file" if name.endswith(".gguf") else "unknown model"
+    source = ModelSource(name)
+    if name == SMOLLM2 or source.is_random or source.path is not None:
+        return source
+    looks_like_path = (
+        name.startswith(PATH_BEGINNINGS)
+        or name.endswith(FILE_SUFFIXES)
+        or name.partition("@")[0].count("/") > 1
+    )
+    if looks_like_path or not HUB_NAME.fullmatch(name):
+        what = "there is no such file or folder" if looks_like_path else "unknown model"
         raise UserError(
-            f"--model {name}: {what}; expected {SMOLLM2}, the path of a GGUF file, or "
+            f"--model {name}: {what}; expected {SMOLLM2}, the path of a GGUF file or of a folder "
+            f"with config.json and *.safetensors, ORG/NAME on the Hugging Face hub, or "
             f"{RANDOM_PREFIX}PRESET (such as {RANDOM_PREFIX}tiny)"
         )
-    return ModelSource(name)
+    return source
 
 
 def fetch_model(source: ModelSource) -> str | Path:
-    """What `models.load` takes for `source`; a model not yet on this machine is downloaded.
+    """What `models.load` takes for `source`: a path, or `random:PRESET`.
+
+    A model not yet on this machine is downloaded.
 
     Raises:
         UserError: an unknown preset.
@@ -55,4 +78,9 @@ def fetch_model(source: ModelSource) -> str | Path:
             models.preset(source.name.removeprefix(RANDOM_PREFIX))
         except ValueError as error:
             raise UserError(f"--model {source.name}: {error}") from error
-    return source.name
+        return source.name
+    if source.path is not None:
+        return source.path
+    from models.hub import fetch_repository
+
+    return fetch_repository(source.name)

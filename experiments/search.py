@@ -29,7 +29,8 @@ class SearchConfig:
     """What is asked."""
 
     model: str = "smollm2"
-    """`smollm2` (downloaded once) or a path to a GGUF file."""
+    """`smollm2` (downloaded once), a GGUF file, a folder with a Hugging Face checkpoint, or
+    ORG/NAME[@REVISION] to fetch from the hub."""
 
     system_prompt: Annotated[Path | None, by_default("FILE", "the shipped one")] = None
     """A text file with the system prompt."""

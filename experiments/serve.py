@@ -52,7 +52,8 @@ class ServeConfig:
 
     model: str = "random:tiny"
     """`random:PRESET` (random weights: nothing to download, and the answers mean nothing anyway),
-    `smollm2` (downloaded once), or a path to a GGUF file."""
+    `smollm2` (downloaded once), a GGUF file, a folder with a Hugging Face checkpoint, or
+    ORG/NAME[@REVISION] to fetch from the hub."""
 
     trace: Annotated[Path | None, by_default("FILE", "made-up requests")] = None
     """A request trace in the format of Mooncake's releases: JSON lines of `timestamp`,

@@ -39,7 +39,8 @@ class SoakConfig:
     """How long requests come. The first fifth warms up: it counts for nothing but lost requests."""
 
     model: str = "random:tiny"
-    """`random:PRESET` for random weights, `smollm2` (downloaded once) or a path to a GGUF file."""
+    """`random:PRESET` for random weights, `smollm2` (downloaded once), a GGUF file, a folder with a
+    Hugging Face checkpoint, or ORG/NAME[@REVISION] to fetch from the hub."""
 
     rows: int = 16
     """Most requests decoded at once."""
