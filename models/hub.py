@@ -30,6 +30,7 @@ SMALL_NAMES = ("tokenizer.model",)
 SECONDS_BEYOND_TIMEOUT = 5.0
 FILES_AT_A_TIME = 2
 MOST_NAMED = 5
+
 Result = TypeVar("Result")
 
 
@@ -185,9 +186,11 @@ def _progress(hub: Any, total: int) -> Iterator[type]:
     """Shows bytes on stderr where that is a terminal; yields the bar class to give the library.
 
     Its own bars are never shown. They are what its threads call for each piece of a file, so they
-    are where those are stopped when the context is left early.
+    are where those are stopped when the context is left by an exception: an interrupt reaches the
+    main thread only.
     """
     import tqdm
+    from huggingface_hub.utils._xet import abort_xet_session  # as the library does on Ctrl-C
 
     stop = threading.Event()
     hidden = not sys.stderr.isatty() or hub.utils.are_progress_bars_disabled()
@@ -206,8 +209,11 @@ def _progress(hub: Any, total: int) -> Iterator[type]:
 
     try:
         yield Bar
-    finally:
+    except BaseException:
         stop.set()
+        abort_xet_session()
+        raise
+    finally:
         shown.close()
 
 

@@ -314,11 +314,15 @@ def test_a_terminal_gets_one_progress_bar_that_vanishes(server, monkeypatch):
     assert bar.rpartition("\r")[0].endswith(" ")
 
 
-def test_an_interrupt_does_not_wait_for_the_files(server, no_settings):
+def test_an_interrupt_does_not_wait_for_the_files(server, no_settings, monkeypatch):
     """Shards that would take four seconds more: none is waited for, and no part stays behind."""
     begin = time.monotonic()
     calls = itertools.count()
     main_thread = threading.get_ident()
+    aborted = []
+    monkeypatch.setattr(
+        "huggingface_hub.utils._xet.abort_xet_session", lambda: aborted.append("xet")
+    )
 
     def slowly(handler, file):
         if file not in SHARDS or handler.command == "HEAD":
@@ -338,6 +342,7 @@ def test_an_interrupt_does_not_wait_for_the_files(server, no_settings):
     server.fault = slowly
     with pytest.raises(KeyboardInterrupt):
         fetch_repository(REPOSITORY)
+    assert aborted == ["xet"]
     while list(no_settings.rglob("*.incomplete")):
         time.sleep(0.05)
     assert time.monotonic() - begin < 3
