@@ -6,8 +6,13 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiments.errors import UserError
+from experiments.progress import phase_display
+
+if TYPE_CHECKING:
+    from models import LoadedModel
 
 SMOLLM2 = "smollm2"
 RANDOM_PREFIX = "random:"
@@ -60,14 +65,40 @@ def parse_model(name: str) -> ModelSource:
     return source
 
 
-def fetch_model(source: ModelSource) -> str | Path:
-    """What `models.load` takes for `source`: a path, or `random:PRESET`.
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded."""
 
-    A model not yet on this machine is downloaded.
+    dtype: str = "float32"
+    seed: int = 0
+    max_positions: int | None = None
+
+
+def load_model(source: ModelSource, options: LoadOptions = LoadOptions()) -> LoadedModel:
+    """Fetch the model if it is not on this machine yet, and load it; progress goes to stderr.
 
     Raises:
         UserError: an unknown preset.
         models.DownloadError: the model cannot be fetched.
+        models.CheckpointError: it cannot be used.
+    """
+    import models
+
+    spec = fetch_model(source)
+    with phase_display() as display:
+        return models.load(
+            spec,
+            dtype=options.dtype,
+            seed=options.seed,
+            max_positions=options.max_positions,
+            on_progress=lambda done, total: display.update("load (MiB)", done >> 20, total >> 20),
+        )
+
+
+def fetch_model(source: ModelSource) -> str | Path:
+    """What `models.load` takes for `source`: a path, or `random:PRESET`.
+
+    A model not yet on this machine is downloaded. Raises as `load_model`.
     """
     import models
 

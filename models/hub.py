@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import re
 import shutil
 import sys
 import threading
@@ -25,6 +26,7 @@ from models.errors import DownloadError
 from models.hub_errors import INSTEAD, HubErrors
 from models.safetensors_folder import INDEX, SHARD_NAME, SINGLE, SUFFIX
 
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)
 SMALL_SUFFIXES = (".json", ".jinja")
 SMALL_NAMES = ("tokenizer.model",)
 SECONDS_BEYOND_TIMEOUT = 5.0
@@ -55,6 +57,11 @@ def fetch_repository(name: str) -> Path:
         ) from error
     repository, _, revision = name.partition("@")
     return _Fetch(huggingface_hub, repository, revision or None).run()
+
+
+def is_repository_name(name: str) -> bool:
+    """Whether `name` can be a repository's: "org/name" or "org/name@revision", and no file's."""
+    return bool(REPOSITORY.fullmatch(name)) and not name.endswith((".gguf", SUFFIX))
 
 
 def files_to_fetch(names: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from models.config import DecoderConfig
 from models.gguf_config import gguf_architecture, hf_words
 from models.gguf_file import read_gguf
 from models.hf_config import find_architecture, read_config
+from models.hub import fetch_repository, is_repository_name
 from models.presets import preset
 from models.random_weights import random_fill
 from models.safetensors_folder import read_folder, read_json
@@ -48,10 +49,19 @@ def random_checkpoint(spec: str, seed: int, max_positions: int | None) -> Checkp
 
 
 def open_checkpoint(spec: str | Path, max_positions: int | None) -> Checkpoint:
-    """The checkpoint at a path. Raises as `models.load`."""
-    path = Path(spec)
-    if not path.exists():
-        raise FileNotFoundError(f"no such file or folder: {path}")
+    """The checkpoint at a path, or of a repository on the hub. Raises as `models.load`."""
+    path = Path(spec).expanduser()
+    if path.exists():
+        return _open_path(path, max_positions)
+    if not (isinstance(spec, str) and is_repository_name(spec)):
+        raise FileNotFoundError(
+            f"no such file or folder: {spec}; expected a GGUF file, a folder with {CONFIG} and "
+            f"*.safetensors, ORG/NAME on the Hugging Face hub, or {RANDOM_PREFIX}PRESET"
+        )
+    return replace(_open_path(fetch_repository(spec), max_positions), name=spec)
+
+
+def _open_path(path: Path, max_positions: int | None) -> Checkpoint:
     if path.is_file() and path.suffix == ".gguf":
         return _open_gguf(path, max_positions)
     return _open_folder(path, max_positions)
