@@ -24,6 +24,7 @@ from pallas_kernels.online_softmax import MASKED, Partial
 # GPUs before Hopper for as long as jax has it; whoever chose it here need not be told each time.
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
+LOG2_E = math.log2(math.e)
 SMALL_TILE = 16  # query rows; the least that tensor cores take
 
 
@@ -97,7 +98,16 @@ class Run:
 
 
 def attend(
-    queries, run: Run, keys, values, layer, head, scale: float, shape: KernelShape, last_seen=None
+    queries,
+    run: Run,
+    keys,
+    values,
+    layer,
+    head,
+    scale: float,
+    softcap: float | None,
+    shape: KernelShape,
+    last_seen=None,
 ) -> Partial:
     """Attention of `queries` [R, Dp] over the tokens of `run`, in log2 units.
 
@@ -135,7 +145,7 @@ def attend(
         ids, offsets = place(index)
         there = index * tokens + slot < run.num_tokens
         k = load(keys, ids, offsets, there)
-        scores = plt.dot(queries, k.T, precision=precision) * (scale * math.log2(math.e))
+        scores = _scores(plt.dot(queries, k.T, precision=precision), scale, softcap)
         visible = there[None]
         if last_seen is not None:
             visible = visible & ((index * tokens + slot)[None] <= last_seen[:, None])
@@ -156,6 +166,14 @@ def attend(
         jnp.zeros((rows,), jnp.float32),
     )
     return lax.fori_loop(0, pl.cdiv(run.num_tokens, tokens), step, start)
+
+
+def _scores(products, scale: float, softcap: float | None):
+    """Scores in units of log2; it is those in natural units that a softcap bends."""
+    if softcap is None:
+        return products * (scale * LOG2_E)
+    # Becomes libdevice's tanh, which is off by a unit or two in the last place.
+    return jnp.tanh(products * (scale / softcap)) * (softcap * LOG2_E)
 
 
 def load_queries(q, row, query_head, inside, shape: KernelShape):

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.implementations import AttentionShapes, Operation
 from pallas_kernels.plans import DecodePlan, HostOrDevice
+from pallas_kernels.softcap import check_softcap
 from pallas_kernels.targets import current_target
 
 CHUNK_ATTENTION = Operation(
@@ -29,6 +30,7 @@ def chunk_attention(
     *,
     layer: int | Int32[Array, ""] = 0,
     scale: float | None = None,
+    softcap: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B Hq D"]:
     """Softmax attention of one query per row over that row's chunks of the pool.
@@ -47,18 +49,22 @@ def chunk_attention(
         of length 0 gives zeros.
       layer: which layer of the pool to read; may be traced.
       scale: multiplies the scores; `1 / sqrt(D)` by default.
+      softcap: keeps scaled scores within (-softcap, softcap), as `softcap * tanh(score / softcap)`
+        (Gemma 2, arXiv 2408.00118, section 2). None leaves them as they are.
       implementation: one of `IMPLEMENTATIONS`, or None for the best that runs here: Mosaic on
         Hopper GPUs, Triton on other NVIDIA GPUs from Ampere on, XLA elsewhere.
 
     Raises:
       ValueError: for an implementation that is unknown or cannot run here, a plan without what it
-        needs, heads that do not divide, or a head_dim that differs from the pool's.
+        needs, heads that do not divide, a head_dim that differs from the pool's, or a softcap that
+        is not positive.
     """
     kv_heads, chunk_size, head_dim = keys.shape[1], *keys.shape[3:]
     if q.shape[-1] != head_dim:
         raise ValueError(f"queries have head_dim {q.shape[-1]}, the pool has {head_dim}")
     if q.shape[1] % kv_heads:
         raise ValueError(f"{q.shape[1]} query heads are not a multiple of {kv_heads} KV heads")
+    check_softcap(softcap)
     shapes = AttentionShapes(str(keys.dtype), q.shape[1] // kv_heads, head_dim, chunk_size)
     return _run(
         q,
@@ -68,13 +74,17 @@ def chunk_attention(
         lengths,
         layer,
         scale=1 / math.sqrt(head_dim) if scale is None else scale,
+        softcap=softcap,
         implementation=CHUNK_ATTENTION.resolve(implementation, shapes),
         interpret=current_target().interpret,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "implementation", "interpret"), inline=True)
-def _run(q, keys, values, plan, lengths, layer, *, scale, implementation, interpret):
+@functools.partial(
+    jax.jit, static_argnames=("scale", "softcap", "implementation", "interpret"), inline=True
+)
+def _run(q, keys, values, plan, lengths, layer, *, scale, softcap, implementation, interpret):
     options = {"interpret": True} if interpret and implementation.startswith("pallas") else {}
     function = CHUNK_ATTENTION.function(implementation)
-    return function(q, keys, values, plan, lengths, layer=layer, scale=scale, **options)
+    how = {"layer": layer, "scale": scale, "softcap": softcap}
+    return function(q, keys, values, plan, lengths, **how, **options)

@@ -34,6 +34,7 @@ def chunk_first(
     *,
     layer,
     scale: float,
+    softcap: float | None = None,
     query_tile: int = WARPGROUP_ROWS,
     stages: int | None = None,
     interpret: Any = False,
@@ -44,7 +45,15 @@ def chunk_first(
     query_tile is 64, or 128: two warpgroups that share what they read. Slots must be reserved for
     whole warpgroups, see `PartialSlots`.
     """
-    shape = TileShape.of(q, keys, scale, query_tile=query_tile, stages=stages, interpret=interpret)
+    shape = TileShape.of(
+        q,
+        keys,
+        scale,
+        softcap=softcap,
+        query_tile=query_tile,
+        stages=stages,
+        interpret=interpret,
+    )
     kv_heads, group = keys.shape[1], shape.group
     # Room for the last item's last warpgroup, whatever its slots' place is.
     slot_rows = (-(-partials.slots.shape[0] * group // WARPGROUP_ROWS) + 1) * WARPGROUP_ROWS

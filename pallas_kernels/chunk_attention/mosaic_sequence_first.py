@@ -47,6 +47,7 @@ def sequence_first(
     *,
     layer,
     scale: float,
+    softcap: float | None = None,
     stages: int | None = None,
     interpret: Any = False,
 ):
@@ -60,6 +61,7 @@ def sequence_first(
         q,
         keys,
         scale,
+        softcap=softcap,
         stages=stages,
         other_memory=WARPGROUP_ROWS * head_dim * 4,
         interpret=interpret,

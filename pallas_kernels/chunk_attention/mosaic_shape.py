@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+LOG2_E = math.log2(math.e)
 WARPGROUP_ROWS = 64  # query rows of one warpgroup: what its matrix instruction takes
 WARPGROUP_AXIS = "warpgroup"
 SM_SHARED_MEMORY = 233472  # bytes; each program on the SM takes 1024 of them for itself
@@ -30,6 +31,7 @@ class TileShape:
     key_tile: int  # tokens of one step
     stages: int
     scale: float  # of the scores, log2(e) included
+    softcap: float | None  # in natural units
     interpret: Any
 
     @classmethod
@@ -39,6 +41,7 @@ class TileShape:
         keys: jax.Array,
         scale: float,
         *,
+        softcap: float | None = None,
         query_tile: int = WARPGROUP_ROWS,
         stages: int | None = None,
         other_memory: int = 0,
@@ -59,7 +62,8 @@ class TileShape:
             warpgroups=warpgroups,
             key_tile=key_tile,
             stages=stages or _default_stages(head_dim, key_tile, warpgroups, other_memory),
-            scale=scale * math.log2(math.e),
+            scale=scale * LOG2_E,
+            softcap=softcap,
             interpret=interpreter() if interpret is True else interpret,
         )
 

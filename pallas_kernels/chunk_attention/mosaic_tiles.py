@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.chunk_attention.mosaic_shape import (
+    LOG2_E,
     WARPGROUP_AXIS,
     WARPGROUP_ROWS,
     Buffers,
@@ -150,7 +151,7 @@ def _attend_step(shape, buffers, run: Run, warpgroup, slot, visible, state: Part
         plgpu.wgmma(accumulator, buffers.queries.at[warpgroup], _transpose(keys))
         return accumulator[...]
 
-    scores = pl.run_scoped(score, ACCUMULATOR((rows, tokens), jnp.float32)) * shape.scale
+    scores = _scores(shape, pl.run_scoped(score, ACCUMULATOR((rows, tokens), jnp.float32)))
     if not run.whole_chunks or shape.chunks_per_step > 1:
         token = plgpu.broadcasted_iota(jnp.int32, (rows, tokens), 1, layout=MATRIX)
         scores = jnp.where(token < visible, scores, MASKED)
@@ -163,6 +164,19 @@ def _attend_step(shape, buffers, run: Run, warpgroup, slot, visible, state: Part
     plgpu.barrier_wait(buffers.values_copied.at[slot])
     values = buffers.values.at[slot]
     return Partial(_accumulate(shape, buffers, warpgroup, output, weights, values), maximum, total)
+
+
+def _scores(shape: TileShape, products) -> Any:
+    """Scores in units of log2; it is those in natural units that a softcap bends."""
+    if shape.softcap is None:
+        return products * shape.scale
+    # tanh(x) = 1 - 2 / (1 + exp(2 x)). With approximate math jnp.tanh is the GPU's own instruction,
+    # off by up to one part in 2000: a score near a softcap of 50, by 0.02. This is off by less than
+    # 1e-6 of the softcap, for every x. Near 0 that is much of tanh(x), but softmax knows only
+    # differences of scores.
+    exponentials = jnp.exp2(products * (2 * shape.scale / shape.softcap))
+    limit = shape.softcap * LOG2_E
+    return limit - 2 * limit / (1 + exponentials)
 
 
 def _accumulate(shape: TileShape, buffers: Buffers, warpgroup, output, weights, values) -> Any:

@@ -48,6 +48,7 @@ def chunk_attention(
     *,
     layer,
     scale: float,
+    softcap: float | None = None,
     query_tile: int = 64,
     interpret: Any = False,
 ):
@@ -55,7 +56,12 @@ def chunk_attention(
 
     `interpret` is False, True, or `InterpretGPUParams`.
     """
-    options: dict[str, Any] = {"layer": layer, "scale": scale, "interpret": interpret}
+    options: dict[str, Any] = {
+        "layer": layer,
+        "scale": scale,
+        "softcap": softcap,
+        "interpret": interpret,
+    }
     shared = chunk_first(
         q, keys, values, plan.items, require_partials(plan), query_tile=query_tile, **options
     )

@@ -38,10 +38,19 @@ MERGE_VALUES = 8192
 
 
 def chunk_attention(
-    q, keys, values, plan: DecodePlan, lengths, *, layer, scale: float, interpret: bool = False
+    q,
+    keys,
+    values,
+    plan: DecodePlan,
+    lengths,
+    *,
+    layer,
+    scale: float,
+    softcap: float | None = None,
+    interpret: bool = False,
 ):
     """See `pallas_kernels.chunk_attention.api.chunk_attention`."""
-    how = {"layer": layer, "scale": scale, "interpret": interpret}
+    how = {"layer": layer, "scale": scale, "softcap": softcap, "interpret": interpret}
     shared = chunk_first(q, keys, values, plan.items, require_partials(plan), **how)
     return sequence_first(q, keys, values, plan, lengths, shared, **how)
 
@@ -55,6 +64,7 @@ def chunk_first(
     *,
     layer,
     scale: float,
+    softcap: float | None = None,
     interpret: bool = False,
 ) -> Partial:
     """The partials of all work items: output [Hkv, S * G, Dp], maximum and total [Hkv, S * G].
@@ -67,7 +77,7 @@ def chunk_first(
     rows = partials.slots.shape[0] * shape.group
     return Partial(
         *pl.pallas_call(
-            partial(_chunk_first_kernel, shape=shape, scale=scale),
+            partial(_chunk_first_kernel, shape=shape, scale=scale, softcap=softcap),
             grid=(items.row_begin.shape[0], kv_heads),
             out_shape=(
                 jax.ShapeDtypeStruct((kv_heads, rows, shape.padded_dim), jnp.float32),
@@ -111,6 +121,7 @@ def _chunk_first_kernel(
     *,
     shape: KernelShape,
     scale: float,
+    softcap: float | None,
 ):
     item, head = pl.program_id(0), pl.program_id(1)
     group = shape.group
@@ -122,7 +133,7 @@ def _chunk_first_kernel(
             q, row_begin[item] + index // group, head * group + index % group, inside, shape
         )
         run = Run(chunks, (), chunk_begin[item], chunk_count[item] * shape.chunk_size)
-        result = attend(queries, run, keys, values, layer[0], head, scale, shape)
+        result = attend(queries, run, keys, values, layer[0], head, scale, softcap, shape)
         place = item_slot[item] * group + index
         dims = jnp.arange(shape.padded_dim, dtype=jnp.int32)
         plt.store(output.at[head, place[:, None], dims[None]], result.output, mask=inside[:, None])
@@ -154,13 +165,14 @@ def sequence_first(
     *,
     layer,
     scale: float,
+    softcap: float | None = None,
     interpret: bool = False,
 ):
     """Attention to each row's private chunks, merged with its partials: [B, Hq, D]."""
     shape = KernelShape.of(q, keys)
     partials = require_partials(plan)
     return pl.pallas_call(
-        partial(_sequence_first_kernel, shape=shape, scale=scale),
+        partial(_sequence_first_kernel, shape=shape, scale=scale, softcap=softcap),
         grid=(q.shape[0], keys.shape[1]),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=shape.compiler_params,
@@ -195,6 +207,7 @@ def _sequence_first_kernel(
     *,
     shape: KernelShape,
     scale: float,
+    softcap: float | None,
 ):
     row, head = pl.program_id(0), pl.program_id(1)
     group = shape.group
@@ -203,7 +216,7 @@ def _sequence_first_kernel(
     index = jnp.arange(tile, dtype=jnp.int32)
     queries = load_queries(q, row, head * group + index, index < group, shape)
     run = Run(private_chunks, (row,), 0, private_tokens[row])
-    own = attend(queries, run, keys, values, layer[0], head, scale, shape)
+    own = attend(queries, run, keys, values, layer[0], head, scale, softcap, shape)
 
     # Query rows of the tile beyond the group are padding: keep [G, D] of [tile, D].
     fold = (tile // padded_group, padded_group)

@@ -6,9 +6,20 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.plans import DecodePlan
+from pallas_kernels.softcap import cap_scores
 
 
-def chunk_attention(q, keys, values, plan: DecodePlan, lengths, *, layer, scale: float):
+def chunk_attention(
+    q,
+    keys,
+    values,
+    plan: DecodePlan,
+    lengths,
+    *,
+    layer,
+    scale: float,
+    softcap: float | None = None,
+):
     """See `pallas_kernels.chunk_attention.api.chunk_attention`.
 
     Computes in float64 when q is float64 (with jax_enable_x64), in float32 otherwise. Scores every
@@ -24,6 +35,7 @@ def chunk_attention(q, keys, values, plan: DecodePlan, lengths, *, layer, scale:
     highest = jax.lax.Precision.HIGHEST
     k, v = keys[layer].astype(compute), values[layer].astype(compute)
     scores = jnp.einsum("bhgd,hncd->bhgnc", grouped, k, precision=highest) * scale
+    scores = cap_scores(scores, softcap)
     scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
     maximum = scores.max(axis=(-2, -1), keepdims=True)
     weights = jnp.exp(scores - jnp.where(jnp.isfinite(maximum), maximum, 0))

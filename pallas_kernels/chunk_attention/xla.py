@@ -18,6 +18,7 @@ from jax import lax
 
 from pallas_kernels.online_softmax import MASKED, Partial, empty, merge, normalise
 from pallas_kernels.plans import DecodePlan, WorkItems
+from pallas_kernels.softcap import cap_scores
 
 # Tokens gathered at once. Larger pieces amortise the cost of a loop step; the scores of a piece
 # (tokens x query rows, float32) should stay within a few MB.
@@ -27,12 +28,22 @@ MAX_PIECE_SCORES = 1 << 20
 SEQUENCE_STEP_CHUNKS = 32
 
 
-def chunk_attention(q, keys, values, plan: DecodePlan, lengths, *, layer, scale: float):
+def chunk_attention(
+    q,
+    keys,
+    values,
+    plan: DecodePlan,
+    lengths,
+    *,
+    layer,
+    scale: float,
+    softcap: float | None = None,
+):
     """See `pallas_kernels.chunk_attention.api.chunk_attention`."""
 
     def attend_head(head, queries):
-        shared = chunk_first(queries, keys, values, plan.items, layer, head)
-        private = _sequence_first(queries, keys, values, plan, lengths, layer, head)
+        shared = chunk_first(queries, keys, values, plan.items, layer, head, softcap)
+        private = _sequence_first(queries, keys, values, plan, lengths, layer, head, softcap)
         return normalise(merge(shared, private))
 
     return map_heads(attend_head, q, keys.shape[1], scale)
@@ -52,7 +63,9 @@ def map_heads(attend_head: Callable, q, kv_heads: int, scale: float):
     return output.transpose(1, 0, 2, 3).reshape(q.shape).astype(q.dtype)
 
 
-def chunk_first(queries, keys, values, items: WorkItems, layer, head) -> Partial:
+def chunk_first(
+    queries, keys, values, items: WorkItems, layer, head, softcap: float | None
+) -> Partial:
     """All work items, merged into the rows they cover. queries [B, G, D] -> Partial [B, G]."""
     batch, group, head_dim = queries.shape
     tiles = _row_tiles(batch)
@@ -69,6 +82,7 @@ def chunk_first(queries, keys, values, items: WorkItems, layer, head) -> Partial
             items.chunk_count[item],
             layer,
             head,
+            softcap,
         )
         row = start + jnp.arange(tile, dtype=jnp.int32)
         covered = ((row >= first) & (row < first + rows))[:, None]
@@ -99,7 +113,9 @@ def merge_rows(state: Partial, result: Partial, start, covered) -> Partial:
     return Partial(*(lax.dynamic_update_slice_in_dim(x, part, start, 0) for x, part in new))
 
 
-def attend_run(queries, keys, values, chunks, begin, count, layer, head) -> Partial:
+def attend_run(
+    queries, keys, values, chunks, begin, count, layer, head, softcap: float | None
+) -> Partial:
     """Attention of `queries` [R, D] over the full chunks `chunks[begin : begin + count]`."""
     rows, head_dim = queries.shape
     state = empty((rows,), head_dim)
@@ -110,7 +126,7 @@ def attend_run(queries, keys, values, chunks, begin, count, layer, head) -> Part
             ids = lax.dynamic_slice(chunks, (begin + piece * size,), (size,))
             k = gather_chunks(keys, layer, head, ids)
             v = gather_chunks(values, layer, head, ids)
-            return merge(state, attend_tokens(queries, k, v))
+            return merge(state, attend_tokens(queries, k, v, softcap))
 
         state = lax.fori_loop(0, pieces, attend_piece, state)
         begin = begin + pieces * size
@@ -124,9 +140,10 @@ def gather_chunks(pool, layer, head, ids):
     return tokens.reshape(*ids.shape[:-1], -1, pool.shape[-1]).astype(jnp.float32)
 
 
-def attend_tokens(queries, k, v, visible=None) -> Partial:
+def attend_tokens(queries, k, v, softcap: float | None, visible=None) -> Partial:
     """Attention of `queries` [R, D] over k, v [T, D]; `visible` [T, R] masks, None sees all."""
-    scores = _dot(k, queries, ((1,), (1,)))  # [T, R]: the long dimension first is faster on CPU
+    # [T, R]: the long dimension first is faster on CPU.
+    scores = cap_scores(_dot(k, queries, ((1,), (1,))), softcap)
     if visible is not None:
         scores = jnp.where(visible, scores, MASKED)
     maximum = scores.max(axis=0)
@@ -170,7 +187,9 @@ def _row_tiles(batch: int) -> list[int]:
     return tiles
 
 
-def _sequence_first(queries, keys, values, plan: DecodePlan, lengths, layer, head) -> Partial:
+def _sequence_first(
+    queries, keys, values, plan: DecodePlan, lengths, layer, head, softcap: float | None
+) -> Partial:
     """The private chunks of every row. queries [B, G, D] -> Partial [B, G]."""
     batch, group, head_dim = queries.shape
     num_chunks, chunk_size = keys.shape[2:4]
@@ -188,7 +207,7 @@ def _sequence_first(queries, keys, values, plan: DecodePlan, lengths, layer, hea
         position = index * step_tokens + jnp.arange(step_tokens, dtype=jnp.int32)
         visible = (position[None] < remaining[:, None])[:, None]
         scores = jnp.einsum("bgd,btd->bgt", queries, k, precision=lax.Precision.HIGHEST)
-        scores = jnp.where(visible, scores, MASKED)
+        scores = jnp.where(visible, cap_scores(scores, softcap), MASKED)
         maximum = scores.max(axis=-1)
         weights = jnp.where(visible, jnp.exp(scores - maximum[..., None]), 0)
         output = jnp.einsum("bgt,btd->bgd", weights, v, precision=lax.Precision.HIGHEST)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.implementations import AttentionShapes, Operation
 from pallas_kernels.plans import HostOrDevice, PrefillPlan
+from pallas_kernels.softcap import check_softcap
 from pallas_kernels.targets import current_target
 
 PREFILL_ATTENTION = Operation(
@@ -29,6 +30,7 @@ def prefill_attention(
     query_tile: int,
     layer: int | Int32[Array, ""] = 0,
     scale: float | None = None,
+    softcap: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T Hq D"]:
     """Causal softmax attention of packed new tokens over their sequences' chunks.
@@ -44,12 +46,15 @@ def prefill_attention(
       query_tile: most tokens a tile of the plan has.
       layer: which layer of the pool to read; may be traced.
       scale: multiplies the scores; `1 / sqrt(D)` by default.
+      softcap: keeps scaled scores within (-softcap, softcap), as `softcap * tanh(score / softcap)`
+        (Gemma 2, arXiv 2408.00118, section 2). None leaves them as they are.
       implementation: one of `IMPLEMENTATIONS`, or None for the best that runs here.
 
     Raises:
-      ValueError: for an implementation that is unknown or cannot run here, or a plan without what
-        it needs.
+      ValueError: for an implementation that is unknown or cannot run here, a plan without what it
+        needs, or a softcap that is not positive.
     """
+    check_softcap(softcap)
     kv_heads, chunk_size, head_dim = keys.shape[1], *keys.shape[3:]
     shapes = AttentionShapes(str(keys.dtype), q.shape[1] // kv_heads, head_dim, chunk_size)
     return _run(
@@ -60,17 +65,19 @@ def prefill_attention(
         layer,
         query_tile=query_tile,
         scale=1 / math.sqrt(head_dim) if scale is None else scale,
+        softcap=softcap,
         implementation=PREFILL_ATTENTION.resolve(implementation, shapes),
         interpret=current_target().interpret,
     )
 
 
 @functools.partial(
-    jax.jit, static_argnames=("query_tile", "scale", "implementation", "interpret"), inline=True
+    jax.jit,
+    static_argnames=("query_tile", "scale", "softcap", "implementation", "interpret"),
+    inline=True,
 )
-def _run(q, keys, values, plan, layer, *, query_tile, scale, implementation, interpret):
+def _run(q, keys, values, plan, layer, *, query_tile, scale, softcap, implementation, interpret):
     options = {"interpret": True} if interpret and implementation.startswith("pallas") else {}
     function = PREFILL_ATTENTION.function(implementation)
-    return function(
-        q, keys, values, plan, layer=layer, scale=scale, query_tile=query_tile, **options
-    )
+    how = {"layer": layer, "scale": scale, "softcap": softcap}
+    return function(q, keys, values, plan, query_tile=query_tile, **how, **options)

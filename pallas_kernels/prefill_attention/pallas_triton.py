@@ -41,18 +41,19 @@ def prefill_attention(
     layer,
     scale: float,
     query_tile: int,
+    softcap: float | None = None,
     interpret: bool = False,
 ):
     """See `pallas_kernels.prefill_attention.api.prefill_attention`."""
     partials = require_partials(plan)
-    how = {"layer": layer, "scale": scale, "interpret": interpret}
+    how = {"layer": layer, "scale": scale, "softcap": softcap, "interpret": interpret}
     shared = chunk_first(q, keys, values, plan.items, partials, **how)
     shape = _causal_shape(KernelShape.of(q, keys))
     tokens = q.shape[0]
     tiles = plan.tile_begin.shape[0]
     parts = pl.cdiv(min(query_tile, tokens) * shape.group, shape.query_tile)
     output = pl.pallas_call(
-        partial(_causal_kernel, shape=shape, scale=scale),
+        partial(_causal_kernel, shape=shape, scale=scale, softcap=softcap),
         grid=(tiles, keys.shape[1], parts),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=shape.compiler_params,
@@ -108,6 +109,7 @@ def _causal_kernel(
     *,
     shape: KernelShape,
     scale: float,
+    softcap: float | None,
 ):
     tile, head, part = (pl.program_id(axis) for axis in range(3))
     group = shape.group
@@ -124,7 +126,7 @@ def _causal_kernel(
         position = tile_position[tile] + local - own_begin  # counted from the first own chunk
         last = jnp.max(jnp.where(inside, position, 0))
         run = Run(block_tables, (sequence,), own_chunk[sequence], last + 1)
-        state = attend(queries, run, keys, values, layer[0], head, scale, shape, position)
+        state = attend(queries, run, keys, values, layer[0], head, scale, softcap, shape, position)
 
         begin = plt.load(slot_begin.at[token], mask=inside, other=0)
         count = plt.load(slot_begin.at[token + 1], mask=inside, other=0) - begin

@@ -6,9 +6,20 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.plans import PrefillPlan
+from pallas_kernels.softcap import cap_scores
 
 
-def prefill_attention(q, keys, values, plan: PrefillPlan, *, layer, scale: float, query_tile: int):
+def prefill_attention(
+    q,
+    keys,
+    values,
+    plan: PrefillPlan,
+    *,
+    layer,
+    scale: float,
+    query_tile: int,
+    softcap: float | None = None,
+):
     """See `pallas_kernels.prefill_attention.api.prefill_attention`.
 
     Computes in float64 when q is float64, in float32 otherwise, and gathers the whole context of
@@ -27,6 +38,7 @@ def prefill_attention(q, keys, values, plan: PrefillPlan, *, layer, scale: float
     highest = jax.lax.Precision.HIGHEST
     grouped = q.astype(compute).reshape(tokens, kv_heads, num_heads // kv_heads, head_dim)
     scores = jnp.einsum("thgd,thkd->thgk", grouped, context(keys), precision=highest) * scale
+    scores = cap_scores(scores, softcap)
     visible = jnp.arange(scores.shape[-1])[None] <= position[:, None]
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
     output = jnp.einsum("thgk,thkd->thgd", weights, context(values), precision=highest)

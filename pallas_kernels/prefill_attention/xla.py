@@ -22,7 +22,17 @@ from pallas_kernels.online_softmax import Partial, merge, normalise
 from pallas_kernels.plans import PrefillPlan
 
 
-def prefill_attention(q, keys, values, plan: PrefillPlan, *, layer, scale: float, query_tile: int):
+def prefill_attention(
+    q,
+    keys,
+    values,
+    plan: PrefillPlan,
+    *,
+    layer,
+    scale: float,
+    query_tile: int,
+    softcap: float | None = None,
+):
     """See `pallas_kernels.prefill_attention.api.prefill_attention`."""
     tokens, num_heads, head_dim = q.shape
     group = num_heads // keys.shape[1]
@@ -47,22 +57,33 @@ def prefill_attention(q, keys, values, plan: PrefillPlan, *, layer, scale: float
                 first + count,
                 layer,
                 head,
+                softcap,
             )
             return merge_rows(state, own, start, inside)
 
-        before = chunk_first(queries, keys, values, plan.items, layer, head)
+        before = chunk_first(queries, keys, values, plan.items, layer, head, softcap)
         return normalise(lax.fori_loop(0, plan.num_tiles, attend_tile, before))
 
     return map_heads(attend_head, q, keys.shape[1], scale)
 
 
 def _attend_causal(
-    queries, positions, keys, values, table, begin, first, last, layer, head
+    queries,
+    positions,
+    keys,
+    values,
+    table,
+    begin,
+    first,
+    last,
+    layer,
+    head,
+    softcap: float | None,
 ) -> Partial:
     """Rows at `positions`, all in [first, last), over the tokens from chunk `begin` on."""
     chunk_size = keys.shape[3]
     full = lax.div(first, jnp.int32(chunk_size))
-    before = attend_run(queries, keys, values, table, begin, full - begin, layer, head)
+    before = attend_run(queries, keys, values, table, begin, full - begin, layer, head, softcap)
 
     def attend_diagonal(chunk, state: Partial) -> Partial:
         ids = table[chunk][None]
@@ -70,7 +91,7 @@ def _attend_causal(
         v = gather_chunks(values, layer, head, ids)
         key_position = chunk * chunk_size + jnp.arange(chunk_size, dtype=jnp.int32)
         visible = key_position[:, None] <= positions[None]
-        return merge(state, attend_tokens(queries, k, v, visible))
+        return merge(state, attend_tokens(queries, k, v, softcap, visible))
 
     end = lax.div(last + (chunk_size - 1), jnp.int32(chunk_size))
     return lax.fori_loop(full, end, attend_diagonal, before)
