@@ -31,6 +31,7 @@ Call = Callable[[], jax.Array]
 REFERENCE_SCORES = 1 << 24
 """The most scores the reference may hold: it scores every query against the whole pool."""
 
+_PLAIN = ("paged-shared-pages", "paged", "dense")  # compute softmax(q k^T / sqrt(D)) v, only that
 CHECKED_ROWS = 8
 CHECKED_KV_HEADS = 4
 
@@ -112,8 +113,11 @@ def skip_reasons(
             CHUNK_ATTENTION.resolve(name, _shapes(case))
         except ImplementationError as error:
             skipped[name] = str(error)
+    if not case.has_plain_scores:
+        reason = "it knows neither a softcap nor a scale of its own"
+        skipped |= dict.fromkeys((name for name in _PLAIN if name in implementations), reason)
     for name in ("paged", "dense"):
-        if name not in implementations:
+        if name not in implementations or name in skipped:
             continue
         more = 0 if name == "paged" and not shares(case) else copies_bytes(case)
         if held + more > limit:
@@ -153,7 +157,10 @@ def make_sides(operands: CaseOperands, names: tuple[Implementation, ...]) -> dic
 def _chunk_attention(operands: CaseOperands, implementation: str, plan=None) -> Call:
     plan, lengths = jax.device_put((plan or operands.plan, operands.lengths))
     arguments = operands.q, operands.keys, operands.values, plan, lengths
-    return lambda: chunk_attention(*arguments, implementation=implementation)
+    case = operands.case
+    return lambda: chunk_attention(
+        *arguments, scale=case.scale, softcap=case.softcap, implementation=implementation
+    )
 
 
 def _xla_unshared(operands: CaseOperands) -> Call:
@@ -248,6 +255,8 @@ class Checker:
             operands.row_lengths,
             rows=rows,
             kv_heads=heads,
+            scale=operands.case.scale,
+            softcap=operands.case.softcap,
         )
         return cls(rows, heads, exact)
 

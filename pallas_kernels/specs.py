@@ -17,6 +17,8 @@ class AttentionCase:
     Attributes:
       tree: shared structure, see above.
       ragged: rows get up to this many private tokens more, each its own number.
+      softcap, scale: as in `chunk_attention`. Queries and keys are normal, so scores of scale 1
+        have the standard deviation sqrt(D).
     """
 
     tree: str
@@ -26,12 +28,17 @@ class AttentionCase:
     chunk_size: int = 64
     dtype: str = "float32"
     ragged: int = 0
+    softcap: float | None = None
+    scale: float | None = None
 
     @property
     def name(self) -> str:
         heads = f"h{self.num_heads}/{self.num_kv_heads}"
         ragged = f"+{self.ragged}" if self.ragged else ""
-        return f"{self.tree}{ragged} {heads} d{self.head_dim} c{self.chunk_size} {self.dtype}"
+        sizes = f"d{self.head_dim} c{self.chunk_size} {self.dtype}"
+        softcap = f" softcap {self.softcap:g}" if self.softcap is not None else ""
+        scale = f" scale {self.scale:g}" if self.scale is not None else ""
+        return f"{self.tree}{ragged} {heads} {sizes}{softcap}{scale}"
 
     @property
     def nodes_per_level(self) -> tuple[int, ...]:
@@ -45,6 +52,11 @@ class AttentionCase:
     def batch(self) -> int:
         return self.nodes_per_level[-1]
 
+    @property
+    def has_plain_scores(self) -> bool:
+        """Whether attention that knows neither a softcap nor a scale of its own computes it."""
+        return self.softcap is None and self.scale is None
+
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
@@ -52,7 +64,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 # Small, and chosen for what can go wrong: one row, one token, G of 1, 3 and 8, head_dim that is no
 # power of two, chunks of 16 to 128, runs shorter and longer than a piece, deep and forked trees,
-# batches that are no power of two, nothing shared at all.
+# batches that are no power of two, nothing shared at all, scores of which a softcap bends most.
 NUMERICS: tuple[AttentionCase, ...] = (
     AttentionCase("1_1", 1, 1, 16, chunk_size=16),
     AttentionCase("1_300", 4, 4, 32, chunk_size=16),
@@ -64,6 +76,7 @@ NUMERICS: tuple[AttentionCase, ...] = (
     AttentionCase("1,4,16_96,64,48", 6, 2, 16, chunk_size=32, ragged=40),
     AttentionCase("1,2,4,8,40_64,48,32,64,3", 4, 4, 16, chunk_size=16, ragged=17),
     AttentionCase("2,6_160,96", 16, 2, 48, chunk_size=32, ragged=64),
+    AttentionCase("1,6_96,20", 4, 2, 32, chunk_size=16, ragged=40, softcap=5.0, scale=1.0),
 )
 
 # Seconds on two CPU cores, with something for each baseline to show.
@@ -108,6 +121,9 @@ GPU_NUMERICS: tuple[AttentionCase, ...] = (
     AttentionCase("1,2,8,32_512,256,128,16", 6, 2, 64, chunk_size=32, ragged=50),
     AttentionCase("1,10_3000,9", 4, 4, 256, chunk_size=256, ragged=300),
     AttentionCase("1,16_9000,20", 16, 1, 32, chunk_size=16, ragged=100),
+    AttentionCase("1,32_3000,40", 8, 4, 256, dtype="bfloat16", ragged=90, softcap=5.0, scale=0.25),
+    AttentionCase("1,20_3000,9", 8, 4, 128, dtype="float16", ragged=70, softcap=5.0, scale=0.5),
+    AttentionCase("1,12_2000,9", 8, 4, 128, ragged=70, softcap=5.0, scale=0.5),
 )
 
 # PAT's benchmark (ASPLOS 2026): its trees, each with its query and KV heads of 128 dimensions.

@@ -17,6 +17,8 @@ def exact_attention(
     rows: Sequence[int],
     kv_heads: Sequence[int],
     layer: int = 0,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> np.ndarray:
     """Attention of some rows, for the query heads of some KV heads.
 
@@ -26,12 +28,14 @@ def exact_attention(
       tables: the chunks of every row; lengths: its tokens.
       rows, kv_heads: which to compute, R rows and H heads.
       layer: the layer of the pool.
+      scale, softcap: as in `chunk_attention`.
 
     Returns:
       [R, H, G, D] in float64.
     """
     batch, num_heads, head_dim = q.shape
-    grouped = q.astype(np.float64).reshape(batch, keys.shape[1], -1, head_dim) / np.sqrt(head_dim)
+    grouped = q.astype(np.float64).reshape(batch, keys.shape[1], -1, head_dim)
+    grouped = grouped * (head_dim**-0.5 if scale is None else scale)
     output = np.empty((len(rows), len(kv_heads), num_heads // keys.shape[1], head_dim))
     for i, row in enumerate(rows):
         for j, head in enumerate(kv_heads):
@@ -41,6 +45,8 @@ def exact_attention(
                 return tokens[: lengths[row]].astype(np.float64)
 
             scores = grouped[row, head] @ context(keys).T
+            if softcap is not None:
+                scores = softcap * np.tanh(scores / softcap)
             weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
             output[i, j] = weights @ context(values) / weights.sum(axis=-1, keepdims=True)
     return output

@@ -123,6 +123,8 @@ def _inputs(case: AttentionCase, seed: int) -> tuple[AttentionInputs, Callable[[
             inputs.tables,
             inputs.lengths.tolist(),
             most=max(16, _MOST_VALUES // (tokens * case.head_dim)),
+            scale=case.scale,
+            softcap=case.softcap,
         )
 
     return inputs, expect
@@ -140,7 +142,8 @@ def _decode_check(
     layer = np.int32(_LAYER)
 
     def attend(q, keys, values, plan, lengths, layer):
-        return chunk_attention(q, keys, values, plan, lengths, layer=layer, implementation=backend)
+        how = {"scale": case.scale, "softcap": case.softcap, "implementation": backend}
+        return chunk_attention(q, keys, values, plan, lengths, layer=layer, **how)
 
     arguments = {name: (*fixed, plan, inputs.lengths, layer) for name, plan in plans.items()}
     program = Program(("check", case.name, backend), attend, next(iter(arguments.values())))

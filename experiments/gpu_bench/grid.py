@@ -122,7 +122,7 @@ def _add_own(bench: Bench, prepared: _Prepared, own: OwnSide, buffers: Buffers) 
     size = LoopSize.of(bench.small, planned.summary.seconds)
     attend = None
     if own.query_tile is not None:
-        attend = functools.partial(_with_query_tile, own.query_tile)
+        attend = functools.partial(_with_query_tile, case, own.query_tile)
     program = loop_program(
         planned, own.name if attend else own.implementation, buffers, size, attend
     )
@@ -135,6 +135,10 @@ def _add_own(bench: Bench, prepared: _Prepared, own: OwnSide, buffers: Buffers) 
 
 def _add_peer(bench: Bench, prepared: _Prepared, name: str, buffers: Buffers) -> None:
     case, tables = prepared.case, prepared.tables
+    if not case.has_plain_scores:
+        reason = "here it is given neither a softcap nor a scale of its own"
+        bench.record.skipped(case.name, name, reason)
+        return
     if name != peer_paged.NAME:
         missing = peer_torch.missing(name) if bench.runs else "JAX compiles nothing of it"
         if missing:
@@ -174,13 +178,12 @@ def _unsupported(bench: Bench, own: OwnSide, case: AttentionCase) -> str | None:
     return None
 
 
-def _with_query_tile(query_tile: int, q, keys, values, plan, lengths, layer):
+def _with_query_tile(case: AttentionCase, query_tile: int, q, keys, values, plan, lengths, layer):
     from pallas_kernels.chunk_attention import pallas_mosaic_gpu
 
-    scale = 1 / math.sqrt(q.shape[-1])
-    return pallas_mosaic_gpu.chunk_attention(
-        q, keys, values, plan, lengths, layer=layer, scale=scale, query_tile=query_tile
-    )
+    scale = 1 / math.sqrt(case.head_dim) if case.scale is None else case.scale
+    how = {"scale": scale, "softcap": case.softcap, "query_tile": query_tile}
+    return pallas_mosaic_gpu.chunk_attention(q, keys, values, plan, lengths, layer=layer, **how)
 
 
 def _measure(bench: Bench, prepared: _Prepared, *, repeats: int, seed: int) -> None:

@@ -117,9 +117,8 @@ def loop_program(
     def call(q, keys, values, plan, lengths, layer):
         if attend is not None:
             return attend(q, keys, values, plan, lengths, layer)
-        return chunk_attention(
-            q, keys, values, plan, lengths, layer=layer, implementation=implementation
-        )
+        how = {"scale": case.scale, "softcap": case.softcap, "implementation": implementation}
+        return chunk_attention(q, keys, values, plan, lengths, layer=layer, **how)
 
     call_once = jax.jit(call)
 
@@ -139,7 +138,8 @@ def loop_program(
     pools = buffers.abstract(case.dtype)
     arguments = (planned.queries, *pools, planned.plan, lengths, first)
     shapes = jax.tree.map(lambda x: (jnp.shape(x), str(x.dtype)), arguments)
-    key = ("loop", implementation, shape, size, *jax.tree.leaves(shapes))
+    scores = (case.scale, case.softcap)
+    key = ("loop", implementation, shape, size, *scores, *jax.tree.leaves(shapes))
     return Program(key, run, arguments)
 
 

@@ -52,13 +52,17 @@ def expected(
     lengths: Sequence[int],
     *,
     most: int,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Expected:
     """Attention of q [T, Hq, D], query t over the first `lengths[t]` tokens of `tables[t]`.
 
     keys and values are one layer of the pool, [Hkv, N, C, D]. Up to `most` pairs of a query and a
-    KV head are computed, evenly spread, the first and the last among them.
+    KV head are computed, evenly spread, the first and the last among them. `scale` and `softcap`
+    are those of `chunk_attention`.
     """
     kv_heads, dim = len(keys), keys.shape[-1]
+    how = (dim**-0.5 if scale is None else scale, softcap)
     grouped = q.reshape(len(q), kv_heads, -1, dim)
     pairs = [(query, head) for query in range(len(tables)) for head in range(kv_heads)]
     chosen = np.linspace(0, len(pairs) - 1, min(most, len(pairs))).round().astype(int)
@@ -68,27 +72,32 @@ def expected(
         table, length = np.asarray(tables[query]), lengths[query]
         k = keys[head, table].reshape(-1, dim)[:length]
         v = values[head, table].reshape(-1, dim)[:length]
-        right = _softmax_attention(grouped[query, head], k, v)
-        plain = _plain_attention(grouped[query, head], k, v)
+        right = _softmax_attention(grouped[query, head], k, v, *how)
+        plain = _plain_attention(grouped[query, head], k, v, *how)
         exact.append(right)
         error = max(error, float(np.abs(plain.astype(np.float64) - right).max()))
     return Expected(where, np.stack(exact), error)
 
 
-def _softmax_attention(q, k, v) -> np.ndarray:
-    scores = q.astype(np.float64) @ k.astype(np.float64).T / np.sqrt(q.shape[-1])
+def _softmax_attention(q, k, v, scale: float, softcap: float | None) -> np.ndarray:
+    scores = q.astype(np.float64) @ k.astype(np.float64).T * scale
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return weights @ v.astype(np.float64) / weights.sum(axis=-1, keepdims=True)
 
 
-def _plain_attention(q, k, v) -> np.ndarray:
+def _plain_attention(q, k, v, scale: float, softcap: float | None) -> np.ndarray:
     dtype = q.dtype
 
     def rounded(x):
         return x.astype(dtype).astype(np.float32)
 
     q, k, v = (x.astype(np.float32) for x in (q, k, v))
-    scores = rounded(rounded(q @ k.T) * rounded(np.float32(q.shape[-1]) ** np.float32(-0.5)))
+    scores = rounded(rounded(q @ k.T) * rounded(np.float32(scale)))
+    if softcap is not None:
+        cap = rounded(np.float32(softcap))
+        scores = rounded(cap * rounded(np.tanh(rounded(scores / cap))))
     weights = rounded(np.exp(rounded(scores - scores.max(axis=-1, keepdims=True))))
     total = rounded(weights.sum(axis=-1, keepdims=True, dtype=np.float32))
     return rounded(rounded(weights / total) @ v)

@@ -21,6 +21,7 @@ class PrefillCase:
 
     Attributes:
       shared: chunks that all sequences begin with.
+      softcap, scale: as in `prefill_attention`.
     """
 
     ranges: tuple[tuple[int, int], ...]
@@ -31,13 +32,17 @@ class PrefillCase:
     chunk_size: int = 64
     dtype: str = "bfloat16"
     shared: int = 0
+    softcap: float | None = None
+    scale: float | None = None
 
     @property
     def name(self) -> str:
         tokens = ",".join(f"{begin}-{end}" for begin, end in self.ranges)
         heads = f"h{self.num_heads}/{self.num_kv_heads}"
         size = f"d{self.head_dim} c{self.chunk_size} {self.dtype}"
-        return f"prefill {tokens} s{self.shared} {heads} {size}"
+        softcap = f" softcap {self.softcap:g}" if self.softcap is not None else ""
+        scale = f" scale {self.scale:g}" if self.scale is not None else ""
+        return f"prefill {tokens} s{self.shared} {heads} {size}{softcap}{scale}"
 
 
 _LONG = ((4096, 4196), (4096, 4097), (4160, 4290), (4096, 4200))
@@ -52,6 +57,7 @@ ALL = (
     PrefillCase(_LONG, 512, 4, 4, 256, chunk_size=32, dtype="float16", shared=128),
     PrefillCase(((20000, 20128),), 128, 8, 1, 80, chunk_size=64),
     PrefillCase(((64, 129), (0, 3), (640, 699), (15, 16)), 128, 6, 2, 32, chunk_size=16),
+    PrefillCase(_LONG, 512, 8, 4, 256, shared=64, softcap=5.0, scale=0.25),
 )
 
 
@@ -104,6 +110,8 @@ def make(case: PrefillCase, seed: int, *, most_values: int) -> MadePrefill:
             plan,
             query_tile=QUERY_TILE,
             layer=layer,
+            scale=case.scale,
+            softcap=case.softcap,
             implementation="pallas_triton",
         )
 
@@ -118,6 +126,8 @@ def make(case: PrefillCase, seed: int, *, most_values: int) -> MadePrefill:
             [segment.chunk_ids for segment, _ in of_token],
             [position + 1 for _, position in of_token],
             most=max(16, most_values // (longest * case.head_dim)),
+            scale=case.scale,
+            softcap=case.softcap,
         )
 
     arguments = (q, keys, values, batch.plan, np.int32(1))

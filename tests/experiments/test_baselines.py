@@ -53,10 +53,10 @@ baselines = pytest.mark.parametrize(
 )
 
 
-def exact(inputs: AttentionInputs) -> np.ndarray:
+def exact(inputs: AttentionInputs, **scores: float) -> np.ndarray:
     pools = inputs.keys[-1], inputs.values[-1]
     rows = len(inputs.tables)
-    return oracle.decode_attention(inputs.q, *pools, inputs.tables, inputs.lengths)[:rows]
+    return oracle.decode_attention(inputs.q, *pools, inputs.tables, inputs.lengths, **scores)[:rows]
 
 
 def assert_exact(got, inputs: AttentionInputs) -> None:
@@ -123,10 +123,12 @@ def test_scale_replaces_the_default():
     np.testing.assert_allclose(scaled, given, atol=1e-6)
 
 
-def test_exact_attention_is_the_oracle_of_some_rows_and_heads():
+@pytest.mark.parametrize("scores", [{}, {"scale": 1.0, "softcap": 3.0}])
+def test_exact_attention_is_the_oracle_of_some_rows_and_heads(scores: dict[str, float]):
     inputs = case_inputs(FORKED, layers=LAYERS)
     rows, kv_heads = [0, 3, 15], [1, 0]
     arrays = inputs.q, inputs.keys, inputs.values, inputs.tables, inputs.lengths.tolist()
-    got = exact_attention(*arrays, rows=rows, kv_heads=kv_heads, layer=LAYERS - 1)
-    grouped = exact(inputs).reshape(len(inputs.tables), FORKED.num_kv_heads, -1, FORKED.head_dim)
+    got = exact_attention(*arrays, rows=rows, kv_heads=kv_heads, layer=LAYERS - 1, **scores)
+    shape = (len(inputs.tables), FORKED.num_kv_heads, -1, FORKED.head_dim)
+    grouped = exact(inputs, **scores).reshape(shape)
     np.testing.assert_allclose(got, grouped[np.ix_(rows, kv_heads)], atol=1e-12)

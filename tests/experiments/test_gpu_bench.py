@@ -51,8 +51,11 @@ def test_ragged_cases_have_no_tables():
         case_tables(AttentionCase("1_4", 1, 1, 16, ragged=3))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_oracle_is_the_dense_one(dtype: str):
+@pytest.mark.parametrize(
+    ("dtype", "scores"),
+    [("float32", {}), ("bfloat16", {}), ("bfloat16", {"scale": 1.0, "softcap": 3.0})],
+)
+def test_the_oracle_is_the_dense_one(dtype: str, scores: dict[str, float]):
     inputs = case_inputs(AttentionCase("1,3_40,7", 6, 2, 16, chunk_size=16, dtype=dtype))
     found = oracle.expected(
         inputs.q,
@@ -61,9 +64,10 @@ def test_the_oracle_is_the_dense_one(dtype: str):
         inputs.tables,
         inputs.lengths.tolist(),
         most=100,
+        **scores,
     )
     exact = dense.decode_attention(
-        inputs.q, inputs.keys[0], inputs.values[0], inputs.tables, inputs.lengths
+        inputs.q, inputs.keys[0], inputs.values[0], inputs.tables, inputs.lengths, **scores
     )
     assert len(found.where) == 3 * 2
     assert found.error(exact) < 1e-12

@@ -115,6 +115,18 @@ def test_kernels_without_a_gpu_are_skipped_and_said():
     assert "needs an NVIDIA GPU, and the device is 'cpu'" in skip["reason"]
 
 
+def test_baselines_skip_scores_that_they_do_not_know():
+    case = dataclasses.replace(SHARED, softcap=3.0, scale=1.0)
+    config = KernelConfig(implementations=("xla", "paged", "dense"), repeats=1)
+    record = kernel_run.measure_case(case, config)
+    (side,) = record["implementations"]
+    assert 0 < side["max_error"] < 2e-6
+    reasons = {skip["implementation"]: skip["reason"] for skip in record["skipped"]}
+    assert reasons == dict.fromkeys(
+        ("paged", "dense"), "it knows neither a softcap nor a scale of its own"
+    )
+
+
 def test_gpu_kernels_are_planned_for_and_checked():
     target = dataclasses.replace(A100, interpret=True)
     with use_target(target):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -59,19 +60,21 @@ def planner_options(plan: str, case: AttentionCase, implementation: str) -> Plan
     )
 
 
-@jax.jit
-def plain_attention(q, k, v, lengths):
+@functools.partial(jax.jit, static_argnames=("scale", "softcap"))
+def plain_attention(q, k, v, lengths, scale, softcap):
     """q [B, Hq, D], k and v [B, Hkv, T, D]: softmax(q k^T) v in q's own dtype, nothing else."""
     group = q.shape[1] // k.shape[1]
     k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
-    scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    scale = jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, q.dtype)
     scores = jnp.einsum("bhd,bhtd->bht", q, k, precision="highest") * scale
+    if softcap is not None:
+        scores = jnp.tanh(scores / softcap) * softcap
     visible = jnp.arange(k.shape[2])[None, None] < lengths[:, None, None]
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
     return jnp.einsum("bht,bhtd->bhd", weights, v, precision="highest")
 
 
-def naive_attention(q, keys, values, tables, lengths):
+def naive_attention(q, keys, values, tables, lengths, scale=None, softcap=None):
     """Plain attention over every row's own dense copy of its keys and values."""
     rows = len(tables)
     width = max(map(len, tables))
@@ -80,7 +83,8 @@ def naive_attention(q, keys, values, tables, lengths):
     def dense(pool):
         return np.moveaxis(pool[:, padded], 0, 1).reshape(rows, len(pool), -1, pool.shape[-1])
 
-    return np.asarray(plain_attention(q[:rows], dense(keys), dense(values), lengths[:rows]))
+    args = q[:rows], dense(keys), dense(values), lengths[:rows]
+    return np.asarray(plain_attention(*args, scale, softcap))
 
 
 def planned_inputs(case, implementation, plan="share all", **options):
@@ -92,11 +96,12 @@ def assert_as_exact_as_naive(case, implementation, plan="share all", layers=2):
     inputs = planned_inputs(case, implementation, plan, layers=layers)
     rows = len(inputs.tables)
     args = (inputs.q, inputs.keys, inputs.values, inputs.plan, inputs.lengths)
-    got = chunk_attention(*args, layer=layers - 1, implementation=implementation)
+    how = {"scale": case.scale, "softcap": case.softcap}
+    got = chunk_attention(*args, layer=layers - 1, implementation=implementation, **how)
     assert got.dtype == inputs.q.dtype
-    pools = inputs.keys[-1], inputs.values[-1]
-    exact = oracle.decode_attention(inputs.q, *pools, inputs.tables, inputs.lengths)[:rows]
-    naive = naive_attention(inputs.q, *pools, inputs.tables, inputs.lengths)
+    problem = inputs.q, inputs.keys[-1], inputs.values[-1], inputs.tables, inputs.lengths
+    exact = oracle.decode_attention(*problem, **how)[:rows]
+    naive = naive_attention(*problem, **how)
     error = np.abs(np.asarray(got, np.float64)[:rows] - exact)
     allowed = np.abs(naive.astype(np.float64) - exact)
     # 2e-7 is two units in the last place of a float32 output of order 1, for rows where the naive
@@ -123,7 +128,7 @@ def test_every_way_to_cut_the_work_gives_the_same_attention(plan, implementation
 
 @implementations
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("case", NUMERICS[4:8], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*NUMERICS[4:8], NUMERICS[-1]], ids=lambda case: case.name)
 def test_half_precision_accumulates_in_float32(case, dtype, implementation):
     case = dataclasses.replace(case, dtype=dtype)
     assert_as_exact_as_naive(case, implementation)
@@ -222,3 +227,5 @@ def test_wrong_arguments_are_named():
         chunk_attention(inputs.q, *pools, *rest, implementation="triton")
     with pytest.raises(ValueError, match="3 query heads are not a multiple of 2 KV heads"):
         chunk_attention(inputs.q[:, :3], *pools, *rest)
+    with pytest.raises(ValueError, match=r"softcap must be positive, or None .*, not 0"):
+        chunk_attention(inputs.q, *pools, *rest, softcap=0.0)

@@ -63,6 +63,11 @@ NUMERICS = {
         64,
     ),
     "largest heads": (AttentionCase("1,3_64,1", 2, 1, 256, dtype="bfloat16"), share(), 64),
+    "scores of which a softcap bends most": (
+        AttentionCase("1,3_64,20", 2, 1, 64, dtype="float16", softcap=5.0, scale=1.0),
+        share(),
+        64,
+    ),
 }
 
 
@@ -88,14 +93,14 @@ def planned(case: AttentionCase, options: PlannerOptions):
     return inputs, reserve_slots(inputs.plan, case.num_heads // case.num_kv_heads)
 
 
-def attend(inputs, plan, lengths=None, query_tile: int = 64):
+def attend(inputs, plan, lengths=None, query_tile: int = 64, scale=None, softcap=None):
     """The last layer's attention by the interpreted kernels; raises where they race."""
     params = interpreter(detect_races=True)
 
     @jax.jit
     def run(q, keys, values, plan, lengths, layer):
-        scale = q.shape[-1] ** -0.5
-        options = {"scale": scale, "query_tile": query_tile, "interpret": params}
+        options = {"softcap": softcap, "query_tile": query_tile, "interpret": params}
+        options["scale"] = q.shape[-1] ** -0.5 if scale is None else scale
         return mosaic.chunk_attention(q, keys, values, plan, lengths, layer=layer, **options)
 
     lengths = inputs.lengths if lengths is None else lengths
@@ -128,11 +133,12 @@ def _races_of_matrix_operands(monkeypatch):
 def test_error_is_at_most_twice_the_naive_one(name):
     case, options, query_tile = NUMERICS[name]
     inputs, plan = planned(case, options)
-    got = attend(inputs, plan, query_tile=query_tile)
+    how = {"scale": case.scale, "softcap": case.softcap}
+    got = attend(inputs, plan, query_tile=query_tile, **how)
     rows = len(inputs.tables)
-    pools = inputs.keys[-1], inputs.values[-1]
-    exact = oracle.decode_attention(inputs.q, *pools, inputs.tables, inputs.lengths)[:rows]
-    naive = naive_attention(inputs.q, *pools, inputs.tables, inputs.lengths)
+    problem = inputs.q, inputs.keys[-1], inputs.values[-1], inputs.tables, inputs.lengths
+    exact = oracle.decode_attention(*problem, **how)[:rows]
+    naive = naive_attention(*problem, **how)
     error = np.abs(got.astype(np.float64)[:rows] - exact).max()
     assert error <= 2 * np.abs(naive.astype(np.float64) - exact).max() + 2e-7
     np.testing.assert_array_equal(got[rows:], 0)  # the plan's padding: rows with no tokens

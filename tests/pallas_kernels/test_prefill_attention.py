@@ -9,6 +9,7 @@ from pallas_kernels import prefill_attention
 from pallas_kernels.implementations import needs_partials
 from tests import oracle
 from tests.interpreted import implementations
+from tests.pallas_kernels.test_chunk_attention import naive_attention
 
 
 def pack(ranges, chunk_size, num_tokens, seed=0, options=PlannerOptions()):
@@ -30,6 +31,14 @@ def pack(ranges, chunk_size, num_tokens, seed=0, options=PlannerOptions()):
         options=options,
     )
     return segments, batch, num_chunks
+
+
+def planner_options(implementation, heads, kv_heads, chunk_size) -> PlannerOptions:
+    if not needs_partials(implementation):
+        return PlannerOptions()
+    return PlannerOptions.for_gpu(
+        num_heads=heads, num_kv_heads=kv_heads, head_dim=24, chunk_size=chunk_size
+    )
 
 
 RANGES = [
@@ -58,11 +67,7 @@ CASES = [
 def test_each_token_sees_its_sequence_up_to_itself(
     ranges, chunk_size, num_tokens, heads, kv_heads, implementation
 ):
-    options = PlannerOptions()
-    if needs_partials(implementation):
-        options = PlannerOptions.for_gpu(
-            num_heads=heads, num_kv_heads=kv_heads, head_dim=24, chunk_size=chunk_size
-        )
+    options = planner_options(implementation, heads, kv_heads, chunk_size)
     segments, batch, num_chunks = pack(ranges, chunk_size, num_tokens, options=options)
     random = np.random.default_rng(1)
     q = random.standard_normal((num_tokens, heads, 24), np.float32)
@@ -80,6 +85,33 @@ def test_each_token_sees_its_sequence_up_to_itself(
             np.testing.assert_allclose(got[token], oracle.attend(q[token], k, v), atol=2e-6)
             token += 1
     np.testing.assert_array_equal(got[token:], 0)
+
+
+@implementations
+def test_scores_are_scaled_then_capped_then_masked(implementation):
+    """By flash-attention's rule, with scores of which the softcap bends most; one segment begins
+    behind a cached chunk, in the middle of the next."""
+    scores = {"scale": 1.0, "softcap": 5.0}
+    options = planner_options(implementation, 4, 2, 16)
+    segments, batch, num_chunks = pack([(20, 40), (0, 5)], 16, 32, options=options)
+    random = np.random.default_rng(1)
+    q = random.standard_normal((32, 4, 24), np.float32)
+    keys, values = random.standard_normal((2, 1, 2, num_chunks, 16, 24), np.float32)
+    how = {"query_tile": QUERY_TILE, "implementation": implementation, **scores}
+    got = np.asarray(prefill_attention(q, keys, values, batch.plan, **how), np.float64)
+    of_token = [(s.chunk_ids, end) for s in segments for end in range(s.begin + 1, s.end + 1)]
+    tables, lengths = zip(*of_token, strict=True)
+    problem = q[: len(tables)], keys[0], values[0], tables, np.array(lengths, np.int32)
+    exact = oracle.decode_attention(*problem, **scores)
+    allowed = np.abs(naive_attention(*problem, **scores).astype(np.float64) - exact)
+    assert np.abs(got[: len(tables)] - exact).max() <= 2 * allowed.max() + 2e-7
+
+
+def test_a_softcap_that_is_not_positive_is_refused():
+    _, batch, num_chunks = pack([(0, 3)], 16, 32)
+    q, pool = np.zeros((32, 1, 8), np.float32), np.zeros((1, 1, num_chunks, 16, 8), np.float32)
+    with pytest.raises(ValueError, match=r"softcap must be positive, or None .*, not -1"):
+        prefill_attention(q, pool, pool, batch.plan, query_tile=QUERY_TILE, softcap=-1.0)
 
 
 def test_packing_says_where_every_token_is_written():
