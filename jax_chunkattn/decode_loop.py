@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int32
 
-from jax_chunkattn.model_interface import DecoderModel
+from jax_chunkattn.model_interface import CacheSpec, DecoderModel
 from jax_chunkattn.pool import ChunkPool
 from jax_chunkattn.request_table import DeviceState, count_tokens
 from jax_chunkattn.sampling import Logprobs, log_probabilities, sample
@@ -61,7 +61,7 @@ def decode_steps(
     def advance(carry):
         step, pool, counts, rows, chosen = carry
         active = rows.remaining > 0
-        attend = decode_attend(plan, rows.lengths, active, implementation)
+        attend = decode_attend(model.cache_spec, plan, rows.lengths, active, implementation)
         hidden, pool = model(rows.tokens, rows.lengths, pool, attend)
         logits = model.logits(hidden)
         following = sample(logits, sampling, rows.lengths + 1, lambda: counts.take(slots))
@@ -87,6 +87,7 @@ def _nothing(num_steps: int, batch: int) -> Chosen:
 
 
 def decode_attend(
+    spec: CacheSpec,
     plan: DecodePlan,
     lengths: Int32[Array, " B"],
     active: Bool[Array, " B"],
@@ -104,7 +105,15 @@ def decode_attend(
         )
         visible = jnp.where(active, lengths + 1, 0)
         output = chunk_attention(
-            q, keys, values, plan, visible, layer=layer, implementation=implementation
+            q,
+            keys,
+            values,
+            plan,
+            visible,
+            layer=layer,
+            scale=spec.scale,
+            softcap=spec.softcap,
+            implementation=implementation,
         )
         return output, ChunkPool(keys, values)
 

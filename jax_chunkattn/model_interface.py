@@ -30,16 +30,16 @@ class CacheSpec:
     Attributes:
       num_layers, num_kv_heads, head_dim: the shape of a token's keys, and of its values.
       num_heads: query heads; each KV head is read by `num_heads // num_kv_heads` of them.
-      scale: multiplies scores; None means 1/sqrt(head_dim).
-      softcap: scores are capped to `softcap * tanh(scores / softcap)`; None means not at all.
+      softcap: keeps scores within (-softcap, softcap), see `chunk_attention`; None leaves them.
+      scale: multiplies the scores; None is `1 / sqrt(head_dim)`.
     """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     num_heads: int
-    scale: float | None = None
     softcap: float | None = None
+    scale: float | None = None
 
 
 class DecoderModel(Protocol):

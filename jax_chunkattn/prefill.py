@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from jax_chunkattn.decode_loop import NOTHING, Chosen
-from jax_chunkattn.model_interface import DecoderModel
+from jax_chunkattn.model_interface import CacheSpec, DecoderModel
 from jax_chunkattn.planning.block_table import bucket, common_runs, pad_tables
 from jax_chunkattn.planning.gpu_division import cut_for_gpu
 from jax_chunkattn.planning.gpu_time import choose_pieces, most_items_alone
@@ -272,7 +272,7 @@ def prefill_step(
     Returns:
       The new state, those rows ready to decode, and what was chosen, `NOTHING` for other segments.
     """
-    attend = prefill_attend(batch.plan, implementation)
+    attend = prefill_attend(model.cache_spec, batch.plan, implementation)
     tokens, positions = jnp.asarray(batch.tokens), jnp.asarray(batch.positions)
     slots = jnp.asarray(slots)
     table = state.table
@@ -288,7 +288,7 @@ def prefill_step(
     return DeviceState(pool, table), chosen
 
 
-def prefill_attend(plan: PrefillPlan, implementation: str | None):
+def prefill_attend(spec: CacheSpec, plan: PrefillPlan, implementation: str | None):
     """The `attend` a model is given while prefilling: write all new tokens, attend by the plan."""
 
     def attend(pool: ChunkPool, layer, q, k, v):
@@ -302,6 +302,8 @@ def prefill_attend(plan: PrefillPlan, implementation: str | None):
             plan,
             query_tile=QUERY_TILE,
             layer=layer,
+            scale=spec.scale,
+            softcap=spec.softcap,
             implementation=implementation,
         )
         return output, ChunkPool(keys, values)

@@ -74,8 +74,9 @@ def test_logits_of_the_chunked_path_agree_with_transformers(smollm2, golden, pro
     @jax.jit
     def run(leaves, pool, batch, plan, tokens, lengths):
         model = split.merge(leaves)
-        _, pool = model(batch.tokens, batch.positions, pool, prefill_attend(batch.plan, None))
-        attend = decode_attend(plan, lengths, lengths > 0, None)
+        spec = model.cache_spec
+        _, pool = model(batch.tokens, batch.positions, pool, prefill_attend(spec, batch.plan, None))
+        attend = decode_attend(spec, plan, lengths, lengths > 0, None)
         hidden, _ = model(tokens, lengths, pool, attend)
         return model.logits(hidden)
 
