@@ -34,6 +34,7 @@ class KernelVariant:
     """An operation's kernels, for one set of the sizes they are compiled for.
 
     `query_tile` is that of Mosaic's chunk-first kernel; Triton's choose theirs as they run.
+    `softcap` is that of the attention.
     """
 
     backend: str
@@ -43,13 +44,15 @@ class KernelVariant:
     group: int = 4
     operation: Operation = CHUNK_ATTENTION
     query_tile: int | None = None
+    softcap: float | None = None
 
     @property
     def name(self) -> str:
         sizes = f"{self.dtype} d{self.head_dim} c{self.chunk_size} g{self.group}"
         tile = f" tile {self.query_tile}" if self.query_tile else ""
         prefill = " prefill" if self.operation is PREFILL_ATTENTION else ""
-        return f"{self.backend}{prefill} {sizes}{tile}"
+        softcap = " softcap" if self.softcap is not None else ""
+        return f"{self.backend}{prefill} {sizes}{tile}{softcap}"
 
     def unsupported(self) -> str | None:
         """Why the backend does not take these sizes; None when it does."""
@@ -58,7 +61,7 @@ class KernelVariant:
 
     def case(self, target: GpuTarget) -> Case:
         """The operation, with abstract arguments."""
-        options: dict[str, Any] = {"scale": 1 / math.sqrt(self.head_dim)}
+        options: dict[str, Any] = {"scale": 1 / math.sqrt(self.head_dim), "softcap": self.softcap}
         if self.query_tile is not None:
             options["query_tile"] = self.query_tile
         plan, lengths = abstract_plan(_ROWS), (abstract((_ROWS,)),)
@@ -78,23 +81,25 @@ def available_backends() -> tuple[str, ...]:
 
 
 def variant_names(backends: Collection[str] = BACKENDS, every: bool = False) -> list[str]:
-    """The variants that exist: of all sizes, or of some around bfloat16, 128, 64, 4."""
+    """The variants that exist: of all sizes, or of some around bfloat16, 128, 64, 4; and those
+    of Gemma 2.
+    """
     choose = _every_combination if every else _one_at_a_time
     return [
         variant.name
         for backend in available_backends()
         if backend in backends
-        for variant in choose(backend)
+        for variant in (*choose(backend), *_gemma_2(backend))
         if variant.unsupported() is None
     ]
 
 
 def kernel_variants() -> CaseTable:
-    """Every combination of backend and sizes, by name; some do not exist."""
+    """Every combination of backend and sizes and those of Gemma 2, by name; some do not exist."""
     return {
         variant.name: variant.case
         for backend in available_backends()
-        for variant in _every_combination(backend)
+        for variant in (*_every_combination(backend), *_gemma_2(backend))
     }
 
 
@@ -114,6 +119,16 @@ def _one_at_a_time(backend: str) -> Iterator[KernelVariant]:
         for group in GROUPS:
             if group != KernelVariant.group:
                 yield KernelVariant(backend, group=group, **kind)
+
+
+def _gemma_2(backend: str) -> Iterator[KernelVariant]:
+    """Soft-capped attention with the heads of the 2B and 9B models, and of the 27B model."""
+    for operation in (CHUNK_ATTENTION, PREFILL_ATTENTION):
+        if backend in operation.implementations:
+            for head_dim in (256, 128):
+                yield KernelVariant(
+                    backend, head_dim=head_dim, group=2, operation=operation, softcap=50.0
+                )
 
 
 def _kinds(backend: str) -> Iterator[dict[str, Any]]:

@@ -89,8 +89,8 @@ def test_launches_are_found_and_loops_are_captured(records):
 
 @pytest.mark.parametrize("backend", available_backends())
 def test_kernels_of_the_project_do_not_spill(backend):
-    """One of each dtype, the smallest and largest head and chunk sizes, and odd groups."""
-    parts = ("d128 c64 g4", "d256", "d32 ", "c16 ", "c256 ", "g3", "g16")
+    """One of each dtype, the smallest and largest head and chunk sizes, odd groups, a softcap."""
+    parts = ("d128 c64 g4", "d256", "d32 ", "c16 ", "c256 ", "g3", "g16", "softcap")
     names = [name for name in variant_names((backend,)) if any(part in name for part in parts)]
     table = "experiments.gpu_compile.variants:kernel_variants"
     assert failures_of(compile_cases(table, names, TARGETS["h200"])) == []
