@@ -165,9 +165,13 @@ class TextStream:
         whole = self._last_whole(window)
         if whole is not None and not text.startswith(whole.text):
             return whole
-        num_open = min(MAX_UNFINISHED, len(text) - len(text.rstrip(REPLACEMENT)))
+        num_open = len(text) - len(text.rstrip(REPLACEMENT))
+        num_settled = len(text) - min(MAX_UNFINISHED, num_open)
+        if whole is not None and num_open > MAX_UNFINISHED:
+            # More than one character's: earlier ones may be among them, say a stripped space.
+            num_settled = len(whole.text)
         # A U+FFFD that tokens have split is one character, but may have been three before.
-        num_settled = max(len(text) - num_open, self._num_given)
+        num_settled = max(num_settled, self._num_given)
         return _Settled(text[:num_settled], text[num_settled:], len(window))
 
     def _last_whole(self, window: list[int]) -> _Settled | None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
+from pathlib import Path
+
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from jax_chunkattn.engine.text import TextStream, Tokenizer, open_stream
+from jax_chunkattn.engine.text import REPLACEMENT, TextStream, Tokenizer, open_stream
+from models.tokenizer import ChatTokenizer
 from tests.jax_chunkattn.engine.fake_tokenizers import (
     AllSpaceTokenizer,
     ByteFallbackTokenizer,
@@ -14,6 +19,7 @@ from tests.jax_chunkattn.engine.fake_tokenizers import (
     FirstSpaceTokenizer,
     SingleByteTokenizer,
 )
+from tests.models.tokenizer_styles import GOLDEN, TEXTS, read_golden
 
 EMOJI = "😀".encode()
 STOPS = ["a", "ab", "aab", "b a", "bb", "  ", "€", "😀a", "é€"]
@@ -101,6 +107,50 @@ def test_valid_text_spelt_in_fallback_bytes_streams_exactly(words, stop, data):
     assert "\ufffd" not in tokenizer.decode(tokens)
     sizes = cuts(data, len(tokens))
     assert stream(tokenizer, tokens, stop, sizes) == decoded(tokenizer, tokens, stop)
+
+
+@functools.cache
+def styled(style: str) -> tuple[ChatTokenizer, list[int], dict[str, list[int]]]:
+    """A tokenizer, its tokens that are whole characters, and characters spelt in bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = read_golden(Path(folder), style)
+    vocabulary = GOLDEN[style]["files"]["tokenizer.json"]["model"]["vocab"]
+    in_bytes = "<0x00>" in vocabulary  # a byte-level vocabulary has no other spelling to offer
+    spelt = {
+        word: [vocabulary[f"<0x{byte:02X}>"] for byte in word.encode()]
+        if in_bytes
+        else tokenizer.encode(word)
+        for word in "é€😀 \n\x00你"
+    }
+    ids = range(tokenizer.vocab_size)
+    return tokenizer, [i for i in ids if REPLACEMENT not in tokenizer.decode([i])], spelt
+
+
+@pytest.mark.parametrize("style", GOLDEN)
+@settings(max_examples=100, deadline=None)
+@given(stop=st.lists(st.sampled_from([*STOPS, "the"]), max_size=2), data=st.data())
+def test_text_of_every_style_of_tokenizer_streams_exactly(style, stop, data):
+    tokenizer, words, spelt = styled(style)
+    special = sorted(tokenizer.special_ids)
+    token = st.one_of(
+        st.sampled_from(words).map(lambda index: [index]),
+        st.sampled_from(sorted(spelt)).map(spelt.__getitem__),
+        st.sampled_from([text for text in TEXTS if REPLACEMENT not in text]).map(tokenizer.encode),
+        st.sampled_from(special).map(lambda index: [index] * 3),
+    )
+    tokens = [index for part in data.draw(st.lists(token, max_size=20)) for index in part]
+    if gap := data.draw(st.sampled_from([0, 0, 2, 5])):  # special tokens inside characters too
+        tokens = [index for token in tokens for index in (token, *special[: token % gap])]
+    assume(REPLACEMENT not in tokenizer.decode(tokens))
+    sizes = cuts(data, len(tokens))
+    assert stream(tokenizer, tokens, stop, sizes) == decoded(tokenizer, tokens, stop)
+
+
+@pytest.mark.parametrize("style", ["llama2", "mistral", "phi3"])
+def test_a_first_space_spelt_as_a_byte_is_stripped_and_spoils_nothing(style):
+    tokenizer, _, spelt = styled(style)
+    texts = TextStream(tokenizer)
+    assert [texts.push([index]).text for index in spelt[" "] + spelt["😀"]] == [*[""] * 4, "😀"]
 
 
 @settings(max_examples=100, deadline=None)
@@ -205,6 +255,11 @@ def test_a_replacement_character_that_was_three_counts_once():
     for count in (4, 5):
         expected = (tokenizer.decode(tokens[:count]), None)
         assert stream(tokenizer, tokens[:count], [], [1] * count) == expected
+
+
+def test_text_before_many_bad_bytes_is_given_once():
+    tokenizer = FirstSpaceTokenizer([b" b\xe2\x82", b"\xff", b"\x98\x80"])
+    assert stream(tokenizer, [0, 1, 2], [], [1] * 3) == ("b" + "\ufffd" * 4, None)
 
 
 @pytest.mark.parametrize("size", [1, 8, 1_000])
