@@ -9,7 +9,7 @@ id yet: the model would have no embedding for it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ OTHER_LAYOUTS = ("tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json
 
 TOKEN_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 TOKEN_NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+MORE_SPECIAL_TOKENS = ("additional_special_tokens", "extra_special_tokens")
 
 
 def read_tokenizer_folder(folder: Path) -> ChatTokenizer | None:
@@ -52,9 +53,10 @@ def read_tokenizer_folder(folder: Path) -> ChatTokenizer | None:
                 )
         return None
     config = _read_object(folder / TOKENIZER_CONFIG)
-    special_tokens = _special_tokens(folder, config)
+    special_tokens, more = _special_tokens(folder, config)
     backend = load_backend(folder / TOKENIZER)
-    _add_missing_tokens(backend, folder, config, special_tokens)
+    _add_declared_tokens(backend, folder / TOKENIZER_CONFIG, config)
+    _make_special(backend, [*special_tokens.values(), *more])
     if config.get("add_bos_token") is True and backend.post_processor is None:
         begin_with(backend, special_tokens.get("bos_token"), folder / TOKENIZER_CONFIG)
     return ChatTokenizer(
@@ -86,18 +88,35 @@ def begin_with(backend: tokenizers.Tokenizer, token: str | None, path: Path) -> 
     )
 
 
-def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Text by name. special_tokens_map.json counts where the config lists no added tokens."""
+def _special_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """Texts of special tokens: those with a name ("bos_token"), and those without.
+
+    special_tokens_map.json counts where the config lists no added tokens.
+    """
     sources = [(folder / TOKENIZER_CONFIG, config)]
     if "added_tokens_decoder" not in config:
         path = folder / SPECIAL_TOKENS_MAP
         sources.append((path, _read_object(path)))
-    tokens = {}
+    named, more = {}, []
     for path, source in sources:
-        for name in TOKEN_NAMES:
-            if source.get(name) is not None:
-                tokens[name] = _content(source[name], f"{path}: {name}")
-    return tokens
+        entries = {
+            name: value
+            for name, value in source.items()
+            if name in TOKEN_NAMES
+            or (name.endswith("_token") and isinstance(value, str | Mapping))  # image_token, say
+        }
+        for key in MORE_SPECIAL_TOKENS:
+            extra = source.get(key) or []
+            if isinstance(extra, Mapping):
+                entries |= extra
+            elif isinstance(extra, list):
+                more += [_content(token, f"{path}: {key}") for token in extra]
+            else:
+                raise CheckpointError(f"{path}: {key} must be a list or an object")
+        for name, value in entries.items():
+            if value is not None:
+                named[name] = _content(value, f"{path}: {name}")
+    return named, more
 
 
 def _content(token: Any, where: str) -> str:
@@ -108,35 +127,37 @@ def _content(token: Any, where: str) -> str:
     return content
 
 
-def _add_missing_tokens(
-    backend: tokenizers.Tokenizer,
-    folder: Path,
-    config: Mapping[str, Any],
-    special_tokens: Mapping[str, str],
+def _add_declared_tokens(
+    backend: tokenizers.Tokenizer, path: Path, config: Mapping[str, Any]
 ) -> None:
-    """Adds tokens that are in the vocabulary, or in the config with their id, but not added yet."""
+    """Adds tokens that the config gives with their ids; its flags win over tokenizer.json's."""
     import tokenizers
 
-    path = folder / TOKENIZER_CONFIG
-    added = {token.content for token in backend.get_added_tokens_decoder().values()}
     for index, entry in _declared_tokens(config, path):
-        if entry["content"] not in added:
-            try:
-                token = tokenizers.AddedToken(
-                    **{flag: entry[flag] for flag in TOKEN_FLAGS if flag in entry}
-                )
-            except TypeError as error:
-                raise CheckpointError(f"{path}: added token {index}: {error}") from error
-            backend.add_tokens([token])
-            added.add(token.content)
-        if backend.token_to_id(entry["content"]) != index:
-            raise CheckpointError(
-                f"{path}: {entry['content']!r} has id {index}, but in {TOKENIZER} "
-                f"{backend.token_to_id(entry['content'])}"
+        try:
+            token = tokenizers.AddedToken(
+                **{flag: entry[flag] for flag in TOKEN_FLAGS if flag in entry}
             )
-    for content in special_tokens.values():
-        if content not in added and backend.token_to_id(content) is not None:
-            backend.add_special_tokens([tokenizers.AddedToken(content, special=True)])
+        except TypeError as error:
+            raise CheckpointError(f"{path}: added token {index}: {error}") from error
+        backend.add_tokens([token])
+        if backend.token_to_id(token.content) != index:
+            raise CheckpointError(
+                f"{path}: {token.content!r} has id {index}, but in {TOKENIZER} "
+                f"{backend.token_to_id(token.content)}"
+            )
+
+
+def _make_special(backend: tokenizers.Tokenizer, contents: Iterable[str]) -> None:
+    """Those of `contents` that have an id become special tokens, with the flags that they have."""
+    import tokenizers
+
+    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    for content in contents:
+        token = added.get(content, tokenizers.AddedToken(content, normalized=False))
+        if not token.special and backend.token_to_id(content) is not None:
+            token.special = True
+            backend.add_special_tokens([token])
 
 
 def _declared_tokens(

@@ -157,6 +157,28 @@ def test_a_named_special_token_of_the_vocabulary_becomes_special(tmp_path):
     assert 2 in tokenizer.special_ids
 
 
+def test_flags_of_the_config_win_and_special_tokens_of_any_name_are_special(tmp_path):
+    ids = added_tokens("qwen2")
+    call, end = ids["<tool_call>"], ids["</tool_call>"]
+    entry = {"content": "<tool_call>", "special": True, "normalized": False}
+    config = config_of("qwen2", added_tokens_decoder={str(call): entry})
+    assert call not in read_golden(tmp_path, "qwen2").special_ids
+    assert {call, end} & read_with(tmp_path, tokenizer_config=config).special_ids == {call}
+    for more in (
+        {"extra_special_tokens": ["the", "</tool_call>"]},
+        {"additional_special_tokens": [{"content": "</tool_call>"}]},
+        {"extra_special_tokens": {"call_token": "</tool_call>"}},
+        {"call_token": "</tool_call>", "add_bos_token": False, "num_image_token": 256},
+    ):
+        template = "{{ call_token is defined }}{{ call_token }}"
+        tokenizer = read_with(
+            tmp_path, tokenizer_config=config_of("qwen2", chat_template=template, **more)
+        )
+        assert {call, end} & tokenizer.special_ids == {end}
+        named = "</tool_call>" if "call_token" in str(more) else ""
+        assert tokenizer.render_chat(CHAT) == f"{bool(named)}{named}"
+
+
 def test_a_special_token_without_an_id_is_not_added(tmp_path):
     tokenizer = read_with(tmp_path, tokenizer_config=config_of("qwen2", pad_token="[PAD]"))
     size = read_golden(tmp_path, "qwen2").vocab_size
@@ -292,6 +314,8 @@ def test_other_layouts_are_refused_with_the_way_to_convert_them(tmp_path, name):
         ),
         ("tokenizer_config.json", '{"chat_template": 5}', "chat_template must be text"),
         ("tokenizer_config.json", '{"chat_template": [{"name": "x"}]}', "name and a template"),
+        ("tokenizer_config.json", '{"extra_special_tokens": 5}', "a list or an object"),
+        ("tokenizer_config.json", '{"extra_special_tokens": [5]}', "must be text"),
         ("special_tokens_map.json", '{"eos_token": []}', "eos_token must be text"),
         ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id must be an id"),
         ("generation_config.json", '{"eos_token_id": []}', "eos_token_id must be an id"),
