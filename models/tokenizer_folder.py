@@ -48,7 +48,7 @@ def read_tokenizer_folder(folder: Path) -> ChatTokenizer | None:
             if (folder / name).is_file():
                 raise CheckpointError(
                     f"{folder / name}: only {TOKENIZER} can be read; to make one, run "
-                    f"transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) "
+                    "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) "
                     "where transformers, sentencepiece and tiktoken are installed"
                 )
         return None
@@ -133,18 +133,20 @@ def _add_declared_tokens(
     """Adds tokens that the config gives with their ids; its flags win over tokenizer.json's."""
     import tokenizers
 
+    ids, tokens = {}, []
     for index, entry in _declared_tokens(config, path):
+        flags = {flag: entry[flag] for flag in TOKEN_FLAGS if flag in entry}
         try:
-            token = tokenizers.AddedToken(
-                **{flag: entry[flag] for flag in TOKEN_FLAGS if flag in entry}
-            )
+            tokens.append(tokenizers.AddedToken(**flags))
         except TypeError as error:
             raise CheckpointError(f"{path}: added token {index}: {error}") from error
-        backend.add_tokens([token])
-        if backend.token_to_id(token.content) != index:
+        ids[entry["content"]] = index
+    backend.add_tokens(tokens)
+    for content, index in ids.items():
+        found = backend.token_to_id(content)
+        if found != index:
             raise CheckpointError(
-                f"{path}: {token.content!r} has id {index}, but in {TOKENIZER} "
-                f"{backend.token_to_id(token.content)}"
+                f"{path}: {content!r} has id {index}, but in {TOKENIZER} it has {found}"
             )
 
 
@@ -153,11 +155,13 @@ def _make_special(backend: tokenizers.Tokenizer, contents: Iterable[str]) -> Non
     import tokenizers
 
     added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    tokens = []
     for content in contents:
         token = added.get(content, tokenizers.AddedToken(content, normalized=False))
         if not token.special and backend.token_to_id(content) is not None:
             token.special = True
-            backend.add_special_tokens([token])
+            tokens.append(token)
+    backend.add_special_tokens(tokens)
 
 
 def _declared_tokens(
