@@ -25,8 +25,15 @@ TOOL_USE = "tool_use"
 REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 """Names for an assistant's reasoning; the first is the one that most templates read."""
 
-TEMPLATE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError)
-"""What a template can raise, besides ValueError and Jinja's own errors."""
+TEMPLATE_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What a template can raise besides Jinja's own errors."""
 
 
 class ChatTemplates:
@@ -70,20 +77,21 @@ class ChatTemplates:
         import jinja2
 
         name = self._choose(name, tools)
-        chat = [_plain_message(message) for message in messages]
-        if not chat:
+        if not messages:
             raise ValueError("the chat template needs at least one message")
         try:
-            return self._compile(name).render(
-                **{
-                    **self._special_tokens,
-                    **_plain(variables or {}),
-                    "messages": chat,
-                    "tools": _plain_mappings("tools", tools),
-                    "documents": _plain_mappings("documents", documents),
-                    "add_generation_prompt": add_generation_prompt,
-                }
-            )
+            visible = {
+                **self._special_tokens,
+                **_plain(variables or {}),
+                "messages": [_plain_message(message) for message in messages],
+                "tools": _plain_mappings("tools", tools),
+                "documents": _plain_mappings("documents", documents),
+                "add_generation_prompt": add_generation_prompt,
+            }
+        except RecursionError as error:
+            raise ValueError("the messages are nested too deeply for a chat template") from error
+        try:
+            return self._compile(name).render(visible)
         except (jinja2.TemplateError, *TEMPLATE_ERRORS) as error:
             raise ValueError(f"the chat template cannot render these messages: {error}") from error
 

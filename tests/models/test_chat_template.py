@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import enum
+import functools
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tests.models.chat_cases import CASES, SPECIAL_TOKENS, TEMPLATES
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_chats.json").read_text("utf-8"))
 CHAT = [{"role": "user", "content": "x"}]
+DEEP = functools.reduce(lambda inner, _: [inner], range(100_000), [])
 
 
 def render(source: str, messages=CHAT, **variables) -> str:
@@ -74,6 +76,7 @@ def test_subclasses_of_plain_types_are_made_plain():
         (["x"], {}, "must be a mapping"),
         ([{"role": "user", "content": b"x"}], {}, "got bytes"),
         ([{"role": "user", "content": [object()]}], {}, "got object"),
+        ([{"role": "user", "content": DEEP}], {}, "nested too deeply"),
         (CHAT, {"tools": [len]}, "tools must be mappings"),
         (CHAT, {"documents": ["text"]}, "documents must be mappings"),
         (CHAT, {"variables": {"file": sys.stdout}}, "text, numbers"),
@@ -98,6 +101,7 @@ def test_what_no_template_can_take_is_refused(messages, options, message):
         "{{ '{0.__class__}'.format(messages) | attr('__class__') }}{{ missing.x }}",
         "{% for x in range(999999999) %}{% endfor %}",
         "{{ 1 // 0 }}",
+        "{{ 'x'.index('y') }}",
         "{{ 'x' | int('y') + [] }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{{ messages | tojson(indent=[]) }}{{ missing | tojson }}",
