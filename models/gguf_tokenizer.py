@@ -9,7 +9,7 @@ of another model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from models.chat_template import DEFAULT, ChatTemplates
@@ -17,7 +17,7 @@ from models.errors import CheckpointError
 from models.gguf_file import GGUFFile
 from models.gguf_pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from models.tokenizer import ChatTokenizer
-from models.tokenizer_folder import TOKENIZER, begin_with, load_backend
+from models.tokenizer_folder import TOKENIZER, load_backend, put_around_texts
 
 if TYPE_CHECKING:
     import tokenizers
@@ -68,7 +68,7 @@ def read_gguf_tokenizer(file: GGUFFile) -> ChatTokenizer:
     }
     ends = [_token_id(file, key, vocabulary) for key in END_TOKENS]
     return ChatTokenizer(
-        _backend(file, vocabulary, special_tokens.get("bos_token")),
+        _backend(file, vocabulary, special_tokens),
         stop_ids=[index for index in ends if index is not None],
         templates=ChatTemplates(_templates(file), special_tokens),
     )
@@ -86,18 +86,21 @@ def _read_vocabulary(file: GGUFFile) -> _Vocabulary:
     return _Vocabulary(tokens, types)
 
 
-def _backend(file: GGUFFile, vocabulary: _Vocabulary, bos: str | None) -> tokenizers.Tokenizer:
+def _backend(
+    file: GGUFFile, vocabulary: _Vocabulary, special_tokens: Mapping[str, str]
+) -> tokenizers.Tokenizer:
     kind = file.require("tokenizer.ggml.model")
     pre = file.metadata.get("tokenizer.ggml.pre")
     if kind == "llama":
-        backend, begins = _sentencepiece(file, vocabulary), bos is not None
+        backend, begins = _sentencepiece(file, vocabulary), True
     elif kind == "gpt2" and pre in PRE_TOKENIZERS:
         backend = _byte_level(file, vocabulary, PRE_TOKENIZERS[pre])
-        begins = PRE_TOKENIZERS[pre].begins and bos is not None
+        begins = PRE_TOKENIZERS[pre].begins
     else:
         return _backend_beside(file, vocabulary, _why_unsupported(kind, pre))
-    if file.metadata.get("tokenizer.ggml.add_bos_token", begins):
-        begin_with(backend, bos, file.path)
+    usual = {"bos_token": begins and "bos_token" in special_tokens, "eos_token": False}
+    asked = [name for name in usual if file.metadata.get(f"tokenizer.ggml.add_{name}", usual[name])]
+    put_around_texts(backend, asked, special_tokens, file.path)
     return backend
 
 
@@ -254,8 +257,8 @@ def _templates(file: GGUFFile) -> dict[str, str]:
     """The default template, and those of other names behind it."""
     sources = {}
     for key, value in file.metadata.items():
-        if key == TEMPLATE:
-            sources[DEFAULT] = value
-        elif key.startswith(f"{TEMPLATE}.") and isinstance(value, str):
-            sources[key.removeprefix(f"{TEMPLATE}.")] = value
+        if key == TEMPLATE or key.startswith(f"{TEMPLATE}."):
+            if not isinstance(value, str):
+                raise CheckpointError(f"{file.path}: metadata {key!r} is not text")
+            sources[key.removeprefix(TEMPLATE).removeprefix(".") or DEFAULT] = value
     return sources

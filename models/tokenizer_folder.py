@@ -9,7 +9,7 @@ id yet: the model would have no embedding for it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +57,9 @@ def read_tokenizer_folder(folder: Path) -> ChatTokenizer | None:
     backend = load_backend(folder / TOKENIZER)
     _add_declared_tokens(backend, folder / TOKENIZER_CONFIG, config)
     _make_special(backend, [*special_tokens.values(), *more])
-    if config.get("add_bos_token") is True and backend.post_processor is None:
-        begin_with(backend, special_tokens.get("bos_token"), folder / TOKENIZER_CONFIG)
+    if backend.post_processor is None:
+        asked = [name for name in ("bos_token", "eos_token") if config.get(f"add_{name}") is True]
+        put_around_texts(backend, asked, special_tokens, folder / TOKENIZER_CONFIG)
     return ChatTokenizer(
         backend,
         stop_ids=_stop_ids(folder, backend, special_tokens),
@@ -76,15 +77,22 @@ def load_backend(path: Path) -> tokenizers.Tokenizer:
         raise CheckpointError(f"{path}: not a usable tokenizer: {error}") from error
 
 
-def begin_with(backend: tokenizers.Tokenizer, token: str | None, path: Path) -> None:
-    """Lets texts begin with `token`, as `path` asks."""
+def put_around_texts(
+    backend: tokenizers.Tokenizer, names: Collection[str], texts: Mapping[str, str], path: Path
+) -> None:
+    """Lets texts begin with "bos_token" and end with "eos_token" where `names` has them."""
     from tokenizers import processors
 
-    index = None if token is None else backend.token_to_id(token)
-    if token is None or index is None:
-        raise CheckpointError(f"{path}: texts are to begin with a BOS token, but it names none")
+    ids = {}
+    for name in names:
+        index = backend.token_to_id(texts[name]) if name in texts else None
+        if index is None:
+            raise CheckpointError(f"{path}: {name} is to be added to texts, but there is none")
+        ids[texts[name]] = index
+    begin = [texts[name] for name in names if name == "bos_token"]
+    end = [texts[name] for name in names if name == "eos_token"]
     backend.post_processor = processors.TemplateProcessing(
-        single=[token, "$A"], special_tokens=[(token, index)]
+        single=[*begin, "$A", *end], special_tokens=list(ids.items())
     )
 
 

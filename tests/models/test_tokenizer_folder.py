@@ -332,10 +332,18 @@ def test_malformed_files_are_named(tmp_path, name, text, message):
         read_tokenizer_folder(tmp_path)
 
 
-def test_no_post_processor_and_no_bos_to_begin_with(tmp_path):
+def test_add_eos_token_counts_likewise(tmp_path):
+    spec = GOLDEN["llama2"]["files"]["tokenizer.json"] | {"post_processor": None}
+    config = config_of("llama2", add_eos_token=True)
+    tokenizer = read_with(tmp_path, "llama2", tokenizer=spec, tokenizer_config=config)
+    ids = tokenizer.encode("the", add_special_tokens=True)
+    assert ids == [1, *tokenizer.encode("the"), 2]
+
+
+def test_a_bos_to_begin_with_must_be_named(tmp_path):
     spec = GOLDEN["qwen2"]["files"]["tokenizer.json"] | {"post_processor": None}
     config = config_of("qwen2", add_bos_token=True)
-    with pytest.raises(CheckpointError, match=r"tokenizer_config.json.*BOS"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config.json: bos_token is to be added"):
         read_with(tmp_path, tokenizer=spec, tokenizer_config=config)
 
 

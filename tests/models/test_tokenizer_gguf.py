@@ -47,7 +47,9 @@ def test_the_file_says_whether_texts_begin_with_bos(tmp_path, style, begins):
         tokenizer = read_golden_gguf(tmp_path, style, add_bos_token=add)
         begun = tokenizer.encode("x", add_special_tokens=True) != tokenizer.encode("x")
         assert begun == (begins if add is None else add)
-    with pytest.raises(CheckpointError, match="BOS"):
+    tokenizer = read_golden_gguf(tmp_path, style, add_bos_token=True, add_eos_token=True)
+    assert len(tokenizer.encode("", add_special_tokens=True)) == 2
+    with pytest.raises(CheckpointError, match="bos_token is to be added"):
         read_golden_gguf(tmp_path, style, add_bos_token=True, bos_token_id=None)
 
 
@@ -156,6 +158,7 @@ def test_a_tokenizer_json_beside_is_left_alone_where_the_file_s_own_will_do(tmp_
         ({"token_type": None}, "token_type' is missing"),
         ({"remove_extra_whitespaces": 1}, "remove_extra_whitespaces is not supported"),
         ({"eos_token_id": 10_000}, "outside the vocabulary"),
+        ({"add_eos_token": True, "eos_token_id": None}, "eos_token is to be added"),
         ({"tokens": ["a", "b"], "token_type": [1, 1], "scores": [0.0, 0.0],
           "bos_token_id": 0, "eos_token_id": 0}, "no token <0x00> for a byte"),
         ({"tokens": ["a", "a"], "token_type": [1, 1]}, "a token twice"),
