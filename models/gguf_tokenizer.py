@@ -89,28 +89,43 @@ def _read_vocabulary(file: GGUFFile) -> _Vocabulary:
 def _backend(
     file: GGUFFile, vocabulary: _Vocabulary, special_tokens: Mapping[str, str]
 ) -> tokenizers.Tokenizer:
-    kind = file.require("tokenizer.ggml.model")
-    pre = file.metadata.get("tokenizer.ggml.pre")
-    if kind == "llama":
+    if reason := _why_unsupported(file, vocabulary):
+        return _backend_beside(file, vocabulary, reason)
+    if file.require("tokenizer.ggml.model") == "llama":
         backend, begins = _sentencepiece(file, vocabulary), True
-    elif kind == "gpt2" and pre in PRE_TOKENIZERS:
-        backend = _byte_level(file, vocabulary, PRE_TOKENIZERS[pre])
-        begins = PRE_TOKENIZERS[pre].begins
     else:
-        return _backend_beside(file, vocabulary, _why_unsupported(kind, pre))
+        pre = PRE_TOKENIZERS[file.require("tokenizer.ggml.pre")]
+        backend, begins = _byte_level(file, vocabulary, pre), pre.begins
     usual = {"bos_token": begins and "bos_token" in special_tokens, "eos_token": False}
     asked = [name for name in usual if file.metadata.get(f"tokenizer.ggml.add_{name}", usual[name])]
     put_around_texts(backend, asked, special_tokens, file.path)
     return backend
 
 
-def _why_unsupported(kind: str, pre: str | None) -> str:
+def _why_unsupported(file: GGUFFile, vocabulary: _Vocabulary) -> str | None:
+    kind = file.require("tokenizer.ggml.model")
+    if kind == "llama":
+        return _why_unsupported_pieces(file, vocabulary)
     if kind != "gpt2":
         return f"tokenizer {kind!r} is not supported, only 'gpt2' and 'llama'"
+    pre = file.metadata.get("tokenizer.ggml.pre")
+    if pre in PRE_TOKENIZERS:
+        return None
     known = ", ".join(sorted(PRE_TOKENIZERS))
     if pre is None:
         return f"the file does not say how text is cut before BPE (tokenizer.ggml.pre: {known})"
     return f"pre-tokenizer {pre!r} is not supported, only {known}"
+
+
+def _why_unsupported_pieces(file: GGUFFile, vocabulary: _Vocabulary) -> str | None:
+    for key in ("precompiled_charsmap", "remove_extra_whitespaces"):
+        if file.metadata.get(f"tokenizer.ggml.{key}"):
+            return f"tokenizer.ggml.{key} is not supported"
+    for key in ("token_type", "scores"):
+        if f"tokenizer.ggml.{key}" not in file.metadata:
+            return f"tokenizer.ggml.{key} is missing"
+    missing = {f"<0x{byte:02X}>" for byte in range(256)}.difference(vocabulary.tokens)
+    return f"the vocabulary holds no token {min(missing)} for a byte" if missing else None
 
 
 def _backend_beside(file: GGUFFile, vocabulary: _Vocabulary, reason: str) -> tokenizers.Tokenizer:
@@ -121,6 +136,11 @@ def _backend_beside(file: GGUFFile, vocabulary: _Vocabulary, reason: str) -> tok
             "then used in its place"
         )
     backend = load_backend(path)
+    if backend.get_vocab_size() > len(vocabulary.tokens):
+        raise CheckpointError(
+            f"{path}: belongs to another model than {file.path.name}: it has "
+            f"{backend.get_vocab_size()} tokens, expected {len(vocabulary.tokens)}"
+        )
     for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)):
         if kind == NORMAL and backend.id_to_token(index) != token:
             raise CheckpointError(
@@ -166,20 +186,14 @@ def _sentencepiece(file: GGUFFile, vocabulary: _Vocabulary) -> tokenizers.Tokeni
     import tokenizers
     from tokenizers import decoders, models, normalizers
 
-    file.require("tokenizer.ggml.token_type")  # without them a special token is a piece like others
-    for key in ("precompiled_charsmap", "remove_extra_whitespaces"):
-        if file.metadata.get(f"tokenizer.ggml.{key}"):
-            raise CheckpointError(f"{file.path}: tokenizer.ggml.{key} is not supported")
     # A space in a user-defined token is a space, not the letter, in files of llama.cpp's converter.
     tokens = [
         token.replace(SPACE, " ") if kind == USER_DEFINED else token
         for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
     ]
     ids = {token: index for index, token in enumerate(tokens)}
-    missing = [f"<0x{byte:02X}>" for byte in range(256) if f"<0x{byte:02X}>" not in ids]
-    if missing or len(ids) != len(tokens):
-        what = f"no token {missing[0]} for a byte" if missing else "a token twice"
-        raise CheckpointError(f"{file.path}: the vocabulary holds {what}")
+    if len(ids) != len(tokens):
+        raise CheckpointError(f"{file.path}: the vocabulary holds a token twice")
     model = models.BPE(
         vocab=ids, merges=_merges(file, vocabulary), fuse_unk=True, byte_fallback=True
     )

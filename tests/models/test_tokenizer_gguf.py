@@ -139,9 +139,10 @@ def test_other_kinds_are_refused_unless_a_tokenizer_json_is_beside(tmp_path, met
         assert tokenizer.encode(text) == ids
     stop = [tokenizer.decode([index], skip_special=False) for index in tokenizer.stop_ids]
     assert stop == ["<|im_end|>", "<|endoftext|>"]
-    write_folder(tmp_path, "llama2")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json: belongs to another model"):
-        read_golden_gguf(tmp_path, "qwen2", **metadata)
+    for other in ("llama2", "llama3"):  # more tokens, fewer tokens
+        write_folder(tmp_path, other)
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json: belongs to another model"):
+            read_golden_gguf(tmp_path, "qwen2", **metadata)
 
 
 def test_a_tokenizer_json_beside_is_left_alone_where_the_file_s_own_will_do(tmp_path):
@@ -153,10 +154,10 @@ def test_a_tokenizer_json_beside_is_left_alone_where_the_file_s_own_will_do(tmp_
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"scores": None}, "scores' is missing"),
+        ({"scores": None}, "scores is missing; put the model's tokenizer.json"),
         ({"scores": [0.0]}, "tokens but 1 scores"),
-        ({"token_type": None}, "token_type' is missing"),
-        ({"remove_extra_whitespaces": 1}, "remove_extra_whitespaces is not supported"),
+        ({"token_type": None}, "token_type is missing; put"),
+        ({"remove_extra_whitespaces": 1}, "remove_extra_whitespaces is not supported; put"),
         ({"eos_token_id": 10_000}, "outside the vocabulary"),
         ({"add_eos_token": True, "eos_token_id": None}, "eos_token is to be added"),
         ({"tokens": ["a", "b"], "token_type": [1, 1], "scores": [0.0, 0.0],
