@@ -159,8 +159,7 @@ def compare(
 def _affordable_batch(
     config: GenerateConfig, loaded: LoadedModel, prompts: PromptSet, measured: Measured
 ) -> int:
-    spec = loaded.config.cache_spec
-    values = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim
+    values = loaded.config.cache_spec.values_per_token
     return affordable_batch(
         [len(tokens) for tokens in prompts.tokens],
         max_tokens=config.max_tokens,

@@ -41,6 +41,11 @@ class CacheSpec:
     softcap: float | None = None
     scale: float | None = None
 
+    @property
+    def values_per_token(self) -> int:
+        """Numbers that the cache keeps of a token: its keys and values in all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
 
 class DecoderModel(Protocol):
     """A decoder the engine can run; in this project an `nnx.Module`."""

@@ -65,8 +65,7 @@ class CacheConfig:
 
     def bytes_per_chunk(self, spec: CacheSpec) -> int:
         """Bytes that one chunk's keys and values take over all layers."""
-        per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim
-        return per_token * self.chunk_size * jnp.dtype(self.dtype).itemsize
+        return spec.values_per_token * self.chunk_size * jnp.dtype(self.dtype).itemsize
 
 
 def parse_bytes(size: int | str) -> int:
