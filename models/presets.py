@@ -38,7 +38,7 @@ _LLAMA_2 = DecoderConfig(
     head_dim=128,
     max_positions=4096,
 )
-_QWEN_2_5 = DecoderConfig(
+_QWEN_2_5 = DecoderConfig(  # the Instruct models'; the 7B base model has 131,072 positions
     vocab_size=152_064,
     hidden_size=3584,
     intermediate_size=18_944,
