@@ -21,6 +21,7 @@ from experiments.errors import user_errors
 from experiments.generate import GenerateConfig
 from experiments.gpu import GpuConfig
 from experiments.kernel import KernelConfig
+from experiments.models import ModelsConfig
 from experiments.search import SearchConfig
 from experiments.serve import ServeConfig
 from experiments.soak import SoakConfig
@@ -36,6 +37,7 @@ Config = (
     | Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
     | Annotated[GpuConfig, tyro.conf.subcommand("gpu")]
     | Annotated[KernelConfig, tyro.conf.subcommand("kernel")]
+    | Annotated[ModelsConfig, tyro.conf.subcommand("models")]
     | Annotated[SearchConfig, tyro.conf.subcommand("search")]
     | Annotated[ServeConfig, tyro.conf.subcommand("serve")]
     | Annotated[SoakConfig, tyro.conf.subcommand("soak")]
