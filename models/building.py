@@ -1,13 +1,17 @@
 """Making a decoder: its arrays one by one, straight into the place, dtype and sharding they keep.
 
-Host memory holds one array of the decoder at a time besides those already placed. On a CPU a placed
-array is the host's own: its buffer begins at an address that JAX takes over without a copy.
+Host memory holds a few arrays of the decoder at a time besides those already placed. On a CPU a
+placed array is the host's own: its buffer begins at an address that JAX takes over without a copy.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Lock
 
 import jax
 import numpy as np
@@ -19,7 +23,10 @@ from models.decoder import Decoder
 from models.weights import BLOCKS, Weight, decoder_weights
 
 Fill = Callable[[str, int | None, np.ndarray], None]
-"""`fill(name, layer, out)` writes one weight, of one layer or (None) outside the layers."""
+"""`fill(name, layer, out)` writes one weight, of one layer or (None) outside the layers.
+
+It is called from several threads at once, for different layers.
+"""
 
 Place = Callable[[str, Weight], Sharding | None]
 """The sharding of a weight; None is the default device."""
@@ -27,6 +34,7 @@ Place = Callable[[str, Weight], Sharding | None]
 OnProgress = Callable[[int, int], None]
 """Called with the bytes of weights made so far, and of all."""
 
+THREADS = min(4, os.cpu_count() or 1)
 ALIGNMENT = 64  # bytes; what XLA wants of a buffer that it does not copy
 
 
@@ -44,12 +52,14 @@ def build(
     leaves = dict(nnx.to_flat_state(state))
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     done = 0
+    telling = Lock()
 
     def fill_and_tell(name: str, layer: int | None, out: np.ndarray) -> None:
         nonlocal done
         fill(name, layer, out)
-        done += out.nbytes
-        on_progress(done, total)
+        with telling:
+            done += out.nbytes
+            on_progress(done, total)
 
     filled = {
         path: leaves[path].replace(array)
@@ -68,23 +78,30 @@ def _arrays(
 ) -> Iterator[tuple[tuple, jax.Array]]:
     """Each array of the decoder, with its path in the decoder's state."""
     layers = range(config.num_layers)
-    for name, weight in decoder_weights(config).items():
-        in_layers = name.startswith(BLOCKS)
-        short = name.removeprefix(BLOCKS)
-        if in_layers and unroll:
-            one = weight.unstacked()
-            for layer in layers:
-                array = aligned_empty(one.shape, one.dtype(dtype))
-                fill(short, layer, array)
-                yield ("blocks", layer, short), jax.device_put(array, place(name, one))
-            continue
-        array = aligned_empty(weight.shape, weight.dtype(dtype))
-        if in_layers:
-            for layer in layers:
-                fill(short, layer, array[layer])
-        else:
-            fill(name, None, array)
-        yield tuple(name.split("/")), jax.device_put(array, place(name, weight))
+    with ThreadPoolExecutor(THREADS) as pool:
+        for name, weight in decoder_weights(config).items():
+            short = name.removeprefix(BLOCKS)
+            if name == short:
+                array = aligned_empty(weight.shape, weight.dtype(dtype))
+                fill(name, None, array)
+                yield (name,), jax.device_put(array, place(name, weight))
+            elif not unroll:
+                array = aligned_empty(weight.shape, weight.dtype(dtype))
+                _wait(pool.map(partial(fill, short), layers, array))
+                yield ("blocks", short), jax.device_put(array, place(name, weight))
+            else:
+                one = weight.unstacked()
+                for some in (layers[begin : begin + THREADS] for begin in layers[::THREADS]):
+                    arrays = [aligned_empty(one.shape, one.dtype(dtype)) for _ in some]
+                    _wait(pool.map(partial(fill, short), some, arrays))
+                    for layer, array in zip(some, arrays, strict=True):
+                        yield ("blocks", layer, short), jax.device_put(array, place(name, one))
+
+
+def _wait(results: Iterable[None]) -> None:
+    """Until all are done; raises what one of them has raised."""
+    for _ in results:
+        pass
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:

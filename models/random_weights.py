@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from models.building import Fill
+from models.building import THREADS, Fill
 from models.config import DecoderConfig
 from models.weights import block_weights, decoder_weights
 
@@ -35,7 +34,11 @@ def random_fill(config: DecoderConfig, seed: int) -> Fill:
             generator = np.random.default_rng([seed, index[name], layer or 0, number])
             values[...] = generator.standard_normal(values.shape, np.float32) * weight.stddev
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(draw, enumerate(np.array_split(out, min(MOST_PARTS, len(out))))))
+        parts = enumerate(np.array_split(out, min(MOST_PARTS, len(out))))
+        if layer is None:
+            with ThreadPoolExecutor(THREADS) as pool:
+                list(pool.map(draw, parts))
+        else:  # other threads draw other layers
+            list(map(draw, parts))
 
     return fill

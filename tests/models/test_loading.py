@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import math
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 import models
+from models.architectures import LLAMA, Key
 from models.building import build
 from models.decoder import Block
+from models.layout import expected_shapes
 from models.random_weights import random_fill
 from tests.models.dense_attention import empty_pool, run_dense
+from tests.models.safetensors_writer import write_safetensors
 from tests.models.test_decoder import numpy_logits
 from tests.models.tiny_checkpoint import CONFIG, checkpoint_tensors, write_checkpoint
 
@@ -141,3 +148,55 @@ def test_importing_models_loads_no_optional_package():
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
+
+
+MEASURED = models.DecoderConfig(
+    vocab_size=8192,
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_layers=8,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=128,
+)
+PEAK_MEMORY = """
+import re, sys
+import jax
+from flax import nnx
+import models
+
+def resident(key):
+    with open("/proc/self/status") as status:
+        return 1024 * int(re.search(rf"{key}:\\s+(\\d+)", status.read())[1])
+
+models.load("random:tiny", dtype="bfloat16")  # brings in what is used once
+before = resident("VmRSS")
+model = models.load(sys.argv[1], dtype="bfloat16").model
+size = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+print((resident("VmHWM") - before) / size)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_peaks_at_little_more_than_the_checkpoint(tmp_path):
+    shapes = expected_shapes(LLAMA.layout, MEASURED)
+    zeros = np.zeros(MEASURED.vocab_size * MEASURED.hidden_size, jnp.bfloat16)
+    weights = {name: zeros[: math.prod(shape)].reshape(shape) for name, shape in shapes.items()}
+    write_safetensors(tmp_path / "model.safetensors", weights)
+    config = {
+        "architectures": [LLAMA.class_name],
+        **{
+            source.name: getattr(MEASURED, field)
+            for field, source in LLAMA.fields.items()
+            if isinstance(source, Key)
+        },
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    finished = subprocess.run(
+        [sys.executable, "-c", PEAK_MEMORY, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert 0.95 < float(finished.stdout) < 1.3
