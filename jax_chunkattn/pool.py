@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +90,9 @@ def parse_bytes(size: int | str) -> int:
 @dataclass(frozen=True)
 class ChunkPool:
     """Keys and values of all layers, head-major: one head's chunk is a contiguous [C, D] tile."""
+
+    AXES: ClassVar[tuple[str, ...]] = ("layers", "kv_heads", "chunks", "chunk_tokens", "head_dim")
+    """What the dimensions of both arrays count; see `jax_chunkattn.logical_axes`."""
 
     keys: Float[Array, "L Hkv N C D"]
     values: Float[Array, "L Hkv N C D"]
