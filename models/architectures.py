@@ -60,7 +60,8 @@ class Architecture:
       nope_interval: layers `interval - 1`, `2 interval - 1`, ... do not rotate, unless config.json
         says which.
       windows: what it does with sliding windows.
-      must_be: keys whose other values ask for what is not supported; absent is as good.
+      must_be: keys whose other values ask for what is not supported, or the keys that they must
+        equal; absent is as good.
     """
 
     class_name: str
@@ -286,6 +287,7 @@ OPT = Architecture(
         "do_layer_norm_before": True,
         "_remove_final_layer_norm": False,
         "layer_norm_elementwise_affine": True,
+        "word_embed_proj_dim": Key("hidden_size"),
     },
 )
 GPT2 = Architecture(

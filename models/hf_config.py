@@ -53,6 +53,8 @@ def read_config(
     """
     for key, supported in architecture.must_be.items():
         value = config.get(key)
+        if isinstance(supported, Key):
+            supported = config.get(supported.name)
         if value is not None and value != supported:
             raise CheckpointError(
                 f"{where}: {key} is {value!r}; of {architecture.class_name}, only "
