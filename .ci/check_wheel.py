@@ -4,7 +4,11 @@ import sys
 import zipfile
 
 PACKAGES = {"pallas_kernels", "jax_chunkattn", "models", "experiments"}
-NEEDED = {"experiments/assets/system_prompt.md", "experiments/assets/questions.txt"}
+NEEDED = {
+    "experiments/assets/system_prompt.md",
+    "experiments/assets/questions.txt",
+    "models/parity.json",
+}
 
 [path] = sys.argv[1:]
 names = zipfile.ZipFile(path).namelist()

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 VOCAB = 96
+EPSILON = 2.0**-10
+"""Of norms: large enough to be missed, and a float32, as GGUF files store it. A case that both
+formats have is then one config, and compiled once."""
 SMALL: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
@@ -19,7 +22,7 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-3,
+    "rms_norm_eps": EPSILON,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
@@ -105,8 +108,7 @@ CASES: dict[str, Case] = {
             "head_dim": 16,
             "query_pre_attn_scalar": 4,
             "sliding_window": 100,
-            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 1
-            + ["sliding_attention"],
+            "layer_types": [*["sliding_attention"] * 2, "full_attention", "sliding_attention"],
             "rope_parameters": {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
                 "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
@@ -164,10 +166,10 @@ CASES: dict[str, Case] = {
         {
             "vocab_size": VOCAB,
             "n_embd": 48,
-            "n_inner": 64,
             "n_layer": 2,
             "n_head": 4,
-            "n_positions": 128,
+            "n_positions": 1024,
+            "layer_norm_epsilon": EPSILON,
             "bos_token_id": 1,
             "eos_token_id": 2,
         },
@@ -180,3 +182,4 @@ PROMPTS = ([*SHARED, 40, 77, 9, 23, 58, 61, 30], [*SHARED, 85, 11, 36, 94, 2 + 7
 """They share two chunks of `CHUNK_SIZE`, and a token."""
 CHUNK_SIZE = 8
 GREEDY_TOKENS = 32
+LOGIT_TOLERANCE = 1e-4

@@ -55,7 +55,7 @@ def prompt_logits(loaded: LoadedModel) -> list[np.ndarray]:
 @partial(jax.jit, static_argnums=0)
 def _packed_logits(graphdef, state, pool, batch):
     model = nnx.merge(graphdef, state)
-    attend = prefill_attend(batch.plan, None)
+    attend = prefill_attend(model.cache_spec, batch.plan, None)
     hidden, _ = model(jnp.asarray(batch.tokens), jnp.asarray(batch.positions), pool, attend)
     return model.logits(hidden)
 

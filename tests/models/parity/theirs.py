@@ -3,6 +3,7 @@
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 import transformers
 
+from models.safetensors_folder import read_folder
 from tests.models.parity.cases import GREEDY_TOKENS, PROMPTS, Case
 from tests.models.parity.recipe import draw
 
@@ -38,6 +40,13 @@ def write_checkpoint(case: Case, model: Any, folder: Path) -> None:
         config = type(model.config).from_pretrained(folder)
         config.architectures = [case.class_name]
         config.save_pretrained(folder)
+
+
+def describe(folder: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """The config.json of a checkpoint, and the shapes of its tensors."""
+    config = json.loads((folder / "config.json").read_text())
+    shapes = {name: list(shape) for name, shape in read_folder(folder).shapes.items()}
+    return config, shapes
 
 
 def prompt_logits(model: Any) -> list[np.ndarray]:

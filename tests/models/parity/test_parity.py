@@ -1,0 +1,94 @@
+"""Every architecture against transformers, on checkpoints that transformers writes.
+
+Needs the extra `parity`. `pytest tests/models/parity --write` keeps the results.
+"""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import models
+from tests.models.parity import ours
+from tests.models.parity.cases import CASES, GREEDY_TOKENS, LOGIT_TOLERANCE, PROMPTS, Case
+from tests.models.parity.golden import FOLDER, NAMES, Golden, last_logits
+
+for package in ("torch", "transformers"):
+    pytest.importorskip(package, reason="needs torch and transformers: the extra `parity`")
+
+from tests.models.parity import theirs  # noqa: E402
+from tests.models.parity.gguf_writer import GGUF_CASES, read_by_transformers, write_gguf  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("default")  # theirs are not ours to mend
+
+ONLY_LOGITS = [name for name in CASES if name not in NAMES]
+"""Cases whose greedy tokens another case's stand for: only the turning of positions differs."""
+
+
+def compare(
+    model: Any, loaded: models.LoadedModel, class_name: str, what: str, *, greedy: bool
+) -> tuple[dict[str, Any], list[np.ndarray], list[list[int]] | None]:
+    """Asserts that both agree; gives the figures, and transformers' logits and tokens."""
+    logits = theirs.prompt_logits(model)
+    actual = ours.prompt_logits(loaded)
+    difference = max(
+        float(np.abs(one - other[-len(one) :]).max())
+        for one, other in zip(actual, logits, strict=True)
+    )
+    assert difference < LOGIT_TOLERANCE
+    found = {
+        "class_name": class_name,
+        "what": what,
+        "format": "gguf" if what.startswith("GGUF") else "safetensors",
+        "max_abs_logit_difference": float(f"{difference:.1e}"),
+        "greedy_tokens": 0,
+        "greedy_tokens_equal": True,
+    }
+    if not greedy:
+        return found, logits, None
+    tokens, gap = theirs.greedy_tokens(model)
+    assert gap > 10 * difference, "a tie: the case proves nothing"
+    assert len(set(tokens[0])) > 4, "the case decodes the same few tokens again and again"
+    assert ours.greedy_tokens(loaded) == tokens
+    found["greedy_tokens"] = GREEDY_TOKENS * len(PROMPTS)
+    return found, logits, tokens
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_checkpoint_decodes_as_in_transformers(name, tmp_path, figures, write):
+    case = CASES[name]
+    model = theirs.make_model(case)
+    theirs.write_checkpoint(case, model, tmp_path / name)
+    loaded = models.load(tmp_path / name, max_positions=case.max_positions)
+    found, logits, tokens = compare(
+        model, loaded, case.class_name, name, greedy=name not in ONLY_LOGITS
+    )
+    figures[name] = found
+    if write and tokens is not None:
+        config, shapes = theirs.describe(tmp_path / name)
+        Golden(config, shapes, last_logits(logits), tokens).save(FOLDER / f"{name}.npz")
+
+
+@pytest.mark.parametrize("name", GGUF_CASES)
+def test_gguf_file_decodes_as_the_model_it_was_made_of(name, tmp_path, figures):
+    """And transformers, reading the same file, agrees that it is that model."""
+    case = GGUF_CASES[name]
+    model = theirs.make_model(Case(case.class_name, case.config))
+    path = write_gguf(case, model, tmp_path)
+    expected = theirs.prompt_logits(model)
+    if case.transformers_reads_it:
+        for one, other in zip(
+            theirs.prompt_logits(read_by_transformers(path)), expected, strict=True
+        ):
+            assert np.abs(one - other).max() < LOGIT_TOLERANCE
+    loaded = models.load(path, max_positions=case.max_positions)
+    found, _, _ = compare(model, loaded, case.class_name, f"GGUF, {name}", greedy=False)
+    figures[f"{name} in GGUF"] = found
+
+
+def test_golden_files_are_of_these_cases():
+    assert {path.stem for path in Path(FOLDER).glob("*.npz")} == set(NAMES)
