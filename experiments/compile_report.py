@@ -75,10 +75,7 @@ def run(config: CompileReportConfig) -> dict[str, Any]:
 
     check_installed()
     with ResultFolder(config.output or new_run_path("compile-report")) as folder:
-        try:
-            summary, failures = _compile(config, folder)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(folder.state()) from None
+        summary, failures = _compile(config, folder)
     if failures:
         raise UserError(f"{'; '.join(failures)}; see {folder.results_path}")
     return summary

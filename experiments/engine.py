@@ -72,10 +72,7 @@ def run(config: EngineConfig) -> dict[str, Any]:
     with ResultFolder(config.output or new_run_path("engine")) as folder:
         from experiments.engine_run import compare
 
-        try:
-            return compare(config, source, folder)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(folder.state()) from None
+        return compare(config, source, folder)
 
 
 def check(config: EngineConfig) -> None:

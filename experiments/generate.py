@@ -95,10 +95,7 @@ def run(config: GenerateConfig) -> dict[str, Any]:
     with ResultFolder(config.output or new_run_path("generate")) as folder:
         from experiments.generate_run import generate
 
-        try:
-            return generate(config, inputs, folder, started)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(folder.state()) from None
+        return generate(config, inputs, folder, started)
 
 
 @dataclass(frozen=True)

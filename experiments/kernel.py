@@ -81,10 +81,7 @@ def run(config: KernelConfig) -> dict[str, Any]:
     with ResultFolder(config.output or new_run_path("kernel")) as folder:
         from experiments.kernel_run import run_suite
 
-        try:
-            return run_suite(config, folder)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(folder.state()) from None
+        return run_suite(config, folder)
 
 
 def check(config: KernelConfig) -> None:

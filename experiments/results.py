@@ -17,7 +17,8 @@ from experiments.errors import UserError
 class ResultFolder:
     """A folder for one run's results; each record is on disk as soon as it is written.
 
-    Used as a context manager; a folder made for a run that wrote nothing is removed at the end.
+    Used as a context manager; a folder made for a run that wrote nothing is removed at the end. A
+    `KeyboardInterrupt` that ends the block leaves it with `state()` as its message.
 
     Raises:
         UserError: the folder cannot be made or written, or holds the results of an earlier run.
@@ -87,6 +88,8 @@ class ResultFolder:
         if self._made_here:
             with suppress(OSError):  # it holds something
                 self.path.rmdir()
+        if isinstance(error, KeyboardInterrupt):
+            error.args = (self.state(),)
 
 
 def new_run_path(experiment: str, parent: Path = Path("runs")) -> Path:

@@ -75,10 +75,7 @@ def run(config: SearchConfig) -> dict[str, Any]:
     with ResultFolder(config.output or new_run_path("search")) as folder:
         from experiments.search_run import search
 
-        try:
-            return search(config, source, system_prompt, folder)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(folder.state()) from None
+        return search(config, source, system_prompt, folder)
 
 
 def check(config: SearchConfig) -> None:

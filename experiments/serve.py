@@ -174,10 +174,7 @@ def run(config: ServeConfig) -> dict[str, Any]:
     with ResultFolder(config.output or new_run_path("serve")) as folder:
         from experiments.serving.run import serve
 
-        try:
-            return serve(config, inputs, folder, started)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(folder.state()) from None
+        return serve(config, inputs, folder, started)
 
 
 def read_inputs(config: ServeConfig) -> Inputs:

@@ -86,10 +86,7 @@ def run(config: SoakConfig) -> dict[str, Any]:
     with ResultFolder(config.output or new_run_path("soak")) as folder:
         from experiments.soaking.run import soak
 
-        try:
-            summary = soak(config, source, folder)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(folder.state()) from None
+        summary = soak(config, source, folder)
     if summary["failures"]:
         print(json.dumps(summary), flush=True)
         raise SystemExit(f"failed: {'; '.join(summary['failures'])}")

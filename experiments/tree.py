@@ -61,6 +61,7 @@ def run(config: TreeConfig) -> dict[str, Any]:
 
     Raises:
         UserError: a value that no run could use, or a trace that cannot be read.
+        KeyboardInterrupt: with a message that says where the results so far are.
     """
     check(config)
     from experiments.tree_planning import measure_planning

@@ -27,6 +27,19 @@ def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_an_interrupt_says_where_the_results_are(tmp_path: Path) -> None:
+    def interrupted(records: int) -> None:
+        with ResultFolder(tmp_path / "out") as folder:
+            for _ in range(records):
+                folder.write_record({})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="no results were written"):
+        interrupted(0)
+    with pytest.raises(KeyboardInterrupt, match=r"so far \(2 lines\) are in .*out/results.jsonl"):
+        interrupted(2)
+
+
 def test_a_folder_that_was_there_stays(tmp_path: Path) -> None:
     with ResultFolder(tmp_path):
         pass
