@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from experiments.errors import UserError
+from experiments.options import check_at_least_one
 from experiments.results import ResultFolder, new_run_path
 
 if TYPE_CHECKING:
@@ -69,8 +70,7 @@ def run(config: CompileReportConfig) -> dict[str, Any]:
       UserError: when this machine cannot compile for a GPU, and, once the results are written,
         when something spills, copies the pool or does not compile.
     """
-    if config.processes < 1:
-        raise UserError(f"--processes must be at least 1, got {config.processes}")
+    check_at_least_one(config, "processes")
     from experiments.gpu_compile.target import check_installed
 
     check_installed()

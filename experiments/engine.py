@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from experiments.errors import UserError
 from experiments.loading import parse_model
-from experiments.options import by_default, option
+from experiments.options import by_default, check_at_least_one, check_seed
 from experiments.results import ResultFolder, new_run_path
 
 
@@ -77,10 +77,7 @@ def run(config: EngineConfig) -> dict[str, Any]:
 
 def check(config: EngineConfig) -> None:
     """Raise `UserError` for a value that no run could use."""
-    for name in ("rows", "own_tokens", "steps_per_call", "rounds", "chunk_size"):
-        value = getattr(config, name)
-        if value < 1:
-            raise UserError(f"{option(name)} must be at least 1, got {value}")
+    check_at_least_one(config, "rows", "own_tokens", "steps_per_call", "rounds", "chunk_size")
     if config.shared_tokens < 0:
         raise UserError(f"--shared-tokens must be from 0 up, got {config.shared_tokens}")
     if config.tokens < 4 * config.steps_per_call:
@@ -88,5 +85,4 @@ def check(config: EngineConfig) -> None:
             f"--tokens must be at least {4 * config.steps_per_call}, four calls of "
             f"{config.steps_per_call}, got {config.tokens}"
         )
-    if not 0 <= config.seed < 2**31:
-        raise UserError(f"--seed must be from 0 to {2**31 - 1}, got {config.seed}")
+    check_seed(config.seed)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from experiments.errors import UserError
 from experiments.loading import ModelSource, parse_model
-from experiments.options import by_default, option
+from experiments.options import by_default, check_at_least_one, check_seed
 from experiments.prompts import PromptLine, read_prompts, read_system_prompt
 from experiments.results import ResultFolder, new_run_path
 
@@ -127,15 +127,13 @@ def read_inputs(config: GenerateConfig) -> Inputs:
 
 def check(config: GenerateConfig) -> None:
     """Raise `UserError` for a value that no run could use."""
-    for name in ("batch", "max_tokens", "chunk_size", "steps_per_call", "compare_batch"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"{option(name)} must be at least 1, got {value}")
+    check_at_least_one(
+        config, "batch", "max_tokens", "chunk_size", "steps_per_call", "compare_batch"
+    )
     if not (config.temperature >= 0 and math.isfinite(config.temperature)):
         raise UserError(f"--temperature must be a number from 0 up, got {config.temperature}")
     if config.top_k < 0:
         raise UserError(f"--top-k must be at least 0, got {config.top_k}")
     if not 0 < config.top_p <= 1:
         raise UserError(f"--top-p must be above 0 and at most 1, got {config.top_p}")
-    if not 0 <= config.seed < 2**31:
-        raise UserError(f"--seed must be from 0 to {2**31 - 1}, got {config.seed}")
+    check_seed(config.seed)

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal, get_args
 import tyro
 
 from experiments.errors import UserError
+from experiments.options import check_at_least_one, check_seed
 from experiments.results import ResultFolder, new_run_path
 
 Suite = Literal["smoke", "paper"]
@@ -93,12 +94,10 @@ def check(config: KernelConfig) -> None:
         raise UserError("--implementations names nothing to time")
     if named is not None and len(set(named)) < len(named):
         raise UserError(f"--implementations names one twice: {' '.join(named)}")
-    if config.repeats < 1:
-        raise UserError(f"--repeats must be at least 1, got {config.repeats}")
+    check_at_least_one(config, "repeats")
     if not (config.memory_gb > 0 and math.isfinite(config.memory_gb)):
         raise UserError(f"--memory-gb must be above 0, got {config.memory_gb}")
-    if not 0 <= config.seed < 2**31:
-        raise UserError(f"--seed must be from 0 to {2**31 - 1}, got {config.seed}")
+    check_seed(config.seed)
 
 
 def _check_known(option: str, values: tuple[str, ...], known: tuple[str, ...]) -> None:

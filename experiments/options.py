@@ -6,6 +6,10 @@ from typing import Any
 
 import tyro
 
+from experiments.errors import UserError
+
+MOST_SEED = 2**31 - 1
+
 
 def by_default(metavar: str, meaning: str) -> Any:
     """How `--help` shows an option whose None stands for `meaning`."""
@@ -15,3 +19,18 @@ def by_default(metavar: str, meaning: str) -> Any:
 def option(name: str) -> str:
     """The option on the command line that sets the config's field `name`."""
     return f"--{name.replace('_', '-')}"
+
+
+def check_at_least_one(config: Any, *names: str) -> None:
+    """Raise `UserError` for a field of `config` below 1: a number, a tuple of them, or None."""
+    for name in names:
+        value = getattr(config, name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(number is not None and number < 1 for number in numbers):
+            raise UserError(f"{option(name)} must be at least 1, got {value}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise `UserError` for a `--seed` that JAX or NumPy could not take."""
+    if not 0 <= seed <= MOST_SEED:
+        raise UserError(f"--seed must be from 0 to {MOST_SEED}, got {seed}")

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from experiments.errors import UserError
 from experiments.loading import parse_model
-from experiments.options import by_default
+from experiments.options import by_default, check_at_least_one, check_seed
 from experiments.prompts import read_system_prompt
 from experiments.results import ResultFolder, new_run_path
 
@@ -80,15 +80,11 @@ def run(config: SearchConfig) -> dict[str, Any]:
 
 def check(config: SearchConfig) -> None:
     """Raise `UserError` for a value that no run could use."""
-    for name in ("width", "keep", "depth", "tokens", "chunk_size"):
-        value = getattr(config, name)
-        if value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    check_at_least_one(config, "width", "keep", "depth", "tokens", "chunk_size")
     if config.width > 20:
         raise UserError(f"--width must be at most 20, got {config.width}")
     if not 0 < config.temperature < float("inf"):
         raise UserError(f"--temperature must be above 0, got {config.temperature}")
-    if not 0 <= config.seed < 2**31:
-        raise UserError(f"--seed must be from 0 to {2**31 - 1}, got {config.seed}")
+    check_seed(config.seed)
     if not config.question.strip():
         raise UserError("--question is empty")

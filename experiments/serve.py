@@ -39,7 +39,7 @@ from typing import Annotated, Any, Literal
 
 from experiments.errors import UserError
 from experiments.loading import ModelSource, parse_model
-from experiments.options import by_default, option
+from experiments.options import by_default, check_at_least_one, check_seed, option
 from experiments.results import ResultFolder, new_run_path
 from experiments.trace import BLOCK_TOKENS, TraceRequest, read_requests
 
@@ -206,10 +206,7 @@ _WITH_TRACE = ("speed", "every")
 
 def check(config: ServeConfig) -> None:
     """Raise `UserError` for a value that no run could use, or options that exclude each other."""
-    for name in _COUNTS:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"{option(name)} must be at least 1, got {value}")
+    check_at_least_one(config, *_COUNTS)
     if BLOCK_TOKENS % config.scale:
         raise UserError(
             f"--scale must divide {BLOCK_TOKENS} (1, 2, 4 and so on), got {config.scale}"
@@ -224,8 +221,7 @@ def check(config: ServeConfig) -> None:
         raise UserError(
             f"--sides must name each side once, got: {' '.join(config.sides) or 'none'}"
         )
-    if not 0 <= config.seed < 2**31:
-        raise UserError(f"--seed must be from 0 to {2**31 - 1}, got {config.seed}")
+    check_seed(config.seed)
     _check_together(config)
 
 

@@ -26,7 +26,7 @@ from typing import Annotated, Any
 
 from experiments.errors import UserError
 from experiments.loading import ModelSource, parse_model
-from experiments.options import by_default
+from experiments.options import by_default, check_at_least_one, check_seed
 from experiments.results import ResultFolder, new_run_path
 
 
@@ -99,16 +99,12 @@ def check(config: SoakConfig) -> None:
         value = getattr(config, name)
         if not (value > 0 and math.isfinite(value)):
             raise UserError(f"--{name} must be above 0, got {value}")
-    for name in ("rows", "chunk_size", "chunks", "steps_per_call", "recheck"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    check_at_least_one(config, "rows", "chunk_size", "chunks", "steps_per_call", "recheck")
     if config.prefill_tokens not in (32, 128, 512):
         raise UserError(f"--prefill-tokens must be 32, 128 or 512, got {config.prefill_tokens}")
     if config.context_tokens is not None and config.context_tokens < 64:
         raise UserError(f"--context-tokens must be at least 64, got {config.context_tokens}")
-    if not 0 <= config.seed < 2**31:
-        raise UserError(f"--seed must be from 0 to {2**31 - 1}, got {config.seed}")
+    check_seed(config.seed)
 
 
 @dataclass(frozen=True)

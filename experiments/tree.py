@@ -19,6 +19,7 @@ from typing import Any
 
 from experiments.environment import describe_host
 from experiments.errors import UserError
+from experiments.options import check_at_least_one
 from experiments.results import ResultFolder, new_run_path
 
 
@@ -105,10 +106,9 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def check(config: TreeConfig) -> None:
     """Raise `UserError` for a value that no run could use."""
-    for name in ("chunks", "prompt_tokens", "chunk_size", "samples", "children", "pool_chunks"):
-        value = getattr(config, name)
-        if min(value if isinstance(value, tuple) else (value,), default=1) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    check_at_least_one(
+        config, "chunks", "prompt_tokens", "chunk_size", "samples", "children", "pool_chunks"
+    )
     if config.prompt_tokens < 2 * config.chunk_size:
         raise UserError(
             f"--prompt-tokens {config.prompt_tokens} must fill at least two chunks of "
