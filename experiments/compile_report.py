@@ -17,10 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import tyro
-
 from experiments.errors import UserError
-from experiments.options import check_at_least_one
+from experiments.options import by_default, check_at_least_one
 from experiments.results import ResultFolder, new_run_path
 
 if TYPE_CHECKING:
@@ -56,10 +54,7 @@ class CompileReportConfig:
     keep_dumps: bool = False
     """Keep the compiler's HLO, PTX and buffer assignments in the folder, some MB a case."""
 
-    output: Annotated[
-        Path | None,
-        tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: runs/compile-report-TIME)"),
-    ] = None
+    output: Annotated[Path | None, by_default("FOLDER", "runs/compile-report-TIME")] = None
     """Folder for the results: `results.jsonl` has a line for each variant and program."""
 
 

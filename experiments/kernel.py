@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, get_args
 import tyro
 
 from experiments.errors import UserError
-from experiments.options import check_at_least_one, check_seed
+from experiments.options import by_default, check_at_least_one, check_seed
 from experiments.results import ResultFolder, new_run_path
 
 Suite = Literal["smoke", "paper"]
@@ -64,10 +64,7 @@ class KernelConfig:
     seed: int = 0
     """Seed of keys, values, queries and ragged lengths."""
 
-    output: Annotated[
-        Path | None,
-        tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: runs/kernel-TIME)"),
-    ] = None
+    output: Annotated[Path | None, by_default("FOLDER", "runs/kernel-TIME")] = None
     """Folder for the results: `results.jsonl` has a line for each case."""
 
 

@@ -15,11 +15,11 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from experiments.environment import describe_host
 from experiments.errors import UserError
-from experiments.options import check_at_least_one
+from experiments.options import by_default, check_at_least_one
 from experiments.results import ResultFolder, new_run_path
 
 
@@ -43,7 +43,7 @@ class TreeConfig:
     samples: int = 200
     """Prompts timed for each number that is reported, as their median and 95th percentile."""
 
-    trace: Path | None = None
+    trace: Annotated[Path | None, by_default("FILE", "no trace")] = None
     """A request trace in the format of Mooncake's releases: JSON lines with `input_length` and
     `hash_ids`, which name the prompt's blocks of 512 tokens; equal ids are equal prefixes."""
 
@@ -53,8 +53,8 @@ class TreeConfig:
     seed: int = 0
     """Seed of the prompts."""
 
-    output: Path | None = None
-    """Folder for the results; `runs/tree-TIME` by default."""
+    output: Annotated[Path | None, by_default("FOLDER", "runs/tree-TIME")] = None
+    """Folder for the results."""
 
 
 def run(config: TreeConfig) -> dict[str, Any]:
