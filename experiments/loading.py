@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.errors import UserError
-from experiments.progress import phase_display
 
 if TYPE_CHECKING:
     from models import LoadedModel
@@ -83,6 +82,7 @@ def load_model(source: ModelSource, options: LoadOptions = LoadOptions()) -> Loa
         models.CheckpointError: it cannot be used.
     """
     import models
+    from experiments.progress import phase_display
 
     spec = fetch_model(source)
     with phase_display() as display:
