@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -90,6 +92,14 @@ class ResultFolder:
                 self.path.rmdir()
         if isinstance(error, KeyboardInterrupt):
             error.args = (self.state(),)
+
+
+def config_record(config: Any) -> dict[str, Any]:
+    """The fields of a subcommand's config as JSON values: paths become text."""
+    return {
+        name: os.fspath(value) if isinstance(value, os.PathLike) else value
+        for name, value in dataclasses.asdict(config).items()
+    }
 
 
 def new_run_path(experiment: str, parent: Path = Path("runs")) -> Path:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from experiments.decoding import Measured
 from experiments.generate import GenerateConfig
 from experiments.prompts import PromptSet
+from experiments.results import config_record
 
 if TYPE_CHECKING:
     from jax_chunkattn import RequestHandle
@@ -19,10 +19,7 @@ def run_record(
     """The first line of `results.jsonl`: everything that is needed to do the run again."""
     return {
         "kind": "run",
-        "config": {
-            name: str(value) if hasattr(value, "__fspath__") else value
-            for name, value in dataclasses.asdict(config).items()
-        },
+        "config": config_record(config),
         "seed": config.seed,
         "environment": environment,
         "note": prompts.note,

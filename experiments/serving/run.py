@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from typing import Any
 
@@ -16,7 +15,7 @@ from experiments.environment import (
 )
 from experiments.loading import fetch_model
 from experiments.progress import phase_display
-from experiments.results import ResultFolder
+from experiments.results import ResultFolder, config_record
 from experiments.serve import Inputs, ServeConfig
 from experiments.serving.figures import draw_serving
 from experiments.serving.report import ServeReport
@@ -45,7 +44,7 @@ def serve(
         cache = pool_for(config, loaded, workload)
         setting = describe_setting(config, inputs, workload, cache)
         folder.write_record(
-            {"kind": "run", "config": _json(config), **setting, "environment": environment}
+            {"kind": "run", "config": config_record(config), **setting, "environment": environment}
         )
         rounds = Rounds(config, loaded, workload, cache, folder, display)
         rounds.run()
@@ -121,10 +120,3 @@ def _arrivals(config: ServeConfig) -> str:
     if config.rate is not None:
         return f"{config.rate:g} requests a second (Poisson)"
     return f"{config.speed:g} seconds of the trace in a second"
-
-
-def _json(config: ServeConfig) -> dict[str, Any]:
-    return {
-        name: str(value) if hasattr(value, "__fspath__") else value
-        for name, value in dataclasses.asdict(config).items()
-    }

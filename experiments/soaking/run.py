@@ -18,7 +18,7 @@ from experiments.environment import describe_environment, enable_compilation_cac
 from experiments.interrupts import deferred_interrupts
 from experiments.loading import ModelSource, fetch_model
 from experiments.progress import PhaseDisplay, phase_display
-from experiments.results import ResultFolder
+from experiments.results import ResultFolder, config_record
 from experiments.soak import Sizes, SoakConfig, sizes_for
 from experiments.soaking.account import Account
 from experiments.soaking.checks import (
@@ -58,7 +58,7 @@ def soak(config: SoakConfig, source: ModelSource, folder: ResultFolder) -> dict[
     folder.write_record(
         {
             "kind": "run",
-            "config": {name: _plain(value) for name, value in asdict(config).items()},
+            "config": config_record(config),
             **asdict(sizes),
             "environment": environment,
         }
@@ -84,7 +84,7 @@ def soak(config: SoakConfig, source: ModelSource, folder: ResultFolder) -> dict[
         display.update("recheck")
         differences = recheck(make_engine, run.account.sample)
     for difference in differences:
-        folder.write_record({"kind": "difference", **_json(difference)})
+        folder.write_record({"kind": "difference", **_difference_record(difference)})
     summary = {
         "experiment": "soak",
         "model": config.model,
@@ -260,7 +260,7 @@ class _Run:
         return {name: getattr(stats, name) for name in COUNTED}
 
 
-def _json(difference: Difference) -> dict[str, Any]:
+def _difference_record(difference: Difference) -> dict[str, Any]:
     """Enough to look into it."""
     finished = difference.finished
     return {
@@ -271,7 +271,3 @@ def _json(difference: Difference) -> dict[str, Any]:
         "position": difference.position,
         "gap": difference.gap,
     }
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if hasattr(value, "__fspath__") else value

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from experiments.errors import UserError
-from experiments.results import ResultFolder, new_run_path
+from experiments.results import ResultFolder, config_record, new_run_path
+from experiments.serve import ServeConfig
 
 
 def test_each_record_is_on_disk_at_once(tmp_path: Path) -> None:
@@ -65,6 +66,13 @@ def test_a_folder_without_permission_is_an_error(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match=r"cannot be written.*--output"):
         ResultFolder(tmp_path)
+
+
+def test_a_config_becomes_json_values() -> None:
+    config = ServeConfig(trace=Path("a/b.jsonl"), closed=3, sides=("shared",))
+    record = json.loads(json.dumps(config_record(config)))
+    assert record["trace"] == "a/b.jsonl"
+    assert (record["closed"], record["speed"], record["sides"]) == (3, None, ["shared"])
 
 
 def test_new_run_paths_are_distinct(tmp_path: Path) -> None:
