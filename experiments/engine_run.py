@@ -20,7 +20,7 @@ from experiments.engine import EngineConfig
 from experiments.environment import describe_environment, enable_compilation_cache
 from experiments.errors import UserError
 from experiments.interrupts import deferred_interrupts
-from experiments.loading import ModelSource, fetch_model
+from experiments.loading import LoadOptions, ModelSource, load_model
 from experiments.progress import phase_display
 from experiments.results import ResultFolder
 from jax_chunkattn import (
@@ -67,10 +67,9 @@ def compare(config: EngineConfig, source: ModelSource, folder: ResultFolder) -> 
     """Run the experiment into `folder`."""
     enable_compilation_cache(models.cache_dir() / "jax")
     environment = describe_environment()
+    loaded = load_model(source, LoadOptions(config.dtype, config.seed))
+    prompts = _prompts(config, loaded)
     with phase_display() as display, deferred_interrupts() as check_interrupt:
-        display.update("load")
-        loaded = models.load(fetch_model(source), dtype=config.dtype, seed=config.seed)
-        prompts = _prompts(config, loaded)
         display.update("compile")
         sides: dict[str, Callable[[], Timed]] = {  # the engine first: its program serves both
             "engine": engine_side(config, loaded, prompts, check_interrupt),

@@ -19,7 +19,7 @@ from experiments.environment import (
 )
 from experiments.figures import draw_comparison
 from experiments.generate import GenerateConfig, Inputs
-from experiments.loading import fetch_model
+from experiments.loading import LoadOptions, fetch_model, load_fetched
 from experiments.progress import PhaseDisplay, phase_display
 from experiments.prompts import PromptSet, check_lengths, random_prompts, render_prompts
 from experiments.results import ResultFolder
@@ -39,12 +39,11 @@ def generate(
     console = Console()
     spec = fetch_model(inputs.model)
     load_began = time.perf_counter()
+    loaded = load_fetched(spec, LoadOptions(config.dtype, config.seed))
+    decode_began = time.perf_counter()
+    prompts = make_prompts(config, inputs, loaded)
+    folder.write_record(run_record(config, environment, prompts))
     with phase_display() as display:
-        display.update("load")
-        loaded = models.load(spec, dtype=config.dtype, seed=config.seed)
-        decode_began = time.perf_counter()
-        prompts = make_prompts(config, inputs, loaded)
-        folder.write_record(run_record(config, environment, prompts))
         measured = decode(
             config, loaded, prompts, display, on_finished=_writer(folder, loaded, prompts)
         )

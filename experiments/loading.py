@@ -76,15 +76,22 @@ class LoadOptions:
 def load_model(source: ModelSource, options: LoadOptions = LoadOptions()) -> LoadedModel:
     """Fetch the model if it is not on this machine yet, and load it; progress goes to stderr.
 
+    Call it outside `phase_display`, of which it has its own, and outside `deferred_interrupts`:
+    Ctrl-C stops a download at once.
+
     Raises:
         UserError: an unknown preset.
         models.DownloadError: the model cannot be fetched.
         models.CheckpointError: it cannot be used.
     """
+    return load_fetched(fetch_model(source), options)
+
+
+def load_fetched(spec: str | Path, options: LoadOptions) -> LoadedModel:
+    """The second half of `load_model`, of what `fetch_model` returned."""
     import models
     from experiments.progress import phase_display
 
-    spec = fetch_model(source)
     with phase_display() as display:
         return models.load(
             spec,

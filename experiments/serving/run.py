@@ -13,7 +13,7 @@ from experiments.environment import (
     enable_compilation_cache,
     max_rss_bytes,
 )
-from experiments.loading import fetch_model
+from experiments.loading import LoadOptions, load_model
 from experiments.progress import phase_display
 from experiments.results import ResultFolder, config_record
 from experiments.serve import Inputs, ServeConfig
@@ -36,16 +36,14 @@ def serve(
     enable_compilation_cache(models.cache_dir() / "jax")
     environment = describe_environment()
     report = ServeReport()
-    spec = fetch_model(inputs.model)
+    loaded = load_model(inputs.model, LoadOptions(config.dtype, config.seed))
+    workload = make_workload(config, inputs, loaded)
+    cache = pool_for(config, loaded, workload)
+    setting = describe_setting(config, inputs, workload, cache)
+    folder.write_record(
+        {"kind": "run", "config": config_record(config), **setting, "environment": environment}
+    )
     with phase_display() as display:
-        display.update("load")
-        loaded = models.load(spec, dtype=config.dtype, seed=config.seed)
-        workload = make_workload(config, inputs, loaded)
-        cache = pool_for(config, loaded, workload)
-        setting = describe_setting(config, inputs, workload, cache)
-        folder.write_record(
-            {"kind": "run", "config": config_record(config), **setting, "environment": environment}
-        )
         rounds = Rounds(config, loaded, workload, cache, folder, display)
         rounds.run()
     typical = [rounds.typical(side) for side in config.sides]

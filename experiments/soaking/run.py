@@ -16,7 +16,7 @@ from experiments import report
 from experiments.compilations import Compilations, count_compilations
 from experiments.environment import describe_environment, enable_compilation_cache, usable_cpus
 from experiments.interrupts import deferred_interrupts
-from experiments.loading import ModelSource, fetch_model
+from experiments.loading import LoadOptions, ModelSource, load_model
 from experiments.progress import PhaseDisplay, phase_display
 from experiments.results import ResultFolder, config_record
 from experiments.soak import Sizes, SoakConfig, sizes_for
@@ -53,7 +53,7 @@ def soak(config: SoakConfig, source: ModelSource, folder: ResultFolder) -> dict[
     """Run the experiment into `folder`; what did not hold is in the summary's `failures`."""
     enable_compilation_cache(models.cache_dir() / "jax")
     environment = describe_environment()
-    loaded = models.load(fetch_model(source), seed=config.seed)
+    loaded = load_model(source, LoadOptions(seed=config.seed))
     sizes = sizes_for(config, source, loaded.config.max_positions)
     folder.write_record(
         {
