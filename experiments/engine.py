@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from experiments.errors import UserError
 from experiments.loading import parse_model
-from experiments.options import by_default, check_at_least_one, check_seed
+from experiments.options import MaxPositions, by_default, check_at_least_one, check_seed
 from experiments.results import ResultFolder, new_run_path
 
 
@@ -53,6 +53,8 @@ class EngineConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of weights, activations and KV cache."""
 
+    max_positions: MaxPositions = None
+
     seed: int = 0
     """Seed of the prompts, and of random weights."""
 
@@ -77,7 +79,9 @@ def run(config: EngineConfig) -> dict[str, Any]:
 
 def check(config: EngineConfig) -> None:
     """Raise `UserError` for a value that no run could use."""
-    check_at_least_one(config, "rows", "own_tokens", "steps_per_call", "rounds", "chunk_size")
+    check_at_least_one(
+        config, "rows", "own_tokens", "steps_per_call", "rounds", "chunk_size", "max_positions"
+    )
     if config.shared_tokens < 0:
         raise UserError(f"--shared-tokens must be from 0 up, got {config.shared_tokens}")
     if config.tokens < 4 * config.steps_per_call:

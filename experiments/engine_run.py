@@ -67,7 +67,7 @@ def compare(config: EngineConfig, source: ModelSource, folder: ResultFolder) -> 
     """Run the experiment into `folder`."""
     enable_compilation_cache(models.cache_dir() / "jax")
     environment = describe_environment()
-    loaded = load_model(source, LoadOptions(config.dtype, config.seed))
+    loaded = load_model(source, LoadOptions(config.dtype, config.seed, config.max_positions))
     prompts = _prompts(config, loaded)
     with phase_display() as display, deferred_interrupts() as check_interrupt:
         display.update("compile")

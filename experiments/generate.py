@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from experiments.errors import UserError
 from experiments.loading import ModelSource, parse_model
-from experiments.options import by_default, check_at_least_one, check_seed
+from experiments.options import MaxPositions, by_default, check_at_least_one, check_seed
 from experiments.prompts import PromptLine, read_prompts, read_system_prompt
 from experiments.results import ResultFolder, new_run_path
 
@@ -65,6 +65,8 @@ class GenerateConfig:
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of weights, activations and KV cache."""
+
+    max_positions: MaxPositions = None
 
     sharing: bool = True
     """Store and read the KV cache of a shared prefix once."""
@@ -128,7 +130,13 @@ def read_inputs(config: GenerateConfig) -> Inputs:
 def check(config: GenerateConfig) -> None:
     """Raise `UserError` for a value that no run could use."""
     check_at_least_one(
-        config, "batch", "max_tokens", "chunk_size", "steps_per_call", "compare_batch"
+        config,
+        "batch",
+        "max_tokens",
+        "chunk_size",
+        "steps_per_call",
+        "compare_batch",
+        "max_positions",
     )
     if not (config.temperature >= 0 and math.isfinite(config.temperature)):
         raise UserError(f"--temperature must be a number from 0 up, got {config.temperature}")

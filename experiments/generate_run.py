@@ -39,7 +39,7 @@ def generate(
     console = Console()
     spec = fetch_model(inputs.model)
     load_began = time.perf_counter()
-    loaded = load_fetched(spec, LoadOptions(config.dtype, config.seed))
+    loaded = load_fetched(spec, LoadOptions(config.dtype, config.seed, config.max_positions))
     decode_began = time.perf_counter()
     prompts = make_prompts(config, inputs, loaded)
     folder.write_record(run_record(config, environment, prompts))

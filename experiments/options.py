@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -14,6 +14,18 @@ MOST_SEED = 2**31 - 1
 def by_default(metavar: str, meaning: str) -> Any:
     """How `--help` shows an option whose None stands for `meaning`."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {meaning})")
+
+
+MaxPositions = Annotated[
+    int | None,
+    tyro.conf.arg(
+        metavar="INT",
+        help="Most tokens of a sequence. Models with sliding windows need it: at most as long as "
+        "their window.",
+        help_behavior_hint="(default: as many as the model has)",
+    ),
+]
+"""The option `--max-positions` of all that load a model."""
 
 
 def option(name: str) -> str:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from experiments.errors import UserError
 from experiments.loading import parse_model
-from experiments.options import by_default, check_at_least_one, check_seed
+from experiments.options import MaxPositions, by_default, check_at_least_one, check_seed
 from experiments.prompts import read_system_prompt
 from experiments.results import ResultFolder, new_run_path
 
@@ -53,6 +53,8 @@ class SearchConfig:
     chunk_size: int = 64
     """Tokens in a chunk of the KV cache."""
 
+    max_positions: MaxPositions = None
+
     seed: int = 0
     """Seed of the branches."""
 
@@ -80,7 +82,7 @@ def run(config: SearchConfig) -> dict[str, Any]:
 
 def check(config: SearchConfig) -> None:
     """Raise `UserError` for a value that no run could use."""
-    check_at_least_one(config, "width", "keep", "depth", "tokens", "chunk_size")
+    check_at_least_one(config, "width", "keep", "depth", "tokens", "chunk_size", "max_positions")
     if config.width > 20:
         raise UserError(f"--width must be at most 20, got {config.width}")
     if not 0 < config.temperature < float("inf"):

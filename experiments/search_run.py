@@ -12,7 +12,7 @@ from rich.tree import Tree
 import models
 from experiments import report
 from experiments.environment import describe_environment, enable_compilation_cache
-from experiments.loading import ModelSource, load_model
+from experiments.loading import LoadOptions, ModelSource, load_model
 from experiments.results import ResultFolder
 from experiments.search import SearchConfig
 from jax_chunkattn import CacheConfig, Engine, RequestHandle, SamplingParams, chunks_needed
@@ -45,7 +45,7 @@ def search(
     """Run the experiment into `folder`."""
     enable_compilation_cache(models.cache_dir() / "jax")
     environment = describe_environment()
-    loaded = load_model(source)
+    loaded = load_model(source, LoadOptions(max_positions=config.max_positions))
     assert loaded.tokenizer is not None, "only random models have none"
     prompt = loaded.tokenizer.apply_chat_template(
         [

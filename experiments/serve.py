@@ -39,7 +39,7 @@ from typing import Annotated, Any, Literal
 
 from experiments.errors import UserError
 from experiments.loading import ModelSource, parse_model
-from experiments.options import by_default, check_at_least_one, check_seed, option
+from experiments.options import MaxPositions, by_default, check_at_least_one, check_seed, option
 from experiments.results import ResultFolder, new_run_path
 from experiments.trace import BLOCK_TOKENS, TraceRequest, read_requests
 
@@ -123,6 +123,8 @@ class ServeConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of weights, activations and KV cache."""
 
+    max_positions: MaxPositions = None
+
     implementation: Annotated[
         Literal["xla", "pallas_triton", "pallas_mosaic_gpu", "reference"] | None,
         by_default("{xla,pallas_triton,pallas_mosaic_gpu,reference}", "the best for the device"),
@@ -197,6 +199,7 @@ _COUNTS = (
     "rounds",
     "max_running",
     "pool_chunks",
+    "max_positions",
     "chunk_size",
     "steps_per_call",
 )

@@ -26,8 +26,10 @@ from typing import Annotated, Any
 
 from experiments.errors import UserError
 from experiments.loading import ModelSource, parse_model
-from experiments.options import by_default, check_at_least_one, check_seed
+from experiments.options import MaxPositions, by_default, check_at_least_one, check_seed
 from experiments.results import ResultFolder, new_run_path
+
+LEAST_CONTEXT = 64
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class SoakConfig:
 
     context_tokens: Annotated[int | None, by_default("INT", "512, or what the model has")] = None
     """Longest prompt and answer together."""
+
+    max_positions: MaxPositions = None
 
     steps_per_call: int = 4
     """Tokens decoded for each row in one call to the device."""
@@ -99,11 +103,15 @@ def check(config: SoakConfig) -> None:
         value = getattr(config, name)
         if not (value > 0 and math.isfinite(value)):
             raise UserError(f"--{name} must be above 0, got {value}")
-    check_at_least_one(config, "rows", "chunk_size", "chunks", "steps_per_call", "recheck")
+    check_at_least_one(
+        config, "rows", "chunk_size", "chunks", "steps_per_call", "recheck", "max_positions"
+    )
     if config.prefill_tokens not in (32, 128, 512):
         raise UserError(f"--prefill-tokens must be 32, 128 or 512, got {config.prefill_tokens}")
-    if config.context_tokens is not None and config.context_tokens < 64:
-        raise UserError(f"--context-tokens must be at least 64, got {config.context_tokens}")
+    if config.context_tokens is not None and config.context_tokens < LEAST_CONTEXT:
+        raise UserError(
+            f"--context-tokens must be at least {LEAST_CONTEXT}, got {config.context_tokens}"
+        )
     check_seed(config.seed)
 
 
@@ -117,6 +125,11 @@ class Sizes:
 
 def sizes_for(config: SoakConfig, source: ModelSource, max_positions: int) -> Sizes:
     """The longest context and the pool. Raises `UserError` when one does not fit the other."""
+    if max_positions < LEAST_CONTEXT:
+        raise UserError(
+            f"{source.name} with {max_positions} positions is too small for a soak, which needs "
+            f"{LEAST_CONTEXT}; choose more by --max-positions, or another model"
+        )
     context = config.context_tokens or min(512, max_positions)
     if context > max_positions:
         raise UserError(

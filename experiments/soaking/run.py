@@ -53,7 +53,8 @@ def soak(config: SoakConfig, source: ModelSource, folder: ResultFolder) -> dict[
     """Run the experiment into `folder`; what did not hold is in the summary's `failures`."""
     enable_compilation_cache(models.cache_dir() / "jax")
     environment = describe_environment()
-    loaded = load_model(source, LoadOptions(seed=config.seed))
+    options = LoadOptions(seed=config.seed, max_positions=config.max_positions)
+    loaded = load_model(source, options)
     sizes = sizes_for(config, source, loaded.config.max_positions)
     folder.write_record(
         {
