@@ -66,7 +66,6 @@ def search(
         max_running=config.keep * config.width,
     )
     with engine:
-        folder.write_record({"kind": "run", "prompt_tokens": len(prompt)})
         root = grow(engine, prompt, config, folder)
     answers = [branch for branch in everything_below(root) if not branch.children]
     best = max(answers, key=lambda branch: (branch.stopped, branch.score))
@@ -108,6 +107,7 @@ def grow(engine: Engine, prompt: list[int], config: SearchConfig, folder: Result
     """The tree: its root is the answer's likeliest first token, replaced in each first branch."""
     first = SamplingParams(1, logprobs=config.width, ignore_eos=True)
     root = Branch(engine.submit(prompt, first, hold=True), 0, 0)
+    folder.write_record({"kind": "run", "prompt_tokens": len(prompt)})
     starts = [token for token, _ in root.handle.result().logprobs[0].top]
     going_on = [root]
     for depth in range(1, config.depth + 1):
