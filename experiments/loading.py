@@ -80,7 +80,7 @@ def load_model(source: ModelSource, options: LoadOptions = LoadOptions()) -> Loa
     Ctrl-C stops a download at once.
 
     Raises:
-        UserError: an unknown preset.
+        UserError: an unknown preset, or a file that cannot be opened.
         models.DownloadError: the model cannot be fetched.
         models.CheckpointError: it cannot be used.
     """
@@ -93,13 +93,18 @@ def load_fetched(spec: str | Path, options: LoadOptions) -> LoadedModel:
     from experiments.progress import phase_display
 
     with phase_display() as display:
-        return models.load(
-            spec,
-            dtype=options.dtype,
-            seed=options.seed,
-            max_positions=options.max_positions,
-            on_progress=lambda done, total: display.update("load (MiB)", done >> 20, total >> 20),
-        )
+        try:
+            return models.load(
+                spec,
+                dtype=options.dtype,
+                seed=options.seed,
+                max_positions=options.max_positions,
+                on_progress=lambda done, total: display.update(
+                    "load (MiB)", done >> 20, total >> 20
+                ),
+            )
+        except OSError as error:
+            raise UserError(f"--model {spec} cannot be read ({error.strerror or error})") from error
 
 
 def fetch_model(source: ModelSource) -> str | Path:

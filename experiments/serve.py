@@ -199,7 +199,6 @@ _COUNTS = (
     "rounds",
     "max_running",
     "pool_chunks",
-    "max_positions",
     "chunk_size",
     "steps_per_call",
 )
@@ -218,6 +217,11 @@ def check(config: ServeConfig) -> None:
         value = getattr(config, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"{option(name)} must be a number above 0, got {value}")
+    if config.max_positions is not None and config.max_positions < 2:
+        raise UserError(
+            "--max-positions must be at least 2, for a prompt and an answer, "
+            f"got {config.max_positions}"
+        )
     if not config.warm_up >= 0:
         raise UserError(f"--warm-up must be a number of seconds from 0 up, got {config.warm_up}")
     if not config.sides or len(set(config.sides)) < len(config.sides):

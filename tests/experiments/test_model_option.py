@@ -1,4 +1,4 @@
-"""What `--model` may be: known names, paths, and names on the hub."""
+"""What `--model` may be: known names, paths, and names on the hub; and how it is loaded."""
 
 from __future__ import annotations
 
@@ -6,9 +6,18 @@ from pathlib import Path
 
 import pytest
 
+import models
 import models.hub
+from experiments.cli import main
 from experiments.errors import UserError
-from experiments.loading import ModelSource, fetch_model, parse_model
+from experiments.loading import (
+    LoadOptions,
+    ModelSource,
+    fetch_model,
+    load_fetched,
+    load_model,
+    parse_model,
+)
 
 
 @pytest.fixture
@@ -95,3 +104,75 @@ def test_a_path_where_nothing_is_is_no_hub_name(fetched, name):
 def test_anything_else_is_unknown(fetched, name):
     with pytest.raises(UserError, match=r"unknown model; expected smollm2, .*ORG/NAME"):
         parse_model(name)
+
+
+# Loading.
+
+
+def test_sequences_are_limited():
+    loaded = load_model(parse_model("random:tiny"), LoadOptions(max_positions=100))
+    assert loaded.config.max_positions == loaded.model.max_positions == 100
+
+
+def test_a_file_that_has_gone_is_an_error_of_the_user(tmp_path):
+    with pytest.raises(UserError, match=r"--model .*gone\.gguf cannot be read \(no such file"):
+        load_fetched(tmp_path / "gone.gguf", LoadOptions())
+
+
+LOADING = ("generate", "serve", "engine", "search", "soak")
+
+
+def one_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that the command line ends with; no results are left."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert not list(Path("runs").glob("*"))
+    return captured.err
+
+
+@pytest.mark.parametrize("command", LOADING)
+def test_a_folder_without_weights_is_told_in_one_line(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    assert "empty/config.json: No such file" in one_error([command, "--model", "empty"], capsys)
+
+
+@pytest.mark.parametrize("command", LOADING)
+def test_a_download_that_fails_is_told_in_one_line(command, tmp_path, monkeypatch, capsys):
+    def fetch_repository(name: str) -> Path:
+        raise models.DownloadError(f"{name}: cannot reach the hub")
+
+    monkeypatch.setattr(models.hub, "fetch_repository", fetch_repository)
+    monkeypatch.chdir(tmp_path)
+    assert "org/name: cannot reach" in one_error([command, "--model", "org/name"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("command", "positions", "message"),
+    [
+        ("generate", 0, "--max-positions must be at least 1, got 0"),
+        ("serve", 1, "--max-positions must be at least 2, for a prompt and an answer, got 1"),
+        ("engine", 0, "--max-positions must be at least 1, got 0"),
+        ("search", 0, "--max-positions must be at least 1, got 0"),
+        ("soak", 0, "--max-positions must be at least 1, got 0"),
+        ("generate", 40, "--max-tokens 48 are more than the model's 40 positions"),
+        ("serve", 40, "takes 3 chunks of 16 tokens and the pool has 1"),
+        ("engine", 40, "make 2129 positions, random:tiny has 40"),
+        ("soak", 40, "random:tiny with 40 positions is too small for a soak, which needs 64"),
+    ],
+)
+def test_max_positions_reach_the_model(command, positions, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ["--model", "random:tiny", "--max-positions", str(positions)]
+    if command == "serve":
+        options += ["--pool-chunks", "1"]
+    assert message in one_error([command, *options], capsys)
+
+
+def test_a_search_is_limited_before_it_writes(smollm2_path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ["--model", str(smollm2_path), "--max-positions", "40"]
+    assert "the model has 40 positions" in one_error(["search", *options], capsys)
