@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,11 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _no_compilation_cache_afterwards() -> Iterator[None]:
-    """Experiments switch JAX's persistent cache on for their process: here that of all tests."""
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Each test has a cache folder of its own, and what it compiled is gone with it.
+
+    Experiments switch JAX's persistent cache on for their process: here that of all tests.
+    """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
@@ -21,6 +25,7 @@ def _no_compilation_cache_afterwards() -> Iterator[None]:
         "jax_persistent_cache_min_compile_time_secs",
         "jax_persistent_cache_min_entry_size_bytes",
     )
+    monkeypatch.setenv("JAX_CHUNKATTN_CACHE", str(tmp_path / "cache"))
     before = {name: getattr(jax.config, name) for name in names}
     yield
     if any(getattr(jax.config, name) != value for name, value in before.items()):

@@ -99,7 +99,6 @@ def test_bad_input_is_one_line_and_exit_code_2(
     arguments, message = BAD_INPUT[name]
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(DEBUG_VARIABLE, raising=False)
-    monkeypatch.setenv("JAX_CHUNKATTN_CACHE", str(tmp_path / "cache"))
     Path("empty.txt").write_text("\n \n")
     Path("text.gguf").write_text("not a model")
     Path("bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')

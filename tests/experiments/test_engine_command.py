@@ -16,7 +16,6 @@ from jax_chunkattn import Engine
 
 
 def test_both_sides_are_timed_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("JAX_CHUNKATTN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(Engine, "warm_up", lambda _: None)  # of which this needs a third
     small = {"model": "random:tiny", "rows": 2, "shared_tokens": 32, "tokens": 24, "rounds": 3}
     out = tmp_path / "out"

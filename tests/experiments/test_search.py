@@ -16,9 +16,7 @@ def test_a_search_forks_instead_of_computing_again(
     smollm2_path: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("JAX_CHUNKATTN_CACHE", str(tmp_path / "cache"))
     system_prompt = tmp_path / "system.txt"
     system_prompt.write_text("Answer in one sentence.")
     config = SearchConfig(

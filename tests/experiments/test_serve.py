@@ -22,7 +22,6 @@ from experiments.cli import DEBUG_VARIABLE, main
 from experiments.errors import UserError
 from experiments.serve import ServeConfig, check, run
 from experiments.serving import rounds as serving_rounds
-from experiments.serving import run as serving_run
 from experiments.serving.figures import serving_figure
 from experiments.serving.ideal import ideal_hits
 from experiments.serving.measures import percentiles, ratios, spread
@@ -61,13 +60,6 @@ def line(timestamp: Any, input_length: Any, output_length: Any, hash_ids: Any) -
 def write_trace(path: Path, *requests: tuple[Any, ...]) -> Path:
     path.write_text("".join(line(*request) for request in requests))
     return path
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nothing is kept between runs: JAX would go on writing into a folder that is gone."""
-    monkeypatch.setenv("JAX_CHUNKATTN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(serving_run, "enable_compilation_cache", lambda folder: None)
 
 
 @pytest.fixture
