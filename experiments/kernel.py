@@ -15,7 +15,6 @@ float32; it takes some minutes on two cores, and 9 GB.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -23,7 +22,7 @@ from typing import Annotated, Any, Literal, get_args
 import tyro
 
 from experiments.errors import UserError
-from experiments.options import by_default, check_at_least_one, check_seed
+from experiments.options import by_default, check_above_zero, check_at_least_one, check_seed
 from experiments.results import ResultFolder, new_run_path
 
 Suite = Literal["smoke", "paper"]
@@ -92,8 +91,7 @@ def check(config: KernelConfig) -> None:
     if named is not None and len(set(named)) < len(named):
         raise UserError(f"--implementations names one twice: {' '.join(named)}")
     check_at_least_one(config, "repeats")
-    if not (config.memory_gb > 0 and math.isfinite(config.memory_gb)):
-        raise UserError(f"--memory-gb must be above 0, got {config.memory_gb}")
+    check_above_zero(config, "memory_gb")
     check_seed(config.seed)
 
 

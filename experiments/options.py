@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 import tyro
@@ -40,6 +41,14 @@ def check_at_least_one(config: Any, *names: str) -> None:
         numbers = value if isinstance(value, tuple) else (value,)
         if any(number is not None and number < 1 for number in numbers):
             raise UserError(f"{option(name)} must be at least 1, got {value}")
+
+
+def check_above_zero(config: Any, *names: str) -> None:
+    """Raise `UserError` for a field of `config` that is no finite number above 0; None is fine."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{option(name)} must be a number above 0, got {value}")
 
 
 def check_seed(seed: int) -> None:

@@ -15,7 +15,13 @@ from typing import Annotated, Any
 
 from experiments.errors import UserError
 from experiments.loading import parse_model
-from experiments.options import MaxPositions, by_default, check_at_least_one, check_seed
+from experiments.options import (
+    MaxPositions,
+    by_default,
+    check_above_zero,
+    check_at_least_one,
+    check_seed,
+)
 from experiments.prompts import read_system_prompt
 from experiments.results import ResultFolder, new_run_path
 
@@ -85,8 +91,7 @@ def check(config: SearchConfig) -> None:
     check_at_least_one(config, "width", "keep", "depth", "tokens", "chunk_size", "max_positions")
     if config.width > 20:
         raise UserError(f"--width must be at most 20, got {config.width}")
-    if not 0 < config.temperature < float("inf"):
-        raise UserError(f"--temperature must be above 0, got {config.temperature}")
+    check_above_zero(config, "temperature")
     check_seed(config.seed)
     if not config.question.strip():
         raise UserError("--question is empty")

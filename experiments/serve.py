@@ -31,7 +31,6 @@ up, always the same for one id; so the answers mean nothing, and never stand in 
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +38,14 @@ from typing import Annotated, Any, Literal
 
 from experiments.errors import UserError
 from experiments.loading import ModelSource, parse_model
-from experiments.options import MaxPositions, by_default, check_at_least_one, check_seed, option
+from experiments.options import (
+    MaxPositions,
+    by_default,
+    check_above_zero,
+    check_at_least_one,
+    check_seed,
+    option,
+)
 from experiments.results import ResultFolder, new_run_path
 from experiments.trace import BLOCK_TOKENS, TraceRequest, read_requests
 
@@ -213,10 +219,7 @@ def check(config: ServeConfig) -> None:
         raise UserError(
             f"--scale must divide {BLOCK_TOKENS} (1, 2, 4 and so on), got {config.scale}"
         )
-    for name in ("speed", "rate"):
-        value = getattr(config, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise UserError(f"{option(name)} must be a number above 0, got {value}")
+    check_above_zero(config, "speed", "rate")
     if config.max_positions is not None and config.max_positions < 2:
         raise UserError(
             "--max-positions must be at least 2, for a prompt and an answer, "

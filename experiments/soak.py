@@ -19,14 +19,19 @@ and aborts at any moment. At the end these must hold, or the exit code is 1:
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from experiments.errors import UserError
 from experiments.loading import ModelSource, parse_model
-from experiments.options import MaxPositions, by_default, check_at_least_one, check_seed
+from experiments.options import (
+    MaxPositions,
+    by_default,
+    check_above_zero,
+    check_at_least_one,
+    check_seed,
+)
 from experiments.results import ResultFolder, new_run_path
 
 LEAST_CONTEXT = 64
@@ -99,10 +104,7 @@ def run(config: SoakConfig) -> dict[str, Any]:
 
 def check(config: SoakConfig) -> None:
     """Raise `UserError` for a value that no run could use."""
-    for name in ("minutes", "interval"):
-        value = getattr(config, name)
-        if not (value > 0 and math.isfinite(value)):
-            raise UserError(f"--{name} must be above 0, got {value}")
+    check_above_zero(config, "minutes", "interval")
     check_at_least_one(
         config, "rows", "chunk_size", "chunks", "steps_per_call", "recheck", "max_positions"
     )

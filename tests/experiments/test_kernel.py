@@ -167,7 +167,7 @@ def test_unknown_names_exit_with_2(arguments: list[str], capsys: pytest.CaptureF
     ("arguments", "message"),
     [
         (["--repeats", "0"], "--repeats must be at least 1, got 0"),
-        (["--memory-gb", "nan"], "--memory-gb must be above 0, got nan"),
+        (["--memory-gb", "nan"], "--memory-gb must be a number above 0, got nan"),
         (["--seed", "-1"], "--seed must be from 0"),
         (["--implementations", "xla", "xla"], "--implementations names one twice: xla xla"),
         (["--implementations"], "--implementations names nothing"),

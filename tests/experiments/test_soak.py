@@ -240,8 +240,8 @@ def test_arrivals_come_in_waves_at_the_capacity_on_average():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"minutes": 0.0}, "--minutes must be above 0"),
-        ({"interval": float("inf")}, "--interval must be above 0"),
+        ({"minutes": 0.0}, "--minutes must be a number above 0"),
+        ({"interval": float("inf")}, "--interval must be a number above 0"),
         ({"rows": 0}, "--rows must be at least 1, got 0"),
         ({"chunks": 0}, "--chunks must be at least 1"),
         ({"prefill_tokens": 64}, "--prefill-tokens must be 32, 128 or 512"),
