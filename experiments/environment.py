@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGES = ("jax-chunkattn", "jax", "jaxlib", "flax", "numpy")
+_STATM = Path("/proc/self/statm")
 
 
 def enable_compilation_cache(folder: Path) -> None:
@@ -99,6 +100,14 @@ def max_rss_bytes() -> int:
     """The most memory this process has held resident so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes() -> int | None:
+    """The memory this process holds resident now, where the system tells."""
+    try:
+        return int(_STATM.read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return None
 
 
 def free_memory_bytes() -> int | None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.tree import TreeConfig
+from experiments.tree_synthetic import quantiles
 from jax_chunkattn.planner import GpuWork, PlannerOptions, plan_decode
 from jax_chunkattn.planning.options import PACKINGS
 from jax_chunkattn.prefix_tree import PrefixTree
@@ -39,8 +40,7 @@ def measure_planning(config: TreeConfig) -> list[dict[str, Any]]:
     records = []
     for name, each in options.items():
         seconds = [_plan_seconds(rows, config.chunk_size, each) for _ in range(config.samples + 1)]
-        median, high = np.quantile(seconds[1:], [0.5, 0.95]) * 1e6  # the first one warms up
-        plan = {"median": round(float(median), 2), "p95": round(float(high), 2)}
+        plan = quantiles(seconds[1:])  # the first one warms up
         records.append({"options": name, "rows": ROWS, "chunks": num_chunks, "plan": plan})
     return records
 

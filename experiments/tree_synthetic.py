@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from experiments.environment import max_rss_bytes
+from experiments.environment import max_rss_bytes, resident_bytes
 from experiments.tree import TreeConfig
 from jax_chunkattn.prefix_tree import PrefixTree
 from jax_chunkattn.tree_nodes import SequenceHandle
@@ -28,13 +27,13 @@ def measure_growth(config: TreeConfig) -> tuple[list[dict[str, Any]], float, dic
     prompts = _Prompts(config)
     records = []
     stored, bytes_per_node = 0, 0.0
-    before = resident_bytes()
+    before = held_bytes()
     for size in _sizes(config.chunks):
         while stored == 0 or tree.num_nodes + per_prompt <= size:
             _cache(tree, prompts.make(stored))
             stored += 1
         if size == config.chunks:
-            bytes_per_node = (resident_bytes() - before) / tree.num_nodes
+            bytes_per_node = (held_bytes() - before) / tree.num_nodes
         chosen = np.random.default_rng(config.seed).integers(0, stored, config.samples)
         known = [prompts.make(int(index)) for index in chosen]
         new = [prompts.make(stored + config.chunks + index) for index in range(config.samples)]
@@ -64,15 +63,9 @@ def measure_children(config: TreeConfig, children: int) -> dict[str, Any]:
     return {"nodes": tree.num_nodes, "root_children": children, **costs}
 
 
-def resident_bytes() -> int:
+def held_bytes() -> int:
     """Memory this process holds now; where the system does not tell, the most it has held."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return max_rss_bytes()
-    import resource
-
-    return pages * resource.getpagesize()
+    return resident_bytes() or max_rss_bytes()
 
 
 class _Prompts:
@@ -130,7 +123,7 @@ def _measure_new(
         tree.release(sequence)
         removals.append(time.perf_counter() - middle)
         inserts.append(middle - begin)
-    return _quantiles(inserts), _quantiles(removals)
+    return quantiles(inserts), quantiles(removals)
 
 
 def _microseconds(operation: Callable[[Any], object], arguments: Iterable[Any]) -> dict[str, float]:
@@ -139,9 +132,10 @@ def _microseconds(operation: Callable[[Any], object], arguments: Iterable[Any]) 
         begin = time.perf_counter()
         operation(argument)
         seconds.append(time.perf_counter() - begin)
-    return _quantiles(seconds)
+    return quantiles(seconds)
 
 
-def _quantiles(seconds: list[float]) -> dict[str, float]:
+def quantiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Median and 95th percentile, in microseconds."""
     median, high = np.quantile(seconds, [0.5, 0.95]) * 1e6
     return {"median": round(float(median), 2), "p95": round(float(high), 2)}

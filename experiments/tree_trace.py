@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments.errors import UserError
 from experiments.trace import BLOCK_TOKENS, read_lines
+from experiments.tree_synthetic import held_bytes
 from jax_chunkattn.allocator import PoolExhausted
 from jax_chunkattn.prefix_tree import PrefixTree
 
@@ -40,10 +41,8 @@ def replay(requests: list[np.ndarray], num_chunks: int | None) -> dict[str, Any]
     them. Outputs are not replayed: the trace does not identify them. A prompt longer than the pool
     is refused and hits nothing. The time is that of the tree alone.
     """
-    from experiments.tree_synthetic import resident_bytes
-
     num_blocks = sum(blocks.size for blocks in requests)
-    before = resident_bytes()
+    before = held_bytes()
     tree = PrefixTree(num_chunks or num_blocks, BLOCK_TOKENS)
     hits = refused = 0
     seconds = 0.0
@@ -68,7 +67,7 @@ def replay(requests: list[np.ndarray], num_chunks: int | None) -> dict[str, Any]
         "hit_rate": hits / num_blocks,
         "evicted_blocks": tree.num_evicted,
         "nodes": tree.num_nodes,
-        "bytes_per_node": (resident_bytes() - before) / tree.num_nodes if not num_chunks else None,
+        "bytes_per_node": (held_bytes() - before) / tree.num_nodes if not num_chunks else None,
         "requests_per_second": (len(requests) - refused) / seconds,
         "blocks_per_second": num_blocks / seconds,
         "seconds": seconds,

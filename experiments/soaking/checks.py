@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from experiments.soaking.account import Account, Finished
@@ -15,15 +13,6 @@ from jax_chunkattn.sampling import MAX_LOGPROBS
 
 MEMORY_GROWTH = 0.02
 TIE = 1e-4  # log-probabilities closer than this may change places with the batch's shape
-_STATM = Path("/proc/self/statm")
-
-
-def resident_bytes() -> int | None:
-    """Memory this process holds resident now, where the system tells."""
-    try:
-        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return None
 
 
 def memory_growth(resident: Sequence[int]) -> float | None:

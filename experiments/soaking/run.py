@@ -14,7 +14,12 @@ from rich.console import Console
 import models
 from experiments import report
 from experiments.compilations import Compilations, count_compilations
-from experiments.environment import describe_environment, enable_compilation_cache, usable_cpus
+from experiments.environment import (
+    describe_environment,
+    enable_compilation_cache,
+    resident_bytes,
+    usable_cpus,
+)
 from experiments.interrupts import deferred_interrupts
 from experiments.loading import LoadOptions, ModelSource, load_model
 from experiments.progress import PhaseDisplay, phase_display
@@ -31,7 +36,6 @@ from experiments.soaking.checks import (
     invariant_broken,
     memory_growth,
     recheck,
-    resident_bytes,
 )
 from experiments.soaking.driver import Driver
 from experiments.soaking.figure import draw_soak

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from experiments.cli import main
+from experiments.environment import resident_bytes
 from experiments.errors import UserError
 from experiments.loading import parse_model
 from experiments.soak import SoakConfig, check, run, sizes_for
@@ -28,7 +29,6 @@ from experiments.soaking.checks import (
     invariant_broken,
     memory_growth,
     recheck,
-    resident_bytes,
 )
 from experiments.soaking.work import Arrivals, Workload
 from jax_chunkattn import SamplingParams
