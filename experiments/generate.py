@@ -14,7 +14,13 @@ from typing import Annotated, Any, Literal
 
 from experiments.errors import UserError
 from experiments.loading import ModelSource, parse_model
-from experiments.options import MaxPositions, by_default, check_at_least_one, check_seed
+from experiments.options import (
+    AttentionImplementation,
+    MaxPositions,
+    by_default,
+    check_at_least_one,
+    check_seed,
+)
 from experiments.prompts import PromptLine, read_prompts, read_system_prompt
 from experiments.results import ResultFolder, new_run_path
 
@@ -57,11 +63,7 @@ class GenerateConfig:
     seed: int = 0
     """Seed of sampling (request i uses seed + i) and of random weights and prompts."""
 
-    implementation: Annotated[
-        Literal["xla", "pallas_triton", "pallas_mosaic_gpu", "reference"] | None,
-        by_default("{xla,pallas_triton,pallas_mosaic_gpu,reference}", "the best for the device"),
-    ] = None
-    """The attention implementation."""
+    implementation: AttentionImplementation = None
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of weights, activations and KV cache."""

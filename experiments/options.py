@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -16,6 +16,16 @@ def by_default(metavar: str, meaning: str) -> Any:
     """How `--help` shows an option whose None stands for `meaning`."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {meaning})")
 
+
+AttentionImplementation = Annotated[
+    Literal["xla", "pallas_triton", "pallas_mosaic_gpu", "reference"] | None,
+    tyro.conf.arg(
+        metavar="{xla,pallas_triton,pallas_mosaic_gpu,reference}",
+        help="The attention implementation.",
+        help_behavior_hint="(default: the best for the device)",
+    ),
+]
+"""The option `--implementation` of all that run an engine by a chosen one."""
 
 MaxPositions = Annotated[
     int | None,

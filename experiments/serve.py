@@ -39,6 +39,7 @@ from typing import Annotated, Any, Literal
 from experiments.errors import UserError
 from experiments.loading import ModelSource, parse_model
 from experiments.options import (
+    AttentionImplementation,
     MaxPositions,
     by_default,
     check_above_zero,
@@ -131,11 +132,7 @@ class ServeConfig:
 
     max_positions: MaxPositions = None
 
-    implementation: Annotated[
-        Literal["xla", "pallas_triton", "pallas_mosaic_gpu", "reference"] | None,
-        by_default("{xla,pallas_triton,pallas_mosaic_gpu,reference}", "the best for the device"),
-    ] = None
-    """The attention implementation."""
+    implementation: AttentionImplementation = None
 
     seed: int = 0
     """Seed of prompts, of random gaps and of random weights."""
