@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from experiments.errors import UserError
 from experiments.loading import parse_model
-from experiments.options import MaxPositions, by_default, check_at_least_one, check_seed
+from experiments.options import MaxPositions, ModelName, by_default, check_at_least_one, check_seed
 from experiments.results import ResultFolder, new_run_path
 
 
@@ -25,9 +25,7 @@ from experiments.results import ResultFolder, new_run_path
 class EngineConfig:
     """Compare the engine's speed with that of the bare decode loop at the same shapes."""
 
-    model: str = "smollm2"
-    """`smollm2` (downloaded once), `random:PRESET` (random weights), a GGUF file, a folder with a
-    Hugging Face checkpoint, or ORG/NAME[@REVISION] to fetch from the hub."""
+    model: ModelName = "smollm2"
 
     rows: int = 32
     """Requests decoded at once."""

@@ -17,6 +17,7 @@ from experiments.loading import ModelSource, parse_model
 from experiments.options import (
     AttentionImplementation,
     MaxPositions,
+    ModelName,
     by_default,
     check_at_least_one,
     check_seed,
@@ -29,9 +30,7 @@ from experiments.results import ResultFolder, new_run_path
 class GenerateConfig:
     """Answer many questions behind one shared system prompt, and show what sharing saves."""
 
-    model: str = "smollm2"
-    """`smollm2` (downloaded once), a GGUF file, a folder with a Hugging Face checkpoint,
-    ORG/NAME[@REVISION] to fetch from the hub, or `random:PRESET` (random weights)."""
+    model: ModelName = "smollm2"
 
     system_prompt: Annotated[Path | None, by_default("FILE", "the shipped one")] = None
     """A text file with the system prompt that all requests share."""

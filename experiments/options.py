@@ -17,6 +17,16 @@ def by_default(metavar: str, meaning: str) -> Any:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {meaning})")
 
 
+ModelName = Annotated[
+    str,
+    tyro.conf.arg(
+        help="`smollm2` (downloaded once), a GGUF file, a folder with a Hugging Face checkpoint, "
+        "ORG/NAME[@REVISION] to fetch from the hub, or `random:PRESET` (random weights: nothing "
+        "to download)."
+    ),
+]
+"""The option `--model`; see `experiments.loading.parse_model`."""
+
 AttentionImplementation = Annotated[
     Literal["xla", "pallas_triton", "pallas_mosaic_gpu", "reference"] | None,
     tyro.conf.arg(
@@ -45,7 +55,7 @@ def option(name: str) -> str:
 
 
 def check_at_least_one(config: Any, *names: str) -> None:
-    """Raise `UserError` for a field of `config` below 1: a number, a tuple of them, or None."""
+    """Raise `UserError` for a field of `config` below 1, or with one below; None is fine."""
     for name in names:
         value = getattr(config, name)
         numbers = value if isinstance(value, tuple) else (value,)

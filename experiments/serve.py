@@ -41,6 +41,7 @@ from experiments.loading import ModelSource, parse_model
 from experiments.options import (
     AttentionImplementation,
     MaxPositions,
+    ModelName,
     by_default,
     check_above_zero,
     check_at_least_one,
@@ -57,10 +58,7 @@ Side = Literal["shared", "free-at-once", "unshared"]
 class ServeConfig:
     """Serve requests as they arrive, and compare serving with and without shared prefixes."""
 
-    model: str = "random:tiny"
-    """`random:PRESET` (random weights: nothing to download, and the answers mean nothing anyway),
-    `smollm2` (downloaded once), a GGUF file, a folder with a Hugging Face checkpoint, or
-    ORG/NAME[@REVISION] to fetch from the hub."""
+    model: ModelName = "random:tiny"
 
     trace: Annotated[Path | None, by_default("FILE", "made-up requests")] = None
     """A request trace in the format of Mooncake's releases: JSON lines of `timestamp`,

@@ -27,6 +27,7 @@ from experiments.errors import UserError
 from experiments.loading import ModelSource, parse_model
 from experiments.options import (
     MaxPositions,
+    ModelName,
     by_default,
     check_above_zero,
     check_at_least_one,
@@ -45,9 +46,7 @@ class SoakConfig:
     minutes: float = 5.0
     """How long requests come. The first fifth warms up: it counts for nothing but lost requests."""
 
-    model: str = "random:tiny"
-    """`random:PRESET` for random weights, `smollm2` (downloaded once), a GGUF file, a folder with a
-    Hugging Face checkpoint, or ORG/NAME[@REVISION] to fetch from the hub."""
+    model: ModelName = "random:tiny"
 
     rows: int = 16
     """Most requests decoded at once."""
