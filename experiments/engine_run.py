@@ -42,6 +42,16 @@ from jax_chunkattn.request_table import DeviceState, RequestTable, RowState
 from models import LoadedModel
 
 Prompts = Sequence[Sequence[int]]
+SETTING = (
+    "model",
+    "rows",
+    "shared_tokens",
+    "own_tokens",
+    "tokens",
+    "steps_per_call",
+    "dtype",
+    "rounds",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,28 +97,28 @@ def compare(config: EngineConfig, source: ModelSource, folder: ResultFolder) -> 
                     {"kind": "round", "side": name, **dataclasses.asdict(one), "rate": one.rate}
                 )
                 check_interrupt()
-    rates = {name: median(one.rate for one in rounds) for name, rounds in timed.items()}
-    ratios = [
-        engine.rate / bare.rate
-        for bare, engine in zip(timed["bare loop"], timed["engine"], strict=True)
-    ]
-    host = median(one.host_microseconds for one in timed["engine"])
     summary = {
         "experiment": "engine",
-        **{name: getattr(config, name) for name in ("model", "rows", "shared_tokens")},
-        **{name: getattr(config, name) for name in ("own_tokens", "tokens", "steps_per_call")},
-        "dtype": config.dtype,
-        "rounds": config.rounds,
-        "bare_tokens_per_second": round(rates["bare loop"], 2),
-        "engine_tokens_per_second": round(rates["engine"], 2),
-        "ratio": round(median(ratios), 4),
-        "ratio_range": [round(min(ratios), 4), round(max(ratios), 4)],
-        "host_microseconds_per_token": round(host, 2),
+        **{name: getattr(config, name) for name in SETTING},
+        **_measures(timed["bare loop"], timed["engine"]),
         "environment": environment,
     }
     folder.write_summary(summary)
     _print(summary, folder)
     return summary
+
+
+def _measures(bare: Sequence[Timed], engine: Sequence[Timed]) -> dict[str, Any]:
+    """Medians over the rounds; each ratio is of the two sides of one round."""
+    ratios = [mine.rate / base.rate for base, mine in zip(bare, engine, strict=True)]
+    host = median(one.host_microseconds for one in engine)
+    return {
+        "bare_tokens_per_second": round(median(one.rate for one in bare), 2),
+        "engine_tokens_per_second": round(median(one.rate for one in engine), 2),
+        "ratio": round(median(ratios), 4),
+        "ratio_range": [round(min(ratios), 4), round(max(ratios), 4)],
+        "host_microseconds_per_token": round(host, 2),
+    }
 
 
 def bare_loop(config: EngineConfig, loaded: LoadedModel, prompts: Prompts) -> Callable[[], Timed]:

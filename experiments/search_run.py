@@ -15,7 +15,15 @@ from experiments.environment import describe_environment, enable_compilation_cac
 from experiments.loading import LoadOptions, ModelSource, load_model
 from experiments.results import ResultFolder
 from experiments.search import SearchConfig
-from jax_chunkattn import CacheConfig, Engine, RequestHandle, SamplingParams, chunks_needed
+from jax_chunkattn import (
+    CacheConfig,
+    Engine,
+    EngineStats,
+    RequestHandle,
+    SamplingParams,
+    chunks_needed,
+)
+from models import LoadedModel
 
 
 @dataclass(eq=False)
@@ -53,26 +61,12 @@ def search(
             {"role": "user", "content": config.question},
         ]
     )
-    at_once = config.keep * (1 + config.width)  # branches that go on, and their children
-    longest = 1 + config.depth * config.tokens
-    engine = Engine(
-        loaded.model,
-        CacheConfig(
-            chunks_needed([prompt] * at_once, longest, chunk_size=config.chunk_size) + at_once,
-            config.chunk_size,
-        ),
-        tokenizer=loaded.tokenizer,
-        stop_tokens=loaded.tokenizer.stop_ids,
-        max_running=config.keep * config.width,
-    )
-    with engine:
+    with _engine(config, loaded, prompt) as engine:
         root = grow(engine, prompt, config, folder)
     answers = [branch for branch in everything_below(root) if not branch.children]
     best = max(answers, key=lambda branch: (branch.stopped, branch.score))
     console = Console()
     console.print(_drawn(config, root, best))
-    stats = engine.stats
-    branches = everything_below(root)
     summary = {
         "experiment": "search",
         **{name: getattr(config, name) for name in ("question", "width", "keep", "depth")},
@@ -80,22 +74,14 @@ def search(
         "seed": config.seed,
         "answer": best.handle.text,
         "score": round(best.score, 4),
-        "branches": len(branches),
-        "forked": stats.forks,
-        "prefill_tokens_computed": stats.prefill_tokens,
-        "prefill_tokens_without_sharing": sum(
-            len(prompt) + branch.begin for branch in (root, *branches)
-        ),
-        "decode_tokens": stats.decode_tokens,
-        "kv_bytes_held": stats.kv_bytes_held,
-        "kv_bytes_unshared": stats.kv_bytes_unshared,
+        **_sharing(engine.stats, len(prompt), root),
         "environment": environment,
     }
     console.print(Text(f"best answer ({best.score:.3f}): {' '.join(best.handle.text.split())}"))
     console.print(
-        f"{summary['branches']} branches, {stats.forks} of them forked; KV cache held "
-        f"{report.format_bytes(stats.kv_bytes_held)}, without sharing "
-        f"{report.format_bytes(stats.kv_bytes_unshared)}",
+        f"{summary['branches']} branches, {summary['forked']} of them forked; KV cache held "
+        f"{report.format_bytes(summary['kv_bytes_held'])}, without sharing "
+        f"{report.format_bytes(summary['kv_bytes_unshared'])}",
         highlight=False,
     )
     folder.write_summary(summary)
@@ -130,6 +116,37 @@ def grow(engine: Engine, prompt: list[int], config: SearchConfig, folder: Result
         if not going_on:
             break
     return root
+
+
+def _engine(config: SearchConfig, loaded: LoadedModel, prompt: list[int]) -> Engine:
+    """With room for all branches that are held at once, each with a copied chunk."""
+    assert loaded.tokenizer is not None, "only random models have none"
+    at_once = config.keep * (1 + config.width)  # branches that go on, and their children
+    longest = 1 + config.depth * config.tokens
+    num_chunks = chunks_needed([prompt] * at_once, longest, chunk_size=config.chunk_size) + at_once
+    return Engine(
+        loaded.model,
+        CacheConfig(num_chunks, config.chunk_size),
+        tokenizer=loaded.tokenizer,
+        stop_tokens=loaded.tokenizer.stop_ids,
+        max_running=config.keep * config.width,
+    )
+
+
+def _sharing(stats: EngineStats, prompt_tokens: int, root: Branch) -> dict[str, int]:
+    """What the search did, and would have done without sharing."""
+    branches = everything_below(root)
+    return {
+        "branches": len(branches),
+        "forked": stats.forks,
+        "prefill_tokens_computed": stats.prefill_tokens,
+        "prefill_tokens_without_sharing": sum(
+            prompt_tokens + branch.begin for branch in (root, *branches)
+        ),
+        "decode_tokens": stats.decode_tokens,
+        "kv_bytes_held": stats.kv_bytes_held,
+        "kv_bytes_unshared": stats.kv_bytes_unshared,
+    }
 
 
 def _branch(parent: Branch, config: SearchConfig, next_token: int | None, index: int) -> Branch:
