@@ -151,19 +151,35 @@ def render_prompts(
     """Prompts for a model with a tokenizer: each text becomes a chat with the system prompt.
 
     Raises:
-        UserError: a given token id is not in the vocabulary.
+        UserError: a given token id is not in the vocabulary, or as `chat_tokens`.
     """
-
-    def chat(text: str) -> tuple[int, ...]:
-        messages = [
-            {"role": "system", "content": system_prompt},
-            {"role": "user", "content": text},
-        ]
-        return tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-
     _check_vocabulary(lines, vocab_size)
-    tokens = [chat(line.text) if line.text is not None else line.tokens or () for line in lines]
+    tokens = [
+        chat_tokens(tokenizer, system_prompt, line.text)
+        if line.text is not None
+        else line.tokens or ()
+        for line in lines
+    ]
     return _prompt_set(lines, tokens)
+
+
+def chat_tokens(tokenizer: ChatTokenizer, system_prompt: str, question: str) -> tuple[int, ...]:
+    """The prompt that asks for an answer to `question`, as the model's chat template writes it.
+
+    Raises:
+        UserError: the model has no chat template, or one that takes no system prompt.
+    """
+    messages = [
+        {"role": "system", "content": system_prompt},
+        {"role": "user", "content": question},
+    ]
+    try:
+        return tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+    except ValueError as error:
+        raise UserError(
+            f"no chat can be made of the system prompt and a question ({error}); choose a model "
+            "whose chat template takes both"
+        ) from error
 
 
 def random_prompts(
@@ -200,7 +216,7 @@ def random_prompts(
     ]
     cut = f" (cut from {wanted:,} to fit the model)" if shared_tokens < wanted else ""
     note = (
-        "A model with random weights has no tokenizer: each text is replaced by random token ids, "
+        "The model has no tokenizer: each text is replaced by random token ids, "
         f"{shared_tokens:,} for the system prompt{cut}."
     )
     return _prompt_set(lines, tokens, note)

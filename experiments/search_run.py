@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,9 @@ from rich.tree import Tree
 import models
 from experiments import report
 from experiments.environment import describe_environment, enable_compilation_cache
+from experiments.errors import UserError
 from experiments.loading import LoadOptions, ModelSource, load_model
+from experiments.prompts import chat_tokens
 from experiments.results import ResultFolder
 from experiments.search import SearchConfig
 from jax_chunkattn import (
@@ -24,6 +27,7 @@ from jax_chunkattn import (
     chunks_needed,
 )
 from models import LoadedModel
+from models.tokenizer import ChatTokenizer
 
 
 @dataclass(eq=False)
@@ -54,14 +58,10 @@ def search(
     enable_compilation_cache(models.cache_dir() / "jax")
     environment = describe_environment()
     loaded = load_model(source, LoadOptions(max_positions=config.max_positions))
-    assert loaded.tokenizer is not None, "only random models have none"
-    prompt = loaded.tokenizer.apply_chat_template(
-        [
-            {"role": "system", "content": system_prompt},
-            {"role": "user", "content": config.question},
-        ]
-    )
-    with _engine(config, loaded, prompt) as engine:
+    if loaded.tokenizer is None:
+        raise UserError(f"--model {config.model} has no tokenizer, which a search needs")
+    prompt = chat_tokens(loaded.tokenizer, system_prompt, config.question)
+    with _engine(config, loaded, loaded.tokenizer, prompt) as engine:
         root = grow(engine, prompt, config, folder)
     answers = [branch for branch in everything_below(root) if not branch.children]
     best = max(answers, key=lambda branch: (branch.stopped, branch.score))
@@ -89,7 +89,9 @@ def search(
     return summary
 
 
-def grow(engine: Engine, prompt: list[int], config: SearchConfig, folder: ResultFolder) -> Branch:
+def grow(
+    engine: Engine, prompt: Sequence[int], config: SearchConfig, folder: ResultFolder
+) -> Branch:
     """The tree: its root is the answer's likeliest first token, replaced in each first branch."""
     first = SamplingParams(1, logprobs=config.width, ignore_eos=True)
     root = Branch(engine.submit(prompt, first, hold=True), 0, 0)
@@ -118,17 +120,18 @@ def grow(engine: Engine, prompt: list[int], config: SearchConfig, folder: Result
     return root
 
 
-def _engine(config: SearchConfig, loaded: LoadedModel, prompt: list[int]) -> Engine:
+def _engine(
+    config: SearchConfig, loaded: LoadedModel, tokenizer: ChatTokenizer, prompt: Sequence[int]
+) -> Engine:
     """With room for all branches that are held at once, each with a copied chunk."""
-    assert loaded.tokenizer is not None, "only random models have none"
     at_once = config.keep * (1 + config.width)  # branches that go on, and their children
     longest = 1 + config.depth * config.tokens
     num_chunks = chunks_needed([prompt] * at_once, longest, chunk_size=config.chunk_size) + at_once
     return Engine(
         loaded.model,
         CacheConfig(num_chunks, config.chunk_size),
-        tokenizer=loaded.tokenizer,
-        stop_tokens=loaded.tokenizer.stop_ids,
+        tokenizer=tokenizer,
+        stop_tokens=tokenizer.stop_ids,
         max_running=config.keep * config.width,
     )
 

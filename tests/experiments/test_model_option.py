@@ -8,6 +8,7 @@ import pytest
 
 import models
 import models.hub
+from experiments import search_run
 from experiments.cli import main
 from experiments.errors import UserError
 from experiments.loading import (
@@ -18,6 +19,7 @@ from experiments.loading import (
     load_model,
     parse_model,
 )
+from tests.models.tiny_checkpoint import write_checkpoint
 
 
 @pytest.fixture
@@ -176,3 +178,20 @@ def test_a_search_is_limited_before_it_writes(smollm2_path, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     options = ["--model", str(smollm2_path), "--max-positions", "40"]
     assert "the model has 40 positions" in one_error(["search", *options], capsys)
+
+
+@pytest.mark.parametrize("command", ["generate", "search"])
+def test_a_model_that_takes_no_chats_is_refused(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(Path("base.gguf"), metadata={"tokenizer.chat_template": None})
+    error = one_error([command, "--model", "base.gguf"], capsys)
+    assert "(this checkpoint carries no chat template); choose a model whose" in error
+
+
+def test_a_search_needs_a_tokenizer(tmp_path, monkeypatch, capsys):
+    without = load_model(parse_model("random:tiny"))
+    monkeypatch.setattr(search_run, "load_model", lambda *_: without)
+    monkeypatch.chdir(tmp_path)
+    Path("model.gguf").touch()
+    error = one_error(["search", "--model", "model.gguf"], capsys)
+    assert "--model model.gguf has no tokenizer, which a search needs" in error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,6 +89,18 @@ def test_rendered_prompts_share_the_system_prompt() -> None:
     assert prompts.tokens[0] == (1, *map(ord, "SYS"), 2, *map(ord, "abc"), 3)
     assert prompts.common_prefix == len("1SYS2ab")
     assert prompts.note is None
+
+
+def test_a_chat_that_cannot_be_made_is_the_users_to_mend() -> None:
+    class NoSystemPrompts(LetterTokenizer):
+        def apply_chat_template(self, messages: Any, *, add_generation_prompt: bool) -> list[int]:
+            raise ValueError("System role not supported")
+
+    lines = (PromptLine("p:1", tokens=(9,)), PromptLine("p:2", text="x"))
+    with pytest.raises(UserError, match=r"no chat can be made .*\(System role not supported\)"):
+        render_prompts(lines, "SYS", NoSystemPrompts(), vocab_size=200)
+    only_tokens = render_prompts(lines[:1], "SYS", NoSystemPrompts(), vocab_size=200)
+    assert only_tokens.tokens == ((9,),)
 
 
 def test_given_tokens_are_used_as_they_are() -> None:
