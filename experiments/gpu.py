@@ -41,7 +41,6 @@ order that changes, five or seven times; the median, the least and the most are 
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from dataclasses import dataclass
@@ -52,6 +51,7 @@ from typing import Annotated, Any, Literal, get_args
 import tyro
 
 from experiments.errors import UserError
+from experiments.options import check_above_zero, check_seed
 from experiments.results import ResultFolder, new_run_path
 
 Part = Literal[
@@ -121,10 +121,7 @@ def run(config: GpuConfig) -> dict[str, Any]:
     with ResultFolder(config.output or default_folder(config)) as folder:
         from experiments.gpu_bench.runner import run_parts
 
-        try:
-            return run_parts(config, folder)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(folder.state()) from None
+        return run_parts(config, folder)
 
 
 def check(config: GpuConfig) -> None:
@@ -137,15 +134,13 @@ def check(config: GpuConfig) -> None:
         raise UserError("--part names nothing to do")
     if len(set(config.part)) < len(config.part):
         raise UserError(f"--part names one twice: {' '.join(config.part)}")
-    if not (config.minutes > 0 and math.isfinite(config.minutes)):
-        raise UserError(f"--minutes must be above 0, got {config.minutes}")
+    check_above_zero(config, "minutes")
     if config.dry_run and config.compile_only:
         raise UserError("--dry-run and --compile-only exclude each other")
     chosen = config.output.resolve().parents if config.output else ()
     if config.mode != "measure" and RESULTS in chosen:
         raise UserError(f"--output: {RESULTS} is for what was measured on a device")
-    if not 0 <= config.seed < 2**31:
-        raise UserError(f"--seed must be from 0 to {2**31 - 1}, got {config.seed}")
+    check_seed(config.seed)
 
 
 def default_folder(config: GpuConfig) -> Path:

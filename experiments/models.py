@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from experiments.errors import UserError
 from experiments.loading import parse_model
-from experiments.options import by_default, option
+from experiments.options import by_default, check_at_least_one
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,7 @@ def run(config: ModelsConfig) -> dict[str, Any]:
 
 def check(config: ModelsConfig) -> None:
     """Raise `UserError` for a value that makes no sense."""
-    for name in ("requests", "own_tokens", "chunk_size", "max_positions"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"{option(name)} must be at least 1, got {value}")
+    check_at_least_one(config, "requests", "own_tokens", "chunk_size", "max_positions")
     if config.shared_tokens < 0:
         raise UserError(f"--shared-tokens must be from 0 up, got {config.shared_tokens}")
     if config.max_positions is not None and config.model is None:

@@ -76,15 +76,15 @@ class ChatTokenizer:
         return self._templates.names
 
     def encode(
-        self, text: str, *, parse_special: bool = True, add_special_tokens: bool = False
+        self, text: str, *, parse_special: bool = True, add_special_tokens: bool = True
     ) -> list[int]:
         """Ids of `text`.
 
-        With `add_special_tokens` the tokenizer's own post-processor adds what it adds around a
-        text, usually one token that begins it; a rendered chat has that token already. With
-        `parse_special=False` the text of a special token, or of another token that a chat template
-        writes, is cut like any other text. Raises ValueError for a string with lone surrogates,
-        which no bytes stand for.
+        With `add_special_tokens` the tokenizer's own post-processor adds what the model expects
+        around a text, usually one token that begins it; a rendered chat has that token already.
+        With `parse_special=False` the text of a special token, or of another token that a chat
+        template writes, is cut like any other text. Raises ValueError for a string with lone
+        surrogates, which no bytes stand for.
         """
         text.encode("utf-8")
         backend = self._backend if parse_special else self._plain_backend
@@ -139,7 +139,7 @@ class ChatTokenizer:
             documents=documents,
             **variables,
         )
-        return self.encode(rendered)
+        return self.encode(rendered, add_special_tokens=False)
 
     @functools.cached_property
     def _plain_backend(self) -> tokenizers.Tokenizer:

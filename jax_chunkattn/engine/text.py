@@ -24,7 +24,7 @@ class Tokenizer(Protocol):
     """
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, with nothing added around it."""
+        """Ids of a prompt's ``text``, with what the model expects around it."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:

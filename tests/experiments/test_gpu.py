@@ -168,8 +168,8 @@ def test_only_what_runs_a_model_needs_flax(tmp_path: Path):
     [
         (["--part"], "--part names nothing to do"),
         (["--part", "floors", "floors"], "--part names one twice: floors floors"),
-        (["--minutes", "0"], "--minutes must be above 0, got 0"),
-        (["--minutes", "nan"], "--minutes must be above 0, got nan"),
+        (["--minutes", "0"], "--minutes must be a number above 0, got 0"),
+        (["--minutes", "nan"], "--minutes must be a number above 0, got nan"),
         (["--seed", "-1"], "--seed must be from 0"),
         (["--dry-run", "--compile-only"], "--dry-run and --compile-only exclude each other"),
         (["--dry-run", "--output", str(gpu.RESULTS / "x")], "--output: "),

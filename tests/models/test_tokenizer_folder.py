@@ -35,8 +35,8 @@ def test_ids_and_texts_equal_transformers(tmp_path, style):
         ids = golden["ids"][index]
         plain = ids if golden["plain"][index] is None else golden["plain"][index]
         decoded, skipped = golden["decoded"][index], golden["skipped"][index]
-        assert tokenizer.encode(text) == ids, text
-        assert tokenizer.encode(text, parse_special=False) == plain, text
+        assert tokenizer.encode(text, add_special_tokens=False) == ids, text
+        assert tokenizer.encode(text, parse_special=False, add_special_tokens=False) == plain, text
         assert tokenizer.decode(ids, skip_special=False) == (text if decoded is None else decoded)
         assert tokenizer.decode(ids) == (text if skipped is None else skipped)
 
@@ -46,11 +46,8 @@ def test_the_post_processor_s_tokens_are_added_when_asked_for(tmp_path, style):
     (begin, end), tokenizer = GOLDEN[style]["around"], read_golden(tmp_path, style)
     for text in ("the", "", "<s> x"):
         for parse in (True, False):
-            ids = tokenizer.encode(text, parse_special=parse)
-            assert (
-                tokenizer.encode(text, parse_special=parse, add_special_tokens=True)
-                == begin + ids + end
-            )
+            ids = tokenizer.encode(text, parse_special=parse, add_special_tokens=False)
+            assert tokenizer.encode(text, parse_special=parse) == begin + ids + end
 
 
 @pytest.mark.parametrize("style", GOLDEN)
@@ -58,8 +55,8 @@ def test_no_text_makes_a_special_token_unless_parsed(tmp_path, style):
     tokenizer = read_golden(tmp_path, style)
     assert tokenizer.special_ids
     text = "x".join(tokenizer.decode([index], skip_special=False) for index in added_ids(tokenizer))
-    assert tokenizer.special_ids <= set(tokenizer.encode(text))
-    plain = tokenizer.encode(text, parse_special=False)
+    assert tokenizer.special_ids <= set(tokenizer.encode(text, add_special_tokens=False))
+    plain = tokenizer.encode(text, parse_special=False, add_special_tokens=False)
     assert not tokenizer.special_ids & set(plain)
     assert tokenizer.decode(plain) == text
 
@@ -101,21 +98,21 @@ def test_a_model_that_spells_a_special_token_is_kept_from_it(tmp_path, model, wh
     ]
     spec = {"version": "1.0", "added_tokens": added, "model": model}
     tokenizer = read_with(tmp_path, tokenizer=spec, tokenizer_config={})
-    assert tokenizer.encode("<s>") == whole
-    assert 1 not in tokenizer.encode("<s>", parse_special=False)
-    kept = tokenizer.encode("<kept>", parse_special=False)
-    assert kept == tokenizer.encode("<kept>") == [len(model["vocab"])]
+    assert tokenizer.encode("<s>", add_special_tokens=False) == whole
+    assert 1 not in tokenizer.encode("<s>", parse_special=False, add_special_tokens=False)
+    kept = tokenizer.encode("<kept>", parse_special=False, add_special_tokens=False)
+    assert kept == tokenizer.encode("<kept>", add_special_tokens=False) == [len(model["vocab"])]
 
 
 def test_tokens_that_a_chat_template_writes_are_no_plain_text(tmp_path):
     call, end = (added_tokens("qwen2")[name] for name in ("<tool_call>", "</tool_call>"))
     text = "<tool_call>x</tool_call>"
     without = read_golden(tmp_path, "qwen2")
-    assert {call, end} <= set(without.encode(text, parse_special=False))
+    assert {call, end} <= set(without.encode(text, parse_special=False, add_special_tokens=False))
     template = "{{ '<tool_call>' }}{{ messages }}"
     tokenizer = read_with(tmp_path, tokenizer_config=config_of("qwen2", chat_template=template))
-    assert {call, end} <= set(tokenizer.encode(text))
-    plain = tokenizer.encode(text, parse_special=False)
+    assert {call, end} <= set(tokenizer.encode(text, add_special_tokens=False))
+    plain = tokenizer.encode(text, parse_special=False, add_special_tokens=False)
     assert call not in plain
     assert end in plain
 
@@ -140,20 +137,20 @@ def test_truncation_and_padding_of_the_file_do_not_apply(tmp_path):
     tokenizer = read_with(tmp_path, "gpt2", tokenizer=spec)
     for text in ("a", "a long text of many words"):
         for parse_special in (True, False):
-            ids = tokenizer.encode(text, parse_special=parse_special)
+            ids = tokenizer.encode(text, parse_special=parse_special, add_special_tokens=False)
             assert tokenizer.decode(ids) == text
 
 
 def test_lone_surrogates_are_a_value_error(tmp_path):
     with pytest.raises(ValueError, match="surrogates"):
-        read_golden(tmp_path, "llama2").encode("a\udc80")
+        read_golden(tmp_path, "llama2").encode("a\udc80", add_special_tokens=False)
 
 
 def test_a_named_special_token_of_the_vocabulary_becomes_special(tmp_path):
     spec = GOLDEN["llama2"]["files"]["tokenizer.json"]
     spec = spec | {"added_tokens": [t for t in spec["added_tokens"] if t["content"] != "</s>"]}
     tokenizer = read_with(tmp_path, "llama2", tokenizer=spec)
-    assert tokenizer.encode("</s>") == [2]
+    assert tokenizer.encode("</s>", add_special_tokens=False) == [2]
     assert 2 in tokenizer.special_ids
 
 
@@ -183,7 +180,7 @@ def test_a_special_token_without_an_id_is_not_added(tmp_path):
     tokenizer = read_with(tmp_path, tokenizer_config=config_of("qwen2", pad_token="[PAD]"))
     size = read_golden(tmp_path, "qwen2").vocab_size
     assert tokenizer.vocab_size == size
-    assert max(tokenizer.encode("[PAD]")) < size
+    assert max(tokenizer.encode("[PAD]", add_special_tokens=False)) < size
 
 
 def test_added_tokens_of_the_config_join_with_the_id_it_gives(tmp_path):
@@ -191,7 +188,7 @@ def test_added_tokens_of_the_config_join_with_the_id_it_gives(tmp_path):
     entry = {"content": "<extra>", "special": True, "normalized": False}
     config = config_of("qwen2", added_tokens_decoder={str(size): entry})
     tokenizer = read_with(tmp_path, tokenizer_config=config)
-    assert tokenizer.encode("<extra>") == [size]
+    assert tokenizer.encode("<extra>", add_special_tokens=False) == [size]
     config["added_tokens_decoder"] = {str(size + 1): entry}
     with pytest.raises(CheckpointError, match=rf"tokenizer_config.json.*{size + 1}"):
         read_with(tmp_path, tokenizer_config=config)
@@ -240,8 +237,8 @@ def test_add_bos_token_counts_where_there_is_no_post_processor(tmp_path):
             tokenizer=spec | {"post_processor": processor},
             tokenizer_config=config_of("llama2", add_bos_token=add),
         )
-        ids = tokenizer.encode("the", add_special_tokens=True)
-        assert ids == begin + tokenizer.encode("the")
+        ids = tokenizer.encode("the")
+        assert ids == begin + tokenizer.encode("the", add_special_tokens=False)
 
 
 CHAT = [{"role": "user", "content": "x"}]
@@ -278,7 +275,11 @@ def test_a_chat_is_encoded_without_a_second_bos(tmp_path):
         tmp_path, "llama2", tokenizer_config=config_of("llama2", chat_template=template)
     )
     assert tokenizer.render_chat(CHAT) == "<s>x</s>"
-    assert tokenizer.apply_chat_template(CHAT) == [1, *tokenizer.encode("x"), 2]
+    assert tokenizer.apply_chat_template(CHAT) == [
+        1,
+        *tokenizer.encode("x", add_special_tokens=False),
+        2,
+    ]
 
 
 def test_a_folder_without_a_tokenizer_has_none(tmp_path):
@@ -336,8 +337,8 @@ def test_add_eos_token_counts_likewise(tmp_path):
     spec = GOLDEN["llama2"]["files"]["tokenizer.json"] | {"post_processor": None}
     config = config_of("llama2", add_eos_token=True)
     tokenizer = read_with(tmp_path, "llama2", tokenizer=spec, tokenizer_config=config)
-    ids = tokenizer.encode("the", add_special_tokens=True)
-    assert ids == [1, *tokenizer.encode("the"), 2]
+    ids = tokenizer.encode("the")
+    assert ids == [1, *tokenizer.encode("the", add_special_tokens=False), 2]
 
 
 def test_a_bos_to_begin_with_must_be_named(tmp_path):
@@ -352,7 +353,7 @@ def test_only_a_tokenizer_json_is_needed(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     tokenizer = read_tokenizer_folder(tmp_path)
     assert tokenizer is not None
-    assert tokenizer.decode(tokenizer.encode("x 你")) == "x 你"
+    assert tokenizer.decode(tokenizer.encode("x 你", add_special_tokens=False)) == "x 你"
     assert tokenizer.template_names == ()
     with pytest.raises(ValueError, match="no chat template"):
         tokenizer.render_chat(CHAT)

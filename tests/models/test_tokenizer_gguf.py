@@ -25,39 +25,43 @@ def test_ids_and_texts_equal_transformers(tmp_path, style):
     golden, tokenizer = GOLDEN[style], read_golden_gguf(tmp_path, style)
     for index, text in enumerate(TEXTS):
         ids, decoded = golden["ids"][index], golden["decoded"][index]
-        assert tokenizer.encode(text) == ids, text
+        assert tokenizer.encode(text, add_special_tokens=False) == ids, text
         assert tokenizer.decode(ids, skip_special=False) == (text if decoded is None else decoded)
         skipped = golden["skipped"][index]
         assert tokenizer.decode(ids) == (text if skipped is None else skipped)
         plain = golden["plain"][index]
-        assert tokenizer.encode(text, parse_special=False) == (ids if plain is None else plain)
+        assert tokenizer.encode(text, parse_special=False, add_special_tokens=False) == (
+            ids if plain is None else plain
+        )
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_texts_begin_as_transformers_lets_them(tmp_path, style):
     begin, end = GOLDEN[style]["around"]
     tokenizer = read_golden_gguf(tmp_path, style)
-    ids = tokenizer.encode("the", add_special_tokens=True)
-    assert ids == begin + tokenizer.encode("the") + end
+    ids = tokenizer.encode("the")
+    assert ids == begin + tokenizer.encode("the", add_special_tokens=False) + end
 
 
 @pytest.mark.parametrize(("style", "begins"), [("llama2", True), ("llama3", True), ("gpt2", False)])
 def test_the_file_says_whether_texts_begin_with_bos(tmp_path, style, begins):
     for add in (None, True, False):
         tokenizer = read_golden_gguf(tmp_path, style, add_bos_token=add)
-        begun = tokenizer.encode("x", add_special_tokens=True) != tokenizer.encode("x")
+        begun = tokenizer.encode("x") != tokenizer.encode("x", add_special_tokens=False)
         assert begun == (begins if add is None else add)
     tokenizer = read_golden_gguf(tmp_path, style, add_bos_token=True, add_eos_token=True)
-    assert len(tokenizer.encode("", add_special_tokens=True)) == 2
+    assert len(tokenizer.encode("")) == 2
     with pytest.raises(CheckpointError, match="bos_token is to be added"):
         read_golden_gguf(tmp_path, style, add_bos_token=True, bos_token_id=None)
 
 
 def test_a_file_may_do_without_a_prefix_space(tmp_path):
     tokenizer = read_golden_gguf(tmp_path, "llama2", add_space_prefix=False)
-    assert tokenizer.encode(" the") == read_golden(tmp_path, "llama2").encode("the")
+    assert tokenizer.encode(" the", add_special_tokens=False) == read_golden(
+        tmp_path, "llama2"
+    ).encode("the", add_special_tokens=False)
     for text in ("the", " the", "  the"):
-        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
 def test_an_id_of_minus_one_is_none(tmp_path):
@@ -119,7 +123,10 @@ def test_every_pre_tokenizer_keeps_every_character(tmp_path, pre):
 
     for text in TEXTS:
         kept = unicodedata.normalize("NFC", text) if PRE_TOKENIZERS[pre].compose else text
-        assert tokenizer.decode(tokenizer.encode(text), skip_special=False) == kept
+        assert (
+            tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), skip_special=False)
+            == kept
+        )
 
 
 UNSUPPORTED = [
@@ -136,7 +143,7 @@ def test_other_kinds_are_refused_unless_a_tokenizer_json_is_beside(tmp_path, met
     write_folder(tmp_path, "qwen2")
     tokenizer = read_golden_gguf(tmp_path, "qwen2", **metadata)
     for text, ids in zip(TEXTS, GOLDEN["qwen2"]["ids"], strict=True):
-        assert tokenizer.encode(text) == ids
+        assert tokenizer.encode(text, add_special_tokens=False) == ids
     stop = [tokenizer.decode([index], skip_special=False) for index in tokenizer.stop_ids]
     assert stop == ["<|im_end|>", "<|endoftext|>"]
     for other in ("llama2", "llama3"):  # more tokens, fewer tokens
@@ -148,7 +155,10 @@ def test_other_kinds_are_refused_unless_a_tokenizer_json_is_beside(tmp_path, met
 def test_a_tokenizer_json_beside_is_left_alone_where_the_file_s_own_will_do(tmp_path):
     write_folder(tmp_path, "llama2")
     tokenizer = read_golden_gguf(tmp_path, "qwen2")
-    assert tokenizer.encode(" the") == GOLDEN["qwen2"]["ids"][TEXTS.index(" the")]
+    assert (
+        tokenizer.encode(" the", add_special_tokens=False)
+        == GOLDEN["qwen2"]["ids"][TEXTS.index(" the")]
+    )
 
 
 @pytest.mark.parametrize(
