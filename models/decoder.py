@@ -22,6 +22,7 @@ from jax_chunkattn.model_interface import Attend, Pool
 from models.config import DecoderConfig
 from models.rope import Angles, rotate
 from models.weights import BLOCKS, Weight, block_weights, decoder_weights
+from pallas_kernels.softcap import cap_scores
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -57,11 +58,6 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) 
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
     normed = centred * lax.rsqrt(variance + epsilon)
     return (normed * _like(scale, x.ndim) + _like(bias, x.ndim)).astype(x.dtype)
-
-
-def softcap(x: jax.Array, cap: float | None) -> jax.Array:
-    """`cap * tanh(x / cap)`; `x` without a cap."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def _like(weight: jax.Array, rank: int) -> jax.Array:
@@ -231,7 +227,7 @@ class Decoder(nnx.Module):
         unembedding = self.embedding[...].T if tied else self.unembedding[...]
         normed = norm(self, "final_norm", hidden)
         logits = project(normed, unembedding, out_dtype=jnp.dtype(jnp.float32))
-        return softcap(logits, self.config.logit_softcap)
+        return cap_scores(logits, self.config.logit_softcap)
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         x = self.embedding[...].at[tokens].get(mode="clip")

@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -108,7 +109,7 @@ def load_tokenizer(path: Path) -> transformers.PreTrainedTokenizerFast:
     return wrapped
 
 
-def model_record(model: torch.nn.Module, prompts: list[list[int]]) -> dict[str, np.ndarray]:
+def model_record(model: Any, prompts: list[list[int]]) -> dict[str, np.ndarray]:
     logit_ids = np.arange(0, model.config.vocab_size, model.config.vocab_size // 1024)
     record = {"logit_ids": logit_ids.astype(np.int32)}
     for index, prompt in enumerate(prompts):

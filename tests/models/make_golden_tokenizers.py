@@ -271,12 +271,14 @@ def rendered(template: str, case: dict[str, Any]) -> str | None:
     )
     arguments = {"add_generation_prompt": True, **case}
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             arguments.pop("messages"), tokenize=False, chat_template=template, **arguments
         )
     except Exception as error:  # of any kind that a template brings about
         print(f"refused: {error}")
         return None
+    assert isinstance(text, str)
+    return text
 
 
 def write(path: Path, value: Any) -> None:
