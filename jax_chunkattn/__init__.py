@@ -13,7 +13,7 @@ from jax_chunkattn.engine.requests import (
     TokenLogprobs,
 )
 from jax_chunkattn.engine.search import Hypothesis, beam_search
-from jax_chunkattn.engine.stats import EngineStats
+from jax_chunkattn.engine.stats import EngineStats, WarmUp
 from jax_chunkattn.model_interface import CacheSpec, DecoderModel
 from jax_chunkattn.planner import PlannerOptions, PlanSummary, plan_decode
 from jax_chunkattn.pool import CacheConfig, ChunkPool, allocate_pool
@@ -45,6 +45,7 @@ __all__ = [
     "SamplingParams",
     "StreamEvent",
     "TokenLogprobs",
+    "WarmUp",
     "allocate_pool",
     "beam_search",
     "chunk_attention",

@@ -94,7 +94,8 @@ class PlannedRows:
 
     def _shape_to_keep(self, rows: int) -> PlanShape:
         """The last plan's number of rows, until three quarters of them have left: their program
-        runs fewer rows too. With the largest of the other sizes that it has needed so far."""
+        runs fewer rows too. Its other sizes are the only ones there are, where shapes are fixed,
+        or else the largest needed so far."""
         wanted = bucket(rows)
         if rows * 4 > self._last_rows:
             wanted = max(wanted, self._last_rows)
