@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from models.building import Fill
 from models.checkpoint import checkpoint_fill
 from models.config import DecoderConfig
+from models.errors import CheckpointError
 from models.gguf_config import gguf_architecture, hf_words
 from models.gguf_file import read_gguf
 from models.hf_config import find_architecture, read_config
@@ -86,6 +87,11 @@ def _open_folder(path: Path, max_positions: int | None) -> Checkpoint:
 
     folder = path if path.is_dir() else path.parent
     where = folder / CONFIG
+    if not where.is_file():
+        raise CheckpointError(
+            f"{folder}: no {CONFIG}; expected a folder with {CONFIG} and *.safetensors, as Hugging "
+            "Face's checkpoints have"
+        )
     words = read_json(where)
     architecture = find_architecture(words, where)
     config = read_config(words, architecture, where, max_positions)
