@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jax_chunkattn.model_interface import CacheSpec
 from models.rope import LayerRopes, Rope, RotaryTables
 from models.weights import Weight, decoder_weights
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Norm = Literal["rms", "layer"]
+QueryKeyNorm = Literal["head", "projection"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +53,11 @@ class DecoderConfig:
     head_dim: int
     max_positions: int = 2048
     tie_embeddings: bool = False
-    norm: Literal["rms", "layer"] = "rms"
+    norm: Norm = "rms"
     norm_epsilon: float = 1e-5
     norm_before: bool = True
     norm_after: bool = False
-    query_key_norm: Literal["head", "projection"] | None = None
+    query_key_norm: QueryKeyNorm | None = None
     activation: Activation = "silu"
     gated_mlp: bool = True
     qkv_bias: bool = False
@@ -69,10 +71,7 @@ class DecoderConfig:
     embedding_scale: float | None = None
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if type(value) in (int, float) and not value > 0:
-                raise ValueError(f"{field.name} must be positive, got {value}")
+        _check_values(self)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
@@ -117,3 +116,34 @@ class DecoderConfig:
     def num_parameters(self) -> int:
         """Number of weights, a tied embedding counted once."""
         return sum(math.prod(weight.shape) for weight in self.weights.values())
+
+
+def _check_values(config: DecoderConfig) -> None:
+    """Raises ValueError for a field of another kind than is declared, or a number not above 0."""
+    for name, declared in get_type_hints(DecoderConfig).items():
+        value: Any = getattr(config, name)
+        kinds = get_args(declared) or (declared,)
+        if name == "rope" or (value is None and type(None) in kinds):
+            continue
+        choices: tuple[Any, ...] = _choices(declared)
+        if choices:
+            wanted, good = f"one of {', '.join(choices)}", value in choices
+        elif bool in kinds:
+            wanted, good = "true or false", isinstance(value, bool)
+        else:
+            numbers = (int, float) if float in kinds else (int,)
+            wanted = "a positive number" if float in kinds else "a positive integer"
+            good = _is_positive(value, numbers)
+        if not good:
+            raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def _is_positive(value: Any, numbers: tuple[type, ...]) -> bool:
+    is_number = isinstance(value, numbers) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf
+
+
+def _choices(declared: Any) -> tuple[Any, ...]:
+    """The strings that a declared type allows; empty for any other type."""
+    found = (each for each in (declared, *get_args(declared)) if get_origin(each) is Literal)
+    return next(map(get_args, found), ())

@@ -61,23 +61,23 @@ def read_config(
                 f"{supported!r} is supported"
             )
     fields = {name: _value(config, source, where) for name, source in architecture.fields.items()}
-    if fields["num_kv_heads"] is None:
-        fields["num_kv_heads"] = fields["num_heads"]
-    if fields["intermediate_size"] is None:
-        fields["intermediate_size"] = 4 * fields["hidden_size"]
     try:
+        if fields["num_kv_heads"] is None:
+            fields["num_kv_heads"] = fields["num_heads"]
+        if fields["intermediate_size"] is None:
+            fields["intermediate_size"] = 4 * fields["hidden_size"]
         if fields["head_dim"] is None:
             fields["head_dim"] = fields["hidden_size"] // fields["num_heads"]
         decoder = DecoderConfig(**fields)
         if architecture.rotates:
             ropes = read_ropes(config, architecture, decoder, max_positions)
             decoder = replace(decoder, rope=ropes)
+        _check_windows(config, architecture, decoder, max_positions)
+        return _limited(decoder, max_positions)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise CheckpointError(f"{where}: makes no decoder: {error}") from error
-    _check_windows(config, architecture, decoder, where, max_positions)
-    return _limited(decoder, where, max_positions)
 
 
 def _value(config: Mapping[str, Any], source: Any, where: Path) -> Any:
@@ -100,7 +100,6 @@ def _check_windows(
     config: Mapping[str, Any],
     architecture: Architecture,
     decoder: DecoderConfig,
-    where: Path,
     max_positions: int | None,
 ) -> None:
     window = config.get("sliding_window", architecture.windows.default)
@@ -110,19 +109,19 @@ def _check_windows(
     if window < (max_positions or decoder.max_positions):
         count = kinds.count("sliding_attention")
         raise CheckpointError(
-            f"{where}: {count} of {len(kinds)} layers see the last {window:,} tokens only "
+            f"{count} of {len(kinds)} layers see the last {window:,} tokens only "
             f"(sliding_window), which is not supported; sequences of up to {window:,} tokens do "
             f"not need it: load with max_positions={window} (--max-positions {window})"
         )
 
 
-def _limited(decoder: DecoderConfig, where: Path, max_positions: int | None) -> DecoderConfig:
+def _limited(decoder: DecoderConfig, max_positions: int | None) -> DecoderConfig:
     if max_positions is None or max_positions == decoder.max_positions:
         return decoder
     if max_positions > decoder.max_positions or decoder.learned_positions:
         what = "learned, and cannot be limited" if decoder.learned_positions else "all it has"
         raise CheckpointError(
-            f"{where}: max_positions={max_positions}: the model's {decoder.max_positions:,} "
+            f"max_positions={max_positions}: the model's {decoder.max_positions:,} "
             f"positions are {what}"
         )
     return replace(decoder, max_positions=max_positions)

@@ -30,9 +30,18 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 def layer_types(
     config: Mapping[str, Any], architecture: Architecture, num_layers: int
 ) -> list[str]:
-    """Of each layer, whether it sees everything or a window."""
+    """Of each layer, whether it sees everything or a window.
+
+    Raises:
+      CheckpointError: config.json says something else.
+    """
     if (declared := config.get("layer_types")) is not None:
-        return list(declared)
+        kinds = list(declared)
+        if unknown := sorted({str(kind) for kind in kinds if kind not in LAYER_TYPES}):
+            raise CheckpointError(f"layers of type {', '.join(unknown)} are not supported")
+        if len(kinds) != num_layers:
+            raise CheckpointError(f"layer_types names {len(kinds)} layers of {num_layers}")
+        return kinds
     windows = architecture.windows
     if windows.if_used and not config.get("use_sliding_window", False):
         return ["full_attention"] * num_layers

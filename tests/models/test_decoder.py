@@ -212,10 +212,12 @@ def test_smollm2_preset_has_its_published_size():
         ({"num_heads": 5}, "multiple of num_kv_heads"),
         ({"head_dim": 7}, "cannot rotate"),
         ({"rope": Rope(dims=16)}, "of a head_dim of 8, 16 cannot rotate"),
+        ({"tie_embeddings": 1}, "tie_embeddings must be true or false, got 1"),
+        ({"norm": "batch"}, "norm must be one of rms, layer, got 'batch'"),
         ({"rope": (Rope(), None)}, "2 ropes for 3 layers"),
-        ({"vocab_size": 0}, "vocab_size must be positive"),
-        ({"norm_epsilon": -1.0}, "norm_epsilon must be positive"),
-        ({"attention_softcap": float("nan")}, "attention_softcap must be positive"),
+        ({"vocab_size": 0}, "vocab_size must be a positive integer, got 0"),
+        ({"norm_epsilon": -1.0}, "norm_epsilon must be a positive number, got -1.0"),
+        ({"attention_softcap": float("nan")}, "attention_softcap must be a positive number"),
     ],
 )
 def test_impossible_configs_are_refused(change, words):

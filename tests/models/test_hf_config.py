@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import models
 from models.errors import CheckpointError
@@ -313,3 +316,21 @@ def test_positions_can_be_limited_and_not_added():
         read(LLAMA_2_7B, 5000)
     with pytest.raises(CheckpointError, match="learned, and cannot be limited"):
         read(GPT2, 100)
+
+
+JUNK = st.sampled_from(
+    [
+        *(None, True, False, 0, 1, 3, -1, 2.5, float("nan"), 10**30, "", "silu", "full_attention"),
+        *([], [1], ["sliding_attention"] * 32, {}, {"rope_type": "yarn"}, {"factor": "two"}),
+    ]
+)
+CONFIGS = [LLAMA_3_1_8B, QWEN_2_5_05B, GEMMA_2_2B, GEMMA_3_1B, PHI_3_MINI_128K, SMOLLM3_3B, GPT2]
+
+
+@given(st.data())
+def test_whatever_a_config_says_it_is_read_or_refused(data):
+    config = dict(data.draw(st.sampled_from(CONFIGS)))
+    keys = st.sampled_from([key for key in config if key != "architectures"] + ["layer_types"])
+    config |= data.draw(st.dictionaries(keys, JUNK, min_size=1, max_size=3))
+    with contextlib.suppress(CheckpointError):
+        assert read(config, 512).num_parameters > 0
