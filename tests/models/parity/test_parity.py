@@ -34,10 +34,10 @@ def compare(
 ) -> tuple[dict[str, Any], list[np.ndarray], list[list[int]] | None]:
     """Asserts that both agree; gives the figures, and transformers' logits and tokens."""
     logits = theirs.prompt_logits(model)
-    actual = ours.prompt_logits(loaded)
+    prefilled = ours.prefill(loaded)
     difference = max(
         float(np.abs(one - other[-len(one) :]).max())
-        for one, other in zip(actual, logits, strict=True)
+        for one, other in zip(prefilled.logits, logits, strict=True)
     )
     assert difference < LOGIT_TOLERANCE
     found = {
@@ -53,7 +53,7 @@ def compare(
     tokens, gap = theirs.greedy_tokens(model)
     assert gap > 10 * difference, "a tie: the case proves nothing"
     assert len(set(tokens[0])) > 4, "the case decodes the same few tokens again and again"
-    assert ours.greedy_tokens(loaded) == tokens
+    assert ours.greedy_tokens(loaded, prefilled) == tokens
     found["greedy_tokens"] = GREEDY_TOKENS * len(PROMPTS)
     return found, logits, tokens
 
