@@ -11,9 +11,8 @@ from models.building import Fill
 from models.config import DecoderConfig
 from models.errors import CheckpointError
 from models.layout import Layout, expected_shapes, pieces, place
+from models.messages import listed
 from models.tensors import Tensors
-
-MOST_NAMED = 5
 
 
 def matching_layout(tensors: Tensors, layout: Layout, config: DecoderConfig) -> Layout:
@@ -30,8 +29,7 @@ def matching_layout(tensors: Tensors, layout: Layout, config: DecoderConfig) -> 
     if config.tie_embeddings:  # what a file repeats for the unembedding is not read
         found = {name: shape for name, shape in found.items() if name not in _unembedding(layout)}
     complaints = [
-        f"{what}: {', '.join(names[:MOST_NAMED])}"
-        + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
+        f"{what}: {listed(names)}"
         for what, names in [
             ("missing tensors", sorted(expected.keys() - found.keys())),
             ("tensors this decoder does not use", sorted(found.keys() - expected.keys())),

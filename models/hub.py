@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from models.errors import DownloadError
 from models.hub_errors import INSTEAD, HubErrors
+from models.messages import listed, tell
 from models.safetensors_folder import INDEX, SHARD_NAME, SINGLE, SUFFIX
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)
@@ -31,7 +32,6 @@ SMALL_SUFFIXES = (".json", ".jinja")
 SMALL_NAMES = ("tokenizer.model",)
 SECONDS_BEYOND_TIMEOUT = 5.0
 FILES_AT_A_TIME = 2
-MOST_NAMED = 5
 
 Result = TypeVar("Result")
 
@@ -80,9 +80,9 @@ def files_to_fetch(names: Sequence[str]) -> list[str]:
     if len(weights) == 1:
         return [*small, *weights]
     if weights:
-        raise ValueError(f"several weights and no {INDEX}: {_listed(weights)}")
+        raise ValueError(f"several weights and no {INDEX}: {listed(weights)}")
     others = [name for name in names if name not in small]
-    raise ValueError(f"no weights in safetensors; it has {_listed(others) or 'none at all'}")
+    raise ValueError(f"no weights in safetensors; it has {listed(others) or 'none at all'}")
 
 
 class _Fetch:
@@ -146,7 +146,7 @@ class _Fetch:
                 f"{self.name} needs {_bytes(needed)} more, and {self.cache} has {_bytes(free)} "
                 "free; choose another disk with HF_HOME"
             )
-        _tell(
+        tell(
             f"Fetching {self.name} from {self.endpoint}: {len(sizes)} files, {_bytes(needed)}, "
             f"into {self.cache}"
         )
@@ -184,7 +184,7 @@ class _Fetch:
             self.hub.errors.LocalEntryNotFoundError,
         ):
             raise self.errors.unreachable(why, "it is not cached") from why
-        _tell(f"{self.name}: {self.errors.reason(why)}; using the copy in {folder}")
+        tell(f"{self.name}: {self.errors.reason(why)}; using the copy in {folder}")
         return Path(folder)
 
 
@@ -263,14 +263,5 @@ def _quiet(hub: Any) -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
 def _bytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
-def _tell(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

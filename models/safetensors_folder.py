@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from models.errors import CheckpointError
+from models.messages import listed
 from models.safetensors_file import LFS_POINTER, StoredTensor, read_tensors, refuse_lfs_pointer
 
 SUFFIX = ".safetensors"
@@ -20,7 +21,6 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
-MOST_NAMED = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _of_index(index: Path) -> SafetensorsFolder:
     if missing:
         raise CheckpointError(
             f"{index}: only {len(shards) - len(missing)} of {len(shards)} shards are there; "
-            f"download what is missing: {_listed(missing)}"
+            f"download what is missing: {listed(missing)}"
         )
     tensors = {shard: read_tensors(folder / shard) for shard in shards}
     for shard in shards:
@@ -117,7 +117,7 @@ def _of_index(index: Path) -> SafetensorsFolder:
         if lacking:
             raise CheckpointError(
                 f"{folder / shard}: tensors are missing that {INDEX} says it holds: "
-                f"{_listed(lacking)}; download both again"
+                f"{listed(lacking)}; download both again"
             )
     return SafetensorsFolder(folder, {name: tensors[at][name] for name, at in weight_map.items()})
 
@@ -138,15 +138,15 @@ def _why_no_weights(folder: Path, names: Sequence[str], weights: Sequence[str]) 
         return f"{_count(weights, 'shard')} of a checkpoint, and no {INDEX}; download that too"
     if weights:
         return (
-            f"{_count(weights, 'safetensors file')} ({_listed(weights)}), neither {SINGLE} nor "
+            f"{_count(weights, 'safetensors file')} ({listed(weights)}), neither {SINGLE} nor "
             f"{INDEX}; pass the path of one of them"
         )
     if pickles := [name for name in names if name.endswith(PICKLE_SUFFIXES)]:
-        return f"only {_listed(pickles)}; {_no_pickles(folder)}"
+        return f"only {listed(pickles)}; {_no_pickles(folder)}"
     if quantised := [name for name in names if name.endswith(".gguf")]:
-        return f"no {SINGLE}, but GGUF; pass the path of a file: {_listed(quantised)}"
+        return f"no {SINGLE}, but GGUF; pass the path of a file: {listed(quantised)}"
     return f"no weights: expected {SINGLE}, or {INDEX} and its shards; it has " + (
-        _listed(names) if names else "no files at all"
+        listed(names) if names else "no files at all"
     )
 
 
@@ -155,11 +155,6 @@ def _no_pickles(folder: Path) -> str:
         "pickled weights are never loaded, because that can run code; convert with transformers' "
         f"AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('NEW_FOLDER')"
     )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _count(names: Sequence[str], what: str) -> str:
