@@ -12,7 +12,6 @@ from collections import Counter
 from typing import ClassVar
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -20,12 +19,12 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
 from jax_chunkattn.allocator import PoolExhausted
 from jax_chunkattn.prefix_tree import PrefixTree
 from jax_chunkattn.tree_nodes import Node, PartialCopy, SequenceHandle
+from tests.jax_chunkattn.machines import run_until_seen
 from tests.jax_chunkattn.tree_helpers import SlotPool
 from tests.jax_chunkattn.tree_model import (
     CHUNK,
@@ -36,7 +35,6 @@ from tests.jax_chunkattn.tree_model import (
 )
 
 MIN_STEPS = 2_000
-ROUNDS = 4  # at most, until every event has been seen: chance is against one now and then
 EVENTS = {
     "aborted",
     "append before computed refused",
@@ -483,20 +481,6 @@ class PrefixTreeMachine(RuleBasedStateMachine):
 
 
 def test_random_operations_agree_with_the_model():
-    PrefixTreeMachine.steps = 0
-    PrefixTreeMachine.seen.clear()
-    for _ in range(ROUNDS):
-        run_state_machine_as_test(
-            PrefixTreeMachine,
-            settings=settings(
-                max_examples=120,
-                stateful_step_count=50,
-                deadline=None,
-                suppress_health_check=[HealthCheck.too_slow],
-            ),
-        )
-        if EVENTS <= set(PrefixTreeMachine.seen):
-            break
+    missed = run_until_seen(PrefixTreeMachine, EVENTS, max_examples=120)
     assert PrefixTreeMachine.steps >= MIN_STEPS
-    missed = EVENTS - set(PrefixTreeMachine.seen)
     assert not missed, f"never happened in {PrefixTreeMachine.steps} steps: {missed}"

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -24,7 +24,6 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
 from jax_chunkattn import InvalidRequest, PoolExhausted, RequestFailed, SamplingParams
@@ -47,10 +46,10 @@ from tests.jax_chunkattn.engine.machine_requests import (
     prefixes,
 )
 from tests.jax_chunkattn.engine.oracle import Agreement, ending, text_of
+from tests.jax_chunkattn.machines import run_until_seen
 
 MOST_OPEN = 8
 MOST_DONE = 8
-ROUNDS = 4  # at most, until everything wanted has been seen: chance is against one now and then
 MOST_STEPS = 1_000  # of the engine, for `MOST_OPEN` requests to end
 POOLS = [(10, 16)]  # chunks and their size; each compiles programs of its own
 MORE_POOLS = [*POOLS, (24, 16), (40, 4)]
@@ -552,27 +551,16 @@ class EngineMachine(RuleBasedStateMachine):
 
 def test_random_use_gives_the_answers_of_a_model_without_a_cache():
     thorough = settings.get_current_profile_name() == "long"
-    EngineMachine.steps = 0
-    EngineMachine.seen.clear()
     EngineMachine.agreement = Agreement()
     EngineMachine.pools = MORE_POOLS if thorough else POOLS
-    wanted = COMMON | RARE if thorough else COMMON
-    for _ in range(ROUNDS):
-        run_state_machine_as_test(
-            EngineMachine,
-            settings=settings(
-                max_examples=600 if thorough else 20,
-                stateful_step_count=50,
-                deadline=None,
-                report_multiple_bugs=False,
-                suppress_health_check=[HealthCheck.too_slow],
-            ),
-        )
-        if wanted <= set(EngineMachine.seen):
-            break
+    missed = run_until_seen(
+        EngineMachine,
+        COMMON | RARE if thorough else COMMON,
+        max_examples=600 if thorough else 20,
+        report_multiple_bugs=False,
+    )
     seen, agreement = EngineMachine.seen, EngineMachine.agreement
     print(f"{EngineMachine.steps} steps, {agreement}, {dict(sorted(seen.items()))}")
     assert agreement.near_ties <= agreement.tokens / 10_000
     assert EngineMachine.steps >= (20_000 if thorough else 500)
-    missed = wanted - set(seen)
     assert not missed, f"never happened in {EngineMachine.steps} steps: {missed}"
