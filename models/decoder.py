@@ -86,15 +86,15 @@ class Block(nnx.Module):
         """`x [T, E] -> [T, E]`, and the pool after `attend` wrote this layer's keys and values."""
         config = self.config
         attended, pool = self._attention(
-            self._norm("attention_norm", x) if config.norm_before else x,
+            norm(self, "attention_norm", x) if config.norm_before else x,
             angles,
             pool,
             layer,
             attend,
         )
-        x = x + (self._norm("attention_post_norm", attended) if config.norm_after else attended)
-        output = self._mlp(self._norm("mlp_norm", x) if config.norm_before else x)
-        return x + (self._norm("mlp_post_norm", output) if config.norm_after else output), pool
+        x = x + (norm(self, "attention_post_norm", attended) if config.norm_after else attended)
+        output = self._mlp(norm(self, "mlp_norm", x) if config.norm_before else x)
+        return x + (norm(self, "mlp_post_norm", output) if config.norm_after else output), pool
 
     def _attention(
         self, x: jax.Array, angles: Angles | None, pool: Pool, layer: jax.Array, attend: Attend
@@ -125,9 +125,6 @@ class Block(nnx.Module):
         if not hasattr(self, f"{name}_bias"):
             return output
         return output + self._weight(f"{name}_bias")[None]
-
-    def _norm(self, name: str, x: jax.Array) -> jax.Array:
-        return norm(self, name, x)
 
     def _weight(self, name: str) -> jax.Array:
         return getattr(self, name)[...]
