@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ class Layout:
 
     def without_prefix(self) -> Layout:
         tensors = {stem.removeprefix(self.prefix): parts for stem, parts in self.tensors.items()}
-        return Layout(**vars(self) | {"tensors": tensors, "prefix": ""})
+        return replace(self, tensors=tensors, prefix="")
 
     def ignores(self, name: str) -> bool:
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
