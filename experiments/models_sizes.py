@@ -18,6 +18,7 @@ from models.architectures import ARCHITECTURES
 from models.differences import describe_differences
 from models.parity import GGUF_ARCHITECTURES, Parity, read_parity
 from models.sources import open_checkpoint, random_checkpoint
+from models.weights import decoder_weights
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def weight_bytes(decoder: DecoderConfig, dtype: str) -> int:
     """Of all weights in `dtype`, but those that stay float32."""
     return sum(
         math.prod(weight.shape) * jnp.dtype(weight.dtype(dtype)).itemsize
-        for weight in decoder.weights.values()
+        for weight in decoder_weights(decoder).values()
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jax_chunkattn.model_interface import CacheSpec
 from models.rope import LayerRopes, Rope, RotaryTables
-from models.weights import Weight, decoder_weights
+from models.weights import decoder_weights
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 Norm = Literal["rms", "layer"]
@@ -108,14 +108,9 @@ class DecoderConfig:
         )
 
     @property
-    def weights(self) -> dict[str, Weight]:
-        """Every weight of the decoder, by name."""
-        return decoder_weights(self)
-
-    @property
     def num_parameters(self) -> int:
         """Number of weights, a tied embedding counted once."""
-        return sum(math.prod(weight.shape) for weight in self.weights.values())
+        return sum(math.prod(weight.shape) for weight in decoder_weights(self).values())
 
 
 def _check_values(config: DecoderConfig) -> None:
