@@ -15,6 +15,7 @@ import numpy as np
 import transformers
 
 from tests.models.parity.cases import CASES, SMALL
+from tests.models.tiny_checkpoint import interleave_rows
 
 FILE = "model.gguf"
 
@@ -140,21 +141,15 @@ def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
 
 def _converted(architecture: str, name: str, values: np.ndarray, config: Any) -> np.ndarray:
     if architecture == "llama" and ".attn_q." in name:
-        return _neighbours(values, config.num_attention_heads)
+        return interleave_rows(values, config.num_attention_heads)
     if architecture == "llama" and ".attn_k." in name:
-        return _neighbours(values, config.num_key_value_heads)
+        return interleave_rows(values, config.num_key_value_heads)
     if architecture.startswith("gemma") and name.endswith("norm.weight"):
         return values + np.float32(1.0)
     is_linear = any(part in name for part in _LINEAR_OF_GPT2) and name.endswith(".weight")
     if architecture == "gpt2" and is_linear:
         return np.ascontiguousarray(values.T)
     return values
-
-
-def _neighbours(values: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a query or key projection, so that what turned (i, i + D/2) turns (2i, 2i + 1)."""
-    halves = values.reshape(heads, 2, values.shape[0] // heads // 2, values.shape[1])
-    return halves.swapaxes(1, 2).reshape(values.shape)
 
 
 def read_by_transformers(path: Path) -> Any:
