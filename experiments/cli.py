@@ -17,9 +17,9 @@ import tyro
 
 from experiments.compile_report import CompileReportConfig
 from experiments.engine import EngineConfig
-from experiments.errors import user_errors
 from experiments.generate import GenerateConfig
 from experiments.gpu import GpuConfig
+from experiments.harness.errors import user_errors
 from experiments.kernel import KernelConfig
 from experiments.models import ModelsConfig
 from experiments.search import SearchConfig

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from experiments.errors import UserError
-from experiments.options import by_default, check_at_least_one
-from experiments.results import ResultFolder, new_run_path
+from experiments.harness.errors import UserError
+from experiments.harness.options import by_default, check_at_least_one
+from experiments.harness.results import ResultFolder, new_run_path
 
 if TYPE_CHECKING:
     from experiments.gpu_compile.target import GpuTarget
@@ -77,11 +77,11 @@ def run(config: CompileReportConfig) -> dict[str, Any]:
 
 
 def _compile(config: CompileReportConfig, folder: ResultFolder) -> tuple[dict[str, Any], list[str]]:
-    from experiments.environment import describe_host
     from experiments.gpu_compile.report import CompileReport, failures_of
     from experiments.gpu_compile.target import target_named
     from experiments.gpu_compile.worker import compile_cases
-    from experiments.progress import phase_display
+    from experiments.harness.environment import describe_host
+    from experiments.harness.progress import phase_display
 
     target = target_named(config.gpu)
     dump = folder.path / "dumps" if config.keep_dumps else None

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.compilations import count_compilations
-from experiments.environment import max_rss_bytes
-from experiments.interrupts import deferred_interrupts
+from experiments.harness.compilations import count_compilations
+from experiments.harness.environment import max_rss_bytes
+from experiments.harness.interrupts import deferred_interrupts
 from jax_chunkattn import (
     CacheConfig,
     Engine,

@@ -15,10 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from experiments.errors import UserError
+from experiments.harness.errors import UserError
+from experiments.harness.options import (
+    MaxPositions,
+    ModelName,
+    by_default,
+    check_at_least_one,
+    check_seed,
+)
+from experiments.harness.results import ResultFolder, new_run_path
 from experiments.loading import parse_model
-from experiments.options import MaxPositions, ModelName, by_default, check_at_least_one, check_seed
-from experiments.results import ResultFolder, new_run_path
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from rich.table import Table
 import models
 from experiments import report
 from experiments.engine import EngineConfig
-from experiments.environment import describe_environment, enable_compilation_cache
-from experiments.errors import UserError
-from experiments.interrupts import deferred_interrupts
+from experiments.harness.environment import describe_environment, enable_compilation_cache
+from experiments.harness.errors import UserError
+from experiments.harness.interrupts import deferred_interrupts
+from experiments.harness.progress import phase_display
+from experiments.harness.results import ResultFolder
 from experiments.loading import LoadOptions, ModelSource, load_model
-from experiments.progress import phase_display
-from experiments.results import ResultFolder
 from jax_chunkattn import (
     CacheConfig,
     CacheSpec,

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from experiments.errors import UserError
-from experiments.loading import ModelSource, parse_model
-from experiments.options import (
+from experiments.harness.errors import UserError
+from experiments.harness.options import (
     AttentionImplementation,
     MaxPositions,
     ModelName,
@@ -22,8 +21,9 @@ from experiments.options import (
     check_at_least_one,
     check_seed,
 )
+from experiments.harness.results import ResultFolder, new_run_path
+from experiments.loading import ModelSource, parse_model
 from experiments.prompts import PromptLine, read_prompts, read_system_prompt
-from experiments.results import ResultFolder, new_run_path
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,17 @@ import models
 from experiments import report
 from experiments.comparison import PREFILL_SECONDS, affordable_batch
 from experiments.decoding import BatchSettings, Measured, OnFinished, decode_batch
-from experiments.environment import (
+from experiments.figures import draw_comparison
+from experiments.generate import GenerateConfig, Inputs
+from experiments.harness.environment import (
     describe_environment,
     enable_compilation_cache,
     free_memory_bytes,
 )
-from experiments.figures import draw_comparison
-from experiments.generate import GenerateConfig, Inputs
+from experiments.harness.progress import PhaseDisplay, phase_display
+from experiments.harness.results import ResultFolder
 from experiments.loading import LoadOptions, fetch_model, load_fetched
-from experiments.progress import PhaseDisplay, phase_display
 from experiments.prompts import PromptSet, check_lengths, random_prompts, render_prompts
-from experiments.results import ResultFolder
 from experiments.summary import request_record, run_record, summarise
 from jax_chunkattn import RequestHandle, SamplingParams
 from models import LoadedModel

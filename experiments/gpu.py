@@ -50,9 +50,9 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from experiments.errors import UserError
-from experiments.options import check_above_zero, check_seed
-from experiments.results import ResultFolder, new_run_path
+from experiments.harness.errors import UserError
+from experiments.harness.options import check_above_zero, check_seed
+from experiments.harness.results import ResultFolder, new_run_path
 
 Part = Literal[
     "target",

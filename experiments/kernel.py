@@ -21,9 +21,9 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from experiments.errors import UserError
-from experiments.options import by_default, check_above_zero, check_at_least_one, check_seed
-from experiments.results import ResultFolder, new_run_path
+from experiments.harness.errors import UserError
+from experiments.harness.options import by_default, check_above_zero, check_at_least_one, check_seed
+from experiments.harness.results import ResultFolder, new_run_path
 
 Suite = Literal["smoke", "paper"]
 Implementation = Literal[

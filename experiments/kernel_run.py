@@ -6,9 +6,10 @@ import dataclasses
 import time
 from typing import Any
 
-from experiments import timing
-from experiments.compilations import count_compilations
-from experiments.environment import describe_environment, max_rss_bytes
+from experiments.harness import timing
+from experiments.harness.compilations import count_compilations
+from experiments.harness.environment import describe_environment, max_rss_bytes
+from experiments.harness.results import ResultFolder
 from experiments.kernel import Implementation, KernelConfig
 from experiments.kernel_report import KernelReport
 from experiments.kernel_sides import (
@@ -20,7 +21,6 @@ from experiments.kernel_sides import (
     runnable_implementations,
     skip_reasons,
 )
-from experiments.results import ResultFolder
 from pallas_kernels import specs
 from pallas_kernels.specs import AttentionCase
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.errors import UserError
+from experiments.harness.errors import UserError
 
 if TYPE_CHECKING:
     from models import LoadedModel
@@ -90,7 +90,7 @@ def load_model(source: ModelSource, options: LoadOptions = LoadOptions()) -> Loa
 def load_fetched(spec: str | Path, options: LoadOptions) -> LoadedModel:
     """The second half of `load_model`, of what `fetch_model` returned."""
     import models
-    from experiments.progress import phase_display
+    from experiments.harness.progress import phase_display
 
     with phase_display() as display:
         try:

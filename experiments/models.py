@@ -13,9 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from experiments.errors import UserError
+from experiments.harness.errors import UserError
+from experiments.harness.options import by_default, check_at_least_one
 from experiments.loading import parse_model
-from experiments.options import by_default, check_at_least_one
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from experiments.errors import UserError
+from experiments.harness.errors import UserError
 from experiments.loading import SMOLLM2, ModelSource, fetch_model
 from experiments.models import ModelsConfig
 from models import PRESETS, DecoderConfig

@@ -15,7 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
-from experiments.errors import UserError
+from experiments.harness.errors import UserError
 
 _CHARACTERS_PER_TOKEN = 4
 

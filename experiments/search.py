@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from experiments.errors import UserError
-from experiments.loading import parse_model
-from experiments.options import (
+from experiments.harness.errors import UserError
+from experiments.harness.options import (
     MaxPositions,
     by_default,
     check_above_zero,
     check_at_least_one,
     check_seed,
 )
+from experiments.harness.results import ResultFolder, new_run_path
+from experiments.loading import parse_model
 from experiments.prompts import read_system_prompt
-from experiments.results import ResultFolder, new_run_path
 
 
 @dataclass(frozen=True)

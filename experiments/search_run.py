@@ -12,11 +12,11 @@ from rich.tree import Tree
 
 import models
 from experiments import report
-from experiments.environment import describe_environment, enable_compilation_cache
-from experiments.errors import UserError
+from experiments.harness.environment import describe_environment, enable_compilation_cache
+from experiments.harness.errors import UserError
+from experiments.harness.results import ResultFolder
 from experiments.loading import LoadOptions, ModelSource, load_model
 from experiments.prompts import chat_tokens
-from experiments.results import ResultFolder
 from experiments.search import SearchConfig
 from jax_chunkattn import (
     CacheConfig,

@@ -36,9 +36,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from experiments.errors import UserError
-from experiments.loading import ModelSource, parse_model
-from experiments.options import (
+from experiments.harness.errors import UserError
+from experiments.harness.options import (
     AttentionImplementation,
     MaxPositions,
     ModelName,
@@ -48,7 +47,8 @@ from experiments.options import (
     check_seed,
     option,
 )
-from experiments.results import ResultFolder, new_run_path
+from experiments.harness.results import ResultFolder, new_run_path
+from experiments.loading import ModelSource, parse_model
 from experiments.trace import BLOCK_TOKENS, TraceRequest, read_requests
 
 Side = Literal["shared", "free-at-once", "unshared"]

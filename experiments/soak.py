@@ -23,9 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from experiments.errors import UserError
-from experiments.loading import ModelSource, parse_model
-from experiments.options import (
+from experiments.harness.errors import UserError
+from experiments.harness.options import (
     MaxPositions,
     ModelName,
     by_default,
@@ -33,7 +32,8 @@ from experiments.options import (
     check_at_least_one,
     check_seed,
 )
-from experiments.results import ResultFolder, new_run_path
+from experiments.harness.results import ResultFolder, new_run_path
+from experiments.loading import ModelSource, parse_model
 
 LEAST_CONTEXT = 64
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.decoding import Measured
 from experiments.generate import GenerateConfig
+from experiments.harness.results import config_record
 from experiments.prompts import PromptSet
-from experiments.results import config_record
 
 if TYPE_CHECKING:
     from jax_chunkattn import RequestHandle

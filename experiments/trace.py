@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from experiments.errors import UserError
+from experiments.harness.errors import UserError
 
 BLOCK_TOKENS = 512
 """Tokens of a block."""

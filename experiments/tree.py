@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from experiments.environment import describe_host
-from experiments.errors import UserError
-from experiments.options import by_default, check_at_least_one
-from experiments.results import ResultFolder, new_run_path
+from experiments.harness.environment import describe_host
+from experiments.harness.errors import UserError
+from experiments.harness.options import by_default, check_at_least_one
+from experiments.harness.results import ResultFolder, new_run_path
 
 
 @dataclass(frozen=True)

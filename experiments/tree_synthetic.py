@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.environment import max_rss_bytes, resident_bytes
+from experiments.harness.environment import max_rss_bytes, resident_bytes
 from experiments.tree import TreeConfig
 from jax_chunkattn.prefix_tree import PrefixTree
 from jax_chunkattn.tree_nodes import SequenceHandle

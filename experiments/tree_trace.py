@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.errors import UserError
+from experiments.harness.errors import UserError
 from experiments.trace import BLOCK_TOKENS, read_lines
 from experiments.tree_synthetic import held_bytes
 from jax_chunkattn.allocator import PoolExhausted

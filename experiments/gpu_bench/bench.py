@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import jax
 
-from experiments.errors import UserError
 from experiments.gpu_bench.budget import Budget
 from experiments.gpu_bench.record import Record
+from experiments.harness.errors import UserError
 from pallas_kernels.targets import A100, current_target, use_target
 
 Mode = Literal["measure", "dry-run", "compile-only"]

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.results import ResultFolder
+from experiments.harness.results import ResultFolder
 
 MEASURED, SKIPPED, ERROR = "measured", "skipped", "error"
 

@@ -7,14 +7,14 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from experiments.environment import describe_environment, max_rss_bytes
-from experiments.errors import UserError
 from experiments.gpu_bench.bench import Bench, device_for
 from experiments.gpu_bench.budget import Budget
 from experiments.gpu_bench.goals import evaluate
 from experiments.gpu_bench.record import ERROR, SKIPPED, Record
 from experiments.gpu_bench.report import print_goals, print_record
-from experiments.results import ResultFolder
+from experiments.harness.environment import describe_environment, max_rss_bytes
+from experiments.harness.errors import UserError
+from experiments.harness.results import ResultFolder
 
 if TYPE_CHECKING:
     from experiments.gpu import GpuConfig

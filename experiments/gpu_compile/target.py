@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.errors import UserError
+from experiments.harness.errors import UserError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

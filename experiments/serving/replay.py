@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from experiments.interrupts import deferred_interrupts
+from experiments.harness.interrupts import deferred_interrupts
 from experiments.serving.workload import ServedRequest
 from jax_chunkattn import Engine, EngineStats, RequestHandle, SamplingParams, StreamEvent
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from experiments.progress import PhaseDisplay
-from experiments.results import ResultFolder
+from experiments.harness.progress import PhaseDisplay
+from experiments.harness.results import ResultFolder
 from experiments.serve import ServeConfig, Side
 from experiments.serving.ideal import ideal_hits
 from experiments.serving.measures import ratios, request_record, side_record, spread

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 import models
-from experiments.environment import (
+from experiments.harness.environment import (
     describe_environment,
     enable_compilation_cache,
     max_rss_bytes,
 )
+from experiments.harness.progress import phase_display
+from experiments.harness.results import ResultFolder, config_record
 from experiments.loading import LoadOptions, load_model
-from experiments.progress import phase_display
-from experiments.results import ResultFolder, config_record
 from experiments.serve import Inputs, ServeConfig
 from experiments.serving.figures import draw_serving
 from experiments.serving.report import ServeReport

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from experiments.errors import UserError
+from experiments.harness.errors import UserError
 from experiments.serve import ServeConfig, Side
 from experiments.serving.replay import Replayed, Served, replay
 from experiments.serving.workload import Workload

@@ -13,17 +13,17 @@ from rich.console import Console
 
 import models
 from experiments import report
-from experiments.compilations import Compilations, count_compilations
-from experiments.environment import (
+from experiments.harness.compilations import Compilations, count_compilations
+from experiments.harness.environment import (
     describe_environment,
     enable_compilation_cache,
     resident_bytes,
     usable_cpus,
 )
-from experiments.interrupts import deferred_interrupts
+from experiments.harness.interrupts import deferred_interrupts
+from experiments.harness.progress import PhaseDisplay, phase_display
+from experiments.harness.results import ResultFolder, config_record
 from experiments.loading import LoadOptions, ModelSource, load_model
-from experiments.progress import PhaseDisplay, phase_display
-from experiments.results import ResultFolder, config_record
 from experiments.soak import Sizes, SoakConfig, sizes_for
 from experiments.soaking.account import Account
 from experiments.soaking.checks import (

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from experiments.cli import DEBUG_VARIABLE, main, run_and_report
-from experiments.errors import UserError
+from experiments.harness.errors import UserError
 
 HEAVY = ("jax", "numpy", "flax", "rich", "matplotlib", "models", "jax_chunkattn", "pallas_kernels")
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.compilations import count_compilations
 from experiments.decoding import BatchSettings, Measured, decode_batch
-from experiments.environment import enable_compilation_cache
-from experiments.interrupts import deferred_interrupts
+from experiments.harness.compilations import count_compilations
+from experiments.harness.environment import enable_compilation_cache
+from experiments.harness.interrupts import deferred_interrupts
 from jax_chunkattn import SamplingParams
 
 SETTINGS = BatchSettings(

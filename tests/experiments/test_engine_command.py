@@ -11,7 +11,7 @@ import pytest
 
 from experiments.engine import EngineConfig, check, run
 from experiments.engine_run import Timed
-from experiments.errors import UserError
+from experiments.harness.errors import UserError
 from jax_chunkattn import Engine
 
 

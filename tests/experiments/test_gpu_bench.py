@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.errors import UserError
 from experiments.gpu_bench import clock, goals, jobs, oracle, peer_paged
 from experiments.gpu_bench.bench import Bench, device_for
 from experiments.gpu_bench.budget import SHARES, Budget
@@ -18,6 +17,7 @@ from experiments.gpu_bench.loops import LoopSize, loop_program, plan_case, plann
 from experiments.gpu_bench.peer_torch import FLASHINFER
 from experiments.gpu_bench.pools import Buffers, PoolShape
 from experiments.gpu_bench.tables import case_tables
+from experiments.harness.errors import UserError
 from jax_chunkattn.workloads import case_inputs
 from pallas_kernels.specs import GPU_NUMERICS, PAT_HEADS, PAT_TREES, AttentionCase
 from tests import oracle as dense

@@ -12,9 +12,10 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from experiments import kernel_run, kernel_sides, timing
+from experiments import kernel_run, kernel_sides
 from experiments.cli import main
-from experiments.errors import UserError
+from experiments.harness import timing
+from experiments.harness.errors import UserError
 from experiments.kernel import Implementation, KernelConfig, Suite, run
 from pallas_kernels.chunk_attention import IMPLEMENTATIONS
 from pallas_kernels.specs import PAPER, AttentionCase

@@ -10,7 +10,7 @@ import models
 import models.hub
 from experiments import search_run
 from experiments.cli import main
-from experiments.errors import UserError
+from experiments.harness.errors import UserError
 from experiments.loading import (
     LoadOptions,
     ModelSource,

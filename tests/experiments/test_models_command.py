@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import models
 from experiments import models_sizes
 from experiments.cli import main
-from experiments.errors import UserError
+from experiments.harness.errors import UserError
 from experiments.models import ModelsConfig, check
 from experiments.models_sizes import Batch, describe_model, weight_bytes
 from jax_chunkattn import CacheConfig

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from experiments.errors import UserError
+from experiments.harness.errors import UserError
 from experiments.prompts import (
     PromptLine,
     check_lengths,

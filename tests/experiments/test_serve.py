@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 
 from experiments.cli import DEBUG_VARIABLE, main
-from experiments.errors import UserError
+from experiments.harness.errors import UserError
 from experiments.serve import ServeConfig, check, run
 from experiments.serving import rounds as serving_rounds
 from experiments.serving.figures import serving_figure

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from experiments.cli import main
-from experiments.environment import resident_bytes
-from experiments.errors import UserError
+from experiments.harness.environment import resident_bytes
+from experiments.harness.errors import UserError
 from experiments.loading import parse_model
 from experiments.soak import SoakConfig, check, run, sizes_for
 from experiments.soaking import run as soaking_run

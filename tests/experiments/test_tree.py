@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.errors import UserError
+from experiments.harness.errors import UserError
 from experiments.tree import TreeConfig, run
 from experiments.tree_trace import read_trace, replay
 

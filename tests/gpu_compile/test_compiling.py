@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import pytest
 
-from experiments.errors import UserError
 from experiments.gpu_compile.report import failures_of
 from experiments.gpu_compile.target import TARGETS, check_installed
 from experiments.gpu_compile.variants import available_backends, variant_names
 from experiments.gpu_compile.worker import compile_cases
+from experiments.harness.errors import UserError
 from tests.gpu_compile.toy_cases import cases
 
 ROOT = Path(__file__).parents[2]

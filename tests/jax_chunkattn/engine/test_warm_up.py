@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments.compilations import count_compilations
+from experiments.harness.compilations import count_compilations
 from jax_chunkattn import EngineClosed, PlannerOptions, PrefixTree, SamplingParams, plan_decode
 from jax_chunkattn.engine.requests import Request
 from jax_chunkattn.engine.rows import TOO_MANY_ITEMS, PlannedRows

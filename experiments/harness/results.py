@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from experiments.errors import UserError
+from experiments.harness.errors import UserError
 
 
 class ResultFolder:

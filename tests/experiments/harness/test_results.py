@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.errors import UserError
-from experiments.results import ResultFolder, config_record, new_run_path
+from experiments.harness.errors import UserError
+from experiments.harness.results import ResultFolder, config_record, new_run_path
 from experiments.serve import ServeConfig
 
 

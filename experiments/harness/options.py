@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from experiments.errors import UserError
+from experiments.harness.errors import UserError
 
 MOST_SEED = 2**31 - 1
 

@@ -10,7 +10,7 @@ class UserError(Exception):
 
 
 _USER_ERRORS = (
-    ("experiments.errors", "UserError"),
+    ("experiments.harness.errors", "UserError"),
     ("jax_chunkattn", "InvalidRequest"),
     ("jax_chunkattn", "PoolExhausted"),
     ("models", "CheckpointError"),

@@ -70,7 +70,7 @@ def package_versions() -> dict[str, str | None]:
 
 def git_commit() -> str | None:
     """The commit this code is at, with `+` when tracked files differ from it; None outside git."""
-    root = Path(__file__).resolve().parent
+    root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -82,7 +82,7 @@ def git_commit() -> str | None:
         ).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "environment.py")
+        git("ls-files", "--error-unmatch", "experiments/harness/environment.py")
         commit = git("rev-parse", "HEAD")
         return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):

@@ -1,0 +1,1 @@
+"""What all experiments share: options, result folders, progress, timing, errors."""
