@@ -1,4 +1,4 @@
-"""Parse the command line, run the experiment, print its summary as the last line.
+"""Parse the command line, run the experiment, and tell how it went.
 
 Nothing heavy is imported before the arguments are parsed: an experiment's module holds its config
 and imports what it needs only when it runs.
@@ -6,62 +6,86 @@ and imports what it needs only when it runs.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated, Any, Union
 
 import tyro
 
 from experiments.compile_report import CompileReportConfig
+from experiments.doctor import DoctorConfig
 from experiments.engine import EngineConfig
 from experiments.generate import GenerateConfig
 from experiments.gpu import GpuConfig
-from experiments.harness.errors import user_errors
+from experiments.harness.console import quiet_consoles
+from experiments.harness.errors import CheckFailed, user_errors
+from experiments.harness.invocation import (
+    Running,
+    Showing,
+    expand,
+    without_option,
+)
+from experiments.harness.results import new_run_path
 from experiments.kernel import KernelConfig
 from experiments.models import ModelsConfig
+from experiments.report import ReportConfig
 from experiments.search import SearchConfig
 from experiments.serve import ServeConfig
 from experiments.soak import SoakConfig
 from experiments.tree import TreeConfig
 
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 DEBUG_VARIABLE = "JAX_CHUNKATTN_DEBUG"
 
-Config = (
-    Annotated[CompileReportConfig, tyro.conf.subcommand("compile-report")]
-    | Annotated[EngineConfig, tyro.conf.subcommand("engine")]
-    | Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
-    | Annotated[GpuConfig, tyro.conf.subcommand("gpu")]
-    | Annotated[KernelConfig, tyro.conf.subcommand("kernel")]
-    | Annotated[ModelsConfig, tyro.conf.subcommand("models")]
-    | Annotated[SearchConfig, tyro.conf.subcommand("search")]
-    | Annotated[ServeConfig, tyro.conf.subcommand("serve")]
-    | Annotated[SoakConfig, tyro.conf.subcommand("soak")]
-    | Annotated[TreeConfig, tyro.conf.subcommand("tree")]
+EXPERIMENTS: dict[str, Any] = {
+    "generate": GenerateConfig,
+    "kernel": KernelConfig,
+    "serve": ServeConfig,
+    "search": SearchConfig,
+    "engine": EngineConfig,
+    "soak": SoakConfig,
+    "tree": TreeConfig,
+    "compile-report": CompileReportConfig,
+    "gpu": GpuConfig,
+}
+"""Those that leave a folder of results."""
+
+COMMANDS: dict[str, Any] = {
+    "doctor": DoctorConfig,
+    "models": ModelsConfig,
+    "report": ReportConfig,
+}
+"""Those that only tell something."""
+
+_DESCRIPTION = (
+    "Experiments with prefix-aware attention for LLM decoding in JAX. Exit codes: 0 done, 1 what a "
+    "run was to prove does not hold, 2 something given cannot be used, 130 interrupted."
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
-    config: Any = tyro.cli(
-        Config,  # pyright: ignore[reportArgumentType]
-        prog="python -m experiments",
-        description="Experiments with prefix-aware attention for LLM decoding in JAX.",
-        args=arguments,
-        config=(tyro.conf.OmitSubcommandPrefixes,),
-    )
-    return run_and_report(lambda: import_module(type(config).__module__).run(config))
+    """Run the command line; returns the exit code: 0, 1 (a check failed), 2 or 130."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name = next((one for one in arguments if not one.startswith("-")), None)
+    if name not in EXPERIMENTS:
+        given = _parse(arguments)
+        return run_and_report(lambda: _module(given).run(given.experiment), given.run.json)
+    return run_and_report(lambda: _run_experiment(name, arguments), "--json" in arguments)
 
 
-def run_and_report(run: Callable[[], dict[str, Any]]) -> int:
-    """Call `run`, print what it returns as one line of JSON, and turn errors into exit codes."""
+def run_and_report(run: Callable[[], dict[str, Any]], as_json: bool = False) -> int:
+    """Call `run` and turn errors into exit codes; what it returns is printed only as JSON."""
     try:
-        summary = run()
-        print(json.dumps(summary), flush=True)
+        with quiet_consoles(as_json):
+            summary = run()
+        if as_json:
+            print(json.dumps(summary), flush=True)
         return 0
     except KeyboardInterrupt as interrupt:
         if os.environ.get(DEBUG_VARIABLE):
@@ -71,9 +95,63 @@ def run_and_report(run: Callable[[], dict[str, Any]]) -> int:
     except BrokenPipeError:
         # Whoever read standard output is gone; closing it at exit would complain once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return EXIT_FAILED
+    except CheckFailed as failed:
+        if as_json:
+            print(json.dumps(failed.summary), flush=True)
+        print(f"failed: {failed}", file=sys.stderr)
+        return EXIT_FAILED
     except user_errors() as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_BAD_INPUT
+
+
+def _run_experiment(name: str, arguments: list[str]) -> dict[str, Any]:
+    config_class = EXPERIMENTS[name]
+    at = arguments.index(name) + 1
+    arguments = [*arguments[:at], *expand(config_class, name, arguments[at:])]
+    given = _parse(arguments)
+    config, options = given.experiment, given.run
+    if options.fresh and config.output is None:
+        folder = new_run_path("sweep" if options.sweep else name)
+        config = dataclasses.replace(config, output=folder)
+    module = _module(given)
+    if not options.sweep:
+        return module.run(config)
+    from experiments.harness.sweep import make_points, parse_sweep, run_sweep
+
+    fields = parse_sweep(options.sweep, config_class)
+    plain = without_option("--sweep", arguments)
+    points = make_points(fields, lambda more: _parse([*plain, *more]).experiment)
+    for point in points:
+        module.check(point.config)
+    return run_sweep(name, config, fields, points, module.run, module.headline)
+
+
+def _module(given: Any) -> Any:
+    return import_module(type(given.experiment).__module__)
+
+
+def _parse(arguments: Sequence[str]) -> Any:
+    return tyro.cli(
+        _every_command(),
+        prog="python -m experiments",
+        description=_DESCRIPTION,
+        args=arguments,
+        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+    )
+
+
+def _every_command() -> Any:
+    """The union that tyro takes for subcommands."""
+    named: list[tuple[str, Any, Any]] = [
+        (name, Running, config) for name, config in EXPERIMENTS.items()
+    ]
+    named += [(name, Showing, config) for name, config in COMMANDS.items()]
+    commands = [
+        Annotated[how[config], tyro.conf.subcommand(name, description=config.__doc__)]
+        for name, how, config in named
+    ]
+    return Union[tuple(commands)]  # noqa: UP007 -- of a list

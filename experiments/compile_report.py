@@ -15,11 +15,11 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from experiments.harness.errors import UserError
+from experiments.harness.errors import CheckFailed
 from experiments.harness.options import by_default, check_at_least_one
-from experiments.harness.results import ResultFolder, new_run_path
+from experiments.harness.results import ResultFolder, open_results
 
 if TYPE_CHECKING:
     from experiments.gpu_compile.target import GpuTarget
@@ -35,6 +35,8 @@ _PROGRAMS = "experiments.gpu_compile.programs:whole_programs"
 @dataclass(frozen=True)
 class CompileReportConfig:
     """Compile the GPU kernels and the whole programs without a GPU, and report what they need."""
+
+    SMOKE: ClassVar[dict[str, Any]] = {"backends": ("pallas_triton",), "programs": False}
 
     gpu: Gpu = "h200"
     """The GPU to compile for."""
@@ -62,51 +64,55 @@ def run(config: CompileReportConfig) -> dict[str, Any]:
     """Compile, print the tables, and return the summary.
 
     Raises:
-      UserError: when this machine cannot compile for a GPU, and, once the results are written,
-        when something spills, copies the pool or does not compile.
+      UserError: this machine cannot compile for a GPU.
+      CheckFailed: something spills, copies the pool or does not compile; the results are written.
     """
     check_at_least_one(config, "processes")
     from experiments.gpu_compile.target import check_installed
 
     check_installed()
-    with ResultFolder(config.output or new_run_path("compile-report")) as folder:
+    with open_results("compile-report", config) as folder:
         summary, failures = _compile(config, folder)
     if failures:
-        raise UserError(f"{'; '.join(failures)}; see {folder.results_path}")
+        raise CheckFailed(f"{'; '.join(failures)}; see {folder.results_path}", summary)
     return summary
 
 
 def _compile(config: CompileReportConfig, folder: ResultFolder) -> tuple[dict[str, Any], list[str]]:
-    from experiments.gpu_compile.report import CompileReport, failures_of
     from experiments.gpu_compile.target import target_named
+    from experiments.gpu_compile.views import failures_of
     from experiments.gpu_compile.worker import compile_cases
     from experiments.harness.environment import describe_host
     from experiments.harness.progress import phase_display
+    from experiments.harness.units import tell_taken_over
+    from experiments.harness.views import finish
 
     target = target_named(config.gpu)
     dump = folder.path / "dumps" if config.keep_dumps else None
-    report = CompileReport(target)
     found: dict[str, list[dict[str, Any]]] = {}
+    environment = {**describe_host(), "device": None, "device_count": 0}
+    folder.begin(environment)
     with phase_display() as display:
         for kind, table, names, per_process in _cases(config, target):
-            phase, done = f"compiling {kind}s", itertools.count(1)
-            display.update(phase, 0, len(names))
+            tell_taken_over(folder, dict.fromkeys(names))
+            left = [name for name in names if name not in folder.finished]
+            phase, done = f"compiling {kind}s", itertools.count(len(names) - len(left) + 1)
+            display.update(phase, len(names) - len(left), len(names))
 
             def keep(record, kind=kind, phase=phase, total=len(names), done=done) -> None:
-                folder.write_record({"kind": kind, "gpu": config.gpu, **record})
+                folder.finish_unit(record["name"], {"kind": kind, "gpu": config.gpu, **record})
                 display.update(phase, next(done), total)
 
-            found[kind] = compile_cases(
+            compile_cases(
                 table,
-                names,
+                left,
                 target,
                 per_process=per_process,
                 processes=config.processes,
                 dump=dump,
                 on_record=keep,
             )
-    report.print_kernels(found.get("kernel", []))
-    report.print_programs(found.get("program", []))
+            found[kind] = [one for one in folder.finished.values() if one["kind"] == kind]
     failures = [failure for records in found.values() for failure in failures_of(records)]
     summary = {
         "experiment": "compile-report",
@@ -114,11 +120,15 @@ def _compile(config: CompileReportConfig, folder: ResultFolder) -> tuple[dict[st
         "variants": len(found.get("kernel", [])),
         "programs": len(found.get("program", [])),
         "failures": failures,
-        **describe_host(),
+        "device_kind": target.device_kind,
+        "environment": environment,
     }
-    folder.write_summary(summary)
-    report.print_folder(folder.path)
-    return summary, failures
+    return finish(folder, summary), failures
+
+
+def headline(summary: dict[str, Any]) -> dict[str, Any]:
+    """What a sweep shows of a run."""
+    return {name: summary[name] for name in ("variants", "programs")}
 
 
 def _cases(config: CompileReportConfig, target: GpuTarget) -> list[tuple[str, str, list[str], int]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from experiments.harness.errors import UserError
 from experiments.harness.options import (
@@ -23,13 +23,21 @@ from experiments.harness.options import (
     check_at_least_one,
     check_seed,
 )
-from experiments.harness.results import ResultFolder, new_run_path
+from experiments.harness.results import open_results
 from experiments.loading import parse_model
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """Compare the engine's speed with that of the bare decode loop at the same shapes."""
+
+    SMOKE: ClassVar[dict[str, Any]] = {
+        "model": "random:tiny",
+        "rows": 4,
+        "shared_tokens": 64,
+        "tokens": 32,
+        "rounds": 2,
+    }
 
     model: ModelName = "smollm2"
 
@@ -75,10 +83,19 @@ def run(config: EngineConfig) -> dict[str, Any]:
     """
     check(config)
     source = parse_model(config.model)
-    with ResultFolder(config.output or new_run_path("engine")) as folder:
+    with open_results("engine", config) as folder:
         from experiments.engine_run import compare
 
         return compare(config, source, folder)
+
+
+def headline(summary: dict[str, Any]) -> dict[str, Any]:
+    """What a sweep shows of a run."""
+    return {
+        "tokens/s, engine": summary["engine_tokens_per_second"],
+        "tokens/s, bare loop": summary["bare_tokens_per_second"],
+        "engine / bare loop": summary["ratio"],
+    }
 
 
 def check(config: EngineConfig) -> None:

@@ -11,17 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 import models
-from experiments import report
 from experiments.engine import EngineConfig
 from experiments.harness.environment import describe_environment, enable_compilation_cache
 from experiments.harness.errors import UserError
 from experiments.harness.interrupts import deferred_interrupts
-from experiments.harness.progress import phase_display
 from experiments.harness.results import ResultFolder
+from experiments.harness.units import measure_units
+from experiments.harness.views import finish
 from experiments.loading import LoadOptions, ModelSource, load_model
 from jax_chunkattn import (
     CacheConfig,
@@ -54,6 +52,9 @@ SETTING = (
 )
 
 
+_FIELDS = ("tokens", "seconds", "host_seconds")
+
+
 @dataclasses.dataclass(frozen=True)
 class Timed:
     """Tokens decoded in a time, and the host's share of it that the device did not hide."""
@@ -79,33 +80,56 @@ def compare(config: EngineConfig, source: ModelSource, folder: ResultFolder) -> 
     environment = describe_environment()
     loaded = load_model(source, LoadOptions(config.dtype, config.seed, config.max_positions))
     prompts = _prompts(config, loaded)
-    with phase_display() as display, deferred_interrupts() as check_interrupt:
-        display.update("compile")
-        sides: dict[str, Callable[[], Timed]] = {  # the engine first: its program serves both
-            "engine": engine_side(config, loaded, prompts, check_interrupt),
-            "bare loop": bare_loop(config, loaded, prompts),
+    folder.begin(environment)
+    with deferred_interrupts() as check_interrupt:
+        sides = _Sides(config, loaded, prompts, check_interrupt)
+        units = {
+            f"round {number}": lambda number=number: sides.round(number)
+            for number in range(1, config.rounds + 1)
         }
-        for side in sides.values():
-            side()  # prefill and whatever else comes only once
-        timed: dict[str, list[Timed]] = {name: [] for name in sides}
-        for round_number in range(config.rounds):
-            display.update("measure", round_number, config.rounds)
-            for name, side in sides.items():
-                one = side()
-                timed[name].append(one)
-                folder.write_record(
-                    {"kind": "round", "side": name, **dataclasses.asdict(one), "rate": one.rate}
-                )
-                check_interrupt()
+        rounds = measure_units(folder, units, "engine")
+    timed = {
+        name: [Timed(**{key: one[name][key] for key in _FIELDS}) for one in rounds]
+        for name in ("bare loop", "engine")
+    }
     summary = {
         "experiment": "engine",
         **{name: getattr(config, name) for name in SETTING},
         **_measures(timed["bare loop"], timed["engine"]),
         "environment": environment,
     }
-    folder.write_summary(summary)
-    _print(summary, folder)
-    return summary
+    return finish(folder, summary)
+
+
+class _Sides:
+    """Both sides, compiled when the first round is timed."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        loaded: LoadedModel,
+        prompts: Prompts,
+        check_interrupt: Callable[[], None],
+    ) -> None:
+        self._given = (config, loaded, prompts)
+        self._check_interrupt = check_interrupt
+        self._sides: dict[str, Callable[[], Timed]] = {}
+
+    def round(self, number: int) -> dict[str, Any]:
+        """Each side once."""
+        if not self._sides:
+            self._sides = {  # the engine first: its program serves both
+                "engine": engine_side(*self._given, self._check_interrupt),
+                "bare loop": bare_loop(*self._given),
+            }
+            for side in self._sides.values():
+                side()  # prefill and whatever else comes only once
+        record: dict[str, Any] = {"kind": "round", "round": number}
+        for name, side in self._sides.items():
+            one = side()
+            record[name] = {**dataclasses.asdict(one), "rate": one.rate}
+            self._check_interrupt()
+        return record
 
 
 def _measures(bare: Sequence[Timed], engine: Sequence[Timed]) -> dict[str, Any]:
@@ -234,27 +258,3 @@ def _prompts(config: EngineConfig, loaded: LoadedModel) -> Prompts:
     ids = random.integers(0, loaded.config.vocab_size, config.shared_tokens).tolist()
     own = random.integers(0, loaded.config.vocab_size, (config.rows, config.own_tokens))
     return [ids + each for each in own.tolist()]
-
-
-def _print(summary: dict[str, Any], folder: ResultFolder) -> None:
-    table = Table(
-        title=f"{summary['rows']} rows of {summary['model']}, {summary['shared_tokens']:,} shared "
-        f"tokens, {summary['steps_per_call']} steps a call, median of {summary['rounds']}",
-        title_justify="left",
-    )
-    for name in ("", "tokens/s", "host work"):
-        table.add_column(name, justify="right" if name else "left")
-    table.add_row("bare loop", f"{summary['bare_tokens_per_second']:,.1f}", "")
-    table.add_row(
-        "engine",
-        f"{summary['engine_tokens_per_second']:,.1f}",
-        f"{summary['host_microseconds_per_token']:.1f} us a token",
-    )
-    console = Console()
-    console.print(table)
-    low, high = summary["ratio_range"]
-    console.print(
-        f"the engine reaches {summary['ratio']:.1%} of the bare loop ({low:.1%} to {high:.1%})",
-        highlight=False,
-    )
-    report.print_folder(console, folder.path)

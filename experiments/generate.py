@@ -10,7 +10,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from experiments.harness.errors import UserError
 from experiments.harness.options import (
@@ -21,7 +21,7 @@ from experiments.harness.options import (
     check_at_least_one,
     check_seed,
 )
-from experiments.harness.results import ResultFolder, new_run_path
+from experiments.harness.results import open_results
 from experiments.loading import ModelSource, parse_model
 from experiments.prompts import PromptLine, read_prompts, read_system_prompt
 
@@ -29,6 +29,13 @@ from experiments.prompts import PromptLine, read_prompts, read_system_prompt
 @dataclass(frozen=True)
 class GenerateConfig:
     """Answer many questions behind one shared system prompt, and show what sharing saves."""
+
+    SMOKE: ClassVar[dict[str, Any]] = {
+        "model": "random:tiny",
+        "batch": 4,
+        "max_tokens": 8,
+        "compare_batch": 2,
+    }
 
     model: ModelName = "smollm2"
 
@@ -95,10 +102,21 @@ def run(config: GenerateConfig) -> dict[str, Any]:
     started = time.perf_counter()
     check(config)
     inputs = read_inputs(config)
-    with ResultFolder(config.output or new_run_path("generate")) as folder:
+    with open_results("generate", config) as folder:
         from experiments.generate_run import generate
 
         return generate(config, inputs, folder, started)
+
+
+def headline(summary: dict[str, Any]) -> dict[str, Any]:
+    """What a sweep shows of a run."""
+    compare = summary["compare"] or {}
+    return {
+        "decode tokens/s": summary["decode_tokens_per_second"],
+        "decode tokens/s, unshared": compare.get("decode_tokens_per_second"),
+        "KV bytes": summary["kv_bytes_held"],
+        "KV bytes, unshared": summary["kv_bytes_unshared"],
+    }
 
 
 @dataclass(frozen=True)

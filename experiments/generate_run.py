@@ -6,24 +6,33 @@ import dataclasses
 import time
 from typing import Any
 
-from rich.console import Console
-
 import models
-from experiments import report
+from experiments import generate_views
 from experiments.comparison import PREFILL_SECONDS, affordable_batch
 from experiments.decoding import BatchSettings, Measured, OnFinished, decode_batch
-from experiments.figures import draw_comparison
 from experiments.generate import GenerateConfig, Inputs
+from experiments.harness.console import make_console
 from experiments.harness.environment import (
     describe_environment,
     enable_compilation_cache,
     free_memory_bytes,
 )
 from experiments.harness.progress import PhaseDisplay, phase_display
-from experiments.harness.results import ResultFolder
+from experiments.harness.results import Record, ResultFolder
+from experiments.harness.tables import print_table
+from experiments.harness.units import tell_taken_over
+from experiments.harness.views import finish
 from experiments.loading import LoadOptions, fetch_model, load_fetched
 from experiments.prompts import PromptSet, check_lengths, random_prompts, render_prompts
-from experiments.summary import request_record, run_record, summarise
+from experiments.summary import (
+    THIS_RUN,
+    UNSHARED,
+    measured_of,
+    measured_record,
+    request_record,
+    setting_of,
+    summarise,
+)
 from jax_chunkattn import RequestHandle, SamplingParams
 from models import LoadedModel
 from pallas_kernels.implementations import check_device
@@ -36,36 +45,37 @@ def generate(
     check_device(config.implementation)
     enable_compilation_cache(models.cache_dir() / "jax")
     environment = describe_environment()
-    console = Console()
+    console = make_console()
     spec = fetch_model(inputs.model)
     load_began = time.perf_counter()
     loaded = load_fetched(spec, LoadOptions(config.dtype, config.seed, config.max_positions))
     decode_began = time.perf_counter()
     prompts = make_prompts(config, inputs, loaded)
-    folder.write_record(run_record(config, environment, prompts))
-    with phase_display() as display:
-        measured = decode(
-            config, loaded, prompts, display, on_finished=_writer(folder, loaded, prompts)
-        )
-    seconds = {
-        "load": decode_began - load_began,
-        "compile": measured.compile_seconds,
-        "prefill": measured.prefill_seconds,
-        "decode": measured.decode_seconds,
-        "first_answer": decode_began - started + measured.first_answer_seconds,
-    }
-    _show_answers(console, loaded, prompts, measured)
-    unshared = compare(config, loaded, prompts, measured, console)
-    report.print_sharing(console, measured)
-    report.print_speed(console, measured, unshared)
-    report.print_phases(console, seconds)
-
-    summary = summarise(config, environment, measured, unshared, seconds)
-    folder.write_summary(summary)
-    title = f"{config.model} on {environment['device']}, {measured.shared_tokens:,} shared tokens"
-    draw_comparison(folder.picture_path, title, measured, unshared)
-    report.print_folder(console, folder.path)
-    return summary
+    folder.begin(environment, **setting_of(prompts))
+    tell_taken_over(folder, dict.fromkeys((THIS_RUN, UNSHARED)))
+    if prompts.note:
+        console.print(prompts.note, markup=False)
+    if THIS_RUN in folder.finished:
+        record, lines = folder.finished[THIS_RUN], folder.lines_of(THIS_RUN)
+    else:
+        lines = []
+        write = _writer(folder, loaded, prompts, lines)
+        with phase_display() as display:
+            measured = decode(config, loaded, prompts, display, on_finished=write)
+        seconds = {
+            "load": decode_began - load_began,
+            "compile": measured.compile_seconds,
+            "prefill": measured.prefill_seconds,
+            "decode": measured.decode_seconds,
+            "first_answer": decode_began - started + measured.first_answer_seconds,
+        }
+        rounded = {name: round(taken, 3) for name, taken in seconds.items()}
+        record = folder.finish_unit(THIS_RUN, measured_record(measured, seconds=rounded))
+    print_table(console, generate_views.answers(lines))
+    measured = measured_of(record)
+    unshared = compare(config, loaded, prompts, measured, folder)
+    summary = summarise(config, environment, measured, unshared, record["seconds"])
+    return finish(folder, summary, printed=(generate_views.ANSWERS,))
 
 
 def make_prompts(config: GenerateConfig, inputs: Inputs, loaded: LoadedModel) -> PromptSet:
@@ -136,23 +146,25 @@ def compare(
     loaded: LoadedModel,
     prompts: PromptSet,
     measured: Measured,
-    console: Console,
+    folder: ResultFolder,
 ) -> Measured | None:
     """The same run without sharing, on as many requests as `config` says or the time allows."""
     if not (config.compare and config.sharing):
         return None
+    if UNSHARED in folder.finished:
+        return measured_of(folder.finished[UNSHARED])
     batch = config.compare_batch
     if batch is None:
         batch = _affordable_batch(config, loaded, prompts, measured)
         if batch < measured.batch:
-            console.print(
+            make_console().print(
                 f"Running {batch} of the {measured.batch} requests without sharing: more would "
-                f"need over {PREFILL_SECONDS:.0f} s of prefill, or too much memory.",
-                highlight=False,
+                f"need over {PREFILL_SECONDS:.0f} s of prefill, or too much memory."
             )
     fewer = dataclasses.replace(prompts, lines=prompts.lines[:batch], tokens=prompts.tokens[:batch])
     with phase_display() as display:
-        return decode(dataclasses.replace(config, sharing=False), loaded, fewer, display)
+        unshared = decode(dataclasses.replace(config, sharing=False), loaded, fewer, display)
+    return measured_of(folder.finish_unit(UNSHARED, measured_record(unshared)))
 
 
 def _affordable_batch(
@@ -168,25 +180,12 @@ def _affordable_batch(
     )
 
 
-def _writer(folder: ResultFolder, loaded: LoadedModel, prompts: PromptSet) -> OnFinished:
+def _writer(
+    folder: ResultFolder, loaded: LoadedModel, prompts: PromptSet, lines: list[Record]
+) -> OnFinished:
     def write(index: int, request: RequestHandle) -> None:
         text = None if loaded.tokenizer is None else loaded.tokenizer.decode(request.tokens)
-        folder.write_record(request_record(index, prompts, request, text))
+        lines.append(request_record(index, prompts, request, text))
+        folder.write_record(lines[-1], of_unit=THIS_RUN)
 
     return write
-
-
-def _show_answers(
-    console: Console, loaded: LoadedModel, prompts: PromptSet, measured: Measured
-) -> None:
-    if prompts.note:
-        console.print(prompts.note, markup=False, highlight=False)
-    questions = [
-        line.text if line.text is not None else f"({len(tokens)} token ids)"
-        for line, tokens in zip(prompts.lines, prompts.tokens, strict=True)
-    ]
-    if loaded.tokenizer is None:
-        answers = [" ".join(map(str, tokens)) for tokens in measured.answers]
-    else:
-        answers = [loaded.tokenizer.decode(tokens) for tokens in measured.answers]
-    report.print_answers(console, questions, answers)

@@ -46,13 +46,13 @@ import re
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import tyro
 
 from experiments.harness.errors import UserError
 from experiments.harness.options import check_above_zero, check_seed
-from experiments.harness.results import ResultFolder, new_run_path
+from experiments.harness.results import new_run_path, open_results
 
 Part = Literal[
     "target",
@@ -73,6 +73,8 @@ _MEMORY_FRACTION = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.7")  # the rest is for 
 @dataclass(frozen=True)
 class GpuConfig:
     """Check and time everything on an NVIDIA GPU, against its limits and its peers."""
+
+    SMOKE: ClassVar[dict[str, Any]] = {"dry_run": True, "part": ("target", "floors")}
 
     part: tuple[Part, ...] = tuple(name for name in get_args(Part) if name != "tune")
     """What to do, in this order."""
@@ -110,15 +112,15 @@ def run(config: GpuConfig) -> dict[str, Any]:
     """Run the experiment, print its records, and return a short summary.
 
     Raises:
-      UserError: a value that no run could use, no GPU, or, once the results are written, a check
-        that failed.
+      UserError: a value that no run could use, or no GPU.
+      CheckFailed: a check that failed, once the results are written.
       KeyboardInterrupt: with a message that says where the results so far are.
     """
     check(config)
     os.environ.setdefault(*_MEMORY_FRACTION)
     if config.mode != "measure":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before anything imports jax
-    with ResultFolder(config.output or default_folder(config)) as folder:
+    with open_results("gpu", config, default_folder(config)) as folder:
         from experiments.gpu_bench.runner import run_parts
 
         return run_parts(config, folder)
@@ -141,6 +143,11 @@ def check(config: GpuConfig) -> None:
     if config.mode != "measure" and RESULTS in chosen:
         raise UserError(f"--output: {RESULTS} is for what was measured on a device")
     check_seed(config.seed)
+
+
+def headline(summary: dict[str, Any]) -> dict[str, Any]:
+    """What a sweep shows of a run."""
+    return {"failures": len(summary["failures"]), "records": sum(map(len, summary["counts"]))}
 
 
 def default_folder(config: GpuConfig) -> Path:

@@ -23,7 +23,7 @@ import tyro
 
 from experiments.harness.errors import UserError
 from experiments.harness.options import by_default, check_above_zero, check_at_least_one, check_seed
-from experiments.harness.results import ResultFolder, new_run_path
+from experiments.harness.results import open_results
 
 Suite = Literal["smoke", "paper"]
 Implementation = Literal[
@@ -75,7 +75,7 @@ def run(config: KernelConfig) -> dict[str, Any]:
         KeyboardInterrupt: with a message that says where the results so far are.
     """
     check(config)
-    with ResultFolder(config.output or new_run_path("kernel")) as folder:
+    with open_results("kernel", config) as folder:
         from experiments.kernel_run import run_suite
 
         return run_suite(config, folder)

@@ -7,19 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from experiments.report import format_bytes, print_folder
+from experiments.harness.console import make_console
+from experiments.harness.tables import format_bytes
 
 
 class KernelReport:
     """Tables on standard output; plain text where that is not a terminal."""
 
     def __init__(self):
-        self._console = Console(highlight=False)
-        if not self._console.is_terminal:
-            self._console.width = 120  # a file has no width to fit
+        self._console = make_console()
 
     @contextmanager
     def working_on(self, case: str) -> Iterator[None]:
@@ -108,7 +106,7 @@ class KernelReport:
         )
 
     def print_folder(self, folder: Path) -> None:
-        print_folder(self._console, folder)
+        self._console.print(f"results: {folder}", markup=False, soft_wrap=True)
 
 
 @contextmanager

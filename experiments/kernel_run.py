@@ -35,6 +35,7 @@ def run_suite(config: KernelConfig, folder: ResultFolder) -> dict[str, Any]:
     if config.implementations is None:
         config = dataclasses.replace(config, implementations=runnable_implementations())
     report = KernelReport()
+    folder.begin(describe_environment())
     records = []
     with count_compilations() as compilations:
         for case in SUITES[config.suite]:

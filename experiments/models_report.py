@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from experiments.harness.console import make_console
+from experiments.harness.tables import format_bytes
 from experiments.models import ModelsConfig
-from experiments.report import format_bytes
 from models.parity import NOT_MEASURED, Agreement
 
-NARROWEST = 80
 _TOO_LONG = "too long"
 
 
@@ -20,11 +18,7 @@ class ModelsReport:
     """Tables on standard output; plain text where that is not a terminal."""
 
     def __init__(self):
-        self._console = Console(highlight=False)
-        if not (self._console.is_terminal or "COLUMNS" in os.environ):
-            self._console.width = 120  # a file has no width to fit
-        # Narrower tables would lose digits; a narrower terminal wraps their lines.
-        self._console.width = max(self._console.width, NARROWEST)
+        self._console = make_console()
 
     def print(self, config: ModelsConfig, summary: dict[str, Any]) -> None:
         """Architectures, if there are any in the summary; then shapes and memory of the models."""

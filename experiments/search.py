@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from experiments.harness.errors import UserError
 from experiments.harness.options import (
@@ -21,7 +21,7 @@ from experiments.harness.options import (
     check_at_least_one,
     check_seed,
 )
-from experiments.harness.results import ResultFolder, new_run_path
+from experiments.harness.results import open_results
 from experiments.loading import parse_model
 from experiments.prompts import read_system_prompt
 
@@ -30,6 +30,8 @@ from experiments.prompts import read_system_prompt
 class SearchConfig:
     """Search a tree of answers to one question: fork the best, drop the rest, share all they have
     in common."""
+
+    SMOKE: ClassVar[dict[str, Any]] = {"width": 2, "keep": 1, "depth": 2, "tokens": 4}
 
     question: str = "What makes a good friend?"
     """What is asked."""
@@ -80,10 +82,15 @@ def run(config: SearchConfig) -> dict[str, Any]:
     if source.is_random:
         raise UserError("--model: a search over answers needs a tokenizer; random models have none")
     system_prompt = read_system_prompt(config.system_prompt)
-    with ResultFolder(config.output or new_run_path("search")) as folder:
+    with open_results("search", config) as folder:
         from experiments.search_run import search
 
         return search(config, source, system_prompt, folder)
+
+
+def headline(summary: dict[str, Any]) -> dict[str, Any]:
+    """What a sweep shows of a run."""
+    return {name: summary[name] for name in ("score", "branches", "kv_bytes_held")}
 
 
 def check(config: SearchConfig) -> None:

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
 import models
-from experiments import report
+from experiments.harness.console import make_console
 from experiments.harness.environment import describe_environment, enable_compilation_cache
 from experiments.harness.errors import UserError
 from experiments.harness.results import ResultFolder
+from experiments.harness.views import finish
 from experiments.loading import LoadOptions, ModelSource, load_model
 from experiments.prompts import chat_tokens
 from experiments.search import SearchConfig
@@ -61,12 +61,12 @@ def search(
     if loaded.tokenizer is None:
         raise UserError(f"--model {config.model} has no tokenizer, which a search needs")
     prompt = chat_tokens(loaded.tokenizer, system_prompt, config.question)
+    folder.begin(environment, prompt_tokens=len(prompt))
     with _engine(config, loaded, loaded.tokenizer, prompt) as engine:
         root = grow(engine, prompt, config, folder)
     answers = [branch for branch in everything_below(root) if not branch.children]
     best = max(answers, key=lambda branch: (branch.stopped, branch.score))
-    console = Console()
-    console.print(_drawn(config, root, best))
+    make_console().print(_drawn(config, root, best))
     summary = {
         "experiment": "search",
         **{name: getattr(config, name) for name in ("question", "width", "keep", "depth")},
@@ -77,16 +77,7 @@ def search(
         **_sharing(engine.stats, len(prompt), root),
         "environment": environment,
     }
-    console.print(Text(f"best answer ({best.score:.3f}): {' '.join(best.handle.text.split())}"))
-    console.print(
-        f"{summary['branches']} branches, {summary['forked']} of them forked; KV cache held "
-        f"{report.format_bytes(summary['kv_bytes_held'])}, without sharing "
-        f"{report.format_bytes(summary['kv_bytes_unshared'])}",
-        highlight=False,
-    )
-    folder.write_summary(summary)
-    report.print_folder(console, folder.path)
-    return summary
+    return finish(folder, summary)
 
 
 def grow(
@@ -95,7 +86,6 @@ def grow(
     """The tree: its root is the answer's likeliest first token, replaced in each first branch."""
     first = SamplingParams(1, logprobs=config.width, ignore_eos=True)
     root = Branch(engine.submit(prompt, first, hold=True), 0, 0)
-    folder.write_record({"kind": "run", "prompt_tokens": len(prompt)})
     starts = [token for token, _ in root.handle.result().logprobs[0].top]
     going_on = [root]
     for depth in range(1, config.depth + 1):

@@ -34,7 +34,7 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from experiments.harness.errors import UserError
 from experiments.harness.options import (
@@ -47,7 +47,7 @@ from experiments.harness.options import (
     check_seed,
     option,
 )
-from experiments.harness.results import ResultFolder, new_run_path
+from experiments.harness.results import open_results
 from experiments.loading import ModelSource, parse_model
 from experiments.trace import BLOCK_TOKENS, TraceRequest, read_requests
 
@@ -57,6 +57,8 @@ Side = Literal["shared", "free-at-once", "unshared"]
 @dataclass(frozen=True)
 class ServeConfig:
     """Serve requests as they arrive, and compare serving with and without shared prefixes."""
+
+    SMOKE: ClassVar[dict[str, Any]] = {"requests": 8, "scale": 128, "warm_up": 0.0}
 
     model: ModelName = "random:tiny"
 
@@ -174,10 +176,20 @@ def run(config: ServeConfig) -> dict[str, Any]:
     started = time.perf_counter()
     check(config)
     inputs = read_inputs(config)
-    with ResultFolder(config.output or new_run_path("serve")) as folder:
+    with open_results("serve", config) as folder:
         from experiments.serving.run import serve
 
         return serve(config, inputs, folder, started)
+
+
+def headline(summary: dict[str, Any]) -> dict[str, Any]:
+    """What a sweep shows of a run."""
+    sides = {record["side"]: record for record in summary["sides"]}
+    latency = {
+        f"ms/token, {side}": 1e3 * record["normalised_latency"]["mean"]
+        for side, record in sides.items()
+    }
+    return {**latency, **{f"peak KV bytes, {s}": r["peak_kv_bytes"] for s, r in sides.items()}}
 
 
 def read_inputs(config: ServeConfig) -> Inputs:

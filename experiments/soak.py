@@ -18,12 +18,11 @@ and aborts at any moment. At the end these must hold, or the exit code is 1:
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from experiments.harness.errors import UserError
+from experiments.harness.errors import CheckFailed, UserError
 from experiments.harness.options import (
     MaxPositions,
     ModelName,
@@ -32,7 +31,7 @@ from experiments.harness.options import (
     check_at_least_one,
     check_seed,
 )
-from experiments.harness.results import ResultFolder, new_run_path
+from experiments.harness.results import open_results
 from experiments.loading import ModelSource, parse_model
 
 LEAST_CONTEXT = 64
@@ -42,6 +41,8 @@ LEAST_CONTEXT = 64
 class SoakConfig:
     """Run random requests for a long time and prove that nothing leaks, is lost or is compiled
     again."""
+
+    SMOKE: ClassVar[dict[str, Any]] = {"minutes": 0.05, "interval": 0.2, "recheck": 4, "rows": 4}
 
     minutes: float = 5.0
     """How long requests come. The first fifth warms up: it counts for nothing but lost requests."""
@@ -86,19 +87,24 @@ def run(config: SoakConfig) -> dict[str, Any]:
 
     Raises:
         UserError: something in `config` cannot be used.
-        SystemExit: with what did not hold, once the results are written and printed.
+        CheckFailed: with what did not hold, once the results are written and printed.
         KeyboardInterrupt: with a message that says where the results so far are.
     """
     check(config)
     source = parse_model(config.model)
-    with ResultFolder(config.output or new_run_path("soak")) as folder:
+    with open_results("soak", config) as folder:
         from experiments.soaking.run import soak
 
         summary = soak(config, source, folder)
     if summary["failures"]:
-        print(json.dumps(summary), flush=True)
-        raise SystemExit(f"failed: {'; '.join(summary['failures'])}")
+        raise CheckFailed("; ".join(summary["failures"]), summary)
     return summary
+
+
+def headline(summary: dict[str, Any]) -> dict[str, Any]:
+    """What a sweep shows of a run."""
+    names = ("requests", "decode_tokens_per_second", "preemptions", "memory_growth")
+    return {name: summary[name] for name in names}
 
 
 def check(config: SoakConfig) -> None:

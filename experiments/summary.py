@@ -1,30 +1,40 @@
-"""The records of a `generate` run: its first line, one for each request, and its summary."""
+"""The records of a `generate` run: its header, one for each request and side, and its summary."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from experiments.decoding import Measured
 from experiments.generate import GenerateConfig
-from experiments.harness.results import config_record
 from experiments.prompts import PromptSet
 
 if TYPE_CHECKING:
     from jax_chunkattn import RequestHandle
 
 
-def run_record(
-    config: GenerateConfig, environment: dict[str, Any], prompts: PromptSet
-) -> dict[str, Any]:
-    """The first line of `results.jsonl`: everything that is needed to do the run again."""
+THIS_RUN, UNSHARED = "this run", "without sharing"
+"""The units of a run."""
+
+
+def setting_of(prompts: PromptSet) -> dict[str, Any]:
+    """What the header says besides the config: with it the prompts can be put together again."""
     return {
-        "kind": "run",
-        "config": config_record(config),
-        "seed": config.seed,
-        "environment": environment,
         "note": prompts.note,
         "common_prefix_tokens": list(prompts.tokens[0][: prompts.common_prefix]),
     }
+
+
+def measured_record(measured: Measured, **more: Any) -> dict[str, Any]:
+    """The line that ends a unit."""
+    return {"kind": "measured", **dataclasses.asdict(measured), **more}
+
+
+def measured_of(record: dict[str, Any]) -> Measured:
+    """What `measured_record` made a line of."""
+    fields: dict[str, Any] = {one.name: record[one.name] for one in dataclasses.fields(Measured)}
+    fields["answers"] = tuple(map(tuple, record["answers"]))
+    return Measured(**fields)
 
 
 def request_record(

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 from experiments.harness.environment import describe_host
 from experiments.harness.errors import UserError
 from experiments.harness.options import by_default, check_at_least_one
-from experiments.harness.results import ResultFolder, new_run_path
+from experiments.harness.results import open_results
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def run(config: TreeConfig) -> dict[str, Any]:
     requests = read_trace(config.trace) if config.trace else []
     report = TreeReport()
     summary: dict[str, Any] = {"experiment": "tree", **_setting(config)}
-    with ResultFolder(config.output or new_run_path("tree")) as folder:
+    with open_results("tree", config) as folder:
         growth, summary["bytes_per_node"], summary["evict_microseconds"] = measure_growth(config)
         summary["growth"] = growth
         summary["children"] = [measure_children(config, count) for count in config.children]
@@ -85,6 +85,7 @@ def run(config: TreeConfig) -> dict[str, Any]:
             bounded = [replay(requests, num_chunks) for num_chunks in config.pool_chunks]
             summary["trace"] = [unbounded, *bounded]
             report.print_trace(summary["trace"])
+        folder.begin({**describe_host(), "device": None, "device_count": 0})
         for kind in ("growth", "children", "planning", "trace"):
             for record in summary.get(kind, ()):
                 folder.write_record({"kind": kind, **record})

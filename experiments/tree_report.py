@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from experiments.harness.console import make_console
 from experiments.tree import TreeConfig
 
 _OPERATIONS = {
@@ -23,9 +23,7 @@ class TreeReport:
     """Tables on standard output; plain text where that is not a terminal."""
 
     def __init__(self):
-        self._console = Console()
-        if not self._console.is_terminal:
-            self._console.width = 120  # a file has no width to fit
+        self._console = make_console()
 
     def print_costs(self, config: TreeConfig, summary: dict[str, Any]) -> None:
         """Time per prompt by size of the tree and by number of children, and memory."""

@@ -41,6 +41,10 @@ class Record:
     def failed(self, case: str, side: str, error: BaseException | str, **more: Any) -> None:
         self._write(case, side, ERROR, {"message": describe_error(error), **more})
 
+    def take_over(self, lines: list[dict[str, Any]]) -> None:
+        """Records of an earlier run, which was broken off after this part."""
+        self.records += lines
+
     def of(self, part: str, status: str = MEASURED) -> list[dict[str, Any]]:
         """The records so far of a part that have a status."""
         return [r for r in self.records if r["part"] == part and r["status"] == status]
@@ -61,9 +65,9 @@ class Record:
 
     def _write(self, case: str, side: str, status: str, fields: dict[str, Any]) -> None:
         start = {"part": self.part, "case": case, "side": side, "status": status}
-        record = {**start, **fields, **self._marks}
+        record = {"kind": "record", **start, **fields, **self._marks}
         self.records.append(record)
-        self._folder.write_record(record)
+        self._folder.write_record(record, of_unit=self.part)
         self._on_record(record)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from experiments.harness.console import make_console
+
 
 def print_record(record: dict[str, Any]) -> None:
     """One line on standard output."""
     start = f"{record['part']:<12} {record['case']:<46} {record['side']:<28}"
     if record["status"] != "measured":
-        print(f"{start} {record['status'].upper()}: {record['message'][:160]}", flush=True)
+        _say(f"{start} {record['status'].upper()}: {record['message'][:160]}")
         return
     value = record["value"]
     text = f"{value:,.4g}" if isinstance(value, float) else str(value)
@@ -20,9 +22,8 @@ def print_record(record: dict[str, Any]) -> None:
         line += f" {record['fraction_of_floor']:.0%} of the {record['floor']} floor"
     if record.get("passed") is False:
         line += " FAILED"
-    print(line, flush=True)
+    _say(line)
 
 
-def print_goals(goals: list[dict[str, Any]]) -> None:
-    for goal in goals:
-        print(f"goal: {goal['goal']}: {goal['outcome'].upper()} ({goal['detail']})", flush=True)
+def _say(line: str) -> None:
+    make_console().print(line, markup=False, soft_wrap=True)

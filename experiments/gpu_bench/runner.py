@@ -11,10 +11,12 @@ from experiments.gpu_bench.bench import Bench, device_for
 from experiments.gpu_bench.budget import Budget
 from experiments.gpu_bench.goals import evaluate
 from experiments.gpu_bench.record import ERROR, SKIPPED, Record
-from experiments.gpu_bench.report import print_goals, print_record
+from experiments.gpu_bench.report import print_record
 from experiments.harness.environment import describe_environment, max_rss_bytes
-from experiments.harness.errors import UserError
+from experiments.harness.errors import CheckFailed
 from experiments.harness.results import ResultFolder
+from experiments.harness.units import tell_taken_over
+from experiments.harness.views import finish
 
 if TYPE_CHECKING:
     from experiments.gpu import GpuConfig
@@ -24,7 +26,7 @@ def run_parts(config: GpuConfig, folder: ResultFolder) -> dict[str, Any]:
     """Runs the parts, prints every record, writes the summary and returns it.
 
     Raises:
-      UserError: at the end, when a check of correctness failed or a part broke.
+      CheckFailed: at the end, when a check of correctness failed or a part broke.
     """
     marks = {} if config.mode == "measure" else {config.mode.replace("-", "_"): True}
     record = Record(folder, marks, print_record)
@@ -32,22 +34,30 @@ def run_parts(config: GpuConfig, folder: ResultFolder) -> dict[str, Any]:
     bench = Bench(config.mode, record, budget, folder, config.seed)
     seconds = {}
     with device_for(config.mode):
+        folder.begin(describe_environment())
+        tell_taken_over(folder, dict.fromkeys(config.part))
         for part in config.part:
             record.part = part
             budget.enter(part)
-            started = time.perf_counter()
-            _run_part(bench, part)
-            seconds[part] = round(time.perf_counter() - started, 2)
+            if part in folder.finished:
+                record.take_over(folder.lines_of(part))
+                bench.facts |= folder.finished[part]["facts"]
+            else:
+                started = time.perf_counter()
+                _run_part(bench, part)
+                taken = round(time.perf_counter() - started, 2)
+                done = {"kind": "part", "part": part, "seconds": taken, "facts": bench.facts}
+                folder.finish_unit(part, done)
+            seconds[part] = folder.finished[part]["seconds"]
         summary = _summary(config, bench, seconds)
-    folder.write_summary(summary)
-    print_goals(summary["goals"])
-    print(f"results: {folder.path}", flush=True)
+    finish(folder, summary)
     if summary["failures"]:
-        raise UserError(
+        raise CheckFailed(
             f"{len(summary['failures'])} failures, the first: {summary['failures'][0]}; "
-            f"see {folder.results_path}"
+            f"see {folder.results_path}",
+            summary,
         )
-    return {name: summary[name] for name in ("experiment", "seconds", "counts", "goals", "folder")}
+    return summary
 
 
 def _run_part(bench: Bench, part: str) -> None:

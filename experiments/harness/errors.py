@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 
 class UserError(Exception):
     """Something the user gave cannot be used; the message says what, why and what to do."""
+
+
+class CheckFailed(Exception):
+    """What a run was to prove does not hold; its results are written.
+
+    Attributes:
+      summary: the run's.
+    """
+
+    def __init__(self, message: str, summary: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.summary = summary
 
 
 _USER_ERRORS = (

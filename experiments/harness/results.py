@@ -1,4 +1,11 @@
-"""The folder a run leaves behind: `results.jsonl`, `summary.json`, `picture.png`."""
+"""The folder a run leaves behind, and going on with one that was broken off.
+
+`results.jsonl` holds JSON lines, each with a `kind`. The first is the header, of kind `run`: the
+schema's version, the experiment, its whole config and the environment. What a run measures comes in
+units (a case, a point, a side in a round). A line that ends a unit names it in `unit`; lines that
+belong to a unit name it in `of_unit`, and count only once it has ended. `summary.json` is there
+when the run has ended.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +13,124 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
 from experiments.harness.errors import UserError
 
+SCHEMA = 1
+RESULTS, SUMMARY = "results.jsonl", "summary.json"
+RUNS = Path("runs")
 
-class ResultFolder:
-    """A folder for one run's results; each record is on disk as soon as it is written.
+_HEADER = "run"
+_NOT_PART = ("output",)  # of what makes two configs the same
+_SAME_HOST = ("versions", "commit")
+_SAME_WHERE = ("device", "device_count", *_SAME_HOST)
 
-    Used as a context manager; a folder made for a run that wrote nothing is removed at the end. A
-    `KeyboardInterrupt` that ends the block leaves it with `state()` as its message.
+Record = dict[str, Any]
 
-    Raises:
-        UserError: the folder cannot be made or written, or holds the results of an earlier run.
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What is in a result folder.
+
+    Attributes:
+      lines: of finished units, and those of none, without the header.
+      summary: None when the run has not ended.
     """
 
-    def __init__(self, path: Path) -> None:
+    path: Path
+    header: Record
+    lines: list[Record]
+    summary: Record | None
+
+    @property
+    def experiment(self) -> str:
+        return self.header["experiment"]
+
+    @property
+    def config(self) -> Record:
+        return self.header["config"]
+
+    @property
+    def environment(self) -> Record:
+        return self.header["environment"]
+
+    def of_kind(self, kind: str) -> list[Record]:
+        """Lines of that kind, in the order they were written."""
+        return [line for line in self.lines if line["kind"] == kind]
+
+    @property
+    def finished(self) -> dict[str, Record]:
+        """The line that ended each unit, by the unit."""
+        return {line["unit"]: line for line in self.lines if "unit" in line}
+
+
+def read_result(path: Path) -> Result:
+    """The result in a folder; its `results.jsonl` or `summary.json` may be named instead.
+
+    A last line that was cut off, and lines of units that have not ended, are left out.
+
+    Raises:
+        UserError: there is no result, or it is none that this version reads.
+    """
+    folder = path.parent if path.name in (RESULTS, SUMMARY) else path
+    file = folder / RESULTS
+    try:
+        text = file.read_text(encoding="utf-8")
+        summary = folder / SUMMARY
+        ended = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None
+        header, *lines = _whole_lines(text)
+    except OSError as error:
+        raise UserError(
+            f"{path} holds no result: {file} cannot be read ({error.strerror or error})"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path} holds no result that can be read: {error}") from error
+    if header.get("kind") != _HEADER or header.get("schema") != SCHEMA:
+        raise UserError(
+            f"{file} does not begin with a header of schema {SCHEMA}: "
+            "it was not written by this version"
+        )
+    finished = {line["unit"] for line in lines if "unit" in line}
+    kept = [line for line in lines if line.get("of_unit") is None or line["of_unit"] in finished]
+    return Result(folder, header, kept, ended)
+
+
+def _whole_lines(text: str) -> list[Record]:
+    *whole, cut_off = text.split("\n")
+    del cut_off  # empty, but for a run that was killed while writing
+    lines = [json.loads(line) for line in whole]
+    if not lines or not all(isinstance(line, dict) and "kind" in line for line in lines):
+        raise ValueError(f"{RESULTS} holds other than JSON objects with a kind")
+    return lines
+
+
+class ResultFolder:
+    """A folder for one run's results; each line is on disk as soon as it is written.
+
+    Used as a context manager; a folder made for a run that wrote nothing but its header is removed
+    at the end. A `KeyboardInterrupt` that ends the block leaves it with `state()` as its message.
+
+    Attributes:
+      finished: the line that ended each unit so far, or in an earlier run that is gone on with.
+    """
+
+    def __init__(self, path: Path, experiment: str, config: Any) -> None:
+        """Takes over an unfinished run of the same config that `path` holds.
+
+        Raises:
+            UserError: the folder cannot be made or written, or holds another run's results.
+        """
         self.path = path
+        self.experiment = experiment
+        self.config = config_record(config)
+        self.finished: dict[str, Record] = {}
+        self._earlier: Result | None = None
         self._records: TextIO | None = None
         self._count = 0
         self._made_here = not path.exists()
@@ -41,40 +144,79 @@ class ResultFolder:
                 "choose another with --output"
             ) from error
         if self.results_path.exists():
-            raise UserError(
-                f"output folder {path} holds the results of an earlier run; "
-                "choose another with --output, or remove it"
-            )
+            self._take_over()
 
     @property
     def results_path(self) -> Path:
-        return self.path / "results.jsonl"
+        return self.path / RESULTS
 
     @property
     def summary_path(self) -> Path:
-        return self.path / "summary.json"
+        return self.path / SUMMARY
 
     @property
     def picture_path(self) -> Path:
         return self.path / "picture.png"
 
-    def write_record(self, record: Mapping[str, Any]) -> None:
-        """Append one line to `results.jsonl` and flush it."""
-        if self._records is None:
+    def begin(self, environment: Mapping[str, Any], **setting: Any) -> None:
+        """Write the header, with what the config does not tell; first of all that is written.
+
+        Raises:
+            UserError: the run that is gone on with was on another device, version or commit.
+        """
+        header = {
+            "kind": _HEADER,
+            "schema": SCHEMA,
+            "experiment": self.experiment,
+            "config": self.config,
+            **setting,
+            "date": date.today().isoformat(),
+            "environment": dict(environment),
+        }
+        if self._earlier is None:
             self._records = self.results_path.open("w", encoding="utf-8")
-        self._records.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._records.flush()
+            self._write_line(header)
+            return
+        before = self._earlier.environment
+        for name in _SAME_WHERE:
+            if before.get(name) != environment.get(name):
+                raise UserError(
+                    f"{self.path} was begun with {name} {before.get(name)}, and now it is "
+                    f"{environment.get(name)}: choose another folder with --output, or --fresh"
+                )
+        self._rewrite([self._earlier.header, *self._lines_kept(self._earlier)])
+
+    def write_record(self, record: Mapping[str, Any], of_unit: str | None = None) -> None:
+        """Append one line and flush it; it belongs to the unit, if one is named."""
+        self._write_line(dict(record) if of_unit is None else {**record, "of_unit": of_unit})
         self._count += 1
+
+    def finish_unit(self, unit: str, record: Mapping[str, Any]) -> Record:
+        """Append the line that ends `unit`; returns it as it will be read."""
+        line = {"kind": record["kind"], "unit": unit, **record}
+        self._write_line(line)
+        self._count += 1
+        self.finished[unit] = json.loads(json.dumps(line))
+        return self.finished[unit]
+
+    def lines_of(self, unit: str) -> list[Record]:
+        """The lines that belong to a unit of `finished`."""
+        assert self._earlier is not None
+        return [line for line in self._earlier.lines if line.get("of_unit") == unit]
 
     def state(self) -> str:
         """Where the results so far are, in words."""
         if self._count == 0:
             return "no results were written"
-        return f"the results so far ({self._count} lines) are in {self.results_path}"
+        return (
+            f"the results so far ({self._count} lines) are in {self.results_path}; "
+            "the same command goes on from there"
+        )
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """The run has ended."""
         text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
-        self.summary_path.write_text(text, encoding="utf-8")
+        _replace(self.summary_path, text)
 
     def __enter__(self) -> Self:
         return self
@@ -87,22 +229,88 @@ class ResultFolder:
     ) -> None:
         if self._records is not None:
             self._records.close()
+            if self._count == 0 and not self.summary_path.exists():
+                self.results_path.unlink()
         if self._made_here:
             with suppress(OSError):  # it holds something
                 self.path.rmdir()
         if isinstance(error, KeyboardInterrupt):
             error.args = (self.state(),)
 
+    def _take_over(self) -> None:
+        earlier = read_result(self.path)
+        if earlier.summary is not None:
+            raise UserError(
+                f"output folder {self.path} holds the results of an earlier run, which has ended; "
+                "choose another with --output, or remove it"
+            )
+        if earlier.experiment != self.experiment or _differs(earlier.config, self.config):
+            raise UserError(
+                f"output folder {self.path} holds the results of a run with other options "
+                f"({_difference(earlier, self)}); choose another with --output, or remove it"
+            )
+        self._earlier = earlier
+        self.finished = earlier.finished
 
-def config_record(config: Any) -> dict[str, Any]:
-    """The fields of a subcommand's config as JSON values: paths become text."""
-    return {
+    def _lines_kept(self, earlier: Result) -> list[Record]:
+        """Lines of no unit are written again by the run that goes on."""
+        return [line for line in earlier.lines if "unit" in line or "of_unit" in line]
+
+    def _rewrite(self, lines: list[Record]) -> None:
+        _replace(self.results_path, "".join(map(_as_line, lines)))
+        self._records = self.results_path.open("a", encoding="utf-8")
+        self._count = len(lines) - 1
+
+    def _write_line(self, record: Mapping[str, Any]) -> None:
+        assert self._records is not None, "begin() comes first"
+        self._records.write(_as_line(record))
+        self._records.flush()
+
+
+def open_results(experiment: str, config: Any, default: Path | None = None) -> ResultFolder:
+    """The folder that `config.output` names, or `default`, or one in `runs`.
+
+    There, an unfinished run of the same config on the same versions and commit is gone on with, the
+    latest of them.
+
+    Raises:
+        UserError: as `ResultFolder`.
+    """
+    chosen = config.output or default
+    if chosen is not None:
+        return ResultFolder(chosen, experiment, config)
+    for path in _unfinished(experiment):
+        with suppress(UserError):  # it has another config, or cannot be read
+            return ResultFolder(path, experiment, config)
+    return ResultFolder(new_run_path(experiment), experiment, config)
+
+
+def _unfinished(experiment: str) -> Iterator[Path]:
+    """Runs in `runs` that were broken off where this one would take place, the latest first."""
+    from experiments.harness.environment import describe_host
+
+    host = describe_host()
+    if (host["commit"] or "").endswith("+"):  # nobody knows what has changed since
+        return
+    for path in sorted(RUNS.glob(f"{experiment}-*"), reverse=True):
+        if (path / RESULTS).exists() and not (path / SUMMARY).exists():
+            with suppress(UserError):
+                result = read_result(path)
+                same = all(result.environment.get(name) == host[name] for name in _SAME_HOST)
+                if same and result.finished:
+                    yield path
+
+
+def config_record(config: Any) -> Record:
+    """The fields of a subcommand's config as JSON values: paths become text, tuples lists."""
+    record = {
         name: os.fspath(value) if isinstance(value, os.PathLike) else value
         for name, value in dataclasses.asdict(config).items()
     }
+    return json.loads(json.dumps(record))
 
 
-def new_run_path(experiment: str, parent: Path = Path("runs")) -> Path:
+def new_run_path(experiment: str, parent: Path = RUNS) -> Path:
     """A path in `parent` that no earlier run has, named by the experiment and the local time."""
     stem = f"{experiment}-{datetime.now():%Y%m%d-%H%M%S}"
     path = parent / stem
@@ -111,3 +319,26 @@ def new_run_path(experiment: str, parent: Path = Path("runs")) -> Path:
         count += 1
         path = parent / f"{stem}-{count}"
     return path
+
+
+def _differs(one: Record, other: Record) -> list[str]:
+    names = [name for name in {**one, **other} if name not in _NOT_PART]
+    return [name for name in names if one.get(name) != other.get(name)]
+
+
+def _difference(earlier: Result, folder: ResultFolder) -> str:
+    if earlier.experiment != folder.experiment:
+        return f"of {earlier.experiment}"
+    name = _differs(earlier.config, folder.config)[0]
+    return f"{name}: {earlier.config.get(name)}, now {folder.config.get(name)}"
+
+
+def _as_line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    """All of it or nothing, whenever the process is killed."""
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from experiments.harness.plotting import make_figure
 from experiments.serving.replay import Served
 
 # Of Okabe and Ito's palette, told apart by colour-blind readers; line styles and hatches tell them
@@ -26,15 +25,9 @@ Sides = Sequence[tuple[Mapping[str, Any], Sequence[Served]]]
 """The record and the requests of each side."""
 
 
-def draw_serving(path: Path, title: str, sides: Sides) -> None:
-    """Write `serving_figure` as a PNG."""
-    serving_figure(title, sides).savefig(path)
-
-
 def serving_figure(title: str, sides: Sides) -> Figure:
     """Three panels: time to first token and time per output token as distributions, hit rates."""
-    figure = Figure(figsize=(12, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = make_figure(12, 4.2)
     first, later, hits = figure.subplots(1, 3, width_ratios=(4, 4, 3))
     figure.suptitle(title, fontsize="medium")
     _distributions(

@@ -27,8 +27,15 @@ def request_record(side: str, number: int, served: Served) -> dict[str, Any]:
         "end": round(served.end, 6),
         "prompt_tokens": served.prompt_tokens,
         "hit_tokens": served.hit_tokens,
-        "output_tokens": len(served.tokens),
+        "tokens": list(served.tokens),
     }
+
+
+def served_of(record: Mapping[str, Any]) -> Served:
+    """The request that `request_record` made a line of."""
+    fields: dict[str, Any] = {one.name: record[one.name] for one in dataclasses.fields(Served)}
+    fields["tokens"] = tuple(record["tokens"])
+    return Served(**fields)
 
 
 def side_record(
@@ -51,6 +58,7 @@ def side_record(
         one.tokens == answer for one, answer in zip(served, answers, strict=True)
     )
     return {
+        "kind": "side",
         "side": side,
         "round": number,
         "requests": len(served),

@@ -14,11 +14,10 @@ from experiments.harness.environment import (
     max_rss_bytes,
 )
 from experiments.harness.progress import phase_display
-from experiments.harness.results import ResultFolder, config_record
+from experiments.harness.results import ResultFolder
+from experiments.harness.views import finish
 from experiments.loading import LoadOptions, load_model
 from experiments.serve import Inputs, ServeConfig
-from experiments.serving.figures import draw_serving
-from experiments.serving.report import ServeReport
 from experiments.serving.rounds import Rounds
 from experiments.serving.sides import pool_for
 from experiments.serving.workload import Workload, made_up_workload, trace_workload
@@ -35,15 +34,12 @@ def serve(
     check_device(config.implementation)
     enable_compilation_cache(models.cache_dir() / "jax")
     environment = describe_environment()
-    report = ServeReport()
     options = LoadOptions(config.dtype, config.seed, config.max_positions)
     loaded = load_model(inputs.model, options)
     workload = make_workload(config, inputs, loaded)
     cache = pool_for(config, loaded, workload)
     setting = describe_setting(config, inputs, workload, cache)
-    folder.write_record(
-        {"kind": "run", "config": config_record(config), **setting, "environment": environment}
-    )
+    folder.begin(environment, **setting)
     with phase_display() as display:
         rounds = Rounds(config, loaded, workload, cache, folder, display)
         rounds.run()
@@ -59,11 +55,7 @@ def serve(
         "max_rss_bytes": max_rss_bytes(),
         "environment": environment,
     }
-    folder.write_summary(summary)
-    title = f"{config.model} on {environment['device']}, {setting['arrivals']}"
-    draw_serving(folder.picture_path, f"{title}\n{setting['scaling']}", typical)
-    report.print_run(summary, folder.path)
-    return summary
+    return finish(folder, summary)
 
 
 def make_workload(config: ServeConfig, inputs: Inputs, loaded: LoadedModel) -> Workload:
@@ -107,6 +99,7 @@ def describe_setting(
         "chunk_size": cache.chunk_size,
         "pool_chunks": cache.num_chunks,
         "max_running": config.max_running,
+        "at_once": config.at_once,
         "rounds": config.rounds,
         "dtype": config.dtype,
         "seed": config.seed,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from experiments.harness.plotting import make_figure
 from experiments.soaking.checks import MEMORY_GROWTH
 
 # From Okabe and Ito's palette, told apart by colour-blind readers and in grey.
@@ -19,18 +17,9 @@ _MEBIBYTE = 1 << 20
 MOST_POINTS = 400  # lines beyond that are averaged
 
 
-def draw_soak(path: Path, results: Path, summary: dict[str, Any]) -> None:
-    """Write `soak_figure` of the lines in `results` as a PNG."""
-    lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
-    intervals = [line for line in lines if line["kind"] == "interval"]
-    if intervals:
-        soak_figure(intervals, summary).savefig(path)
-
-
 def soak_figure(intervals: list[dict[str, Any]], summary: dict[str, Any]) -> Figure:
     """Five panels over one axis of time."""
-    figure = Figure(figsize=(10, 11), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = make_figure(10, 11)
     panels = figure.subplots(5, 1, sharex=True)
     rates, requests, chunks, given_up, memory = panels
     title = "passed" if not summary["failures"] else "FAILED"

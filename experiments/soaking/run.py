@@ -9,10 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 import models
-from experiments import report
 from experiments.harness.compilations import Compilations, count_compilations
 from experiments.harness.environment import (
     describe_environment,
@@ -22,7 +20,8 @@ from experiments.harness.environment import (
 )
 from experiments.harness.interrupts import deferred_interrupts
 from experiments.harness.progress import PhaseDisplay, phase_display
-from experiments.harness.results import ResultFolder, config_record
+from experiments.harness.results import ResultFolder
+from experiments.harness.views import finish
 from experiments.loading import LoadOptions, ModelSource, load_model
 from experiments.soak import Sizes, SoakConfig, sizes_for
 from experiments.soaking.account import Account
@@ -38,8 +37,6 @@ from experiments.soaking.checks import (
     recheck,
 )
 from experiments.soaking.driver import Driver
-from experiments.soaking.figure import draw_soak
-from experiments.soaking.report import print_soak
 from experiments.soaking.work import Arrivals, Workload
 from jax_chunkattn import CacheConfig, Engine
 from models import LoadedModel
@@ -60,14 +57,7 @@ def soak(config: SoakConfig, source: ModelSource, folder: ResultFolder) -> dict[
     options = LoadOptions(seed=config.seed, max_positions=config.max_positions)
     loaded = load_model(source, options)
     sizes = sizes_for(config, source, loaded.config.max_positions)
-    folder.write_record(
-        {
-            "kind": "run",
-            "config": config_record(config),
-            **asdict(sizes),
-            "environment": environment,
-        }
-    )
+    folder.begin(environment, **asdict(sizes))
 
     def make_engine() -> Engine:
         engine = Engine(
@@ -104,12 +94,7 @@ def soak(config: SoakConfig, source: ModelSource, folder: ResultFolder) -> dict[
         "failures": [*failures, *check_answers(differences)],
         "environment": environment,
     }
-    folder.write_summary(summary)
-    draw_soak(folder.picture_path, folder.results_path, summary)
-    console = Console()
-    print_soak(console, summary)
-    report.print_folder(console, folder.path)
-    return summary
+    return finish(folder, summary)
 
 
 class _Run:

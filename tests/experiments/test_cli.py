@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.cli import DEBUG_VARIABLE, main, run_and_report
-from experiments.harness.errors import UserError
+from experiments.cli import COMMANDS, DEBUG_VARIABLE, EXPERIMENTS, main, run_and_report
+from experiments.harness.console import make_console
+from experiments.harness.errors import CheckFailed, UserError
 
 HEAVY = ("jax", "numpy", "flax", "rich", "matplotlib", "models", "jax_chunkattn", "pallas_kernels")
 
@@ -24,10 +25,10 @@ finally:
 """
 
 
-COMMANDS = ("generate", "serve", "kernel", "tree", "compile-report", "gpu")
+NAMES = (*EXPERIMENTS, *COMMANDS)
 
 
-@pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)], ids=str)
+@pytest.mark.parametrize("command", [[], *([name] for name in NAMES)], ids=str)
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     arguments = [sys.executable, "-c", LIST_HEAVY_IMPORTS, *command, "--help"]
     finished = subprocess.run(arguments, capture_output=True, text=True, check=True)
@@ -39,7 +40,7 @@ def test_module_is_executable() -> None:
     finished = subprocess.run(
         [sys.executable, "-m", "experiments", "--help"], capture_output=True, text=True, check=True
     )
-    for subcommand in COMMANDS:
+    for subcommand in NAMES:
         assert subcommand in finished.stdout
 
 
@@ -114,9 +115,28 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not list(Path("runs").glob("*"))
 
 
-def test_summary_is_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_and_report(lambda: print("a table") or {"batch": 3}) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"batch": 3}
+def tell_and_count() -> dict[str, int]:
+    make_console().print("a table")
+    return {"batch": 3}
+
+
+def test_people_get_tables_and_scripts_get_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_and_report(tell_and_count) == 0
+    assert capsys.readouterr().out == "a table\n"
+    assert run_and_report(tell_and_count, as_json=True) == 0
+    assert json.loads(capsys.readouterr().out) == {"batch": 3}
+
+
+def test_what_was_to_be_proved_and_does_not_hold_exits_with_1(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run() -> dict[str, int]:
+        raise CheckFailed("memory grew", {"failures": 1})
+
+    assert run_and_report(run, as_json=True) == 1
+    captured = capsys.readouterr()
+    assert captured.err == "failed: memory grew\n"
+    assert json.loads(captured.out) == {"failures": 1}
 
 
 def test_interrupt_says_where_the_results_are(capsys: pytest.CaptureFixture[str]) -> None:

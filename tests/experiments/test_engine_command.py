@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 from experiments.engine import EngineConfig, check, run
 from experiments.engine_run import Timed
 from experiments.harness.errors import UserError
+from experiments.harness.results import read_result
 from jax_chunkattn import Engine
 
 
@@ -20,13 +20,10 @@ def test_both_sides_are_timed_in_turns(tmp_path: Path, monkeypatch: pytest.Monke
     small = {"model": "random:tiny", "rows": 2, "shared_tokens": 32, "tokens": 24, "rounds": 3}
     out = tmp_path / "out"
     summary = run(EngineConfig(**small, steps_per_call=4, chunk_size=16, output=out))
-    rounds = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    assert [one["side"] for one in rounds] == ["engine", "bare loop"] * 3
-    for one in rounds:
+    rounds = read_result(out).of_kind("round")
+    bare, engine = ([one[side] for one in rounds] for side in ("bare loop", "engine"))
+    for one in (*bare, *engine):
         assert one["rate"] == one["tokens"] / one["seconds"] > 0
-    bare, engine = (
-        [one for one in rounds if one["side"] == side] for side in ("bare loop", "engine")
-    )
     assert {one["tokens"] for one in bare} == {2 * 24}
     assert all(0 < one["tokens"] <= 2 * 24 for one in engine)
     ratios = [two["rate"] / one["rate"] for one, two in zip(bare, engine, strict=True)]

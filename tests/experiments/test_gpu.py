@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,10 @@ from experiments import gpu
 from experiments.cli import main
 from experiments.gpu_bench import floors, grid, oracle
 from experiments.gpu_bench.jobs import XLA, Job, OwnSide, unshared
+from experiments.gpu_bench.views import tables
+from experiments.harness.results import read_result
 from pallas_kernels.specs import AttentionCase
+from tests.experiments.results import summary_in, text_of
 
 PARTS = tuple(part for part in get_args(gpu.Part) if part != "tune")
 CASES = [
@@ -34,12 +36,12 @@ def small_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
 def rehearse(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]], dict[str, Any]]:
     """Exit code, records and summary of a dry run."""
     code = main(["gpu", "--dry-run", "--output", str(folder), *arguments])
-    records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    return code, records, json.loads((folder / "summary.json").read_text())
+    result = read_result(folder)
+    return code, result.of_kind("record"), summary_in(folder)
 
 
 @pytest.mark.slow
-def test_every_part_rehearses_in_one_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_every_part_rehearses_in_one_go(tmp_path: Path):
     code, records, summary = rehearse(tmp_path / "out")
     assert code == 0
     assert summary["parts"] == list(PARTS)
@@ -63,8 +65,8 @@ def test_every_part_rehearses_in_one_go(tmp_path: Path, capsys: pytest.CaptureFi
         timed = [record for record in measured if record["part"] == part]
         assert timed
         assert all(0 < record["least"] <= record["value"] for record in timed)
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert json.loads(last)["counts"] == summary["counts"]
+    text = text_of(tables(read_result(tmp_path / "out")))
+    assert all(f"**{part}**" in text for part in PARTS)
 
 
 def test_what_there_is_no_time_for_is_said(tmp_path: Path):
@@ -126,7 +128,7 @@ def test_a_broken_part_ends_with_an_error_and_loses_nothing_else(
 
     monkeypatch.setattr("experiments.gpu_bench.device.run", breaks)
     code, records, summary = rehearse(tmp_path / "out", "--part", "target", "paper")
-    assert code == 2
+    assert code == 1
     assert "1 failures, the first: target all all: RuntimeError: broken" in capsys.readouterr().err
     assert [record["status"] for record in records if record["part"] == "paper"] == ["measured"] * 4
     assert len(summary["failures"]) == 1
@@ -138,7 +140,7 @@ def test_a_wrong_result_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(oracle, "TOLERANCE", 0.0)
     monkeypatch.setattr(oracle, "LEAST_ERROR", -1.0)
     code, records, summary = rehearse(tmp_path / "out", "--part", "correctness")
-    assert code == 2
+    assert code == 1
     assert [r["passed"] for r in records if r["status"] == "measured"] == [False] * 5
     assert len(summary["failures"]) == 5
 
@@ -156,8 +158,7 @@ def test_only_what_runs_a_model_needs_flax(tmp_path: Path):
     parts = ["--part", "floors", "tokens", "decode"]
     arguments = ["gpu", "--dry-run", *parts, "--output", str(output)]
     subprocess.run([sys.executable, "-c", WITHOUT_FLAX, *arguments], check=True)
-    lines = (output / "results.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    records = read_result(output).of_kind("record")
     assert {r["status"] for r in records if r["part"] == "floors"} == {"measured"}
     for part in ("tokens", "decode"):
         assert ["flax" in r["message"] for r in records if r["part"] == part] == [True]

@@ -41,8 +41,8 @@ def tell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
         assert main(["models", *arguments]) == 0
         captured = capsys.readouterr()
         assert captured.err == ""
-        *lines, summary = captured.out.splitlines()
-        return lines, json.loads(summary)
+        assert main(["models", "--json", *arguments]) == 0
+        return captured.out.splitlines(), json.loads(capsys.readouterr().out)
 
     return tell
 

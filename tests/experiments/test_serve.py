@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import signal
@@ -16,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from experiments.cli import DEBUG_VARIABLE, main
 from experiments.harness.errors import UserError
@@ -26,9 +24,10 @@ from experiments.serving.figures import serving_figure
 from experiments.serving.ideal import ideal_hits
 from experiments.serving.measures import percentiles, ratios, spread
 from experiments.serving.replay import Served, replay
-from experiments.serving.report import ServeReport
+from experiments.serving.views import tables
 from experiments.serving.workload import ServedRequest, made_up_workload, trace_workload
 from experiments.trace import TraceRequest, read_requests
+from tests.experiments.results import lines_in, make_result, summary_in, text_of
 
 # A block becomes a chunk of 16 tokens.
 SMALL: dict[str, Any] = {
@@ -74,12 +73,8 @@ def sides_of(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {record["side"]: record for record in summary["sides"]}
 
 
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(text) for text in (folder / "results.jsonl").read_text().splitlines()]
-
-
 def requests_in(folder: Path) -> list[dict[str, Any]]:
-    return [record for record in records(folder) if record["kind"] == "request"]
+    return [record for record in lines_in(folder) if record["kind"] == "request"]
 
 
 # Whole runs.
@@ -112,7 +107,7 @@ def test_all_sides_give_the_same_answers(serve: Any, tmp_path: Path):
     assert sides["shared"]["peak_running"] > 1
     assert sides["shared"]["peak_kv_bytes"] < sides["unshared"]["peak_kv_bytes"]
     lengths = [
-        (one["index"], one["prompt_tokens"], one["output_tokens"])
+        (one["index"], one["prompt_tokens"], len(one["tokens"]))
         for one in requests_in(tmp_path / "out")
     ]
     expected = [(0, 32, 3), (1, 48, 5), (2, 50, 1), (3, 32, 4), (4, 32, 3)]
@@ -134,10 +129,11 @@ def test_requests_come_in_time(serve: Any, tmp_path: Path):
 def test_a_run_leaves_records_summary_and_picture(serve: Any, tmp_path: Path, capsys: Any):
     summary = serve(closed=5, sides=("unshared", "shared"), warm_up=5.0)
     folder = tmp_path / "out"
-    kinds = [record["kind"] for record in records(folder)]
+    kinds = [record["kind"] for record in lines_in(folder)]
     assert kinds == ["run", *["request"] * 5, "side", *["request"] * 5, "side"]
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
-    assert (folder / "picture.png").stat().st_size > 10_000
+    for picture in ("picture.png", "picture.svg"):
+        assert (folder / picture).stat().st_size > 10_000
     assert summary["ratios_to"] == "unshared"
     assert summary["ratios"]["unshared"]["time_to_first_token_mean"]["median"] == 1.0
     assert summary["sides"][1]["engine"]["compilations"] == 0  # the warm-up had them
@@ -149,7 +145,7 @@ def test_a_run_leaves_records_summary_and_picture(serve: Any, tmp_path: Path, ca
 
 def test_rounds_are_told_apart(serve: Any, tmp_path: Path):
     summary = serve(closed=5, sides=("shared", "unshared"), rounds=2)
-    runs = [record for record in records(tmp_path / "out") if record["kind"] == "side"]
+    runs = [record for record in lines_in(tmp_path / "out") if record["kind"] == "side"]
     order = [("shared", 0), ("unshared", 0), ("unshared", 1), ("shared", 1)]
     assert [(run["side"], run["round"]) for run in runs] == order
     assert [run["equal_answers"] for run in runs] == [None, 5, 5, 5]
@@ -181,29 +177,41 @@ def test_a_small_pool_evicts(serve: Any, tmp_path: Path):
     assert record["chunk_hit_rate_ideal"] == round(62 / 256, 4)
 
 
-def test_interrupt_keeps_what_is_finished(
+def test_an_interrupted_run_goes_on_from_the_last_side(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     write_trace(tmp_path / "trace.jsonl", *REQUESTS)
     original = serving_rounds.request_record
 
-    def interrupting(side: str, number: int, served: Served) -> dict[str, Any]:
-        if served.index == 1:
+    def interrupting(side: str, number: int, one: Served) -> dict[str, Any]:
+        if (side, one.index) == ("free-at-once", 1):
             signal.raise_signal(signal.SIGINT)
-        return original(side, number, served)
+        return original(side, number, one)
 
     monkeypatch.setattr(serving_rounds, "request_record", interrupting)
     monkeypatch.delenv(DEBUG_VARIABLE, raising=False)
     folder = tmp_path / "out"
-    options = [
-        *("--trace", str(tmp_path / "trace.jsonl"), "--requests", "5", "--every", "1"),
+    command = [
+        *("serve", "--trace", str(tmp_path / "trace.jsonl"), "--requests", "5", "--every", "1"),
         *("--max-running", "16", "--pool-chunks", "200", "--steps-per-call", "3"),
         *("--warm-up", "0", "--closed", "1", "--output", str(folder)),
     ]
-    assert main(["serve", *options]) == 130
-    assert [one.get("index") for one in records(folder)] == [None, 0, 1]
-    error = capsys.readouterr().err
-    assert error == f"interrupted: the results so far (3 lines) are in {folder}/results.jsonl\n"
+    assert main(command) == 130
+    lines = lines_in(folder)
+    assert [line.get("index") for line in lines] == [None, 0, 1, 2, 3, 4, None, 0, 1]
+    assert capsys.readouterr().err == (
+        f"interrupted: the results so far (8 lines) are in {folder}/results.jsonl; "
+        "the same command goes on from there\n"
+    )
+
+    monkeypatch.setattr(serving_rounds, "request_record", original)
+    assert main(command) == 0
+    assert "where 1 of 3 are measured" in capsys.readouterr().err
+    assert lines_in(folder)[:7] == lines[:7]
+    sides = sides_of(summary_in(folder))
+    assert sides["shared"] == lines[6]
+    assert sides["unshared"]["equal_answers"] == sides["free-at-once"]["equal_answers"] == 5
+    assert len(requests_in(folder)) == 15
 
 
 # The clock and errors, on an engine that only says what it does.
@@ -451,7 +459,6 @@ def test_ratios_of_rounds_have_a_median():
 
 
 def test_report_says_what_was_found_cut_and_scaled():
-    console = Console(file=io.StringIO(), width=120)
     base = fake_record("unshared", seconds_per_output_token=None, equal_answers=None)
     summary = {
         "sides": [fake_record("shared"), base],
@@ -464,10 +471,9 @@ def test_report_says_what_was_found_cut_and_scaled():
         "scaling": "1 token stands for 32",
         "cut_prompts": 1,
         "cut_outputs": 0,
+        "at_once": 2,
     }
-    ServeReport(console).print_run(summary, Path("runs/[x]"))
-    assert isinstance(console.file, io.StringIO)
-    text = console.file.getvalue()
+    text = text_of(tables(make_result("serve", summary=summary)))
     for expected in (
         "prompt tokens found (40.0% without bound)",
         "25.0%",
@@ -480,10 +486,8 @@ def test_report_says_what_was_found_cut_and_scaled():
         "Ratios to unshared, median (least..most) of 3 rounds",
         "1.00 (0.50..3.00)",
         "Compiled during the measurements, not counted: 3.0 s.",
-        "results: runs/[x]",
     ):
         assert expected in text
-    assert max(map(len, text.splitlines())) <= 120
 
 
 def test_figure_shows_distributions_and_hit_rates():

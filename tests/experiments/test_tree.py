@@ -45,7 +45,7 @@ def test_costs_are_measured_at_every_size(tmp_path: Path):
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == json.loads(
         json.dumps(summary)
     )
-    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 8
+    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 9
 
 
 def test_trace_hits_are_counted_in_blocks(tmp_path: Path):

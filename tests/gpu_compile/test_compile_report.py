@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from experiments import compile_report
 from experiments.cli import main
 from experiments.gpu_compile import target, worker
-from experiments.gpu_compile.report import CompileReport, failures_of
+from experiments.gpu_compile.views import failures_of, tables
+from tests.experiments.results import lines_in, make_result, text_of
 
 KERNEL = {
     "name": "chunk_first",
@@ -50,11 +49,10 @@ def test_failures():
 
 
 def test_tables_show_every_case():
-    text = io.StringIO()
-    report = CompileReport(target.TARGETS["h200"], Console(file=text, width=120))
-    report.print_kernels([GOOD, SPILLING, BROKEN])
-    report.print_programs([GOOD, COPYING])
-    printed = text.getvalue()
+    kernels = [{"kind": "kernel", **one} for one in (GOOD, SPILLING, BROKEN)]
+    programs = [{"kind": "program", **one} for one in (GOOD, COPYING)]
+    result = make_result("compile-report", [*kernels, *programs], {"device_kind": "H200"})
+    printed = text_of(tables(result))
     for part in ("192", "64 B", "80.0", "does not compile", "1 of 1", "YES", "1.00 GiB"):
         assert part in printed
 
@@ -71,23 +69,22 @@ def run(
 
     monkeypatch.setattr(worker, "compile_cases", compile_cases)
     monkeypatch.setattr(target, "check_installed", lambda: None)
-    code = main(["compile-report", "--variants", "none", "--output", str(folder)])
-    lines = (folder / "results.jsonl").read_text().splitlines()
-    return code, [json.loads(line) for line in lines]
+    code = main(["compile-report", "--variants", "none", "--json", "--output", str(folder)])
+    return code, lines_in(folder)[1:]
 
 
 def test_a_clean_run_exits_with_0(tmp_path, monkeypatch, capsys):
     code, lines = run([GOOD], tmp_path / "out", monkeypatch)
     assert code == 0
-    assert lines == [{"kind": "program", "gpu": "h200", **GOOD}]
+    assert lines == [{"kind": "program", "unit": "good", "gpu": "h200", **GOOD}]
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["failures"] == []
 
 
-def test_a_failure_exits_with_2_and_keeps_the_results(tmp_path, monkeypatch, capsys):
+def test_a_failure_exits_with_1_and_keeps_the_results(tmp_path, monkeypatch, capsys):
     code, lines = run([GOOD, COPYING], tmp_path / "out", monkeypatch)
-    assert code == 2
+    assert code == 1
     assert len(lines) == 2
-    assert "error: loop: copies the pool" in capsys.readouterr().err
+    assert "failed: loop: copies the pool" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["failures"]
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import pytest
 
-from experiments.gpu_compile.report import failures_of
 from experiments.gpu_compile.target import TARGETS, check_installed
 from experiments.gpu_compile.variants import available_backends, variant_names
+from experiments.gpu_compile.views import failures_of
 from experiments.gpu_compile.worker import compile_cases
 from experiments.harness.errors import UserError
 from tests.gpu_compile.toy_cases import cases

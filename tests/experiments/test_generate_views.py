@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,25 +9,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-from experiments import report
-from experiments.figures import comparison_figure, draw_comparison
+from experiments import generate_views
 from experiments.generate import GenerateConfig
+from experiments.generate_views import comparison_figure
+from experiments.harness.plotting import save_figures
+from experiments.harness.tables import format_bytes
 from experiments.prompts import PromptLine, PromptSet
-from experiments.summary import request_record, run_record, summarise
+from experiments.summary import (
+    THIS_RUN,
+    measured_of,
+    measured_record,
+    request_record,
+    setting_of,
+    summarise,
+)
+from tests.experiments.results import make_result, text_of
 
 MakeMeasured = Callable[..., Any]
-
-
-@pytest.fixture
-def console() -> Console:
-    return Console(file=io.StringIO(), width=100)
-
-
-def text_of(console: Console) -> str:
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
 
 
 @pytest.fixture
@@ -46,43 +44,61 @@ def unshared(make_measured: MakeMeasured) -> Any:
     )
 
 
-def test_answers_keep_brackets_and_are_wrapped(console: Console) -> None:
-    report.print_answers(console, ["why [bold]?"], ["word " * 60 + "[/end]"])
-    text = text_of(console)
-    assert "why [bold]?" in text
-    assert "[/end]" in text
-    assert max(map(len, text.splitlines())) <= 100
+def test_answers_are_in_order_and_in_a_line_each() -> None:
+    lines = [
+        {"index": 1, "prompt": None, "prompt_tokens": 7, "text": None, "tokens": [5, 6]},
+        {"index": 0, "prompt": "why [bold]?", "text": "one\ntwo [/end]", "tokens": [1]},
+    ]
+    assert generate_views.answers(lines).rows == [
+        ("0", "why [bold]?", "one two [/end]"),
+        ("1", "(7 token ids)", "5 6"),
+    ]
 
 
-def test_sharing_table(console: Console, make_measured: MakeMeasured) -> None:
-    report.print_sharing(console, make_measured())
-    text = text_of(console)
+def test_sharing_table(make_measured: MakeMeasured) -> None:
+    text = text_of([generate_views.sharing(make_measured())])
     for expected in ("1,000", "4,000", "75.0%", "1.0 MiB", "8.0 MiB", "87.5%", "32 requests"):
         assert expected in text
 
 
-def test_speed_table_names_both_batches(
-    console: Console, make_measured: MakeMeasured, unshared: Any
-) -> None:
-    report.print_speed(console, make_measured(), unshared)
-    text = text_of(console)
-    (requests,) = [line for line in text.splitlines() if "requests " in line and "│" in line]
-    assert requests.split("│")[2:4] == ["       32 ", "               4 "]
-    assert "3.00 x" in text  # decode: 120 against 40 tokens a second
-    assert "20.00 x" in text  # prompts: 2,000 against 100 tokens a second
-    assert "different batches" in text
+def test_speed_table_names_both_batches(make_measured: MakeMeasured, unshared: Any) -> None:
+    table = generate_views.speed(make_measured(), unshared, {"load": 1.0})
+    assert table.rows[0] == ("requests", "32", "4", "")
+    assert table.rows[1][3] == "20.00 x"  # prompts: 2,000 against 100 tokens a second
+    assert table.rows[3][3] == "3.00 x"  # decode: 120 against 40 tokens a second
+    assert "different batches" in table.notes[0]
+    assert table.notes[1] == "phases: load 1.0 s"
+    assert [len(row) for row in table.untimed().rows] == [1] * 4
 
 
-def test_speed_table_without_comparison(console: Console, make_measured: MakeMeasured) -> None:
-    report.print_speed(console, make_measured(), None)
-    assert "not run" in text_of(console)
+def test_speed_table_without_comparison(make_measured: MakeMeasured) -> None:
+    assert generate_views.speed(make_measured(), None, {}).rows[0][2] == "not run"
+
+
+def test_all_comes_from_the_lines(make_measured: MakeMeasured, unshared: Any) -> None:
+    request = {
+        "kind": "request",
+        "index": 0,
+        "prompt": "q",
+        "text": "a",
+        "tokens": [1],
+        "of_unit": THIS_RUN,
+    }
+    lines = [request, measured_record(make_measured()), measured_record(unshared)]
+    result = make_result("generate", json.loads(json.dumps(lines)), {}, {"model": "m"})
+    assert measured_of(result.lines[1]) == make_measured()
+    text = text_of(generate_views.tables(result))
+    assert "| 0 | q | a |" in text
+    assert "3.00 x" in text
+    picture = generate_views.figures(result)["picture"]
+    assert picture.get_suptitle() == "m on cpu, 2,048 shared tokens"
 
 
 @pytest.mark.parametrize(
     ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 << 30, "3.00 GiB")]
 )
 def test_format_bytes(count: int, text: str) -> None:
-    assert report.format_bytes(count) == text
+    assert format_bytes(count) == text
 
 
 def test_figure_shows_both_sides_with_units(make_measured: MakeMeasured, unshared: Any) -> None:
@@ -99,13 +115,20 @@ def test_figure_shows_both_sides_with_units(make_measured: MakeMeasured, unshare
 
 
 @pytest.mark.parametrize("compared", [True, False])
-def test_picture_is_drawn(
+def test_picture_is_drawn_the_same_each_time(
     tmp_path: Path, make_measured: MakeMeasured, unshared: Any, compared: bool
 ) -> None:
     from matplotlib.image import imread
 
-    path = tmp_path / "picture.png"
-    draw_comparison(path, "title", make_measured(), unshared if compared else None)
+    def draw(name: str) -> Path:
+        (tmp_path / name).mkdir()
+        figure = comparison_figure("title", make_measured(), unshared if compared else None)
+        [path] = save_figures(tmp_path / name, {"picture": figure})
+        return path
+
+    path, again = draw("a"), draw("b")
+    for suffix in (".png", ".svg"):
+        assert path.with_suffix(suffix).read_bytes() == again.with_suffix(suffix).read_bytes()
     pixels = imread(path)[..., :3]
     assert pixels.shape[0] >= 400
     assert pixels.shape[1] >= 800
@@ -154,10 +177,9 @@ def test_sampled_answers_are_not_compared(make_measured: MakeMeasured, unshared:
 def test_records_hold_every_prompt_in_full() -> None:
     lines = (PromptLine("q:1", text="a"), PromptLine("q:2", text="b"))
     prompts = PromptSet(lines, ((1, 2, 3), (1, 2, 4, 5)), common_prefix=2)
-    run = run_record(GenerateConfig(output=Path("out")), {"device": "cpu"}, prompts)
+    run = setting_of(prompts)
     request: Any = SimpleNamespace(tokens=[7, 8], finish_reason="length")
     record = request_record(1, prompts, request, "text")
-    assert json.loads(json.dumps(run))["config"]["output"] == "out"
     assert tuple(run["common_prefix_tokens"] + record["prompt_suffix_tokens"]) == (1, 2, 4, 5)
     assert (record["index"], record["prompt"], record["prompt_tokens"]) == (1, "b", 4)
     assert (record["tokens"], record["text"]) == ([7, 8], "text")

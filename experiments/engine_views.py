@@ -1,0 +1,46 @@
+"""What `engine` shows of a result."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+
+from experiments.harness.plotting import bar_style, make_figure, plain_axes
+from experiments.harness.results import Result
+from experiments.harness.tables import Column, ResultTable, table_of
+
+
+def tables(result: Result) -> list[ResultTable]:
+    """Tokens per second of both, and their ratio."""
+    summary = result.summary or {}
+    title = (
+        f"{summary['rows']} rows of {summary['model']}, {summary['shared_tokens']:,} shared "
+        f"tokens, {summary['steps_per_call']} steps a call, median of {summary['rounds']}"
+    )
+    columns = [
+        Column("", numeric=False),
+        Column("tokens/s", timed=True),
+        Column("host work", timed=True),
+    ]
+    host = f"{summary['host_microseconds_per_token']:.1f} us a token"
+    rows = [
+        ("bare loop", f"{summary['bare_tokens_per_second']:,.1f}", ""),
+        ("engine", f"{summary['engine_tokens_per_second']:,.1f}", host),
+    ]
+    low, high = summary["ratio_range"]
+    note = f"the engine reaches {summary['ratio']:.1%} of the bare loop ({low:.1%} to {high:.1%})"
+    return [table_of(title, columns, rows, notes=[note])]
+
+
+def figures(result: Result) -> dict[str, Figure]:
+    """Each round's rates, side by side."""
+    rounds = result.of_kind("round")
+    figure = make_figure(6.0, 3.6)
+    axes = figure.subplots()
+    for index, side in enumerate(("bare loop", "engine")):
+        places = [one["round"] + (index - 0.5) * 0.4 for one in rounds]
+        rates = [one[side]["rate"] for one in rounds]
+        axes.bar(places, rates, width=0.4, label=side, **bar_style(index))
+    plain_axes(axes, "Decoding, the engine and the bare loop", "round", "tokens per second")
+    axes.set_xticks([one["round"] for one in rounds])
+    axes.legend(frameon=False, loc="lower right", facecolor="white", framealpha=1)
+    return {"picture": figure}

@@ -1,0 +1,162 @@
+"""From a command line to a config: options, files of options, and earlier results.
+
+Files and earlier results become options that stand before those typed, so that everything goes
+through one parser, and what is typed wins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar
+
+import tyro
+
+from experiments.harness.errors import UserError
+from experiments.harness.options import option
+from experiments.harness.results import read_result
+
+C = TypeVar("C")
+_OWN = ("output",)  # of one run: never taken from a file or an earlier result
+
+
+@dataclass(frozen=True)
+class ShowOptions:
+    """How a command tells what it found."""
+
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one line of JSON, and nothing for people."""
+
+
+@dataclass(frozen=True)
+class RunOptions(ShowOptions):
+    """What every experiment that leaves a folder of results understands."""
+
+    smoke: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Run in seconds, to see that it works; other options still count."""
+
+    config: Annotated[
+        Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")
+    ] = None
+    """Take options from a TOML file: `repeats = 3`, a line each."""
+
+    from_: Annotated[
+        Path | None,
+        tyro.conf.arg(name="from", metavar="RESULT", help_behavior_hint="(default: none)"),
+    ] = None
+    """Repeat the run that left this folder; other options still count."""
+
+    sweep: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="OPTION=A,B,C")
+    ] = ()
+    """Run once for each value; given twice, for each pair of values."""
+
+    fresh: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Begin anew, even where the same command was broken off."""
+
+
+@dataclass(frozen=True)
+class Running(Generic[C]):
+    """An experiment, and how it is to be run."""
+
+    experiment: C
+    run: RunOptions
+
+
+@dataclass(frozen=True)
+class Showing(Generic[C]):
+    """A command that leaves no results."""
+
+    experiment: C
+    run: ShowOptions
+
+
+def expand(config_class: Any, name: str, arguments: Sequence[str]) -> list[str]:
+    """The options that `--smoke`, `--from` and `--config` stand for, then `arguments`.
+
+    Raises:
+      UserError: a file that cannot be read, holds no options of this experiment, or is the result
+        of another.
+    """
+    expanded: list[str] = []
+    if "--smoke" in arguments:
+        expanded += as_arguments(config_class, config_class.SMOKE, "--smoke")
+    if (earlier := _value_of("--from", arguments)) is not None:
+        result = read_result(Path(earlier))
+        if result.experiment != name:
+            raise UserError(
+                f"--from {earlier} is a result of {result.experiment}: "
+                f"python -m experiments {result.experiment} --from {earlier}"
+            )
+        expanded += as_arguments(config_class, result.config, f"--from {earlier}")
+    if (file := _value_of("--config", arguments)) is not None:
+        expanded += as_arguments(config_class, read_toml(Path(file)), f"--config {file}")
+    return [*expanded, *arguments]
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Options of a TOML file, with dashes or underscores in their names."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read ({error.strerror or error})") from error
+    except ValueError as error:  # of TOML, or of UTF-8
+        raise UserError(f"--config {path} is not TOML: {error}") from error
+    return {name.replace("-", "_"): value for name, value in values.items()}
+
+
+def as_arguments(config_class: Any, values: Mapping[str, Any], source: str) -> list[str]:
+    """Options that set the fields of a config to `values`; `source` is named in errors."""
+    known = {field.name for field in dataclasses.fields(config_class)}
+    arguments: list[str] = []
+    for name, value in values.items():
+        if name not in known:
+            raise UserError(f"{source}: unknown option {name!r}; known: {', '.join(sorted(known))}")
+        if name not in _OWN:
+            arguments += _as_option(name, value, source)
+    return arguments
+
+
+def _as_option(name: str, value: Any, source: str) -> list[str]:
+    match value:
+        case bool():
+            return [option(name) if value else option(f"no_{name}")]
+        case list() | tuple():
+            return [option(name), *map(str, value)]
+        case int() | float() | str():
+            return [f"{option(name)}={value}"]
+        case None:
+            return [f"{option(name)}=None"]
+        case _:
+            raise UserError(
+                f"{source}: {name} must be a text, a number, true, false or a list, "
+                f"got {json.dumps(value, default=str)}"
+            )
+
+
+def without_option(name: str, arguments: Sequence[str]) -> list[str]:
+    """`arguments` without an option and its value, wherever it stands."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument == name:
+            skip = True
+        elif not argument.startswith(f"{name}="):
+            kept.append(argument)
+    return kept
+
+
+def _value_of(name: str, arguments: Sequence[str]) -> str | None:
+    """The value of an option, given last; None when it is not given, or without a value."""
+    value = None
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=False):
+        if argument == name:
+            value = following
+        elif argument.startswith(f"{name}="):
+            value = argument.removeprefix(f"{name}=")
+    return value

@@ -1,0 +1,73 @@
+"""What all pictures share: colours, sizes, and files that are the same for the same data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, told apart by colour-blind readers; in a grey print a series is told
+# apart by its marker and dashes, a bar by its hatch.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
+MARKERS = "osD^vP*X"
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)), "-")
+HATCHES = ("", "//", "..", "xx", "\\\\", "++", "--", "oo")
+LIMIT = {"color": "#444444", "linestyle": (0, (6, 3)), "linewidth": 1.0}
+"""How a limit or a published figure is drawn: never as a series of ours."""
+
+
+def make_figure(width: float = 8.0, height: float = 4.0) -> Figure:
+    """An empty figure in inches, laid out by its contents."""
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def line_style(index: int) -> dict[str, Any]:
+    """Keywords of `Axes.plot` for the series of this index."""
+    at = index % len(COLOURS)
+    return {
+        "color": COLOURS[at],
+        "marker": MARKERS[at],
+        "linestyle": DASHES[at],
+        "markersize": 5,
+        "linewidth": 1.6,
+    }
+
+
+def bar_style(index: int) -> dict[str, Any]:
+    """Keywords of `Axes.bar` for the series of this index."""
+    at = index % len(COLOURS)
+    return {
+        "color": COLOURS[at],
+        "hatch": HATCHES[at],
+        "edgecolor": "black",
+        "linewidth": 0.6,
+    }
+
+
+def plain_axes(axes: Axes, title: str, x: str, y: str) -> None:
+    """Titles with units, a light grid behind the data, no frame at the top and right."""
+    axes.set_title(title)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(visible=True, axis="y", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save_figures(folder: Path, figures: Mapping[str, Figure]) -> list[Path]:
+    """Each figure as NAME.png and NAME.svg; the same bytes for the same figure. Gives the PNGs."""
+    written = []
+    with matplotlib.rc_context({"svg.hashsalt": "jax_chunkattn", "svg.fonttype": "none"}):
+        for name, figure in figures.items():
+            png = folder / f"{name}.png"
+            figure.savefig(png, metadata={"Software": None})
+            figure.savefig(png.with_suffix(".svg"), metadata={"Date": None})
+            written.append(png)
+    return written

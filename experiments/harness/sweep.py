@@ -1,0 +1,137 @@
+"""`--sweep OPTION=A,B,C`: one experiment for every value, or every combination of values."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.harness.console import quiet_consoles
+from experiments.harness.environment import describe_environment
+from experiments.harness.errors import UserError
+from experiments.harness.options import option
+from experiments.harness.results import (
+    RESULTS,
+    Record,
+    ResultFolder,
+    config_record,
+    open_results,
+    read_result,
+)
+from experiments.harness.units import measure_units
+from experiments.harness.views import finish
+
+Values = dict[str, tuple[str, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """What makes two sweeps the same.
+
+    Attributes:
+      of: the experiment.
+      fields: the values of each option that is swept, as typed.
+      base: the config of the experiment otherwise.
+    """
+
+    of: str
+    fields: dict[str, list[str]]
+    base: dict[str, Any]
+    output: Path | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One run of a sweep: the values that it has of what is swept, and its config."""
+
+    fields: dict[str, str]
+    config: Any
+
+    @property
+    def name(self) -> str:
+        """Also that of its folder."""
+        return ",".join(f"{name}={value}" for name, value in self.fields.items()).replace("/", "_")
+
+
+def parse_sweep(given: Sequence[str], config_class: Any) -> Values:
+    """The values of each field.
+
+    Raises:
+      UserError: it is not `OPTION=A,B,C`, or names no option of the experiment.
+    """
+    known = sorted({field.name for field in dataclasses.fields(config_class)} - {"output"})
+    fields: Values = {}
+    for text in given:
+        name, _, listed = text.partition("=")
+        name = name.removeprefix("--").replace("-", "_")
+        values = tuple(value for value in listed.split(",") if value)
+        if name not in known:
+            raise UserError(f"--sweep {text}: unknown option {name!r}; known: {', '.join(known)}")
+        if not values or len(set(values)) < len(values):
+            raise UserError(f"--sweep {text}: expected OPTION=A,B,C with values that differ")
+        if name in fields:
+            raise UserError(f"--sweep names {option(name)} twice: list its values in one")
+        fields[name] = values
+    return fields
+
+
+def make_points(fields: Values, parse: Callable[[list[str]], Any]) -> list[Point]:
+    """Every combination; `parse` gives the config for some more arguments."""
+    points = []
+    for values in itertools.product(*fields.values()):
+        chosen = dict(zip(fields, values, strict=True))
+        points.append(Point(chosen, parse([f"{option(n)}={v}" for n, v in chosen.items()])))
+    return points
+
+
+def run_sweep(
+    name: str,
+    base: Any,
+    fields: Values,
+    points: Sequence[Point],
+    run: Callable[[Any], Record],
+    headline: Callable[[Record], Record],
+) -> Record:
+    """Run every point into a folder of its own; one that a broken sweep has finished is kept.
+
+    Prints a table of the headlines and draws them over what is swept; returns the summary.
+    """
+    shown = config_record(base)
+    for field in (*fields, "output"):
+        del shown[field]
+    listed = {field: list(values) for field, values in fields.items()}
+    config = SweepConfig(name, listed, shown, base.output)
+    with open_results("sweep", config) as folder:
+        folder.begin(describe_environment())
+
+        def measure(point: Point) -> Record:
+            summary = _run_point(point, folder, run)
+            return {
+                "kind": "point",
+                "fields": point.fields,
+                "folder": point.name,
+                "headline": headline(summary),
+            }
+
+        units = {point.name: lambda point=point: measure(point) for point in points}
+        records = measure_units(folder, units, f"{name} sweep")
+        summary = {
+            "experiment": "sweep",
+            "of": name,
+            "fields": listed,
+            "points": [
+                {"fields": record["fields"], "headline": record["headline"]} for record in records
+            ],
+            "environment": describe_environment(),
+        }
+        return finish(folder, summary)
+
+
+def _run_point(point: Point, folder: ResultFolder, run: Callable[[Any], Record]) -> Record:
+    path = folder.path / point.name
+    if (path / RESULTS).exists() and (summary := read_result(path).summary) is not None:
+        return summary
+    with quiet_consoles():
+        return run(dataclasses.replace(point.config, output=path))

@@ -1,0 +1,62 @@
+"""Showing a result: the same tables and pictures when a run ends and whenever they are wanted.
+
+An experiment's views are a module with two functions of a `Result`: `tables` gives what a reader
+should see, `figures` pictures by name. They know nothing but the result, so a page can be made of
+it on another machine, years later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from importlib import import_module
+from typing import TYPE_CHECKING, Protocol, cast
+
+from experiments.harness.console import make_console
+from experiments.harness.results import Record, Result, ResultFolder, read_result
+from experiments.harness.tables import ResultTable, print_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+VIEWS: dict[str, str] = {
+    "compile-report": "experiments.gpu_compile.views",
+    "engine": "experiments.engine_views",
+    "generate": "experiments.generate_views",
+    "gpu": "experiments.gpu_bench.views",
+    "search": "experiments.search_views",
+    "serve": "experiments.serving.views",
+    "soak": "experiments.soaking.views",
+    "sweep": "experiments.harness.sweep_views",
+}
+"""The module with an experiment's views, by the experiment."""
+
+
+class Views(Protocol):
+    def tables(self, result: Result) -> list[ResultTable]: ...
+
+    def figures(self, result: Result) -> dict[str, Figure]: ...
+
+
+def views_of(experiment: str) -> Views:
+    return cast(Views, import_module(VIEWS[experiment]))
+
+
+def finish(folder: ResultFolder, summary: Record, printed: Collection[str] = ()) -> Record:
+    """End a run: write its summary, print its tables, draw its pictures; returns the summary.
+
+    Tables with the titles `printed` are on the terminal already.
+    """
+    from experiments.harness.plotting import save_figures
+
+    folder.write_summary(summary)
+    result = read_result(folder.path)
+    views = views_of(folder.experiment)
+    console = make_console()
+    for table in views.tables(result):
+        if table.title not in printed:
+            print_table(console, table)
+    for picture in save_figures(folder.path, views.figures(result)):
+        console.print(f"picture: {picture}", markup=False, soft_wrap=True)
+    # Never wrapped or coloured: it is there to be copied.
+    console.print(f"results: {folder.path}", markup=False, soft_wrap=True)
+    return summary
