@@ -67,7 +67,7 @@ def run(config: CompileReportConfig) -> dict[str, Any]:
       UserError: this machine cannot compile for a GPU.
       CheckFailed: something spills, copies the pool or does not compile; the results are written.
     """
-    check_at_least_one(config, "processes")
+    check(config)
     from experiments.gpu_compile.target import check_installed
 
     check_installed()
@@ -124,6 +124,11 @@ def _compile(config: CompileReportConfig, folder: ResultFolder) -> tuple[dict[st
         "environment": environment,
     }
     return finish(folder, summary), failures
+
+
+def check(config: CompileReportConfig) -> None:
+    """Raise `UserError` for a value that no run could use."""
+    check_at_least_one(config, "processes")
 
 
 def headline(summary: dict[str, Any]) -> dict[str, Any]:

@@ -60,13 +60,16 @@ def _devices() -> tuple[list[dict[str, Any]], dict[str, str]]:
     """What JAX sees, and its words on the platforms it does not offer."""
     import jax
 
+    problems: dict[str, str] = {}
     with _logged("jax._src.xla_bridge") as messages:
         try:
             jax.devices()
         except RuntimeError as error:
-            return [], {"device": str(error)}
+            problems["device"] = " ".join(str(error).split())
+    problems |= {f"plugin {index}": one for index, one in enumerate(messages, 1)}
     devices: list[dict[str, Any]] = []
-    problems = {f"plugin {index}": one for index, one in enumerate(messages, 1)}
+    if "device" in problems:
+        return devices, problems
     for platform in ("gpu", "cpu"):
         try:
             devices += [
