@@ -16,6 +16,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from experiments.cache import CacheConfig
 from experiments.compile_report import CompileReportConfig
 from experiments.doctor import DoctorConfig
 from experiments.engine import EngineConfig
@@ -47,6 +48,7 @@ EXPERIMENTS: dict[str, Any] = {
     "generate": GenerateConfig,
     "kernel": KernelConfig,
     "serve": ServeConfig,
+    "cache": CacheConfig,
     "search": SearchConfig,
     "engine": EngineConfig,
     "soak": SoakConfig,

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,6 +73,29 @@ def read_requests(path: Path, count: int, *, every: int = 1) -> list[TraceReques
             return requests
     kept = "" if every == 1 else f" when one conversation in {every} is kept"
     raise UserError(f"--requests {count}: --trace {path} has {len(requests)}{kept}")
+
+
+def read_trace(path: Path) -> list[TraceRequest]:
+    """All requests, in the order of arrival.
+
+    Raises:
+        UserError: the file cannot be read, a line is not a request, or there is none.
+    """
+    requests = list(read_lines(path, _Parser()))
+    if not requests:
+        raise UserError(f"--trace {path} holds no requests")
+    return requests
+
+
+def ideal_block_hit_rate(requests: Iterable[TraceRequest]) -> float:
+    """The share of blocks, the last of a prompt included, that a cache without bound would find."""
+    seen: set[int] = set()
+    hits = total = 0
+    for request in requests:
+        hits += sum(1 for _ in takewhile(seen.__contains__, request.blocks))
+        total += len(request.blocks)
+        seen.update(request.blocks)
+    return hits / total
 
 
 class _Parser:

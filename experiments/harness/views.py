@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 VIEWS: dict[str, str] = {
+    "cache": "experiments.cache_views",
     "compile-report": "experiments.gpu_compile.views",
     "engine": "experiments.engine_views",
     "generate": "experiments.generate_views",
