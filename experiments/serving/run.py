@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import numpy as np
-
 import models
 from experiments.harness.environment import (
     describe_environment,
@@ -21,7 +19,7 @@ from experiments.serve import Inputs, ServeConfig
 from experiments.serving.rounds import Rounds
 from experiments.serving.sides import pool_for
 from experiments.serving.workload import Workload, made_up_workload, trace_workload
-from experiments.tree_trace import replay as replay_blocks
+from experiments.trace import ideal_block_hit_rate
 from jax_chunkattn import CacheConfig
 from models import LoadedModel
 from pallas_kernels.implementations import check_device
@@ -84,8 +82,7 @@ def describe_setting(
             f"1 token stands for {config.scale} of the trace: "
             f"a block of 512 tokens became {config.block_tokens}"
         )
-        blocks = [np.array(request.blocks, np.int32) for request in inputs.trace]
-        blocks_ideal = round(replay_blocks(blocks, None)["hit_rate"], 4)
+        blocks_ideal = round(ideal_block_hit_rate(inputs.trace), 4)
     return {
         "requests": requests,
         "num_requests": len(workload.requests),
