@@ -1,18 +1,14 @@
-"""`python -m experiments tree`: what the prefix tree costs on the host, and what it would hit.
+"""`python -m experiments tree`: what the prefix tree costs on the host.
 
-Three questions. Does a lookup cost the same whatever the size of the tree and the number of
-children of a node? How long does planning a large batch take? And how many blocks of a recorded
-service's requests (`--trace`) would a cache of a given size have held? No model runs and no device
-is used.
+Two questions. Does a lookup cost the same whatever the size of the tree and the number of children
+of a node? How long does planning a large batch take? No model runs and no device is used. What a
+cache finds is told by `python -m experiments cache`.
 
     python -m experiments tree
-    python -m experiments tree --trace mooncake_conversation_trace.jsonl --pool-chunks 10000 50000
 """
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,8 +21,7 @@ from experiments.harness.results import open_results
 
 @dataclass(frozen=True)
 class TreeConfig:
-    """Measure the prefix tree: time and memory as it grows, the time to plan a batch, and the hit
-    rate of a real trace."""
+    """Measure the prefix tree: time and memory as it grows, and the time to plan a batch."""
 
     chunks: int = 1_000_000
     """Nodes of the largest tree; powers of ten from 1,000 up are measured on the way."""
@@ -43,13 +38,6 @@ class TreeConfig:
     samples: int = 200
     """Prompts timed for each number that is reported, as their median and 95th percentile."""
 
-    trace: Annotated[Path | None, by_default("FILE", "no trace")] = None
-    """A request trace in the format of Mooncake's releases: JSON lines with `input_length` and
-    `hash_ids`, which name the prompt's blocks of 512 tokens; equal ids are equal prefixes."""
-
-    pool_chunks: tuple[int, ...] = (1_000, 10_000, 50_000)
-    """Pool sizes to replay the trace with, in blocks, besides one without bound."""
-
     seed: int = 0
     """Seed of the prompts."""
 
@@ -61,16 +49,14 @@ def run(config: TreeConfig) -> dict[str, Any]:
     """Run the experiment, print its tables, and return its summary.
 
     Raises:
-        UserError: a value that no run could use, or a trace that cannot be read.
+        UserError: a value that no run could use.
         KeyboardInterrupt: with a message that says where the results so far are.
     """
     check(config)
     from experiments.tree_planning import measure_planning
     from experiments.tree_report import TreeReport
     from experiments.tree_synthetic import measure_children, measure_growth
-    from experiments.tree_trace import read_trace, replay
 
-    requests = read_trace(config.trace) if config.trace else []
     report = TreeReport()
     summary: dict[str, Any] = {"experiment": "tree", **_setting(config)}
     with open_results("tree", config) as folder:
@@ -80,36 +66,17 @@ def run(config: TreeConfig) -> dict[str, Any]:
         report.print_costs(config, summary)
         summary["planning"] = measure_planning(config)
         report.print_planning(summary["planning"])
-        if config.trace:
-            unbounded = in_fresh_process(replay, requests, None)
-            bounded = [replay(requests, num_chunks) for num_chunks in config.pool_chunks]
-            summary["trace"] = [unbounded, *bounded]
-            report.print_trace(summary["trace"])
         folder.begin({**describe_host(), "device": None, "device_count": 0})
-        for kind in ("growth", "children", "planning", "trace"):
-            for record in summary.get(kind, ()):
+        for kind in ("growth", "children", "planning"):
+            for record in summary[kind]:
                 folder.write_record({"kind": kind, **record})
         folder.write_summary(summary)
     return summary
 
 
-def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `function` returns in a process of its own, where no memory freed by an earlier
-    measurement is there to be used again."""
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    with ProcessPoolExecutor(
-        1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
-    ) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 def check(config: TreeConfig) -> None:
     """Raise `UserError` for a value that no run could use."""
-    check_at_least_one(
-        config, "chunks", "prompt_tokens", "chunk_size", "samples", "children", "pool_chunks"
-    )
+    check_at_least_one(config, "chunks", "prompt_tokens", "chunk_size", "samples", "children")
     if config.prompt_tokens < 2 * config.chunk_size:
         raise UserError(
             f"--prompt-tokens {config.prompt_tokens} must fill at least two chunks of "

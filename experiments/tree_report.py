@@ -63,27 +63,6 @@ class TreeReport:
             table.add_row(record["options"], _cost(record["plan"]))
         self._console.print(table)
 
-    def print_trace(self, records: list[dict[str, Any]]) -> None:
-        """Hit rates of the trace by size of the pool."""
-        title = f"{records[0]['requests']:,} requests of {records[0]['blocks']:,} blocks"
-        table = Table(title=title, title_justify="left")
-        for heading in ("pool, blocks", "hit rate", "evicted", "refused", "requests/s", "blocks/s"):
-            table.add_column(heading, justify="right")
-        for record in records:
-            table.add_row(
-                f"{record['pool_chunks']:,}" if record["pool_chunks"] else "no bound",
-                f"{record['hit_rate']:.1%}",
-                f"{record['evicted_blocks']:,}",
-                f"{record['refused']:,}",
-                f"{record['requests_per_second']:,.0f}",
-                f"{record['blocks_per_second']:,.0f}",
-            )
-        self._console.print(table)
-        self._console.print(
-            f"{records[0]['bytes_per_node']:,.0f} bytes per node without bound "
-            "(growth of resident memory; a block's tokens are kept in its node)"
-        )
-
 
 def _cost(quantiles: dict[str, float]) -> str:
     return f"{quantiles['median']:.0f} ({quantiles['p95']:.0f})"

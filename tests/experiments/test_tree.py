@@ -11,7 +11,6 @@ import pytest
 
 from experiments.harness.errors import UserError
 from experiments.tree import TreeConfig, run
-from experiments.tree_trace import read_trace, replay
 
 SMALL = {
     "chunks": 1_200,
@@ -20,11 +19,6 @@ SMALL = {
     "children": (1, 30),
     "samples": 5,
 }
-
-
-def write_trace(path: Path, *requests: list[int]) -> Path:
-    path.write_text("".join(json.dumps({"hash_ids": blocks}) + "\n" for blocks in requests))
-    return path
 
 
 def test_costs_are_measured_at_every_size(tmp_path: Path):
@@ -48,17 +42,6 @@ def test_costs_are_measured_at_every_size(tmp_path: Path):
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 9
 
 
-def test_trace_hits_are_counted_in_blocks(tmp_path: Path):
-    requests = read_trace(write_trace(tmp_path / "trace", [0, 1, 2], [3], [0, 1, 4], [0, 1, 2, 5]))
-    unbounded = replay(requests, None)
-    assert (unbounded["hit_blocks"], unbounded["blocks"]) == (5, 11)
-    assert unbounded["evicted_blocks"] == 0
-    # The fourth prompt cannot fit; the second evicts the leaf of the first, the third its own salt.
-    bounded = replay(requests, 3)
-    assert (bounded["hit_blocks"], bounded["refused"]) == (2, 1)
-    assert bounded["evicted_blocks"] == 2
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -66,26 +49,12 @@ def test_trace_hits_are_counted_in_blocks(tmp_path: Path):
         ({"children": (1, 0)}, r"--children must be at least 1, got \(1, 0\)"),
         ({"prompt_tokens": 7}, "--prompt-tokens 7 must fill at least two chunks"),
         ({"seed": -1}, "--seed"),
-        ({"trace": Path("missing.jsonl")}, "missing.jsonl cannot be read"),
     ],
 )
 def test_bad_values_are_refused(tmp_path: Path, change: dict, message: str):
     with pytest.raises(UserError, match=message):
         run(TreeConfig(**{**SMALL, "output": tmp_path / "out", **change}))
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("line", ["no json", "[1]", "{}", '{"hash_ids": []}', '{"hash_ids": [-1]}'])
-def test_a_line_that_is_no_request_is_named(tmp_path: Path, line: str):
-    path = write_trace(tmp_path / "trace", [1, 2])
-    path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(UserError, match="line 2: not a request"):
-        read_trace(path)
-
-
-def test_an_empty_trace_is_refused(tmp_path: Path):
-    with pytest.raises(UserError, match="no requests"):
-        read_trace(write_trace(tmp_path / "trace"))
 
 
 def test_importing_the_config_imports_nothing_heavy():
