@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from experiments.harness.environment import describe_host
 from experiments.harness.errors import UserError
 from experiments.harness.options import by_default, check_at_least_one
 from experiments.harness.results import open_results
@@ -22,6 +21,8 @@ from experiments.harness.results import open_results
 @dataclass(frozen=True)
 class TreeConfig:
     """Measure the prefix tree: time and memory as it grows, and the time to plan a batch."""
+
+    SMOKE: ClassVar[dict[str, Any]] = {"chunks": 2_000, "children": (1, 100), "samples": 10}
 
     chunks: int = 1_000_000
     """Nodes of the largest tree; powers of ten from 1,000 up are measured on the way."""
@@ -53,25 +54,20 @@ def run(config: TreeConfig) -> dict[str, Any]:
         KeyboardInterrupt: with a message that says where the results so far are.
     """
     check(config)
-    from experiments.tree_planning import measure_planning
-    from experiments.tree_report import TreeReport
-    from experiments.tree_synthetic import measure_children, measure_growth
-
-    report = TreeReport()
-    summary: dict[str, Any] = {"experiment": "tree", **_setting(config)}
     with open_results("tree", config) as folder:
-        growth, summary["bytes_per_node"], summary["evict_microseconds"] = measure_growth(config)
-        summary["growth"] = growth
-        summary["children"] = [measure_children(config, count) for count in config.children]
-        report.print_costs(config, summary)
-        summary["planning"] = measure_planning(config)
-        report.print_planning(summary["planning"])
-        folder.begin({**describe_host(), "device": None, "device_count": 0})
-        for kind in ("growth", "children", "planning"):
-            for record in summary[kind]:
-                folder.write_record({"kind": kind, **record})
-        folder.write_summary(summary)
-    return summary
+        from experiments.tree_run import measure
+
+        return measure(config, folder)
+
+
+def headline(summary: dict[str, Any]) -> dict[str, Any]:
+    """What a sweep shows of a run."""
+    largest = summary["sizes"][-1]
+    return {
+        "match, us": largest["match"]["median"],
+        "insert, us": largest["insert_known"]["median"],
+        "bytes per node": summary["bytes_per_node"],
+    }
 
 
 def check(config: TreeConfig) -> None:
@@ -84,13 +80,3 @@ def check(config: TreeConfig) -> None:
         )
     if config.seed < 0:
         raise UserError(f"--seed must be at least 0, got {config.seed}")
-
-
-def _setting(config: TreeConfig) -> dict[str, Any]:
-    return {
-        "chunk_size": config.chunk_size,
-        "prompt_tokens": config.prompt_tokens,
-        "samples": config.samples,
-        "seed": config.seed,
-        **describe_host(),
-    }

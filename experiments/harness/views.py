@@ -27,6 +27,7 @@ VIEWS: dict[str, str] = {
     "search": "experiments.search_views",
     "serve": "experiments.serving.views",
     "soak": "experiments.soaking.views",
+    "tree": "experiments.tree_views",
     "sweep": "experiments.harness.sweep_views",
 }
 """The module with an experiment's views, by the experiment."""
