@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32, PyTree
+
+from pallas_kernels.online_softmax import Partial
 
 STEP_BYTES = 4 * 2**20
 """Keys and values attended to in one step: what stays in the caches of 2 CPU cores."""
@@ -42,7 +44,9 @@ def dense_attention(
     return output.reshape(batch, num_heads, head_dim).astype(q.dtype)
 
 
-def map_pairs(attend_pair: Callable, count: int, context: int) -> Float32[Array, "pairs G D"]:
+def map_pairs(
+    attend_pair: Callable, count: int, context: int
+) -> PyTree[Float32[Array, "pairs ..."]]:
     """`attend_pair` of 0 to `count - 1`, as many together as `STEP_BYTES` allow.
 
     `context` is the number of elements of the keys of one pair, and of its values.
@@ -70,14 +74,27 @@ def attend(
     length: Int32[Array, ""],
 ) -> Float32[Array, "G D"]:
     """One row and KV head: masked softmax over the first `length` tokens."""
+    partial = attend_partial(queries, keys, values, length)
+    return partial.output / partial.total[:, None]
+
+
+def attend_partial(
+    queries: Float32[Array, "R D"],
+    keys: Float[Array, "T D"],
+    values: Float[Array, "T D"],
+    length: Int32[Array, ""] | None,
+) -> Partial:
+    """Attention over the first `length` tokens, or all, before it is divided by its total."""
     highest = lax.Precision.HIGHEST
     keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
     scores = jnp.einsum("gd,td->gt", queries, keys, precision=highest)
-    visible = jnp.arange(len(keys), dtype=jnp.int32) < length
-    scores = jnp.where(visible[None], scores, -jnp.inf)
-    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    total = weights.sum(axis=-1, keepdims=True)
-    return jnp.einsum("gt,td->gd", weights, values, precision=highest) / total
+    if length is not None:
+        visible = jnp.arange(len(keys), dtype=jnp.int32) < length
+        scores = jnp.where(visible[None], scores, -jnp.inf)
+    maximum = scores.max(axis=-1)
+    weights = jnp.exp(scores - maximum[:, None])
+    output = jnp.einsum("gt,td->gd", weights, values, precision=highest)
+    return Partial(output, maximum, weights.sum(axis=-1))
 
 
 def dense_copies(

@@ -58,14 +58,15 @@ def describe_host() -> dict[str, Any]:
 
 def package_versions() -> dict[str, str | None]:
     """Installed versions of what the numbers depend on; None for what is not installed."""
+    return {name: package_version(name) for name in _PACKAGES}
 
-    def version(name: str) -> str | None:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            return None
 
-    return {name: version(name) for name in _PACKAGES}
+def package_version(name: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def git_commit() -> str | None:

@@ -17,7 +17,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F
 MARKERS = "osD^vP*X"
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)), "-")
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "--", "oo")
-LIMIT = {"color": "#444444", "linestyle": (0, (6, 3)), "linewidth": 1.0}
+LIMIT: dict[str, Any] = {"color": "#444444", "linestyle": (0, (6, 3)), "linewidth": 1.0}
 """How a limit or a published figure is drawn: never as a series of ours."""
 
 

@@ -70,7 +70,8 @@ def print_table(console: Console, table: ResultTable) -> None:
     headed = any(column.heading for column in table.columns)
     shown = Table(title=Text(table.title), title_justify="left", show_header=headed)
     for column in table.columns:
-        shown.add_column(Text(column.heading), justify="right" if column.numeric else "left")
+        justify = "right" if column.numeric else "left"
+        shown.add_column(Text(column.heading), justify=justify, overflow="fold")
     for section in table.sections:
         for row in section:
             shown.add_row(*map(Text, row))

@@ -24,6 +24,7 @@ VIEWS: dict[str, str] = {
     "engine": "experiments.engine_views",
     "generate": "experiments.generate_views",
     "gpu": "experiments.gpu_bench.views",
+    "kernel": "experiments.kernel_views",
     "search": "experiments.search_views",
     "serve": "experiments.serving.views",
     "soak": "experiments.soaking.views",

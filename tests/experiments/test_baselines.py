@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.baselines import (
+    NotUniform,
+    cascade,
+    cascade_attention,
+    cascade_levels,
     dense_attention,
     dense_copies,
     exact_attention,
+    jax_dot_product_attention,
     pad_tables,
     paged_attention,
     pool_of_copies,
+    torch_attention,
+    torch_missing,
 )
 from jax_chunkattn.workloads import AttentionInputs, case_inputs
 from pallas_kernels.specs import NUMERICS, AttentionCase
@@ -25,13 +33,32 @@ FORKED = NUMERICS[7]
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 2e-3}
 
 
-def dense(inputs: AttentionInputs):
+def dense_operands(inputs: AttentionInputs):
     rows = len(inputs.tables)
     keys, values = (
         dense_copies(jnp.asarray(pool), inputs.tables, layer=LAYERS - 1)
         for pool in (inputs.keys, inputs.values)
     )
-    return dense_attention(inputs.q[:rows], keys, values, inputs.lengths[:rows])
+    return jnp.asarray(inputs.q[:rows]), keys, values, inputs.lengths[:rows]
+
+
+def dense(inputs: AttentionInputs):
+    return dense_attention(*dense_operands(inputs))
+
+
+def jax_dpa(inputs: AttentionInputs):
+    return jax_dot_product_attention(*dense_operands(inputs))
+
+
+def torch_sdpa(inputs: AttentionInputs):
+    pytest.importorskip("torch")
+    return torch_attention(*dense_operands(inputs))().astype(inputs.q.dtype)
+
+
+def cascaded(inputs: AttentionInputs):
+    pool = jnp.asarray(inputs.keys), jnp.asarray(inputs.values)
+    levels = cascade_levels(*pool, inputs.tables, inputs.lengths.tolist(), layer=LAYERS - 1)
+    return cascade_attention(jnp.asarray(inputs.q[: len(inputs.tables)]), levels)
 
 
 def paged(inputs: AttentionInputs):
@@ -49,7 +76,9 @@ def paged_shared_pages(inputs: AttentionInputs):
 
 
 baselines = pytest.mark.parametrize(
-    "baseline", [dense, paged, paged_shared_pages], ids=lambda baseline: baseline.__name__
+    "baseline",
+    [dense, paged, paged_shared_pages, cascaded, jax_dpa, torch_sdpa],
+    ids=lambda baseline: baseline.__name__,
 )
 
 
@@ -77,6 +106,8 @@ def test_agrees_with_float64(case: AttentionCase, baseline):
 @baselines
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_accumulates_in_float32(dtype: str, baseline):
+    if (baseline, dtype) == (jax_dpa, "float16"):
+        pytest.skip("XLA has no such matrix product on a CPU")
     inputs = case_inputs(dataclasses.replace(FORKED, dtype=dtype), layers=LAYERS)
     assert_exact(baseline(inputs), inputs)
 
@@ -88,6 +119,49 @@ def test_pairs_that_do_not_fill_the_last_step(baseline, monkeypatch: pytest.Monk
     width = max(map(len, inputs.tables)) * case.chunk_size * case.head_dim
     monkeypatch.setattr("experiments.baselines.dense.STEP_BYTES", 4 * 2 * 4 * width)
     assert_exact(baseline(inputs), inputs)
+
+
+def test_queries_of_a_node_take_turns(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cascade, "MOST_SCORES", 40)
+    inputs = case_inputs(AttentionCase("1,2,6_32,48,17", 6, 2, 8, chunk_size=16), layers=LAYERS)
+    assert_exact(cascaded(inputs), inputs)
+
+
+@pytest.mark.parametrize(
+    ("tree", "levels"),
+    [
+        ("1,2,6_32,48,17", [(1, 32), (2, 48), (6, 17)]),
+        ("1,4_40,20", [(1, 32), (4, 28)]),  # a chunk that ends below a node is nobody else's
+        ("1,3_32,0", [(1, 32)]),
+        ("5_16", [(5, 16)]),
+    ],
+)
+def test_levels_are_those_that_the_block_tables_share(tree: str, levels: list[tuple[int, int]]):
+    inputs = case_inputs(AttentionCase(tree, 2, 2, 8, chunk_size=16))
+    pool = jnp.asarray(inputs.keys), jnp.asarray(inputs.values)
+    found = cascade_levels(*pool, inputs.tables, inputs.lengths.tolist())
+    assert [(level.keys.shape[0], level.keys.shape[2]) for level in found] == levels
+    assert all(level.lengths is None for level in found)
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        [[0, 1], [0, 2], [3, 4]],
+        [[0, 1], [0, 2], [0, 2], [0, 3]],
+        [[0], [1, 2], [1, 2]],
+    ],
+)
+def test_a_cascade_needs_uniform_levels(tables: list[list[int]]):
+    pool = jnp.zeros((1, 1, 5, 16, 8))
+    lengths = [16 * len(table) for table in tables]
+    with pytest.raises(NotUniform):
+        cascade_levels(pool, pool, tables, lengths)
+
+
+def test_torch_is_asked_for_by_name_where_it_is_missing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install torch" in (torch_missing() or "")
 
 
 @baselines
