@@ -69,6 +69,12 @@ class KernelConfig:
     `paged-shared-pages` from the shared pool; `dense`, `jax-dpa` (jax.nn.dot_product_attention) and
     `torch-sdpa` (PyTorch's) have each row's keys and values in one piece."""
 
+    only: Annotated[
+        tuple[str, ...] | None,
+        tyro.conf.arg(metavar="[TREE ...]", help_behavior_hint="(default: all)"),
+    ] = None
+    """Only these trees of the suite, such as 1,16_1024,64."""
+
     scale: Annotated[int | None, by_default("INT", "8 for trees and hydragen, else 1")] = None
     """Divide by this the tokens of a node (to whole chunks, at least one), the rows (no fewer than
     32, nor than two below a node) and the tokens of a chunk (no fewer than 16)."""
@@ -101,6 +107,8 @@ class KernelConfig:
 
     SMOKE: ClassVar[dict[str, Any]] = {
         "suite": "smoke",
+        "only": ("1,16_1024,64",),
+        "heads": ("9/3",),
         "scale": 8,
         "repeats": 2,
         "implementations": ("xla", "cascade", "paged"),
@@ -136,6 +144,8 @@ def check(config: KernelConfig) -> None:
         raise UserError("--implementations names nothing to time")
     if named is not None and len(set(named)) < len(named):
         raise UserError(f"--implementations names one twice: {' '.join(named)}")
+    if config.only == ():
+        raise UserError("--only names no trees, such as 1,16_1024,64")
     if config.heads == ():
         raise UserError("--heads names no heads, such as 32/8")
     for heads in config.heads or ():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+from experiments.harness.errors import UserError
 from experiments.kernel import KernelConfig, parse_heads
 from pallas_kernels import specs
 from pallas_kernels.specs import AttentionCase
@@ -36,8 +37,12 @@ class SizedCase:
 
 
 def suite_cases(config: KernelConfig) -> list[SizedCase]:
-    """The suite's cases with the config's heads, head size and dtype, divided by its scale."""
-    cases = SUITES[config.suite]
+    """The suite's cases with the config's heads, head size and dtype, divided by its scale.
+
+    Raises:
+        UserError: `--only` names a tree that the suite does not have.
+    """
+    cases = _named(SUITES[config.suite], config)
     if config.heads is not None:
         pairs = itertools.product(map(parse_heads, config.heads), cases)
         cases = [
@@ -50,6 +55,19 @@ def suite_cases(config: KernelConfig) -> list[SizedCase]:
     ]
     once = dict.fromkeys(cases)  # a tree that a suite has with several heads
     return [SizedCase(case, divided(case, config.divisor)) for case in once]
+
+
+def _named(cases: tuple[AttentionCase, ...], config: KernelConfig) -> tuple[AttentionCase, ...]:
+    if config.only is None:
+        return cases
+    known = dict.fromkeys(case.tree for case in cases)
+    for tree in config.only:
+        if tree not in known:
+            raise UserError(
+                f"--only {tree}: the suite {config.suite} has no such tree; it has "
+                f"{' '.join(known)}"
+            )
+    return tuple(case for case in cases if case.tree in config.only)
 
 
 def divided(case: AttentionCase, divisor: int) -> AttentionCase:

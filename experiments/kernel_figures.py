@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments.harness.plotting import (
     COLOURS,
@@ -130,7 +131,7 @@ def _suffix_lines(result: Result, records: Sequence[Record]) -> Figure:
     down = -(-len(groups) // across)
     figure = make_figure(max(5.0, 3.1 * across), 1.0 + 3.2 * down)
     figure.suptitle(f"Decode attention behind one prefix: {_title(result)}")
-    panels = figure.subplots(down, across, squeeze=False).flat
+    panels = list(figure.subplots(down, across, squeeze=False).flat)
     for axes, (group, members) in zip(panels, groups.items(), strict=False):
         members = sorted(members, key=_suffix)
         for name in names:
@@ -144,8 +145,8 @@ def _suffix_lines(result: Result, records: Sequence[Record]) -> Figure:
         batch, prefix, heads, kv_heads = group
         title = f"{batch} rows, prefix {prefix}\n{heads}/{kv_heads} heads"
         plain_axes(axes, title, "tokens of each row's own", "")
-        axes.yaxis.set_major_formatter(FuncFormatter(_plain))
-    for axes in list(panels)[len(groups) :]:
+        _plain_numbers(axes.yaxis)
+    for axes in panels[len(groups) :]:
         axes.set_visible(False)
     figure.supylabel("milliseconds")
     _legend(figure, figure.axes[0], [])
@@ -195,7 +196,7 @@ def _relative_points(result: Result, records: Sequence[Record]) -> Figure:
         axes.axvline(1, **LIMIT)
         axes.set_xscale("log")
         plain_axes(axes, f"{heads[0]}/{heads[1]} heads", "times ours", "")
-        axes.xaxis.set_major_formatter(FuncFormatter(_plain))
+        _plain_numbers(axes.xaxis)
         axes.grid(visible=True, axis="both", color="#dddddd", linewidth=0.6)
     all_axes[0].set_yticks(range(len(trees)), trees, fontsize=8)
     all_axes[0].set_ylim(len(trees) - 0.5, -0.5)
@@ -224,5 +225,8 @@ def _legend(figure: Figure, axes: Axes, more: list[Line2D]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def _plain(value: float, _: object) -> str:
-    return f"{value:g}"
+def _plain_numbers(axis: Axis) -> None:
+    """On a logarithmic axis: 1, 2, 5, 10, not powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

@@ -7,9 +7,15 @@ import functools
 import time
 from typing import Any
 
+import models
 from experiments.harness import timing
 from experiments.harness.compilations import count_compilations
-from experiments.harness.environment import describe_environment, max_rss_bytes, package_version
+from experiments.harness.environment import (
+    describe_environment,
+    enable_compilation_cache,
+    max_rss_bytes,
+    package_version,
+)
 from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
@@ -26,14 +32,15 @@ _MATMUL, _READ = "matrix product", "memory read"
 def measure(config: KernelConfig, folder: ResultFolder) -> dict[str, Any]:
     """Measure every case of the suite; returns the summary, JSON values only."""
     started = time.perf_counter()
+    enable_compilation_cache(models.cache_dir() / "jax")
     wanted: tuple[Implementation, ...] = config.implementations or runnable_implementations()
     environment = describe_environment() | {"torch": package_version("torch")}
     ours, scaling = ours_of(wanted), scaling_note(config.divisor)
-    folder.begin(environment, ours=ours, scaling=scaling)
     units = {
         sized.full.name: functools.partial(measure_case, sized, config, wanted)
         for sized in suite_cases(config)
     }
+    folder.begin(environment, ours=ours, scaling=scaling)
     with count_compilations() as compilations:
         records = measure_units(folder, units, "cases")
     summary = {

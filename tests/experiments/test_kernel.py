@@ -47,6 +47,13 @@ def measured(case: AttentionCase, *names: Implementation, **config: Any) -> dict
     return kernel_run.measure_case(SizedCase(case, case), settings, names)
 
 
+def test_the_small_form_runs_one_case_of_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernel_cases, "SUITES", {"smoke": specs.SMOKE})
+    summary = run(KernelConfig(**KernelConfig.SMOKE, output=tmp_path / "out"))
+    assert (summary["cases"], summary["scale"], summary["ours"]) == (1, 8, "xla")
+    assert all(side["cases"] == 1 for side in summary["sides"].values())
+
+
 def test_a_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "out"
     arguments = ["--suite", "paper", "--repeats", "2", "--seed", "3", "--output", str(output)]
@@ -100,7 +107,7 @@ def check_record(record: dict[str, Any], case: AttentionCase) -> None:
 
 
 def test_a_run_that_was_broken_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    config = KernelConfig(implementations=("xla", "paged"), repeats=1, output=tmp_path / "broken")
+    config = KernelConfig(implementations=("paged", "dense"), repeats=1, output=tmp_path / "broken")
     measure = kernel_run.measure_case
     asked: list[AttentionCase] = []
 
@@ -253,6 +260,14 @@ def test_a_division_is_told_everywhere(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out.count("sizes divided by 4") == 2
 
 
+def test_a_tree_that_the_suite_does_not_have_is_an_error(tmp_path: Path):
+    with pytest.raises(UserError, match=r"--only 1,2_3,4: .* no such tree; it has 1,6_256,16 3_40"):
+        run(KernelConfig(only=(SHARED.tree, "1,2_3,4"), output=tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+    (sized,) = suite_cases(KernelConfig(only=("3_40",)))
+    assert sized.full == UNSHARED
+
+
 def test_heads_head_size_and_dtype_replace_the_suites():
     config = KernelConfig("trees", heads=("8/1", "4/4"), head_dim=64, dtype="bfloat16")
     cases = [sized.full for sized in suite_cases(config)]
@@ -279,6 +294,7 @@ def test_unknown_names_exit_with_2(arguments: list[str], capsys: pytest.CaptureF
         (["--seed", "-1"], "--seed must be from 0"),
         (["--implementations", "xla", "xla"], "--implementations names one twice: xla xla"),
         (["--implementations"], "--implementations names nothing"),
+        (["--only"], "--only names no trees"),
         (["--scale", "0"], "--scale must be at least 1, got 0"),
         (["--heads", "32/8", "8/3"], "--heads 8/3: give query heads and KV heads that divide"),
     ],
