@@ -185,7 +185,8 @@ def _relative_points(result: Result, records: Sequence[Record]) -> Figure:
         members = [r for r in records if (r["num_heads"], r["num_kv_heads"]) == heads]
         for name in names:
             there = [record for record in members if name in sides_of(record)]
-            places = [trees.index(record["full_tree"]) for record in there]
+            aside = 0.5 * ((names.index(name) + 0.5) / len(names) - 0.5)  # so that none is hidden
+            places = [trees.index(record["full_tree"]) + aside for record in there]
             style = _series_style(names.index(name)) | {"linestyle": "none"}
             axes.plot([_ratio(r, name, ours) for r in there], places, label=name, **style)
         floors = [
