@@ -26,6 +26,7 @@ from experiments.kernel_summary import median_of, sides_of
 MOST_BARS_CASES = 12
 _HIDDEN = ("reference",)  # the definition: it is there to be right
 _FLOOR = "floor: memory or matrix product"
+_LEGEND_COLUMN = 2.6  # inches
 
 Record = dict[str, Any]
 Value = Callable[[Record, str], float]
@@ -110,7 +111,7 @@ _PUBLISHED: dict[str, Any] = {
 
 
 def _published_handle() -> Line2D:
-    return Line2D([], [], label=f"ChunkAttention and PagedAttn*: {LABEL}", **_PUBLISHED)
+    return Line2D([], [], label=f"{LABEL} (ChunkAttn, PagedAttn*)", **_PUBLISHED)
 
 
 def _case_label(record: Record) -> str:
@@ -222,8 +223,10 @@ def _legend(figure: Figure, axes: Axes, more: list[Line2D]) -> None:
     """Below everything, so that it hides nothing."""
     handles, _ = axes.get_legend_handles_labels()
     handles = [*handles, *more]
-    columns = min(5, len(handles))
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+    columns = min(len(handles), int(figure.get_figwidth() / _LEGEND_COLUMN))
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+    )
 
 
 def _plain_numbers(axis: Axis) -> None:

@@ -425,6 +425,31 @@ def test_the_picture_shows_every_case_and_implementation():
     assert "published, A100 fp16" in legend.get_texts()[-1].get_text()
 
 
+@pytest.mark.parametrize(
+    ("suite", "cases"),
+    [
+        ("smoke", specs.SMOKE[:2]),
+        ("paper", PAPER),
+        ("trees", kernel_cases.TREES[:20]),
+        ("hydragen", kernel_cases.HYDRAGEN[:5]),
+    ],
+)
+def test_the_legend_is_inside_the_picture(suite: str, cases: Sequence[AttentionCase]):
+    result = made_up(suite, cases)
+    names = [name for name in ALL if name != "reference"]
+    for record in result.lines:
+        side = record["implementations"][0]
+        record["implementations"] = [{**side, "implementation": name} for name in names]
+    figure = figures(result)["picture"]
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+    drawn = {text.get_text() for text in legend.get_texts()}
+    assert drawn >= {*names} - {"xla"}
+
+
 def test_calls_are_timed_in_turns():
     made: list[str] = []
     calls = {name: lambda name=name: made.append(name) or np.zeros(1) for name in ("a", "b")}
