@@ -114,8 +114,8 @@ def headline(summary: dict[str, Any]) -> dict[str, Any]:
     return {
         "decode tokens/s": summary["decode_tokens_per_second"],
         "decode tokens/s, unshared": compare.get("decode_tokens_per_second"),
-        "KV bytes": summary["kv_bytes_held"],
-        "KV bytes, unshared": summary["kv_bytes_unshared"],
+        "KV MiB": summary["kv_bytes_held"] / 2**20,
+        "KV MiB, unshared": summary["kv_bytes_unshared"] / 2**20,
     }
 
 

@@ -189,7 +189,8 @@ def headline(summary: dict[str, Any]) -> dict[str, Any]:
         f"ms/token, {side}": 1e3 * record["normalised_latency"]["mean"]
         for side, record in sides.items()
     }
-    return {**latency, **{f"peak KV bytes, {s}": r["peak_kv_bytes"] for s, r in sides.items()}}
+    held = {f"peak KV MiB, {side}": one["peak_kv_bytes"] / 2**20 for side, one in sides.items()}
+    return latency | held
 
 
 def read_inputs(config: ServeConfig) -> Inputs:

@@ -42,7 +42,7 @@ class SoakConfig:
     """Run random requests for a long time and prove that nothing leaks, is lost or is compiled
     again."""
 
-    SMOKE: ClassVar[dict[str, Any]] = {"minutes": 0.05, "interval": 0.2, "recheck": 4, "rows": 4}
+    SMOKE: ClassVar[dict[str, Any]] = {"minutes": 0.05, "interval": 0.2, "recheck": 4, "rows": 2}
 
     minutes: float = 5.0
     """How long requests come. The first fifth warms up: it counts for nothing but lost requests."""

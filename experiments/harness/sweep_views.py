@@ -42,6 +42,8 @@ def figures(result: Result) -> dict[str, Figure]:
             axes.plot(x, y, label=series, **line_style(index))
         plain_axes(axes, "", over.replace("_", " "), name)
         axes.set_ylim(bottom=0)
+        axes.set_xticks(sorted({float(point["fields"][over]) for point in points}))
+        axes.xaxis.set_major_formatter("{x:g}")
     if len(points[0]["fields"]) > 1:
         panels[0].legend(frameon=False)
     figure.suptitle(f"{result.config['of']} on {result.environment['device']}")
