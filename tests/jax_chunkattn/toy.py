@@ -11,7 +11,7 @@ from flax import nnx
 import models
 from jax_chunkattn.planner import bucket
 from models.decoder import Decoder
-from tests.models.dense_attention import empty_pool, run_dense
+from models.dense_attention import empty_pool, run_dense
 
 CONTEXT = 512
 MIN_CONTEXT = 128

@@ -13,9 +13,9 @@ from flax import nnx
 import models
 from models.config import DecoderConfig
 from models.decoder import Block, Decoder
+from models.dense_attention import dense_attend, empty_pool, run_dense
 from models.presets import PRESETS, preset
 from models.rope import Rope
-from tests.models.dense_attention import dense_attend, empty_pool, run_dense
 from tests.models.weights import decoder_of, random_weights
 
 GROUPED = DecoderConfig(

@@ -18,9 +18,9 @@ import models
 from models.architectures import LLAMA, Key
 from models.building import build
 from models.decoder import Block
+from models.dense_attention import empty_pool, run_dense
 from models.layout import expected_shapes
 from models.random_weights import random_fill
-from tests.models.dense_attention import empty_pool, run_dense
 from tests.models.safetensors_writer import write_safetensors
 from tests.models.test_decoder import numpy_logits
 from tests.models.tiny_checkpoint import CONFIG, checkpoint_tensors, write_checkpoint

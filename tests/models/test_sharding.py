@@ -21,7 +21,7 @@ ON_TWO_DEVICES = """
 import jax, numpy as np
 from flax import nnx
 import models
-from tests.models.dense_attention import empty_pool, run_dense
+from models.dense_attention import empty_pool, run_dense
 
 def logits(model):
     tokens = np.array([5, 200, 17, 17, 3], np.int32)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models.dense_attention import empty_pool, run_dense
 from models.gguf_file import read_gguf
 from models.gguf_tokenizer import read_gguf_tokenizer
 from models.tokenizer import ChatTokenizer
-from tests.models.dense_attention import empty_pool, run_dense
 
 HERE = Path(__file__).parent
 CAPACITY = 256

@@ -1,14 +1,19 @@
-"""The plainest `attend`: dense keys and values, one sequence, for testing a decoder by itself."""
+"""The plainest `attend`: dense keys and values of one sequence, and no cache to share.
+
+What a decoder computes by itself, for tests and for comparisons with the chunk pool.
+"""
 
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jax_chunkattn.model_interface import Attend, CacheSpec
+from pallas_kernels.softcap import cap_scores
 
 PRECISION = jax.lax.Precision.HIGHEST
 
@@ -21,8 +26,13 @@ def empty_pool(
     return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
 
-def dense_attend(positions: jax.Array) -> Attend:
-    """Causal attention of the queries at `positions [T]` over everything written so far."""
+def dense_attend(
+    positions: jax.Array, *, scale: float | None = None, softcap: float | None = None
+) -> Attend:
+    """Causal attention of the queries at `positions [T]` over everything written so far.
+
+    Scores, weights and sums are in float32. `scale` and `softcap` are those of `CacheSpec`.
+    """
 
     def attend(pool, layer, q, k, v):
         keys = pool[0].at[layer, positions].set(k)
@@ -30,10 +40,11 @@ def dense_attend(positions: jax.Array) -> Attend:
         group = q.shape[1] // k.shape[1]
         wide_keys = jnp.repeat(keys[layer], group, axis=1).astype(jnp.float32)
         wide_values = jnp.repeat(values[layer], group, axis=1).astype(jnp.float32)
-        query = q.astype(jnp.float32) * q.shape[-1] ** -0.5
+        query = q.astype(jnp.float32) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
         scores = jnp.einsum("thd,shd->hts", query, wide_keys, precision=PRECISION)
         visible = jnp.arange(keys.shape[1])[None, :] <= positions[:, None]
-        weights = jax.nn.softmax(jnp.where(visible[None, :, :], scores, -jnp.inf), axis=-1)
+        capped = jnp.where(visible[None, :, :], cap_scores(scores, softcap), -jnp.inf)
+        weights = jax.nn.softmax(capped, axis=-1)
         out = jnp.einsum("hts,shd->thd", weights, wide_values, precision=PRECISION)
         return out.astype(q.dtype), (keys, values)
 
@@ -46,5 +57,7 @@ def run_dense(graphdef, state, tokens, positions, pool):
     from flax import nnx
 
     model = nnx.merge(graphdef, state)
-    hidden, pool = model(tokens, positions, pool, dense_attend(positions))
+    spec = model.cache_spec
+    attend = dense_attend(positions, scale=spec.scale, softcap=spec.softcap)
+    hidden, pool = model(tokens, positions, pool, attend)
     return model.logits(hidden), pool
