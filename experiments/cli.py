@@ -18,6 +18,7 @@ import tyro
 
 from experiments.cache import CacheConfig
 from experiments.compile_report import CompileReportConfig
+from experiments.decode import DecodeConfig
 from experiments.doctor import DoctorConfig
 from experiments.engine import EngineConfig
 from experiments.generate import GenerateConfig
@@ -33,6 +34,7 @@ from experiments.harness.invocation import (
 from experiments.harness.results import new_run_path
 from experiments.kernel import KernelConfig
 from experiments.models import ModelsConfig
+from experiments.quality import QualityConfig
 from experiments.report import ReportConfig
 from experiments.search import SearchConfig
 from experiments.serve import ServeConfig
@@ -47,7 +49,9 @@ DEBUG_VARIABLE = "JAX_CHUNKATTN_DEBUG"
 EXPERIMENTS: dict[str, Any] = {
     "generate": GenerateConfig,
     "kernel": KernelConfig,
+    "decode": DecodeConfig,
     "serve": ServeConfig,
+    "quality": QualityConfig,
     "cache": CacheConfig,
     "search": SearchConfig,
     "engine": EngineConfig,

@@ -1,6 +1,7 @@
 """Published shapes by name, for random or abstract weights.
 
-The numbers are those of each model's config.json on the Hugging Face hub.
+The numbers are those of each model's config.json on the Hugging Face hub. `tiny` and `small` are
+nobody's: for tests, and for measuring on a CPU, with long prompts.
 """
 
 from __future__ import annotations
@@ -94,6 +95,17 @@ PRESETS: dict[str, DecoderConfig] = {
         num_kv_heads=2,
         head_dim=16,
         max_positions=1024,
+        tie_embeddings=True,
+    ),
+    "small": DecoderConfig(
+        vocab_size=4096,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_layers=4,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=64,
+        max_positions=32_768,
         tie_embeddings=True,
     ),
     "smollm2-135m": DecoderConfig(

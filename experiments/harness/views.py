@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 VIEWS: dict[str, str] = {
     "cache": "experiments.cache_views",
     "compile-report": "experiments.gpu_compile.views",
+    "decode": "experiments.decode_views",
     "engine": "experiments.engine_views",
     "generate": "experiments.generate_views",
     "gpu": "experiments.gpu_bench.views",
     "kernel": "experiments.kernel_views",
+    "quality": "experiments.quality_views",
     "search": "experiments.search_views",
     "serve": "experiments.serving.views",
     "soak": "experiments.soaking.views",

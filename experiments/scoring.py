@@ -1,0 +1,235 @@
+"""Log-probabilities of a given text: by a plain forward pass, and over the chunk pool.
+
+A text is scored as a prefix and windows: every window is read behind the same prefix. Letters: P
+tokens of the prefix, W windows, T tokens of a window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from jax_chunkattn import CacheConfig, ChunkPool, allocate_pool, plan_decode
+from jax_chunkattn.backend import choose_backend
+from jax_chunkattn.decode_loop import decode_attend
+from jax_chunkattn.prefill import Segment, next_call, pack_segments, prefill_attend
+from models import Decoder
+from models.dense_attention import dense_attend, empty_pool
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What is scored: each target is the token that follows the input in its place."""
+
+    prefix: np.ndarray  # int32 [P]
+    inputs: np.ndarray  # int32 [W, T]
+    targets: np.ndarray  # int32 [W, T]
+
+    @classmethod
+    def of(cls, tokens: Sequence[int], prefix: int, window: int, windows: int) -> Passage:
+        """The first `prefix` tokens, and `windows` windows that follow one another behind them."""
+        ids = np.asarray(tokens[: passage_tokens(prefix, window, windows)], np.int32)
+        inputs, targets = ids[prefix:-1], ids[prefix + 1 :]
+        shape = windows, window
+        return cls(ids[:prefix], inputs.reshape(shape), targets.reshape(shape))
+
+    @property
+    def positions(self) -> int:
+        """Of the prefix and a window."""
+        return len(self.prefix) + self.inputs.shape[1]
+
+
+def passage_tokens(prefix: int, window: int, windows: int) -> int:
+    """Tokens of text that a passage takes; the last one is only a target."""
+    return prefix + window * windows + 1
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of every target, and the token that the model finds likeliest in its place."""
+
+    logprobs: np.ndarray  # float32 [W, T]
+    greedy: np.ndarray  # int32 [W, T]
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...]) -> Scores:
+        return cls(np.zeros(shape, np.float32), np.zeros(shape, np.int32))
+
+
+def score_plain(model: Decoder, passage: Passage, dtype: str) -> Scores:
+    """A causal forward pass over the prefix and the window, for each window: nothing is kept."""
+    split = nnx.split(model)
+    scores = Scores.empty(passage.targets.shape)
+    for window, targets in enumerate(passage.targets):
+        tokens = np.concatenate([passage.prefix, passage.inputs[window]])
+        logprobs, greedy = _forward(*split, tokens, targets, dtype)
+        scores.logprobs[window], scores.greedy[window] = logprobs, greedy
+    return scores
+
+
+class SharedScorer:
+    """Scores windows over a chunk pool that holds their prefix once.
+
+    The prefix is in whole chunks, and computed by the first call of `prefill` or `decode`.
+
+    Attributes:
+      plan_summary: of the plan that all steps of `decode` run by.
+      kv_bytes_held: by the pool.
+      kv_bytes_unshared: what every window's prefix and own tokens would take without sharing.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        passage: Passage,
+        *,
+        dtype: str,
+        chunk_size: int,
+        implementation: str | None = None,
+    ) -> None:
+        windows = len(passage.inputs)
+        shared, columns = len(passage.prefix) // chunk_size, -(-passage.positions // chunk_size)
+        own = np.arange(windows * (columns - shared)).reshape(windows, -1) + shared
+        self._model = model
+        self._split = nnx.split(model)
+        self._passage = passage
+        self._tables = [[*range(shared), *chunks] for chunks in own.tolist()]
+        self._cache = CacheConfig(shared + own.size, chunk_size, dtype)
+        self._sizes: Any = {"chunk_size": chunk_size, "num_chunks": shared + own.size}
+        self._backend = choose_backend(model.cache_spec, self._cache, implementation=implementation)
+        lengths = [len(passage.prefix)] * windows
+        self._plan, self.plan_summary = plan_decode(
+            self._tables, lengths, options=self._backend.planner, **self._sizes
+        )
+        chunk_bytes = self._cache.bytes_per_chunk(model.cache_spec)
+        self.kv_bytes_held = (shared + own.size) * chunk_bytes
+        self.kv_bytes_unshared = windows * columns * chunk_bytes
+        self._pool: ChunkPool | None = None
+
+    def prefill(self) -> Scores:
+        """The windows computed in packed calls, which read the prefix's chunks."""
+        pool, begin = self._with_prefix(), len(self._passage.prefix)
+        segments = [
+            Segment(inputs.tolist(), table, begin, self._passage.positions, begin)
+            for inputs, table in zip(self._passage.inputs, self._tables, strict=True)
+        ]
+        scores = Scores.empty(self._passage.targets.shape)
+        for call, num_tokens in _calls(segments):
+            places = [
+                (window, slice(segment.begin - begin, segment.end - begin))
+                for window, segment in call
+            ]
+            ids = np.concatenate([self._passage.targets[place] for place in places])
+            targets = np.pad(ids, (0, num_tokens - len(ids)))
+            hidden, pool = self._compute([segment for _, segment in call], num_tokens, pool)
+            logprobs, greedy = map(np.asarray, _score_hidden(*self._split, hidden, targets))
+            at = 0
+            for place in places:
+                end = at + len(scores.logprobs[place])
+                scores.logprobs[place], scores.greedy[place] = logprobs[at:end], greedy[at:end]
+                at = end
+        self._pool = pool
+        return scores
+
+    def decode(self) -> Scores:
+        """A token of every window a step, each fed as the text has it, by two-phase attention."""
+        windows, rows = len(self._tables), self._plan.private_chunks.shape[0]
+        padding = (0, rows - windows), (0, 0)
+        scored, self._pool = _decode(
+            *self._split,
+            self._with_prefix(),
+            np.pad(self._passage.inputs, padding),
+            np.pad(self._passage.targets, padding),
+            np.arange(rows) < windows,
+            np.int32(len(self._passage.prefix)),
+            self._plan,
+            self._backend.decode,
+        )
+        return Scores(*(np.asarray(values).T[:windows] for values in scored))
+
+    def _with_prefix(self) -> ChunkPool:
+        """The pool, which whoever takes it updates in place and gives back."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            return pool
+        pool, prefix = allocate_pool(self._model.cache_spec, self._cache), self._passage.prefix
+        whole = Segment(prefix.tolist(), self._tables[0], 0, len(prefix), 0)
+        for call, num_tokens in _calls([whole]):
+            _, pool = self._compute([segment for _, segment in call], num_tokens, pool)
+        return pool
+
+    def _compute(
+        self, segments: list[Segment], num_tokens: int, pool: ChunkPool
+    ) -> tuple[jax.Array, ChunkPool]:
+        """Hidden states of a call of prefill, and the pool after it."""
+        batch = pack_segments(
+            segments, num_tokens=num_tokens, options=self._backend.planner, **self._sizes
+        )
+        return _prefill(*self._split, pool, batch, self._backend.prefill)
+
+
+def _calls(segments: Sequence[Segment]) -> Iterator[tuple[list[tuple[int, Segment]], int]]:
+    """Calls of prefill that compute the segments, each with its index; a segment that does not fit
+    into one is cut and goes on in the next."""
+    left = dict(enumerate(segments))
+    while left:
+        call, num_tokens = next_call(list(left.items()))
+        yield call, num_tokens
+        for index, done in call:
+            segment = left.pop(index)
+            if done.end < segment.end:
+                rest = segment.tokens[done.end - segment.begin :]
+                going_on = replace(segment, tokens=rest, begin=done.end, write_from=done.end)
+                left = {index: going_on, **left}
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def _forward(graphdef, state, tokens, targets, dtype: str):
+    model = nnx.merge(graphdef, state)
+    spec, positions = model.cache_spec, jnp.arange(len(tokens), dtype=jnp.int32)
+    attend = dense_attend(positions, scale=spec.scale, softcap=spec.softcap)
+    hidden, _ = model(tokens, positions, empty_pool(spec, len(tokens), dtype), attend)
+    return _score(model.logits(hidden[-len(targets) :]), targets)
+
+
+@partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
+def _prefill(graphdef, state, pool, batch, implementation: str):
+    model = nnx.merge(graphdef, state)
+    attend = prefill_attend(model.cache_spec, batch.plan, implementation)
+    return model(jnp.asarray(batch.tokens), jnp.asarray(batch.positions), pool, attend)
+
+
+@partial(jax.jit, static_argnums=0)
+def _score_hidden(graphdef, state, hidden, targets):
+    return _score(nnx.merge(graphdef, state).logits(hidden), targets)
+
+
+@partial(jax.jit, static_argnums=(0, 8), donate_argnums=2)
+def _decode(graphdef, state, pool, inputs, targets, active, prefix, plan, implementation: str):
+    model = nnx.merge(graphdef, state)
+
+    def step(pool, fed):
+        place, tokens, following = fed
+        lengths = jnp.full(len(tokens), prefix + place, jnp.int32)
+        attend = decode_attend(model.cache_spec, plan, lengths, active, implementation)
+        hidden, pool = model(tokens, lengths, pool, attend)
+        return pool, _score(model.logits(hidden), following)
+
+    places = jnp.arange(inputs.shape[1], dtype=jnp.int32)
+    pool, scored = lax.scan(step, pool, (places, inputs.T, targets.T))
+    return scored, pool
+
+
+def _score(logits, targets):
+    """Log-probabilities of `targets [R]`, and the likeliest tokens, by `logits [R, V]`."""
+    logprobs = jax.nn.log_softmax(logits)
+    chosen = jnp.take_along_axis(logprobs, targets[:, None], axis=1)[:, 0]
+    return chosen, jnp.argmax(logits, axis=1).astype(jnp.int32)
