@@ -84,7 +84,6 @@ class BareLoop:
         self._plans = [plan for plan, _ in planned]
         self._pool = pool
         self._rows = rows
-        self._steps = steps_per_call
         self._static = {"num_steps": steps_per_call, "implementation": backend.decode}
         self._model = SplitModel.of(loaded.model)
         num_slots = bucket(rows, MIN_SLOTS)

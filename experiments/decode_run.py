@@ -31,6 +31,7 @@ from experiments.prompts import (
 )
 from jax_chunkattn import CacheConfig, ChunkPool, Engine, SamplingParams, chunks_needed
 from jax_chunkattn.backend import choose_backend
+from jax_chunkattn.prefill import CALL_TOKENS
 from models import LoadedModel
 
 CHECKED_PROMPTS = 4
@@ -223,6 +224,7 @@ def _answer(
         max_running=len(prompts),
         sharing=sharing,
         implementation=config.implementation,
+        prefill_tokens=CALL_TOKENS[0],  # one size of call: little to compile, and few tokens
         prefill_first=True,
     ) as engine:
         params = SamplingParams(config.check_tokens, ignore_eos=True)

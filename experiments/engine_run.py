@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 import models
+from experiments.bare_loop import BareLoop, random_pool
 from experiments.engine import EngineConfig
 from experiments.harness.environment import describe_environment, enable_compilation_cache
 from experiments.harness.errors import UserError
@@ -23,20 +22,12 @@ from experiments.harness.views import finish
 from experiments.loading import LoadOptions, ModelSource, load_model
 from jax_chunkattn import (
     CacheConfig,
-    CacheSpec,
-    ChunkPool,
     Engine,
     PrefixTree,
     SamplingParams,
     chunks_needed,
-    plan_decode,
 )
 from jax_chunkattn.backend import choose_backend
-from jax_chunkattn.decode_loop import decode_steps
-from jax_chunkattn.engine.engine import MIN_SLOTS
-from jax_chunkattn.planner import PlanShape, bucket
-from jax_chunkattn.programs import PROGRAMS, SplitModel
-from jax_chunkattn.request_table import DeviceState, RequestTable, RowState
 from models import LoadedModel
 
 Prompts = Sequence[Sequence[int]]
@@ -146,59 +137,30 @@ def _measures(bare: Sequence[Timed], engine: Sequence[Timed]) -> dict[str, Any]:
 
 
 def bare_loop(config: EngineConfig, loaded: LoadedModel, prompts: Prompts) -> Callable[[], Timed]:
-    """Decodes the rows from where their prompts end, by the engine's own program, over random keys
-    and values: a step takes as long whatever they are."""
-    calls = config.tokens // config.steps_per_call
+    """Decodes the rows from where their prompts end, by the engine's own program."""
+    tokens = config.tokens // config.steps_per_call * config.steps_per_call
     cache = _cache(config, prompts)
     spec = loaded.model.cache_spec
-    backend = choose_backend(spec, cache)
     tree = PrefixTree(cache.chunks_for(spec), config.chunk_size)
     for prompt in prompts:
         sequence = tree.insert(prompt)
         tree.reserve(sequence, config.tokens)
     rows = tree.rows()
     columns = -(-loaded.config.max_positions // config.chunk_size)
-    shape = PlanShape.largest(len(rows), min(columns, tree.num_chunks), backend.planner)
-    plans = [
-        plan_decode(
-            [row.chunk_table for row in rows],
-            [row.num_tokens + call * config.steps_per_call for row in rows],
-            chunk_size=config.chunk_size,
-            num_chunks=tree.num_chunks,
-            options=backend.planner,
-            at_least=shape,
-        )[0]
-        for call in range(calls)
-    ]
-    num_slots = bucket(config.rows, MIN_SLOTS)
-    real = np.arange(num_slots) < len(rows)
-    state = RowState(
-        np.zeros(num_slots, np.int32),
-        np.where(real, len(prompts[0]), 0).astype(np.int32),
-        np.where(real, config.tokens, 0).astype(np.int32),
+    loop = BareLoop(
+        loaded,
+        random_pool(spec, tree.num_chunks, config.chunk_size, config.dtype, config.seed),
+        [row.chunk_table for row in rows],
+        [row.num_tokens for row in rows],
+        tokens=tokens,
+        steps_per_call=config.steps_per_call,
+        backend=choose_backend(spec, cache),
+        columns=min(columns, tree.num_chunks),
     )
-    table = RequestTable.of(state, [], loaded.config.vocab_size)
-    pool = _random_pool(spec, tree, config)
-    slots = np.full(shape.rows, num_slots, np.int32)
-    slots[: len(rows)] = np.arange(len(rows))
-    model = SplitModel.of(loaded.model)
-    static = {"num_steps": config.steps_per_call, "implementation": backend.decode}
 
     def run() -> Timed:
-        nonlocal pool
-        now = DeviceState(pool, jax.tree.map(jnp.array, table))
-        programs = [
-            PROGRAMS.compiled(decode_steps, model, (now, slots, plan), **static)[0]
-            for plan in plans  # one and the same, unless plans for a GPU outgrow their shape
-        ]
-        jax.block_until_ready(now)
-        began = time.perf_counter()
-        for program, plan in zip(programs, plans, strict=True):
-            now, _ = program(model.leaves, now, slots, plan)
-        jax.block_until_ready(now)
-        seconds = time.perf_counter() - began
-        pool = now.pool
-        return Timed(calls * config.steps_per_call * len(rows), seconds)
+        (seconds,) = loop.run().seconds
+        return Timed(tokens * len(rows), seconds)
 
     return run
 
@@ -234,12 +196,6 @@ def engine_side(
         return Timed(after - before, ended - began, host_after - host_before)
 
     return run
-
-
-def _random_pool(spec: CacheSpec, tree: PrefixTree, config: EngineConfig) -> ChunkPool:
-    shape = (spec.num_layers, spec.num_kv_heads, tree.num_chunks, config.chunk_size, spec.head_dim)
-    keys = jax.random.split(jax.random.key(config.seed))
-    return ChunkPool(*(jax.random.normal(key, shape, jnp.dtype(config.dtype)) for key in keys))
 
 
 def _cache(config: EngineConfig, prompts: Prompts) -> CacheConfig:

@@ -45,11 +45,12 @@ class QualityConfig:
 
     SMOKE: ClassVar[dict[str, Any]] = {
         "model": "random:tiny",
-        "dtypes": ("float32", "bfloat16"),
+        "dtypes": ("float32",),
         "prefix": 64,
         "window": 12,
         "windows": 4,
         "chunk_size": 16,
+        "prefill_tokens": 32,
     }
 
     model: ModelName = "smollm2"
@@ -73,6 +74,9 @@ class QualityConfig:
 
     chunk_size: int = 64
     """Tokens in a chunk of the KV cache."""
+
+    prefill_tokens: Literal[32, 128, 512] = 512
+    """Most tokens that one call of prefill computes."""
 
     implementation: AttentionImplementation = None
 

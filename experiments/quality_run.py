@@ -117,6 +117,7 @@ class _Scoring:
                 passage,
                 dtype=dtype,
                 chunk_size=self._config.chunk_size,
+                prefill_tokens=self._config.prefill_tokens,
                 implementation=self._config.implementation,
             )
             if not scorer.plan_summary.shared:

@@ -114,7 +114,7 @@ def _draw_differences(axes: Axes, dtypes: list[str], records: list[Record]) -> N
     axes.legend(loc="upper left", frameon=False)
     plain_axes(
         axes,
-        "Decode from the shared cache against the plain pass",
+        "Shared decode against the plain pass",
         "difference of a token's log-probability, at most (nats)",
         "share of tokens (%)",
     )

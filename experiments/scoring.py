@@ -20,7 +20,7 @@ from jax import lax
 from jax_chunkattn import CacheConfig, ChunkPool, allocate_pool, plan_decode
 from jax_chunkattn.backend import choose_backend
 from jax_chunkattn.decode_loop import decode_attend
-from jax_chunkattn.prefill import Segment, next_call, pack_segments, prefill_attend
+from jax_chunkattn.prefill import CALL_TOKENS, Segment, next_call, pack_segments, prefill_attend
 from models import Decoder
 from models.dense_attention import dense_attend, empty_pool
 
@@ -93,12 +93,14 @@ class SharedScorer:
         *,
         dtype: str,
         chunk_size: int,
+        prefill_tokens: int = CALL_TOKENS[-1],
         implementation: str | None = None,
     ) -> None:
         windows = len(passage.inputs)
         shared, columns = len(passage.prefix) // chunk_size, -(-passage.positions // chunk_size)
         own = np.arange(windows * (columns - shared)).reshape(windows, -1) + shared
         self._model = model
+        self._prefill_tokens = prefill_tokens
         self._split = nnx.split(model)
         self._passage = passage
         self._tables = [[*range(shared), *chunks] for chunks in own.tolist()]
@@ -122,7 +124,7 @@ class SharedScorer:
             for inputs, table in zip(self._passage.inputs, self._tables, strict=True)
         ]
         scores = Scores.empty(self._passage.targets.shape)
-        for call, num_tokens in _calls(segments):
+        for call, num_tokens in self._calls(segments):
             places = [
                 (window, slice(segment.begin - begin, segment.end - begin))
                 for window, segment in call
@@ -162,9 +164,27 @@ class SharedScorer:
             return pool
         pool, prefix = allocate_pool(self._model.cache_spec, self._cache), self._passage.prefix
         whole = Segment(prefix.tolist(), self._tables[0], 0, len(prefix), 0)
-        for call, num_tokens in _calls([whole]):
+        for call, num_tokens in self._calls([whole]):
             _, pool = self._compute([segment for _, segment in call], num_tokens, pool)
         return pool
+
+    def _calls(
+        self, segments: Sequence[Segment]
+    ) -> Iterator[tuple[list[tuple[int, Segment]], int]]:
+        """Calls of prefill that compute the segments, each with its index, and their sizes.
+
+        A segment that does not fit into a call is cut, and goes on in the next.
+        """
+        left = dict(enumerate(segments))
+        while left:
+            call, num_tokens = next_call(list(left.items()), self._prefill_tokens)
+            yield call, num_tokens
+            for index, done in call:
+                segment = left.pop(index)
+                if done.end < segment.end:
+                    rest = segment.tokens[done.end - segment.begin :]
+                    going_on = replace(segment, tokens=rest, begin=done.end, write_from=done.end)
+                    left = {index: going_on, **left}
 
     def _compute(
         self, segments: list[Segment], num_tokens: int, pool: ChunkPool
@@ -174,21 +194,6 @@ class SharedScorer:
             segments, num_tokens=num_tokens, options=self._backend.planner, **self._sizes
         )
         return _prefill(*self._split, pool, batch, self._backend.prefill)
-
-
-def _calls(segments: Sequence[Segment]) -> Iterator[tuple[list[tuple[int, Segment]], int]]:
-    """Calls of prefill that compute the segments, each with its index; a segment that does not fit
-    into one is cut and goes on in the next."""
-    left = dict(enumerate(segments))
-    while left:
-        call, num_tokens = next_call(list(left.items()))
-        yield call, num_tokens
-        for index, done in call:
-            segment = left.pop(index)
-            if done.end < segment.end:
-                rest = segment.tokens[done.end - segment.begin :]
-                going_on = replace(segment, tokens=rest, begin=done.end, write_from=done.end)
-                left = {index: going_on, **left}
 
 
 @partial(jax.jit, static_argnums=(0, 4))

@@ -1,0 +1,150 @@
+"""`python -m experiments quality`, small."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import models
+from experiments import quality_run, quality_views
+from experiments.cli import main
+from experiments.harness.errors import UserError
+from experiments.harness.results import Result, read_result
+from experiments.quality import QualityConfig, check, headline, run
+from experiments.quality_measures import PATHS, measures_of
+from experiments.scoring import Passage, Scores, SharedScorer, score_plain
+
+SMALL = QualityConfig(**QualityConfig.SMOKE)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole run."""
+    folder = tmp_path_factory.mktemp("quality") / "run"
+    run(dataclasses.replace(SMALL, output=folder))
+    return folder
+
+
+def test_nothing_is_lost_in_float32(finished: Path):
+    result = read_result(finished)
+    assert result.summary is not None
+    paths = result.summary["dtypes"][0]["paths"]
+    assert list(paths) == list(PATHS)
+    assert result.summary["plan"]["shared"]
+    assert result.summary["plan"]["chunk_reads"] < result.summary["plan"]["unshared_chunk_reads"]
+    for path in ("prefill", "decode"):
+        assert paths[path]["largest_difference"] < 2e-5
+        assert paths[path]["perplexity"] == pytest.approx(paths["plain"]["perplexity"], rel=1e-6)
+        assert paths[path]["greedy_agreement"] == 1.0
+    for record in result.of_kind("score"):
+        logprobs = np.asarray(record["logprobs"])
+        assert logprobs.shape == (SMALL.windows, SMALL.window)
+        assert (logprobs < 0).all()
+    assert headline(result.summary)["perplexity, plain"] == paths["plain"]["perplexity"]
+
+
+def test_the_shared_prefix_counts():
+    """Behind another prefix the same windows have other probabilities, in the pool as without."""
+    model = models.load("random:tiny").model
+    text = list(quality_run.shipped_text().encode())
+    passage = Passage.of(text, SMALL.prefix, SMALL.window, SMALL.windows)
+    other = dataclasses.replace(passage, prefix=passage.prefix[::-1].copy())
+    plain, changed = (score_plain(model, each, "float32").logprobs for each in (passage, other))
+    scorer = SharedScorer(model, other, dtype="float32", chunk_size=16, prefill_tokens=32)
+    np.testing.assert_allclose(scorer.decode().logprobs, changed, atol=2e-5)
+    assert np.abs(changed - plain).max() > 0.1
+
+
+def test_a_run_that_was_broken_off_goes_on(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lines = (finished / "results.jsonl").read_text().splitlines(keepends=True)
+    (folder / "results.jsonl").write_text("".join(lines[:3]))
+
+    def no_plain_pass(*_: object) -> Scores:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(quality_run, "score_plain", no_plain_pass)
+    run(dataclasses.replace(SMALL, output=folder))
+    again = read_result(folder)
+    assert untimed(again) == untimed(read_result(finished))
+
+
+def untimed(result: Result) -> list[Any]:
+    return [table.untimed() for table in quality_views.tables(result)]
+
+
+def test_a_table_and_a_picture(finished: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    result = read_result(finished)
+    (table,) = quality_views.tables(result)
+    assert [row[1] for row in table.rows] == [quality_views.NAMES[path] for path in PATHS]
+    assert "12 of 16 chunk reads saved" in " ".join(table.notes)
+    assert list(quality_views.figures(result)) == ["quality"]
+    assert (finished / "quality.png").stat().st_size > 10_000
+
+
+def test_measures_follow_from_the_log_probabilities():
+    half = float(np.log(0.5))
+    records = [
+        {"dtype": "float16", "path": path, "logprobs": [logprobs], "greedy": [greedy]}
+        for path, logprobs, greedy in (
+            ("plain", [half, half], [1, 2]),
+            ("decode", [half, half - 0.2], [1, 3]),
+        )
+    ]
+    plain, shared = measures_of(records)
+    assert plain.perplexity == pytest.approx(2)
+    assert shared.perplexity == pytest.approx(2 * np.exp(0.1))
+    assert shared.difference == pytest.approx(shared.perplexity - 2)
+    assert shared.largest_difference == pytest.approx(0.2)
+    assert shared.mean_difference == pytest.approx(0.1)
+    assert shared.greedy_agreement == 0.5
+    assert shared.mean_error is None  # without a plain pass in float32
+
+
+def test_windows_follow_one_another_behind_the_prefix():
+    passage = Passage.of(range(100), prefix=4, window=3, windows=2)
+    assert passage.prefix.tolist() == [0, 1, 2, 3]
+    assert passage.inputs.tolist() == [[4, 5, 6], [7, 8, 9]]
+    assert passage.targets.tolist() == [[5, 6, 7], [8, 9, 10]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"windows": 0}, "--windows must be at least 1"),
+        ({"prefix": 65}, "--prefix must be a multiple of --chunk-size 16"),
+        ({"dtypes": ()}, "--dtypes must name one type or more"),
+        ({"dtypes": ("float32", "float32")}, "each once, got float32 float32"),
+        ({"seed": -1}, "--seed must be from 0"),
+    ],
+)
+def test_what_no_run_could_use_is_refused(changes: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        check(dataclasses.replace(SMALL, **changes))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", "absent.txt"], "text absent.txt: No such file"),
+        (["--windows", "5000"], "the text has 8,100 tokens"),
+        (["--prefix", "1024"], "make 1036 positions, random:tiny has 1024"),
+        (["--windows", "1"], "the plan shares nothing"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_in_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    small = ["--model", "random:tiny", "--prefix", "64", "--window", "12", "--windows", "4"]
+    small += ["--chunk-size", "16", "--dtypes", "float32", "--output", str(tmp_path / "out")]
+    assert main(["quality", *small, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
