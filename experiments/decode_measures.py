@@ -34,6 +34,7 @@ class Measured:
       ratio: how many times as fast the shared side is; each ratio is of one round. None without
         both sides.
       equal_rows: rows that choose the same tokens on both sides, of `rows`.
+      attention_share: operations of attention to the prompt, for one of the products with weights.
       skipped: why a side was not measured.
     """
 
@@ -44,6 +45,7 @@ class Measured:
     ratio: Spread | None
     kv_bytes: dict[str, int]
     equal_rows: int | None
+    attention_share: float
     skipped: dict[str, str]
 
 
@@ -82,5 +84,6 @@ def _measured(study: str, record: Record, index: int) -> Measured:
         ratio=ratio,
         kv_bytes={name: side["kv_bytes"] for name, side in record["sides"].items()},
         equal_rows=record["equal_rows"],
+        attention_share=record["operations"]["attention"] / record["operations"]["products"],
         skipped=record["skipped"],
     )

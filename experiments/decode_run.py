@@ -112,6 +112,7 @@ def _measure_point(config: DecodeConfig, loaded, point: Point) -> Record:
             }
             for side, loop in loops.items()
         },
+        "operations": _operations(model, point),
         "equal_rows": _equal_rows(*chosen.values()) if len(chosen) == 2 else None,
         "skipped": skipped,
     }
@@ -165,6 +166,17 @@ def _loops(
             columns=point.columns,
         )
         for side in sides
+    }
+
+
+def _operations(loaded: LoadedModel, point: Point) -> dict[str, int]:
+    """Of one token: in products with the weights, and in attention to a prompt before it."""
+    config = loaded.config
+    embeddings = config.vocab_size * config.hidden_size * (not config.tie_embeddings)
+    heads = config.num_layers * config.num_heads * config.head_dim
+    return {
+        "products": 2 * (config.num_parameters - embeddings),
+        "attention": 4 * heads * point.prompt_tokens,
     }
 
 

@@ -134,7 +134,13 @@ def _flatness(points: list[Measured]) -> list[ResultTable]:
         Column("to"),
         Column("tokens/s lost", timed=True),
     ]
-    return [table_of("what a longer prefix costs", columns, rows)] if rows else []
+    notes = [
+        "Sharing saves reading a prefix for every row, not multiplying with it: attention to the "
+        f"prompt takes {points[-1].attention_share:.2g} operations for one of the products with "
+        f"weights at {points[-1].x:,} shared tokens, {points[0].attention_share:.2g} at "
+        f"{points[0].x:,}. A device that multiplies faster than it reads loses less."
+    ]
+    return [table_of("what a longer prefix costs", columns, rows, notes=notes)] if rows else []
 
 
 def _tokens_table(config: Record, record: Record) -> ResultTable:

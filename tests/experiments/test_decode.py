@@ -86,6 +86,7 @@ def made_up(shared_tokens: int, seconds: dict[str, list[list[float]]], **changes
         for side, taken in seconds.items()
     }
     record = {"kind": "point", **dataclasses.asdict(point), "sides": sides, "skipped": {}}
+    record["operations"] = {"products": 100, "attention": shared_tokens}
     return {**record, "equal_rows": 4, **changes}
 
 
@@ -130,6 +131,7 @@ def test_the_loss_over_the_longest_prefix_is_told():
     result = Result(Path("."), {"experiment": "decode", "config": config}, lines, None)
     _, flatness = decode_views.tables(result)
     assert flatness.rows[0] == ("shared", "1,024", "16,384", "20.0%")
+    assert "1.6e+02 operations" in flatness.notes[0]
     labels = decode_views.figures(result)["decode"].axes[0].get_legend_handles_labels()[1]
     assert sorted(labels) == ["15% less (Hydragen, A100)", "shared", "unshared"]
 
