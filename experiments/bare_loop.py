@@ -22,6 +22,7 @@ from jax_chunkattn.planner import PlanShape, bucket
 from jax_chunkattn.programs import PROGRAMS, SplitModel
 from jax_chunkattn.request_table import DeviceState, RequestTable, RowState
 from models import LoadedModel
+from pallas_kernels import DecodePlan
 
 
 def random_pool(
@@ -94,23 +95,29 @@ class BareLoop:
         self._slots = np.full(shape.rows, num_slots, np.int32)
         self._slots[:rows] = np.arange(rows)
 
+    def warm_up(self) -> None:
+        """Compiles, and runs the first call; what it writes is written again by every run."""
+        self._decode(self._plans[:1], ())
+
     def run(self, marks: Sequence[int] = ()) -> LoopRun:
         """All tokens; timed until each number of `marks`, in calls, and without them to the end.
 
         Programs that are not compiled yet are compiled before.
         """
-        marks = marks or (len(self._plans),)
+        return self._decode(self._plans, marks or (len(self._plans),))
+
+    def _decode(self, plans: Sequence[DecodePlan], marks: Sequence[int]) -> LoopRun:
         state = DeviceState(self._pool, jax.tree.map(jnp.array, self._table))
         programs = [
             PROGRAMS.compiled(
                 decode_steps, self._model, (state, self._slots, plan), **self._static
             )[0]
-            for plan in self._plans  # one and the same, unless plans for a GPU outgrow their shape
+            for plan in plans  # one and the same, unless plans for a GPU outgrow their shape
         ]
         jax.block_until_ready(state)
         seconds, chosen = [], []
         began = time.perf_counter()
-        for call, (program, plan) in enumerate(zip(programs, self._plans, strict=True), start=1):
+        for call, (program, plan) in enumerate(zip(programs, plans, strict=True), start=1):
             state, emitted = program(self._model.leaves, state, self._slots, plan)
             chosen.append(emitted.tokens)
             if call in marks:

@@ -21,10 +21,10 @@ of 8 query and 4 KV heads of 64, 32,768 positions, 8 KiB of float32 KV cache a t
 decode 32 rows of it at hundreds of tokens a second, and 32 copies of 16,384 tokens fit into 4.3 GB.
 Attention's part is larger than in a large model: over 3,600 tokens it takes as many operations as
 the products with the weights, in Llama 2 7B over 26,000. `--model smollm2` is a real one: 45 KiB a
-token, 8,192 positions.
+token, 8,192 positions. A study takes some minutes.
 
-    python -m experiments decode --study completion
-    python -m experiments decode --study shared --rounds 3
+    python -m experiments decode
+    python -m experiments decode --study shared --rounds 5
     python -m experiments decode --study batch --model smollm2 --points 4 8 16
 """
 
@@ -90,7 +90,7 @@ class DecodeConfig:
     own_tokens: int = 16
     """Tokens of each prompt behind the shared ones."""
 
-    tokens: int = 64
+    tokens: int = 32
     """Tokens decoded for each row, unless the study varies them."""
 
     chunk_size: int = 64
@@ -99,7 +99,7 @@ class DecodeConfig:
     steps_per_call: int = 8
     """Tokens decoded for each row in one call to the device, unless the study varies them."""
 
-    rounds: int = 5
+    rounds: int = 3
     """How often each side is timed, in turns; the medians are reported."""
 
     check_tokens: int = 16

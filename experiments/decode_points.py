@@ -30,7 +30,7 @@ class Study:
 STUDIES: Mapping[str, Study] = {
     "completion": Study(
         "completion tokens",
-        (32, 64, 128, 256),
+        (16, 32, 64, 128),
         shared_tokens=(1024, 2048, 4096),
         published="Published on an A100 (ChunkAttention, Figure 3), after 512 completion tokens, "
         "PagedAttention -> ChunkAttention in thousand tokens/s: 69 -> 186 (2.7x) with 1,024 shared "

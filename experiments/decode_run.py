@@ -91,13 +91,16 @@ def _measure_point(config: DecodeConfig, loaded, point: Point) -> Record:
     model: LoadedModel = loaded()
     skipped = _skip_reasons(config, model, point)
     loops = _loops(config, model, point, skipped)
-    chosen = {side: loop.run().tokens for side, loop in loops.items()}
+    for loop in loops.values():
+        loop.warm_up()
+    chosen: dict[str, np.ndarray] = {}
     marks = [count // point.steps_per_call for count in point.completions]
     seconds: dict[str, list[list[float]]] = {side: [] for side in loops}
     for turn in range(config.rounds):
         for side in sorted(loops, reverse=turn % 2 == 1):
-            taken = loops[side].run(marks).seconds
-            seconds[side].append([round(each, 6) for each in taken])
+            ran = loops[side].run(marks)
+            chosen[side] = ran.tokens
+            seconds[side].append([round(each, 6) for each in ran.seconds])
     chunk_bytes = _cache(config, point, 1).bytes_per_chunk(model.model.cache_spec)
     held = {"shared": point.num_chunks, "unshared": point.num_chunks_unshared}
     return {
