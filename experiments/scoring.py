@@ -96,6 +96,9 @@ class SharedScorer:
         prefill_tokens: int = CALL_TOKENS[-1],
         implementation: str | None = None,
     ) -> None:
+        """Raises ValueError for a prefix that is not in whole chunks."""
+        if len(passage.prefix) % chunk_size:
+            raise ValueError(f"{len(passage.prefix)} tokens are not whole chunks of {chunk_size}")
         windows = len(passage.inputs)
         shared, columns = len(passage.prefix) // chunk_size, -(-passage.positions // chunk_size)
         own = np.arange(windows * (columns - shared)).reshape(windows, -1) + shared
