@@ -42,6 +42,7 @@ def figures(result: Result) -> dict[str, Figure]:
         _draw(axes, config, study, points)
         y = "tokens per second" if axes is all_axes[0] else ""
         plain_axes(axes, title, study.varies, y)
+    all_axes[0].set_ylim(bottom=0)  # only now: it keeps the top, which all panels have in common
     all_axes[0].legend(loc="best", frameon=False)
     figure.suptitle(f"Decoding, {_setting(config)}")
     return {"decode": figure}
@@ -178,7 +179,6 @@ def _draw(axes: Axes, config: Record, study: Study, points: list[Measured]) -> N
         least = next((value for value in values if value), 1)
         axes.set_xscale("symlog", base=2, linthresh=least, linscale=0.7)
     axes.set_xticks(values, [f"{value:,}" for value in values], minor=False)
-    axes.set_ylim(bottom=0)
 
 
 def _draw_hydragen(axes: Axes, points: list[Measured]) -> None:

@@ -136,6 +136,20 @@ def test_the_loss_over_the_longest_prefix_is_told():
     assert sorted(labels) == ["15% less (Hydragen, A100)", "shared", "unshared"]
 
 
+def test_no_panel_cuts_off_a_rate():
+    config = {**dataclasses.asdict(SMALL), "study": "completion"}
+    lines = [
+        made_up(shared, {"shared": [[1.0 / rate, 2.0 / rate]]})
+        for shared, rate in ((32, 1.0), (64, 9.0))
+    ]
+    result = Result(Path("."), {"experiment": "decode", "config": config}, lines, None)
+    low, high = decode_views.figures(result)["decode"].axes
+    assert low.get_title() == "32 shared tokens"
+    assert low.get_ylim() == high.get_ylim()
+    assert low.get_ylim()[0] == 0
+    assert high.get_ylim()[1] > 9 * 4 * 8
+
+
 @pytest.mark.parametrize("study", ["completion", "batch", "shared", "chunk-size", "steps"])
 def test_every_study_varies_what_it_says(study: Any):
     config = DecodeConfig(study=study)
