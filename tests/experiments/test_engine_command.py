@@ -12,11 +12,9 @@ from experiments.engine import EngineConfig, check, run
 from experiments.engine_run import Timed
 from experiments.harness.errors import UserError
 from experiments.harness.results import read_result
-from jax_chunkattn import Engine
 
 
-def test_both_sides_are_timed_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Engine, "warm_up", lambda _: None)  # of which this needs a third
+def test_both_sides_are_timed_in_turns(tmp_path: Path):
     small = {"model": "random:tiny", "rows": 2, "shared_tokens": 32, "tokens": 24, "rounds": 3}
     out = tmp_path / "out"
     summary = run(EngineConfig(**small, steps_per_call=4, chunk_size=16, output=out))
