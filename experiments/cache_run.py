@@ -14,7 +14,8 @@ from experiments.caching.simulation import simulate
 from experiments.caching.touches import Replay, Touches, count_refused, find_touches
 from experiments.caching.workload import Workload, read_workload
 from experiments.harness.environment import describe_host
-from experiments.harness.results import Record, ResultFolder
+from experiments.harness.reading import Record
+from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from experiments.caching.policies import LRU, SIMULATED
 from experiments.harness.plotting import LIMIT, line_style, make_figure, plain_axes
-from experiments.harness.results import Record, Result
+from experiments.harness.reading import Record, Result
 from experiments.harness.tables import Column, ResultTable, significant, table_of
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from experiments.harness.results import Record
+from experiments.harness.reading import Record
 
 SIDES = ("shared", "unshared")
 

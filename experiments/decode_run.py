@@ -17,7 +17,8 @@ from experiments.decode import DecodeConfig
 from experiments.decode_measures import Measured, Spread, measured
 from experiments.decode_points import Point, points_of, varied
 from experiments.harness.environment import describe_environment, enable_compilation_cache
-from experiments.harness.results import Record, ResultFolder
+from experiments.harness.reading import Record
+from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
 from experiments.loading import LoadOptions, ModelSource, fetch_model, load_fetched

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from experiments.decode_measures import SIDES, Measured, Spread, measured
 from experiments.decode_points import HYDRAGEN_LOSS, STUDIES, Study
 from experiments.harness.plotting import LIMIT, line_style, make_figure, plain_axes
-from experiments.harness.results import Record, Result
+from experiments.harness.reading import Record, Result
 from experiments.harness.tables import (
     Column,
     ResultTable,

@@ -18,7 +18,8 @@ from experiments.harness.environment import (
     free_memory_bytes,
 )
 from experiments.harness.progress import PhaseDisplay, phase_display
-from experiments.harness.results import Record, ResultFolder
+from experiments.harness.reading import Record
+from experiments.harness.results import ResultFolder
 from experiments.harness.tables import print_table
 from experiments.harness.units import tell_taken_over
 from experiments.harness.views import finish

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from experiments.decoding import Measured
 from experiments.harness.plotting import bar_style, make_figure, plain_axes
-from experiments.harness.results import Record, Result
+from experiments.harness.reading import Record, Result
 from experiments.harness.tables import Column, ResultTable, format_bytes, table_of
 from experiments.summary import UNSHARED, measured_of
 

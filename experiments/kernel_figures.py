@@ -19,7 +19,7 @@ from experiments.harness.plotting import (
     make_figure,
     plain_axes,
 )
-from experiments.harness.results import Result
+from experiments.harness.reading import Result
 from experiments.kernel_published import LABEL, published_speedups
 from experiments.kernel_summary import median_of, sides_of
 

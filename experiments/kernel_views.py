@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from experiments.harness.results import Result
+from experiments.harness.reading import Result
 from experiments.harness.tables import (
     Column,
     ResultTable,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.harness.results import Record
+from experiments.harness.reading import Record
 
 PATHS = ("plain", "prefill", "decode")
 EXACT = ("float32", "plain")

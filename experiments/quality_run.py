@@ -10,7 +10,8 @@ from typing import Any
 import models
 from experiments.harness.environment import describe_environment, enable_compilation_cache
 from experiments.harness.errors import UserError
-from experiments.harness.results import Record, ResultFolder
+from experiments.harness.reading import Record
+from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
 from experiments.loading import LoadOptions, ModelSource, fetch_model, load_fetched

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.harness.plotting import bar_style, line_style, make_figure, plain_axes
-from experiments.harness.results import Record, Result
+from experiments.harness.reading import Record, Result
 from experiments.harness.tables import Column, ResultTable, format_bytes, table_of
 from experiments.quality_measures import PATHS, Measures, differences, measures_of
 

@@ -11,7 +11,8 @@ from typing import Any
 from experiments.harness.console import make_console
 from experiments.harness.errors import UserError
 from experiments.harness.plotting import save_figures
-from experiments.harness.results import RESULTS, Result, new_run_path, read_result
+from experiments.harness.reading import RESULTS, Result, read_result
+from experiments.harness.results import new_run_path
 from experiments.harness.tables import to_markdown
 from experiments.harness.views import views_of
 from experiments.report import ReportConfig

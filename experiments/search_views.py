@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from experiments.harness.plotting import COLOURS, make_figure, plain_axes
-from experiments.harness.results import Result
+from experiments.harness.reading import Result
 from experiments.harness.tables import Column, ResultTable, format_bytes, table_of
 
 

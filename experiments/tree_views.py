@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from experiments.harness.plotting import line_style, make_figure, plain_axes
-from experiments.harness.results import Record, Result
+from experiments.harness.reading import Record, Result
 from experiments.harness.tables import Column, ResultTable, table_of
 
 _OPERATIONS = {

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from experiments.harness.results import Record, Result
+from experiments.harness.reading import Record, Result
 from experiments.harness.tables import Column, ResultTable, format_bytes, table_of
 
 

@@ -18,7 +18,7 @@ import tyro
 
 from experiments.harness.errors import UserError
 from experiments.harness.options import option
-from experiments.harness.results import read_result
+from experiments.harness.reading import read_result
 
 C = TypeVar("C")
 _OWN = ("output",)  # of one run: never taken from a file or an earlier result

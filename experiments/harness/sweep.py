@@ -12,14 +12,8 @@ from experiments.harness.console import quiet_consoles
 from experiments.harness.environment import describe_environment
 from experiments.harness.errors import UserError
 from experiments.harness.options import option
-from experiments.harness.results import (
-    RESULTS,
-    Record,
-    ResultFolder,
-    config_record,
-    open_results,
-    read_result,
-)
+from experiments.harness.reading import RESULTS, Record, read_result
+from experiments.harness.results import ResultFolder, config_record, open_results
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
 

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable, Mapping
 
 from experiments.harness.progress import phase_display
-from experiments.harness.results import Record, ResultFolder
+from experiments.harness.reading import Record
+from experiments.harness.results import ResultFolder
 
 Units = Mapping[str, Callable[[], Record]]
 """What measures each unit, by its name; each returns JSON values with a `kind`."""

@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Protocol, cast
 
 from experiments.harness.console import make_console
-from experiments.harness.results import Record, Result, ResultFolder, read_result
+from experiments.harness.reading import Record, Result, read_result
+from experiments.harness.results import ResultFolder
 from experiments.harness.tables import ResultTable, print_table
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.harness.results import Result
+from experiments.harness.reading import Result
 from experiments.harness.tables import Column, ResultTable, Row, format_bytes, table_of
 from experiments.serving.figures import serving_figure
 from experiments.serving.measures import served_of

@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.harness.results import Result
+from experiments.harness.reading import Result
 from experiments.harness.tables import Column, ResultTable, format_bytes, table_of
 from experiments.soaking.checks import MEMORY_GROWTH
 from experiments.soaking.figure import soak_figure

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.harness.results import Result, read_result
+from experiments.harness.reading import Result, read_result
 from experiments.harness.tables import ResultTable, to_markdown
 
 ENVIRONMENT = {

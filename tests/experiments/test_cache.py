@@ -16,7 +16,7 @@ from experiments.cache_run import NO_BOUND
 from experiments.caching.made_up import make_up
 from experiments.caching.workload import read_workload
 from experiments.harness.errors import UserError
-from experiments.harness.results import Result, read_result
+from experiments.harness.reading import Result, read_result
 from experiments.trace import ideal_block_hit_rate, read_trace
 
 SMALL: dict[str, Any] = {**CacheConfig.SMOKE, "requests": 60, "pool_tokens": (50_000, 200_000)}

@@ -15,7 +15,7 @@ from experiments.decode import DecodeConfig, check, headline, run
 from experiments.decode_measures import measured
 from experiments.decode_points import Point, points_of
 from experiments.harness.errors import UserError
-from experiments.harness.results import Record, Result, read_result
+from experiments.harness.reading import Record, Result, read_result
 
 SMALL = DecodeConfig(**DecodeConfig.SMOKE)
 

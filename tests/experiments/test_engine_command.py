@@ -11,7 +11,7 @@ import pytest
 from experiments.engine import EngineConfig, check, run
 from experiments.engine_run import Timed
 from experiments.harness.errors import UserError
-from experiments.harness.results import read_result
+from experiments.harness.reading import read_result
 
 
 def test_both_sides_are_timed_in_turns(tmp_path: Path):

@@ -14,7 +14,7 @@ from experiments.cli import main
 from experiments.gpu_bench import floors, grid, oracle
 from experiments.gpu_bench.jobs import XLA, Job, OwnSide, unshared
 from experiments.gpu_bench.views import tables
-from experiments.harness.results import read_result
+from experiments.harness.reading import read_result
 from pallas_kernels.specs import AttentionCase
 from tests.experiments.results import summary_in, text_of
 

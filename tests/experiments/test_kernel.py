@@ -17,7 +17,7 @@ from experiments import kernel_cases, kernel_operands, kernel_run, kernel_sides,
 from experiments.cli import main
 from experiments.harness import plotting, timing
 from experiments.harness.errors import UserError
-from experiments.harness.results import Result, read_result
+from experiments.harness.reading import Result, read_result
 from experiments.kernel import SCALES, Implementation, KernelConfig, Suite, headline, run
 from experiments.kernel_cases import SizedCase, divided, suite_cases
 from experiments.kernel_published import published_speedups

@@ -13,7 +13,7 @@ import models
 from experiments import quality_run, quality_views
 from experiments.cli import main
 from experiments.harness.errors import UserError
-from experiments.harness.results import Result, read_result
+from experiments.harness.reading import Result, read_result
 from experiments.quality import QualityConfig, check, headline, run
 from experiments.quality_measures import PATHS, measures_of
 from experiments.scoring import Passage, Scores, SharedScorer, score_plain

@@ -15,7 +15,7 @@ from experiments.cli import COMMANDS, EXPERIMENTS, main
 from experiments.gpu_compile.target import check_installed
 from experiments.harness.errors import UserError
 from experiments.harness.invocation import as_arguments
-from experiments.harness.results import read_result
+from experiments.harness.reading import read_result
 from experiments.harness.views import views_of
 from tests.experiments.results import text_of
 from tests.models.parity.golden import FOLDER, Golden

@@ -10,14 +10,8 @@ from typing import Any
 import pytest
 
 from experiments.harness.errors import UserError
-from experiments.harness.results import (
-    SCHEMA,
-    ResultFolder,
-    config_record,
-    new_run_path,
-    open_results,
-    read_result,
-)
+from experiments.harness.reading import SCHEMA, read_result
+from experiments.harness.results import ResultFolder, config_record, new_run_path, open_results
 from experiments.kernel import KernelConfig
 from experiments.serve import ServeConfig
 from tests.experiments.results import ENVIRONMENT, lines_in

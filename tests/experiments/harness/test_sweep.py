@@ -12,7 +12,8 @@ import pytest
 from experiments import generate
 from experiments.cli import main
 from experiments.generate import GenerateConfig
-from experiments.harness.results import ResultFolder, read_result
+from experiments.harness.reading import read_result
+from experiments.harness.results import ResultFolder
 from experiments.harness.sweep_views import figures, tables
 from tests.experiments.results import ENVIRONMENT, summary_in
 
