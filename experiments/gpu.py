@@ -52,6 +52,7 @@ import tyro
 
 from experiments.harness.errors import UserError
 from experiments.harness.options import check_above_zero, check_seed
+from experiments.harness.reading import SUMMARY
 from experiments.harness.results import new_run_path, open_results
 
 Part = Literal[
@@ -151,7 +152,10 @@ def headline(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def default_folder(config: GpuConfig) -> Path:
-    """Where the results of a run go: beside the other committed ones only if they were measured."""
+    """Where the results of a run go: beside the other committed ones only if they were measured.
+
+    One that was broken off there is gone on with.
+    """
     if config.mode != "measure":
         return new_run_path("gpu")
     import jax
@@ -163,7 +167,7 @@ def default_folder(config: GpuConfig) -> Path:
     name = "-".join(re.findall(r"[a-z0-9]+", kind))
     stem, count = RESULTS / f"{name}-{date.today()}" / "gpu", 1
     path = stem
-    while path.exists():
+    while (path / SUMMARY).exists():
         count += 1
         path = stem.with_name(f"gpu-{count}")
     return path

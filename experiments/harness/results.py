@@ -67,8 +67,8 @@ class ResultFolder:
                 f"output folder {path} cannot be written ({error.strerror or error}); "
                 "choose another with --output"
             ) from error
-        if self.results_path.exists():
-            self._take_over()
+        if self.results_path.exists() and b"\n" in self.results_path.read_bytes():
+            self._take_over()  # else it was broken off before its first line was written
 
     @property
     def results_path(self) -> Path:
@@ -77,10 +77,6 @@ class ResultFolder:
     @property
     def summary_path(self) -> Path:
         return self.path / SUMMARY
-
-    @property
-    def picture_path(self) -> Path:
-        return self.path / "picture.png"
 
     def begin(self, environment: Mapping[str, Any], **setting: Any) -> None:
         """Write the header, with what the config does not tell; first of all that is written.
@@ -132,10 +128,8 @@ class ResultFolder:
         """Where the results so far are, in words."""
         if self._count == 0:
             return "no results were written"
-        return (
-            f"the results so far ({self._count} lines) are in {self.results_path}; "
-            "the same command goes on from there"
-        )
+        goes_on = "; the same command goes on from there" if self.finished else ""
+        return f"the results so far ({self._count} lines) are in {self.results_path}{goes_on}"
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """The run has ended."""

@@ -97,6 +97,13 @@ def test_a_run_goes_on_where_it_was_broken_off(tmp_path: Path) -> None:
     assert kinds == [("run", None), ("part", 0), ("whole", None), ("part", 2), ("whole", None)]
 
 
+def test_a_run_that_was_killed_before_its_first_line_begins_anew(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text('{"kind": "ru')
+    with begun(tmp_path) as folder:
+        folder.finish_unit("first", {"kind": "whole"})
+    assert [line["kind"] for line in lines_in(tmp_path)] == ["run", "whole"]
+
+
 def test_what_has_ended_is_not_overwritten(tmp_path: Path) -> None:
     break_off(tmp_path / "out")
     (tmp_path / "out" / "summary.json").write_text("{}")
