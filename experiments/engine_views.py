@@ -28,7 +28,7 @@ def tables(result: Result) -> list[ResultTable]:
     ]
     low, high = summary["ratio_range"]
     note = f"the engine reaches {summary['ratio']:.1%} of the bare loop ({low:.1%} to {high:.1%})"
-    return [table_of(title, columns, rows, notes=[note])]
+    return [table_of(title, columns, rows, timed_notes=[note])]
 
 
 def figures(result: Result) -> dict[str, Figure]:

@@ -99,11 +99,11 @@ def speed(run: Measured, unshared: Measured | None, seconds: dict[str, float]) -
             f"The two sides have different batches ({run.batch} and {unshared.batch} requests); "
             "--compare-batch chooses the second."
         )
-    if seconds:
-        phases = (f"{name.replace('_', ' ')} {taken:.1f} s" for name, taken in seconds.items())
-        notes.append(f"phases: {', '.join(phases)}")
+    phases = [f"{name.replace('_', ' ')} {taken:.1f} s" for name, taken in seconds.items()]
     columns = _columns(("", "this run", "without sharing", "ratio"), timed=True)
-    return table_of("Speed, compilation not counted", columns, rows, notes=notes)
+    timed = [f"phases: {', '.join(phases)}"] if phases else []
+    title = "Speed, compilation not counted"
+    return table_of(title, columns, rows, notes=notes, timed_notes=timed)
 
 
 def comparison_figure(title: str, run: Measured, unshared: Measured | None) -> Figure:

@@ -51,7 +51,7 @@ def _costs(summary: Record) -> ResultTable:
         columns,
         map(_row, summary["sizes"]),
         map(_row, summary["children"]),
-        notes=[
+        timed_notes=[
             f"{summary['bytes_per_node']:.0f} bytes per node (growth of resident memory); "
             f"evicting {chunks} chunks takes {_cost(summary['evict_microseconds'])} microseconds"
         ],

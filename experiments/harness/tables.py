@@ -29,19 +29,21 @@ class ResultTable:
     """Attributes:
     sections: rows, in groups with a line between two of them.
     notes: sentences that stand below.
+    timed_notes: those that depend on a clock, which stand below them.
     """
 
     title: str
     columns: tuple[Column, ...]
     sections: tuple[tuple[Row, ...], ...]
     notes: tuple[str, ...] = ()
+    timed_notes: tuple[str, ...] = ()
 
     @property
     def rows(self) -> list[Row]:
         return [row for section in self.sections for row in section]
 
     def untimed(self) -> ResultTable:
-        """Without the columns that depend on a clock."""
+        """Without the columns and notes that depend on a clock."""
         kept = [index for index, column in enumerate(self.columns) if not column.timed]
         return replace(
             self,
@@ -50,6 +52,7 @@ class ResultTable:
                 tuple(tuple(row[index] for index in kept) for row in section)
                 for section in self.sections
             ),
+            timed_notes=(),
         )
 
 
@@ -59,10 +62,11 @@ def table_of(
     rows: Iterable[Sequence[str]],
     *more: Iterable[Sequence[str]],
     notes: Sequence[str] = (),
+    timed_notes: Sequence[str] = (),
 ) -> ResultTable:
     """A table of one section of rows, or of several."""
     sections = tuple(tuple(tuple(row) for row in section) for section in (rows, *more))
-    return ResultTable(title, tuple(columns), sections, tuple(notes))
+    return ResultTable(title, tuple(columns), sections, tuple(notes), tuple(timed_notes))
 
 
 def print_table(console: Console, table: ResultTable) -> None:
@@ -77,7 +81,7 @@ def print_table(console: Console, table: ResultTable) -> None:
             shown.add_row(*map(Text, row))
         shown.add_section()
     console.print(shown)
-    for note in table.notes:
+    for note in (*table.notes, *table.timed_notes):
         console.print(note, markup=False)
     console.print()
 
@@ -88,7 +92,7 @@ def to_markdown(table: ResultTable) -> str:
     lines.append(_line(column.heading for column in table.columns))
     lines.append(_line("---:" if column.numeric else "---" for column in table.columns))
     lines += [_line(row) for row in table.rows]
-    for note in table.notes:
+    for note in (*table.notes, *table.timed_notes):
         lines += ["", note]
     return "\n".join(lines) + "\n"
 

@@ -104,7 +104,8 @@ def _times(sides: list[Record]) -> ResultTable:
         rows.append(_row(label, sides, lambda r, name=name: f"{r[f'{name}_per_second']:,.2f}"))
     compiled = sum(side["engine"]["compile_seconds"] for side in sides)
     note = f"Compiled during the measurements, not counted: {compiled:.1f} s."
-    return table_of("Times", _columns(sides, timed=True), rows, notes=[note] if compiled else [])
+    timed = [note] if compiled else []
+    return table_of("Times", _columns(sides, timed=True), rows, timed_notes=timed)
 
 
 def _reasons(sides: list[Record]) -> ResultTable:

@@ -67,7 +67,7 @@ def test_speed_table_names_both_batches(make_measured: MakeMeasured, unshared: A
     assert table.rows[1][3] == "20.00 x"  # prompts: 2,000 against 100 tokens a second
     assert table.rows[3][3] == "3.00 x"  # decode: 120 against 40 tokens a second
     assert "different batches" in table.notes[0]
-    assert table.notes[1] == "phases: load 1.0 s"
+    assert table.timed_notes == ("phases: load 1.0 s",)
     assert [len(row) for row in table.untimed().rows] == [1] * 4
 
 

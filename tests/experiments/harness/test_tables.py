@@ -22,6 +22,7 @@ TABLE = table_of(
     [("a|b [x]", "1", "2.5")],
     [("c\nd", "2", "3.5")],
     notes=["a note [y]"],
+    timed_notes=["2 s"],
 )
 
 
@@ -30,7 +31,7 @@ def test_a_terminal_shows_everything_and_takes_nothing_for_markup():
     print_table(console, TABLE)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
-    for part in ("A [title]", "a|b [x]", "2.5", "a note [y]"):
+    for part in ("A [title]", "a|b [x]", "2.5", "a note [y]", "2 s"):
         assert part in text
     assert "├" in text  # a line between the sections
 
@@ -38,13 +39,14 @@ def test_a_terminal_shows_everything_and_takes_nothing_for_markup():
 def test_markdown_escapes_what_would_end_a_cell():
     assert to_markdown(TABLE) == (
         "**A [title]**\n\n| name | tokens | ms |\n| --- | ---: | ---: |\n"
-        "| a\\|b [x] | 1 | 2.5 |\n| c d | 2 | 3.5 |\n\na note [y]\n"
+        "| a\\|b [x] | 1 | 2.5 |\n| c d | 2 | 3.5 |\n\na note [y]\n\n2 s\n"
     )
 
 
 def test_columns_of_a_clock_can_be_left_out():
     assert TABLE.untimed().rows == [("a|b [x]", "1"), ("c\nd", "2")]
     assert [column.heading for column in TABLE.untimed().columns] == ["name", "tokens"]
+    assert (TABLE.untimed().notes, TABLE.untimed().timed_notes) == (("a note [y]",), ())
 
 
 @pytest.mark.parametrize(
