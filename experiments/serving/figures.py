@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.harness.plotting import make_figure
+from experiments.harness.plotting import LIMIT, make_figure
 from experiments.serving.replay import Served
 
 # Of Okabe and Ito's palette, told apart by colour-blind readers; line styles and hatches tell them
@@ -48,6 +48,7 @@ def serving_figure(title: str, sides: Sides) -> Figure:
     _hit_rates(hits, [record for record, _ in sides])
     for axes in (first, later, hits):
         axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
@@ -66,8 +67,6 @@ def _distributions(axes: Axes, title: str, unit: str, values: Mapping[str, list[
     axes.set_ylabel("share of requests")
     axes.set_ylim(0, 1.02)
     axes.grid(alpha=0.3)
-    if everything:
-        axes.legend(loc="lower right")
 
 
 def _hit_rates(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
@@ -78,15 +77,17 @@ def _hit_rates(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
         bar = axes.bar(record["side"], percent, width=0.6, **style)
         axes.bar_label(bar, labels=[f"{percent:.1f}"], padding=2)
     ideal = 100 * records[0]["hit_rate_ideal"]
-    axes.axhline(ideal, color="black", linestyle="-.", linewidth=1)
-    axes.annotate(
-        f"cache without bound: {ideal:.1f}",
-        (1, ideal),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, 3),
-        textcoords="offset points",
+    axes.axhline(ideal, **LIMIT)
+    top = 1.25 * max(ideal, *(100 * record["hit_rate"] for record in records)) or 1
+    # Above the bars' labels, which may stand at the line itself.
+    axes.text(
+        1,
+        0.99,
+        f"line: cache without bound, {ideal:.1f}",
         ha="right",
+        va="top",
+        transform=axes.transAxes,
     )
     axes.set_title("Prompt tokens found in the cache")
     axes.set_ylabel("% of prompt tokens")
-    axes.set_ylim(0, 1.2 * max(ideal, *(100 * record["hit_rate"] for record in records)) or 1)
+    axes.set_ylim(0, top)
