@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,18 +60,19 @@ def torch_attention(
     batch, num_heads, head_dim = q.shape
     kv_heads, tokens = keys.shape[1:3]
     # PyTorch sees JAX's memory, and does not write to it.
-    queries, keys, values = map(torch.from_dlpack, (q, keys, values))
+    theirs: list[Any] = [torch.from_dlpack(array) for array in (q, keys, values)]
+    queries, contexts = theirs[0], theirs[1:]
     queries = queries.reshape(batch, kv_heads, num_heads // kv_heads, head_dim)
     mask = None
     if (lengths == lengths[0]).all():
-        keys, values = (x[:, :, : int(lengths[0])] for x in (keys, values))
+        contexts = [context[:, :, : int(lengths[0])] for context in contexts]
     else:
         visible = np.arange(tokens)[None] < lengths[:, None]
         mask = torch.from_numpy(visible)[:, None, None]
     attend = torch.nn.functional.scaled_dot_product_attention
 
     def call() -> np.ndarray:
-        output = attend(queries, keys, values, attn_mask=mask)
+        output = attend(queries, *contexts, attn_mask=mask)
         return output.reshape(batch, num_heads, head_dim).float().numpy()
 
     return call

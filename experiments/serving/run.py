@@ -107,5 +107,5 @@ def _arrivals(config: ServeConfig) -> str:
     if config.at_once is not None:
         return f"{config.at_once} request{'s' * (config.at_once > 1)} at once"
     if config.rate is not None:
-        return f"{config.rate:g} requests a second (Poisson)"
+        return f"{config.rate:g} request{'s' * (config.rate != 1)} a second (Poisson)"
     return f"{config.speed:g} seconds of the trace in a second"
