@@ -75,7 +75,8 @@ def _hit_rates(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
         percent = 100 * record["hit_rate"]
         style = {"color": color, "edgecolor": "black", "linewidth": 0.6, "hatch": hatch}
         bar = axes.bar(record["side"], percent, width=0.6, **style)
-        axes.bar_label(bar, labels=[f"{percent:.1f}"], padding=3, backgroundcolor="white")
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+        axes.bar_label(bar, labels=[f"{percent:.1f}"], padding=5, bbox=behind)
     ideal = 100 * records[0]["hit_rate_ideal"]
     axes.axhline(ideal, **LIMIT)
     top = 1.25 * max(ideal, *(100 * record["hit_rate"] for record in records)) or 1
