@@ -23,8 +23,8 @@ from tests.models.parity.golden import FOLDER, Golden
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 RUN = "python -m experiments "
-RUN_ELSEWHERE = ("compile-report", "search", "soak")
-"""Experiments that take most of their time to compile, and are run whole by tests of their own."""
+LONG = ("compile-report", "search", "soak", "decode --study batch", "decode --study shared")
+"""These take most of their time to compile, and have tests of their own that are shorter."""
 
 OF_THE_USER = ("model", "trace", "system_prompt", "prompts", "text")
 """Options that name what is read: those typed win over the smoke form, but for the large model."""
@@ -32,7 +32,7 @@ OF_THE_USER = ("model", "trace", "system_prompt", "prompts", "text")
 
 def commands() -> list[str]:
     """What the README shows, in its blocks and in its lines, each once."""
-    blocks = re.findall(r"```(?:console|sh)?\n(.*?)```", README, flags=re.DOTALL)
+    blocks = re.findall(r"```\w*\n(.*?)```", README, flags=re.DOTALL)
     lines = [part.strip() for block in blocks for part in re.split(r"\n|&&", block)]
     lines += re.findall(rf"`({RUN}[^`]+)`", README)
     return sorted({line.removeprefix(RUN) for line in lines if line.startswith(RUN)})
@@ -52,7 +52,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     (folder / "mooncake_conversation_trace.jsonl").write_text("".join(trace))
     (folder / "experiments").symlink_to(ROOT / "experiments")
-    (folder / "sweep.toml").write_text('model = "random:tiny"\n')
+    (folder / "tenants.toml").write_text("tenants = 50\nzipf = 1.2\n")
     Golden.read(FOLDER / "llama.npz").write_checkpoint(folder / "Llama-3.2-1B-Instruct")
     return folder
 
@@ -91,7 +91,7 @@ def test_every_experiment_is_shown():
 @pytest.mark.parametrize(
     "command",
     [
-        pytest.param(one, marks=pytest.mark.slow if one.split()[0] in RUN_ELSEWHERE else ())
+        pytest.param(one, marks=pytest.mark.slow if one.startswith(LONG) else ())
         for one in commands()
     ],
 )
