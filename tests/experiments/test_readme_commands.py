@@ -101,6 +101,8 @@ def test_a_command_runs(command: str, workplace: Path, capsys: pytest.CaptureFix
             check_installed()
         except UserError as error:
             pytest.skip(str(error))
+    if command == "report runs":
+        assert main(["tree", "--smoke", "--fresh"]) == 0  # so that there is a run
     before = set(workplace.glob("runs/*"))
     # With jax 0.10.2 two Triton kernels for float32 spill, which compile-report is there to tell.
     done = (0, 1) if command.startswith("compile-report") else (0,)
