@@ -57,12 +57,12 @@ class DecodeConfig:
 
     SMOKE: ClassVar[dict[str, Any]] = {
         "model": "random:tiny",
-        "points": (8, 16),
+        "points": (16, 32),
         "shared_tokens": (256,),
         "rows": 8,
         "own_tokens": 8,
         "chunk_size": 16,
-        "tokens": 16,
+        "tokens": 32,
         "rounds": 2,
         "check_tokens": 8,
     }
@@ -149,9 +149,11 @@ def check(config: DecodeConfig) -> None:
     _check_from_zero("--shared-tokens", config.shared_tokens)
     _check_from_zero("--check-tokens", (config.check_tokens,))
     if not config.sides or len(set(config.sides)) < len(config.sides):
-        given = " ".join(config.sides) or "none"
-        raise UserError(f"--sides must name one side or both, each once, got {given}")
-    if config.study == "shared" and config.shared_tokens is not None:
+        named = " ".join(config.sides) or "none"
+        raise UserError(f"--sides must name one side or both, each once, got {named}")
+    # --smoke gives one whatever the study is.
+    given = config.shared_tokens not in (None, config.SMOKE["shared_tokens"])
+    if config.study == "shared" and given:
         raise UserError(
             "--study shared varies the shared tokens: give them as --points, not --shared-tokens"
         )

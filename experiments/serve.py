@@ -58,7 +58,12 @@ Side = Literal["shared", "free-at-once", "unshared"]
 class ServeConfig:
     """Serve requests as they arrive, and compare serving with and without shared prefixes."""
 
-    SMOKE: ClassVar[dict[str, Any]] = {"requests": 8, "scale": 128, "warm_up": 0.0}
+    SMOKE: ClassVar[dict[str, Any]] = {
+        "model": "random:tiny",
+        "requests": 8,
+        "scale": 128,
+        "warm_up": 0.0,
+    }
 
     model: ModelName = "random:tiny"
 

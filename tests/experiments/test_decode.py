@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def test_both_sides_choose_the_same_tokens(finished: Path):
 def test_times_grow_along_a_completion(finished: Path):
     result = read_result(finished)
     (point,) = result.of_kind("point")
-    assert point["completions"] == [8, 16]
+    assert point["completions"] == [16, 32]
     for side in point["sides"].values():
         assert len(side["seconds"]) == SMALL.rounds
         assert all(0 < first < second for first, second in side["seconds"])
@@ -92,7 +92,8 @@ def made_up(shared_tokens: int, seconds: dict[str, list[list[float]]], **changes
 
 def test_a_point_that_does_not_fit_is_skipped_and_said():
     loaded = models.load("random:tiny")
-    config = dataclasses.replace(SMALL, study="shared", points=(64, 4096), memory_gb=2e-4)
+    small = dataclasses.replace(SMALL, study="shared", tokens=16)
+    config = dataclasses.replace(small, points=(64, 4096), memory_gb=2e-4)
     fits, too_long = points_of(config).values()
     skips = [decode_run._skip_reasons(config, loaded, point) for point in (fits, too_long)]
     lines = [
@@ -167,6 +168,13 @@ def test_every_study_varies_what_it_says(study: Any):
     assert different == expected[study]
 
 
+@pytest.mark.parametrize("study", get_args(get_type_hints(DecodeConfig)["study"]))
+def test_every_study_has_a_small_form(study: Any):
+    config = dataclasses.replace(SMALL, study=study)
+    check(config)
+    assert points_of(config)
+
+
 def test_rows_share_whole_chunks_only():
     point = Point(40, 8, rows=3, chunk_size=16, steps_per_call=8, completions=(16,))
     tables = np.array(point.tables())
@@ -181,7 +189,7 @@ def test_rows_share_whole_chunks_only():
         ({"points": (0, 8)}, "--points must be at least 1"),
         ({"points": (8, 8)}, "--points must be different numbers"),
         ({"points": (12,)}, "12 tokens are no multiple of 8 steps a call"),
-        ({"study": "shared"}, "give them as --points, not --shared-tokens"),
+        ({"study": "shared", "shared_tokens": (512,)}, "give them as --points"),
         ({"sides": ("shared", "shared")}, "each once, got shared shared"),
         ({"rounds": 0}, "--rounds must be at least 1"),
         ({"memory_gb": 0.0}, "--memory-gb must be a number above 0"),
