@@ -21,15 +21,8 @@ from experiments.harness.reading import Record
 from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
-from experiments.loading import LoadOptions, ModelSource, fetch_model, load_fetched
-from experiments.prompts import (
-    PromptSet,
-    check_lengths,
-    random_prompts,
-    read_prompts,
-    read_system_prompt,
-    render_prompts,
-)
+from experiments.loading import LoadOptions, ModelSource, load_model
+from experiments.prompts import PromptSet, make_prompts, read_prompts, read_system_prompt
 from jax_chunkattn import CacheConfig, ChunkPool, Engine, SamplingParams, chunks_needed
 from jax_chunkattn.backend import choose_backend
 from jax_chunkattn.prefill import CALL_TOKENS
@@ -50,7 +43,7 @@ def measure(config: DecodeConfig, source: ModelSource, folder: ResultFolder) -> 
     @functools.cache
     def loaded() -> LoadedModel:
         options = LoadOptions(config.dtype, config.seed, config.max_positions)
-        return load_fetched(fetch_model(source), options)
+        return load_model(source, options)
 
     units = {
         name: functools.partial(_measure_point, config, loaded, point)
@@ -211,19 +204,9 @@ def _real_prompts(config: DecodeConfig, loaded: LoadedModel) -> PromptSet:
     lines = read_prompts(None)[:CHECKED_PROMPTS]
     sections = read_system_prompt(None).split("\n# ")
     system_prompt = "\n# ".join(sections[:CHECKED_SECTIONS])
-    vocab_size, most = loaded.config.vocab_size, loaded.config.max_positions
-    if loaded.tokenizer is not None:
-        prompts = render_prompts(lines, system_prompt, loaded.tokenizer, vocab_size)
-    else:
-        prompts = random_prompts(
-            lines,
-            system_prompt,
-            vocab_size=vocab_size,
-            max_prompt_tokens=most - config.check_tokens,
-            seed=config.seed,
-        )
-    check_lengths(prompts, config.check_tokens, most)
-    return prompts
+    return make_prompts(
+        lines, system_prompt, loaded, max_tokens=config.check_tokens, seed=config.seed
+    )
 
 
 def _answer(

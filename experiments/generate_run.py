@@ -24,7 +24,7 @@ from experiments.harness.tables import print_table
 from experiments.harness.units import tell_taken_over
 from experiments.harness.views import finish
 from experiments.loading import LoadOptions, fetch_model, load_fetched
-from experiments.prompts import PromptSet, check_lengths, random_prompts, render_prompts
+from experiments.prompts import PromptSet, make_prompts
 from experiments.summary import (
     THIS_RUN,
     UNSHARED,
@@ -51,7 +51,9 @@ def generate(
     load_began = time.perf_counter()
     loaded = load_fetched(spec, LoadOptions(config.dtype, config.seed, config.max_positions))
     decode_began = time.perf_counter()
-    prompts = make_prompts(config, inputs, loaded)
+    prompts = make_prompts(
+        inputs.lines, inputs.system_prompt, loaded, max_tokens=config.max_tokens, seed=config.seed
+    )
     folder.begin(environment, **setting_of(prompts))
     tell_taken_over(folder, dict.fromkeys((THIS_RUN, UNSHARED)))
     if prompts.note:
@@ -77,27 +79,6 @@ def generate(
     unshared = compare(config, loaded, prompts, measured, folder)
     summary = summarise(config, environment, measured, unshared, record["seconds"])
     return finish(folder, summary, printed=(generate_views.ANSWERS,))
-
-
-def make_prompts(config: GenerateConfig, inputs: Inputs, loaded: LoadedModel) -> PromptSet:
-    """The batch as token ids.
-
-    Raises:
-        UserError: ids outside the vocabulary, or more tokens than the model has positions.
-    """
-    vocab_size = loaded.config.vocab_size
-    if loaded.tokenizer is not None:
-        prompts = render_prompts(inputs.lines, inputs.system_prompt, loaded.tokenizer, vocab_size)
-    else:
-        prompts = random_prompts(
-            inputs.lines,
-            inputs.system_prompt,
-            vocab_size=vocab_size,
-            max_prompt_tokens=loaded.config.max_positions - config.max_tokens,
-            seed=config.seed,
-        )
-    check_lengths(prompts, config.max_tokens, loaded.config.max_positions)
-    return prompts
 
 
 def decode(

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from importlib import resources
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from experiments.harness.errors import UserError
+
+if TYPE_CHECKING:
+    from models import LoadedModel
 
 _CHARACTERS_PER_TOKEN = 4
 
@@ -220,6 +223,34 @@ def random_prompts(
         f"{shared_tokens:,} for the system prompt{cut}."
     )
     return _prompt_set(lines, tokens, note)
+
+
+def make_prompts(
+    lines: Sequence[PromptLine],
+    system_prompt: str,
+    loaded: LoadedModel,
+    *,
+    max_tokens: int,
+    seed: int,
+) -> PromptSet:
+    """Prompts that leave room for `max_tokens` more: rendered, or random without a tokenizer.
+
+    Raises:
+        UserError: ids outside the vocabulary, or more tokens than the model has positions.
+    """
+    vocab_size, max_positions = loaded.config.vocab_size, loaded.config.max_positions
+    if loaded.tokenizer is not None:
+        prompts = render_prompts(lines, system_prompt, loaded.tokenizer, vocab_size)
+    else:
+        prompts = random_prompts(
+            lines,
+            system_prompt,
+            vocab_size=vocab_size,
+            max_prompt_tokens=max_positions - max_tokens,
+            seed=seed,
+        )
+    check_lengths(prompts, max_tokens, max_positions)
+    return prompts
 
 
 def check_lengths(prompts: PromptSet, max_tokens: int, max_positions: int) -> None:
