@@ -13,7 +13,7 @@ from experiments.caching.recency import replay_free_at_once, replay_lru, replay_
 from experiments.caching.simulation import simulate
 from experiments.caching.touches import Replay, Touches, count_refused, find_touches
 from experiments.caching.workload import Workload, read_workload
-from experiments.harness.environment import describe_host
+from experiments.harness.environment import describe_deviceless
 from experiments.harness.reading import Record
 from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
@@ -26,7 +26,7 @@ def measure(config: CacheConfig, folder: ResultFolder) -> dict[str, Any]:
     """Replay the workload with every policy and chunk size; returns the summary."""
     started = time.perf_counter()
     workload = _make_workload(config)
-    environment = {"device": None, "device_count": 0, **describe_host()}
+    environment = describe_deviceless()
     setting = {
         "workload": workload.name,
         "num_requests": len(workload.paths),

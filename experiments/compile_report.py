@@ -82,7 +82,7 @@ def _compile(config: CompileReportConfig, folder: ResultFolder) -> tuple[dict[st
     from experiments.gpu_compile.target import target_named
     from experiments.gpu_compile.views import failures_of
     from experiments.gpu_compile.worker import compile_cases
-    from experiments.harness.environment import describe_host
+    from experiments.harness.environment import describe_deviceless
     from experiments.harness.progress import phase_display
     from experiments.harness.units import tell_taken_over
     from experiments.harness.views import finish
@@ -90,7 +90,7 @@ def _compile(config: CompileReportConfig, folder: ResultFolder) -> tuple[dict[st
     target = target_named(config.gpu)
     dump = folder.path / "dumps" if config.keep_dumps else None
     found: dict[str, list[dict[str, Any]]] = {}
-    environment = {**describe_host(), "device": None, "device_count": 0}
+    environment = describe_deviceless()
     folder.begin(environment)
     with phase_display() as display:
         for kind, table, names, per_process in _cases(config, target):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.harness.environment import describe_host
+from experiments.harness.environment import describe_deviceless
 from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
@@ -15,7 +15,7 @@ from experiments.tree_synthetic import measure_children, measure_growth
 
 def measure(config: TreeConfig, folder: ResultFolder) -> dict[str, Any]:
     """Run the experiment into `folder`."""
-    environment = {**describe_host(), "device": None, "device_count": 0}
+    environment = describe_deviceless()
     folder.begin(environment)
     units = {
         "growth": lambda: _growth(config),

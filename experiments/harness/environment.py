@@ -44,6 +44,11 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
+def describe_deviceless() -> dict[str, Any]:
+    """The environment of a run that uses no device, and no JAX."""
+    return {"device": None, "device_count": 0, **describe_host()}
+
+
 def describe_host() -> dict[str, Any]:
     """The part of `describe_environment` that holds without a device, and needs no JAX."""
     return {
