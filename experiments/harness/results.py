@@ -205,18 +205,24 @@ def open_results(experiment: str, config: Any, default: Path | None = None) -> R
 
 def _unfinished(experiment: str) -> Iterator[Path]:
     """Runs in `runs` that were broken off where this one would take place, the latest first."""
+    broken_off = [
+        path
+        for path in sorted(RUNS.glob(f"{experiment}-*"), reverse=True)
+        if (path / RESULTS).exists() and not (path / SUMMARY).exists()
+    ]
+    if not broken_off:
+        return
     from experiments.harness.environment import describe_host
 
     host = describe_host()
     if (host["commit"] or "").endswith("+"):  # nobody knows what has changed since
         return
-    for path in sorted(RUNS.glob(f"{experiment}-*"), reverse=True):
-        if (path / RESULTS).exists() and not (path / SUMMARY).exists():
-            with suppress(UserError):
-                result = read_result(path)
-                same = all(result.environment.get(name) == host[name] for name in _SAME_HOST)
-                if same and result.finished:
-                    yield path
+    for path in broken_off:
+        with suppress(UserError):
+            result = read_result(path)
+            same = all(result.environment.get(name) == host[name] for name in _SAME_HOST)
+            if same and result.finished:
+                yield path
 
 
 def config_record(config: Any) -> Record:

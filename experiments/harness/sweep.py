@@ -98,7 +98,8 @@ def run_sweep(
     listed = {field: list(values) for field, values in fields.items()}
     config = SweepConfig(name, listed, shown, base.output)
     with open_results("sweep", config) as folder:
-        folder.begin(describe_environment())
+        environment = describe_environment()
+        folder.begin(environment)
 
         def measure(point: Point) -> Record:
             summary = _run_point(point, folder, run)
@@ -118,7 +119,7 @@ def run_sweep(
             "points": [
                 {"fields": record["fields"], "headline": record["headline"]} for record in records
             ],
-            "environment": describe_environment(),
+            "environment": environment,
         }
         return finish(folder, summary)
 
