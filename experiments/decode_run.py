@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-import models
 from experiments.bare_loop import BareLoop, random_pool
 from experiments.baselines import pool_of_copies
 from experiments.decode import DecodeConfig
 from experiments.decode_measures import Measured, Spread, measured
 from experiments.decode_points import Point, points_of, varied
-from experiments.harness.environment import describe_environment, enable_compilation_cache
+from experiments.harness.compilations import compilation_cache
+from experiments.harness.environment import describe_environment
 from experiments.harness.reading import Record
 from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
@@ -33,10 +33,10 @@ CHECKED_SECTIONS = 2  # of the system prompt: its role, and the first facts
 _SETTING = ("study", "model", "dtype", "rounds", "seed")
 
 
+@compilation_cache()
 def measure(config: DecodeConfig, source: ModelSource, folder: ResultFolder) -> dict[str, Any]:
     """Run the study into `folder`."""
     began = time.perf_counter()
-    enable_compilation_cache(models.cache_dir() / "jax")
     environment = describe_environment()
     folder.begin(environment)
 

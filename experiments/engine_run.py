@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-import models
 from experiments.bare_loop import BareLoop, random_pool
 from experiments.engine import EngineConfig
-from experiments.harness.environment import describe_environment, enable_compilation_cache
+from experiments.harness.compilations import compilation_cache
+from experiments.harness.environment import describe_environment
 from experiments.harness.errors import UserError
 from experiments.harness.interrupts import deferred_interrupts
 from experiments.harness.results import ResultFolder
@@ -65,9 +65,9 @@ class Timed:
         return 1e6 * self.host_seconds / self.tokens
 
 
+@compilation_cache()
 def compare(config: EngineConfig, source: ModelSource, folder: ResultFolder) -> dict[str, Any]:
     """Run the experiment into `folder`."""
-    enable_compilation_cache(models.cache_dir() / "jax")
     environment = describe_environment()
     loaded = load_model(source, LoadOptions(config.dtype, config.seed, config.max_positions))
     prompts = _prompts(config, loaded)

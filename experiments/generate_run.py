@@ -6,17 +6,13 @@ import dataclasses
 import time
 from typing import Any
 
-import models
 from experiments import generate_views
 from experiments.comparison import PREFILL_SECONDS, affordable_batch
 from experiments.decoding import BatchSettings, Measured, OnFinished, decode_batch
 from experiments.generate import GenerateConfig, Inputs
+from experiments.harness.compilations import compilation_cache
 from experiments.harness.console import make_console
-from experiments.harness.environment import (
-    describe_environment,
-    enable_compilation_cache,
-    free_memory_bytes,
-)
+from experiments.harness.environment import describe_environment, free_memory_bytes
 from experiments.harness.progress import PhaseDisplay, phase_display
 from experiments.harness.reading import Record
 from experiments.harness.results import ResultFolder
@@ -39,12 +35,12 @@ from models import LoadedModel
 from pallas_kernels.implementations import check_device
 
 
+@compilation_cache()
 def generate(
     config: GenerateConfig, inputs: Inputs, folder: ResultFolder, started: float
 ) -> dict[str, Any]:
     """Run the experiment into `folder`; `started` is the clock when the user's wait began."""
     check_device(config.implementation)
-    enable_compilation_cache(models.cache_dir() / "jax")
     environment = describe_environment()
     console = make_console()
     spec = fetch_model(inputs.model)

@@ -7,15 +7,9 @@ import functools
 import time
 from typing import Any
 
-import models
 from experiments.harness import timing
-from experiments.harness.compilations import count_compilations
-from experiments.harness.environment import (
-    describe_environment,
-    enable_compilation_cache,
-    max_rss_bytes,
-    package_version,
-)
+from experiments.harness.compilations import compilation_cache, count_compilations
+from experiments.harness.environment import describe_environment, max_rss_bytes, package_version
 from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
@@ -29,10 +23,10 @@ from experiments.kernel_summary import ours_of, summarise
 _MATMUL, _READ = "matrix product", "memory read"
 
 
+@compilation_cache()
 def measure(config: KernelConfig, folder: ResultFolder) -> dict[str, Any]:
     """Measure every case of the suite; returns the summary, JSON values only."""
     started = time.perf_counter()
-    enable_compilation_cache(models.cache_dir() / "jax")
     wanted: tuple[Implementation, ...] = config.implementations or runnable_implementations()
     environment = describe_environment() | {"torch": package_version("torch")}
     ours, scaling = ours_of(wanted), scaling_note(config.divisor)

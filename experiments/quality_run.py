@@ -7,8 +7,8 @@ import functools
 import time
 from typing import Any
 
-import models
-from experiments.harness.environment import describe_environment, enable_compilation_cache
+from experiments.harness.compilations import compilation_cache
+from experiments.harness.environment import describe_environment
 from experiments.harness.errors import UserError
 from experiments.harness.reading import Record
 from experiments.harness.results import ResultFolder
@@ -25,10 +25,10 @@ _SETTING = ("model", "prefix", "window", "windows", "chunk_size", "seed")
 _DIGITS = 7  # of a log-probability, behind the point: as many as float32 has
 
 
+@compilation_cache()
 def measure(config: QualityConfig, source: ModelSource, folder: ResultFolder) -> dict[str, Any]:
     """Run the experiment into `folder`."""
     began = time.perf_counter()
-    enable_compilation_cache(models.cache_dir() / "jax")
     environment = describe_environment()
     text = shipped_text() if config.text is None else read_text(config.text, "text")
     folder.begin(environment)

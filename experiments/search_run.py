@@ -9,9 +9,9 @@ from typing import Any
 from rich.text import Text
 from rich.tree import Tree
 
-import models
+from experiments.harness.compilations import compilation_cache
 from experiments.harness.console import make_console
-from experiments.harness.environment import describe_environment, enable_compilation_cache
+from experiments.harness.environment import describe_environment
 from experiments.harness.errors import UserError
 from experiments.harness.results import ResultFolder
 from experiments.harness.views import finish
@@ -51,11 +51,11 @@ class Branch:
         return self.handle.finish_reason == "stop"
 
 
+@compilation_cache()
 def search(
     config: SearchConfig, source: ModelSource, system_prompt: str, folder: ResultFolder
 ) -> dict[str, Any]:
     """Run the experiment into `folder`."""
-    enable_compilation_cache(models.cache_dir() / "jax")
     environment = describe_environment()
     loaded = load_model(source, LoadOptions(max_positions=config.max_positions))
     if loaded.tokenizer is None:

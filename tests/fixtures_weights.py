@@ -6,14 +6,19 @@ from pathlib import Path
 
 import pytest
 
+import models
+from models.download import CACHE_VARIABLE
+
+CACHE = models.cache_dir()  # of the user, whatever a test sets later
+
 
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """Path of the SmolLM2-135M GGUF file, fetched into the user's cache folder on first use."""
-    import models
-
     try:
-        return models.fetch_smollm2()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(CACHE_VARIABLE, str(CACHE))
+            return models.fetch_smollm2()
     except models.DownloadError as error:
         pytest.skip(f"no SmolLM2 weights: {error}")
 
@@ -21,6 +26,4 @@ def smollm2_path() -> Path:
 @pytest.fixture(scope="session")
 def smollm2(smollm2_path: Path):
     """SmolLM2-135M in float32, loaded once for the whole run (540 MB)."""
-    import models
-
     return models.load(smollm2_path)

@@ -1,4 +1,4 @@
-"""Where a run took place: device, versions, commit, memory; and JAX's compilation cache.
+"""Where a run took place: device, versions, commit, memory.
 
 JAX is imported inside the functions that need it, so that checks of the user's input come first.
 """
@@ -16,19 +16,6 @@ from typing import Any
 
 _PACKAGES = ("jax-chunkattn", "jax", "jaxlib", "flax", "numpy")
 _STATM = Path("/proc/self/statm")
-
-
-def enable_compilation_cache(folder: Path) -> None:
-    """Keep every compiled program in `folder`; call it before the first compilation.
-
-    A folder that the user chose through JAX's own setting is left in place.
-    """
-    import jax
-
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def describe_environment() -> dict[str, Any]:

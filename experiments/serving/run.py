@@ -5,12 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import models
-from experiments.harness.environment import (
-    describe_environment,
-    enable_compilation_cache,
-    max_rss_bytes,
-)
+from experiments.harness.compilations import compilation_cache
+from experiments.harness.environment import describe_environment, max_rss_bytes
 from experiments.harness.progress import phase_display
 from experiments.harness.results import ResultFolder
 from experiments.harness.views import finish
@@ -25,12 +21,12 @@ from models import LoadedModel
 from pallas_kernels.implementations import check_device
 
 
+@compilation_cache()
 def serve(
     config: ServeConfig, inputs: Inputs, folder: ResultFolder, started: float
 ) -> dict[str, Any]:
     """Run the experiment into `folder`; `started` is the clock when the user's wait began."""
     check_device(config.implementation)
-    enable_compilation_cache(models.cache_dir() / "jax")
     environment = describe_environment()
     options = LoadOptions(config.dtype, config.seed, config.max_positions)
     loaded = load_model(inputs.model, options)

@@ -10,14 +10,8 @@ from typing import Any
 
 import numpy as np
 
-import models
-from experiments.harness.compilations import Compilations, count_compilations
-from experiments.harness.environment import (
-    describe_environment,
-    enable_compilation_cache,
-    resident_bytes,
-    usable_cpus,
-)
+from experiments.harness.compilations import Compilations, compilation_cache, count_compilations
+from experiments.harness.environment import describe_environment, resident_bytes, usable_cpus
 from experiments.harness.interrupts import deferred_interrupts
 from experiments.harness.progress import PhaseDisplay, phase_display
 from experiments.harness.results import ResultFolder
@@ -50,9 +44,9 @@ COUNTED = ("decode_tokens", "prefill_tokens", "preemptions", "evictions", "compi
 STANDING = ("running", "waiting", "held", "pinned", "chunks_in_use", "chunks_cached", "chunks_free")
 
 
+@compilation_cache()
 def soak(config: SoakConfig, source: ModelSource, folder: ResultFolder) -> dict[str, Any]:
     """Run the experiment into `folder`; what did not hold is in the summary's `failures`."""
-    enable_compilation_cache(models.cache_dir() / "jax")
     environment = describe_environment()
     options = LoadOptions(seed=config.seed, max_positions=config.max_positions)
     loaded = load_model(source, options)

@@ -10,28 +10,21 @@ from typing import Any
 
 import pytest
 
+from models.download import CACHE_VARIABLE
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """As `_own_cache`, for what a module's tests have in common."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
+
 
 @pytest.fixture(autouse=True)
-def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Each test has a cache folder of its own, and what it compiled is gone with it.
-
-    Experiments switch JAX's persistent cache on for their process: here that of all tests.
-    """
-    import jax
-    from jax.experimental.compilation_cache import compilation_cache
-
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_min_entry_size_bytes",
-    )
-    monkeypatch.setenv("JAX_CHUNKATTN_CACHE", str(tmp_path / "cache"))
-    before = {name: getattr(jax.config, name) for name in names}
-    yield
-    if any(getattr(jax.config, name) != value for name, value in before.items()):
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each test has a cache folder of its own, and finds nothing compiled."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
 
 
 class FakeHandle:

@@ -1,18 +1,13 @@
-"""Running a batch through an engine, and counting compilations."""
+"""Running a batch through an engine."""
 
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from experiments.decoding import BatchSettings, Measured, decode_batch
-from experiments.harness.compilations import count_compilations
-from experiments.harness.environment import enable_compilation_cache
 from experiments.harness.interrupts import deferred_interrupts
 from jax_chunkattn import SamplingParams
 
@@ -102,27 +97,3 @@ def test_progress_ends_at_its_total(fake_engine: type) -> None:
     done = [progress.done for progress in seen]
     assert done == sorted(done)
     assert (seen[-1].phase, seen[-1].done, seen[-1].total) == ("decode", 24, 24)
-
-
-def test_compilations_are_counted_once_a_program() -> None:
-    double = jax.jit(lambda x: x * 2.0 + 0.5)
-    three, four = jnp.ones(3), jnp.ones(4)
-    with count_compilations() as counts:
-        double(three)
-        double(three)
-        assert counts.compiled == 1
-        double(four)
-    double(jnp.ones(5))
-    assert (counts.compiled, counts.from_cache) == (2, 0)
-    assert counts.seconds > 0
-
-
-def test_programs_from_the_persistent_cache_are_not_compilations(tmp_path: Path) -> None:
-    enable_compilation_cache(tmp_path)
-    argument = jnp.ones(7)
-    counted = []
-    for _ in range(2):
-        with count_compilations() as counts:
-            jax.jit(lambda x: x * 3.0 - 0.25)(argument)
-        counted.append((counts.compiled, counts.from_cache))
-    assert counted == [(1, 0), (0, 1)]

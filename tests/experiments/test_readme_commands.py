@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections.abc import Iterator
 from importlib.metadata import metadata
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import models.hub
 from experiments.cli import COMMANDS, EXPERIMENTS, main
 from experiments.gpu_compile.target import check_installed
+from experiments.harness.compilations import compilation_cache
 from experiments.harness.errors import UserError
 from experiments.harness.invocation import as_arguments
 from experiments.harness.reading import read_result
@@ -39,8 +41,8 @@ def commands() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the files that the README names."""
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the files that the README names; what one command compiles, all find."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "prompt.txt").write_text("You answer briefly.")
     (folder / "questions.txt").write_text("Why?\nHow?\nWhen?\nWho?\n")
@@ -54,7 +56,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "experiments").symlink_to(ROOT / "experiments")
     (folder / "tenants.toml").write_text("tenants = 50\nzipf = 1.2\n")
     Golden.read(FOLDER / "llama.npz").write_checkpoint(folder / "Llama-3.2-1B-Instruct")
-    return folder
+    with compilation_cache(tmp_path_factory.mktemp("compiled")):
+        yield folder
 
 
 @pytest.fixture(autouse=True)
