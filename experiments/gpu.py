@@ -148,7 +148,8 @@ def check(config: GpuConfig) -> None:
 
 def headline(summary: dict[str, Any]) -> dict[str, Any]:
     """What a sweep shows of a run."""
-    return {"failures": len(summary["failures"]), "records": sum(map(len, summary["counts"]))}
+    records = sum(sum(statuses.values()) for statuses in summary["counts"].values())
+    return {"failures": len(summary["failures"]), "records": records}
 
 
 def default_folder(config: GpuConfig) -> Path:

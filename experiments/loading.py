@@ -76,8 +76,8 @@ class LoadOptions:
 def load_model(source: ModelSource, options: LoadOptions = LoadOptions()) -> LoadedModel:
     """Fetch the model if it is not on this machine yet, and load it; progress goes to stderr.
 
-    Call it outside `phase_display`, of which it has its own, and outside `deferred_interrupts`:
-    Ctrl-C stops a download at once.
+    It has a `phase_display` of its own. Call it outside `deferred_interrupts`, so that Ctrl-C stops
+    a download at once.
 
     Raises:
         UserError: an unknown preset, or a file that cannot be opened.

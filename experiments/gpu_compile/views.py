@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
@@ -27,14 +28,19 @@ def failures_of(records: Sequence[Record]) -> list[str]:
 
 
 def tables(result: Result) -> list[ResultTable]:
-    """A line for each kernel of each variant, and one for each whole program."""
+    """A line for each kernel of each variant, and one for each whole program, by name."""
     device = (result.summary or {})["device_kind"]
     shown = []
-    if kernels := result.of_kind("kernel"):
+    if kernels := _by_name(result, "kernel"):
         shown.append(_kernels(device, kernels))
-    if programs := result.of_kind("program"):
+    if programs := _by_name(result, "program"):
         shown.append(_programs(device, programs))
     return shown
+
+
+def _by_name(result: Result, kind: str) -> list[Record]:
+    """Not as they came, which depends on which process was done first."""
+    return sorted(result.of_kind(kind), key=operator.itemgetter("name"))
 
 
 def figures(_: Result) -> dict[str, Figure]:

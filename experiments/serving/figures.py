@@ -9,15 +9,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.harness.plotting import LIMIT, make_figure
+from experiments.harness.plotting import BLUE, GREEN, LIMIT, ORANGE, make_figure
 from experiments.serving.replay import Served
 
-# Of Okabe and Ito's palette, told apart by colour-blind readers; line styles and hatches tell them
-# apart in a grey print.
 _STYLES = {
-    "shared": ("#0072B2", "-", ""),
-    "free-at-once": ("#009E73", "--", ".."),
-    "unshared": ("#E69F00", ":", "//"),
+    "shared": (BLUE, "-", ""),
+    "free-at-once": (GREEN, "--", ".."),
+    "unshared": (ORANGE, ":", "//"),
 }
 _LONG_TAIL = 10  # times the median: then times are drawn on a logarithmic scale
 

@@ -8,11 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.harness.plotting import make_figure
+from experiments.harness.plotting import BLUE, GREEN, ORANGE, SKY, VERMILION, make_figure
 from experiments.soaking.checks import MEMORY_GROWTH
 
-# From Okabe and Ito's palette, told apart by colour-blind readers and in grey.
-_BLUE, _ORANGE, _GREEN, _SKY, _RED = "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#D55E00"
 _MEBIBYTE = 1 << 20
 MOST_POINTS = 400  # lines beyond that are averaged
 
@@ -28,36 +26,36 @@ def soak_figure(intervals: list[dict[str, Any]], summary: dict[str, Any]) -> Fig
         f"{summary['decode_tokens']:,} tokens; {title}"
     )
     series = _Series(intervals)
-    rates.plot(series.minutes, series.rate("decode_tokens"), color=_BLUE, label="decoded")
+    rates.plot(series.minutes, series.rate("decode_tokens"), color=BLUE, label="decoded")
     rates.plot(
         series.minutes,
         series.rate("prefill_tokens"),
-        color=_ORANGE,
+        color=ORANGE,
         linestyle="--",
         label="prompt, computed",
     )
     rates.set_ylabel("tokens per second")
 
     requests.fill_between(
-        series.minutes, series.mean("waiting"), color=_ORANGE, alpha=0.6, lw=0, label="waiting"
+        series.minutes, series.mean("waiting"), color=ORANGE, alpha=0.6, lw=0, label="waiting"
     )
-    requests.plot(series.minutes, series.mean("running"), color=_BLUE, label="running")
+    requests.plot(series.minutes, series.mean("running"), color=BLUE, label="running")
     requests.set_ylabel("requests")
 
     chunks.stackplot(
         series.minutes,
         *(series.mean(f"chunks_{name}") for name in ("in_use", "cached", "free")),
-        colors=(_BLUE, _SKY, "#E8E8E8"),
+        colors=(BLUE, SKY, "#E8E8E8"),
         labels=("in use", "cached", "free"),
         lw=0,
     )
     chunks.set_ylabel("chunks")
 
-    given_up.plot(series.minutes, series.rate("evictions"), color=_SKY, label="chunks evicted")
+    given_up.plot(series.minutes, series.rate("evictions"), color=SKY, label="chunks evicted")
     given_up.plot(
         series.minutes,
         series.rate("preemptions"),
-        color=_RED,
+        color=VERMILION,
         linestyle="--",
         label="requests preempted",
     )
@@ -72,14 +70,14 @@ def soak_figure(intervals: list[dict[str, Any]], summary: dict[str, Any]) -> Fig
 
 
 def _draw_memory(axes: Axes, series: _Series, summary: dict[str, Any]) -> None:
-    axes.plot(series.minutes, series.mean("resident_bytes") / _MEBIBYTE, color=_GREEN)
+    axes.plot(series.minutes, series.mean("resident_bytes") / _MEBIBYTE, color=GREEN)
     axes.set_ylabel("resident memory, MiB")
     if summary["resident_bytes"]:
         median = summary["resident_bytes"] / _MEBIBYTE
         axes.axhspan(
             (1 - MEMORY_GROWTH) * median,
             (1 + MEMORY_GROWTH) * median,
-            color=_GREEN,
+            color=GREEN,
             alpha=0.15,
             lw=0,
             label=f"median of the soak, ±{MEMORY_GROWTH:.0%}",

@@ -46,6 +46,7 @@ def test_every_part_rehearses_in_one_go(tmp_path: Path):
     assert code == 0
     assert summary["parts"] == list(PARTS)
     assert list(summary["counts"]) == list(PARTS)
+    assert gpu.headline(summary) == {"failures": 0, "records": len(records)}
     assert summary["failures"] == summary["errors"] == []
     assert summary["goals"] == []  # nothing is claimed of a rehearsal
     assert all(record["dry_run"] is True for record in records)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 
 from experiments.harness.errors import UserError
 from experiments.search import SearchConfig, run
+from tests.experiments.results import lines_in
 
 
 def test_a_search_forks_instead_of_computing_again(
@@ -31,9 +31,7 @@ def test_a_search_forks_instead_of_computing_again(
         output=tmp_path / "out",
     )
     summary = run(config)
-    run_record, *branches = map(
-        json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines()
-    )
+    run_record, *branches = lines_in(tmp_path / "out")
     assert [branch["depth"] for branch in branches] == [1, 1, 2, 2]
     assert summary["branches"] == summary["forked"] == 4
     assert summary["prefill_tokens_computed"] == run_record["prompt_tokens"]

@@ -32,6 +32,7 @@ from experiments.soaking.checks import (
 )
 from experiments.soaking.work import Arrivals, Workload
 from jax_chunkattn import SamplingParams
+from tests.experiments.results import lines_in
 from tests.jax_chunkattn.engine.engines import make_engine
 from tests.jax_chunkattn.toy import greedy_without_cache, token_tree
 
@@ -56,9 +57,7 @@ def test_a_soak_passes_and_leaves_its_lines_summary_and_picture(tmp_path: Path):
     assert summary["evictions"] > 0 < summary["forks"]
     assert summary["rechecked"]["requests"] == 4
     assert abs(summary["memory_growth"]) < 0.02
-    lines = [
-        json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()
-    ]
+    lines = lines_in(tmp_path / "out")
     assert lines[0]["kind"] == "run"
     intervals = [line for line in lines if line["kind"] == "interval"]
     assert {"warm-up", "soak"} <= {line["phase"] for line in intervals}
