@@ -16,13 +16,13 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from experiments.cache import CacheConfig
-from experiments.compile_report import CompileReportConfig
-from experiments.decode import DecodeConfig
-from experiments.doctor import DoctorConfig
-from experiments.engine import EngineConfig
-from experiments.generate import GenerateConfig
-from experiments.gpu import GpuConfig
+from experiments.cache.command import CacheConfig
+from experiments.compile_report.command import CompileReportConfig
+from experiments.decode.command import DecodeConfig
+from experiments.doctor.command import DoctorConfig
+from experiments.engine.command import EngineConfig
+from experiments.generate.command import GenerateConfig
+from experiments.gpu.command import GpuConfig
 from experiments.harness.console import quiet_consoles
 from experiments.harness.errors import CheckFailed, user_errors
 from experiments.harness.invocation import (
@@ -32,14 +32,14 @@ from experiments.harness.invocation import (
     without_option,
 )
 from experiments.harness.results import new_run_path
-from experiments.kernel import KernelConfig
-from experiments.models import ModelsConfig
-from experiments.quality import QualityConfig
-from experiments.report import ReportConfig
-from experiments.search import SearchConfig
-from experiments.serve import ServeConfig
-from experiments.soak import SoakConfig
-from experiments.tree import TreeConfig
+from experiments.kernel.command import KernelConfig
+from experiments.models.command import ModelsConfig
+from experiments.quality.command import QualityConfig
+from experiments.report.command import ReportConfig
+from experiments.search.command import SearchConfig
+from experiments.serve.command import ServeConfig
+from experiments.soak.command import SoakConfig
+from experiments.tree.command import TreeConfig
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2

@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 VIEWS: dict[str, str] = {
-    "cache": "experiments.cache_views",
-    "compile-report": "experiments.gpu_compile.views",
-    "decode": "experiments.decode_views",
-    "engine": "experiments.engine_views",
-    "generate": "experiments.generate_views",
-    "gpu": "experiments.gpu_bench.views",
-    "kernel": "experiments.kernel_views",
-    "quality": "experiments.quality_views",
-    "search": "experiments.search_views",
-    "serve": "experiments.serving.views",
-    "soak": "experiments.soaking.views",
-    "tree": "experiments.tree_views",
+    "cache": "experiments.cache.views",
+    "compile-report": "experiments.compile_report.views",
+    "decode": "experiments.decode.views",
+    "engine": "experiments.engine.views",
+    "generate": "experiments.generate.views",
+    "gpu": "experiments.gpu.views",
+    "kernel": "experiments.kernel.views",
+    "quality": "experiments.quality.views",
+    "search": "experiments.search.views",
+    "serve": "experiments.serve.views",
+    "soak": "experiments.soak.views",
+    "tree": "experiments.tree.views",
     "sweep": "experiments.harness.sweep_views",
 }
 """The module with an experiment's views, by the experiment."""

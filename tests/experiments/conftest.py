@@ -93,7 +93,7 @@ class FakeEngine:
 @pytest.fixture
 def fake_engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
     """Puts a fresh `FakeEngine` class in the place of `Engine`."""
-    from experiments import decoding
+    from experiments.generate import decoding
 
     engine = type("Engine", (FakeEngine,), {})
     monkeypatch.setattr(decoding, "Engine", engine)
@@ -103,7 +103,7 @@ def fake_engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
 @pytest.fixture
 def make_measured() -> Callable[..., Any]:
     """Builds a `Measured` of a shared run of 32 requests; keyword arguments replace fields."""
-    from experiments.decoding import Measured
+    from experiments.generate.decoding import Measured
 
     measured = Measured(
         batch=32,

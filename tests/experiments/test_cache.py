@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments import cache_run, cache_views
-from experiments.cache import CacheConfig, check, headline, run
-from experiments.cache_run import NO_BOUND
-from experiments.caching.made_up import make_up
-from experiments.caching.workload import read_workload
+from experiments.cache import run as cache_run
+from experiments.cache import views as cache_views
+from experiments.cache.command import CacheConfig, check, headline, run
+from experiments.cache.made_up import make_up
+from experiments.cache.run import NO_BOUND
+from experiments.cache.workload import read_workload
 from experiments.harness.errors import UserError
 from experiments.harness.reading import Result, read_result
 from experiments.trace import ideal_block_hit_rate, read_trace

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from experiments.comparison import affordable_batch
+from experiments.generate.comparison import affordable_batch
 
 ROOMY: dict[str, Any] = {
     "max_tokens": 10,

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 import models
-from experiments import decode_run, decode_views
-from experiments.decode import DecodeConfig, check, headline, run
-from experiments.decode_measures import measured
-from experiments.decode_points import Point, points_of
+from experiments.decode import run as decode_run
+from experiments.decode import views as decode_views
+from experiments.decode.command import DecodeConfig, check, headline, run
+from experiments.decode.measures import measured
+from experiments.decode.points import Point, points_of
 from experiments.harness.errors import UserError
 from experiments.harness.reading import Record, Result, read_result
 

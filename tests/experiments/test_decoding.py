@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from experiments.decoding import BatchSettings, Measured, decode_batch
+from experiments.generate.decoding import BatchSettings, Measured, decode_batch
 from experiments.harness.interrupts import deferred_interrupts
 from jax_chunkattn import SamplingParams
 

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from experiments.cli import main
-from experiments.doctor_checks import next_command
+from experiments.doctor.checks import next_command
 
 
 def test_it_says_what_runs_here_and_why_not_the_rest(

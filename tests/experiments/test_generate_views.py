@@ -10,13 +10,9 @@ from typing import Any
 
 import pytest
 
-from experiments import generate_views
-from experiments.generate import GenerateConfig
-from experiments.generate_views import comparison_figure
-from experiments.harness.plotting import save_figures
-from experiments.harness.tables import format_bytes
-from experiments.prompts import PromptLine, PromptSet
-from experiments.summary import (
+from experiments.generate import views as generate_views
+from experiments.generate.command import GenerateConfig
+from experiments.generate.summary import (
     THIS_RUN,
     measured_of,
     measured_record,
@@ -24,6 +20,10 @@ from experiments.summary import (
     setting_of,
     summarise,
 )
+from experiments.generate.views import comparison_figure
+from experiments.harness.plotting import save_figures
+from experiments.harness.tables import format_bytes
+from experiments.prompts import PromptLine, PromptSet
 from tests.experiments.results import make_result, text_of
 
 MakeMeasured = Callable[..., Any]

@@ -9,11 +9,11 @@ from typing import Any, get_args
 
 import pytest
 
-from experiments import gpu
 from experiments.cli import main
-from experiments.gpu_bench import floors, grid, oracle
-from experiments.gpu_bench.jobs import XLA, Job, OwnSide, unshared
-from experiments.gpu_bench.views import tables
+from experiments.gpu import command as gpu
+from experiments.gpu import floors, grid, oracle
+from experiments.gpu.jobs import XLA, Job, OwnSide, unshared
+from experiments.gpu.views import tables
 from experiments.harness.reading import read_result
 from pallas_kernels.specs import AttentionCase
 from tests.experiments.results import summary_in, text_of
@@ -86,7 +86,7 @@ def test_cases_beyond_a_parts_time_are_skipped(
 ):
     monkeypatch.setattr(grid, "_JOBS_AT_ONCE", 1)
     left = iter([None, "no time: enough"])
-    monkeypatch.setattr("experiments.gpu_bench.budget.Budget.lacks", lambda *_: next(left, None))
+    monkeypatch.setattr("experiments.gpu.budget.Budget.lacks", lambda *_: next(left, None))
     monkeypatch.setattr(floors, "ensure", lambda bench: bench.facts.update(copy=1e9, matmul=1e9))
     # The part itself and its first case are let through, its second case is not.
     left = iter([None, None, "no time: enough"])
@@ -127,7 +127,7 @@ def test_a_broken_part_ends_with_an_error_and_loses_nothing_else(
     def breaks(bench):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr("experiments.gpu_bench.device.run", breaks)
+    monkeypatch.setattr("experiments.gpu.device.run", breaks)
     code, records, summary = rehearse(tmp_path / "out", "--part", "target", "paper")
     assert code == 1
     assert "1 failures, the first: target all all: RuntimeError: broken" in capsys.readouterr().err
@@ -136,8 +136,8 @@ def test_a_broken_part_ends_with_an_error_and_loses_nothing_else(
 
 
 def test_a_wrong_result_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("experiments.gpu_bench.correctness.cases", lambda small: CASES[:1])
-    monkeypatch.setattr("experiments.gpu_bench.prefill_cases.cases", lambda small: ())
+    monkeypatch.setattr("experiments.gpu.correctness.cases", lambda small: CASES[:1])
+    monkeypatch.setattr("experiments.gpu.prefill_cases.cases", lambda small: ())
     monkeypatch.setattr(oracle, "TOLERANCE", 0.0)
     monkeypatch.setattr(oracle, "LEAST_ERROR", -1.0)
     code, records, summary = rehearse(tmp_path / "out", "--part", "correctness")

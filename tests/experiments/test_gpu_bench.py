@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.gpu_bench import clock, goals, jobs, oracle, peer_paged
-from experiments.gpu_bench.bench import Bench, device_for
-from experiments.gpu_bench.budget import SHARES, Budget
-from experiments.gpu_bench.jobs import MOSAIC, TRITON, unshared
-from experiments.gpu_bench.loops import LoopSize, loop_program, plan_case, planner_options
-from experiments.gpu_bench.peer_torch import FLASHINFER
-from experiments.gpu_bench.pools import Buffers, PoolShape
-from experiments.gpu_bench.tables import case_tables
+from experiments.gpu import clock, goals, jobs, oracle, peer_paged
+from experiments.gpu.bench import Bench, device_for
+from experiments.gpu.budget import SHARES, Budget
+from experiments.gpu.jobs import MOSAIC, TRITON, unshared
+from experiments.gpu.loops import LoopSize, loop_program, plan_case, planner_options
+from experiments.gpu.peer_torch import FLASHINFER
+from experiments.gpu.pools import Buffers, PoolShape
+from experiments.gpu.tables import case_tables
 from experiments.harness.errors import UserError
 from jax_chunkattn.workloads import case_inputs
 from pallas_kernels.specs import GPU_NUMERICS, PAT_HEADS, PAT_TREES, AttentionCase

@@ -13,15 +13,19 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from experiments import kernel_cases, kernel_operands, kernel_run, kernel_sides, kernel_skips
 from experiments.cli import main
 from experiments.harness import plotting, timing
 from experiments.harness.errors import UserError
 from experiments.harness.reading import Result, read_result
-from experiments.kernel import SCALES, Implementation, KernelConfig, Suite, headline, run
-from experiments.kernel_cases import SizedCase, divided, suite_cases
-from experiments.kernel_published import published_speedups
-from experiments.kernel_views import figures, tables
+from experiments.kernel import cases as kernel_cases
+from experiments.kernel import operands as kernel_operands
+from experiments.kernel import run as kernel_run
+from experiments.kernel import sides as kernel_sides
+from experiments.kernel import skips as kernel_skips
+from experiments.kernel.cases import SizedCase, divided, suite_cases
+from experiments.kernel.command import SCALES, Implementation, KernelConfig, Suite, headline, run
+from experiments.kernel.published import published_speedups
+from experiments.kernel.views import figures, tables
 from pallas_kernels import specs
 from pallas_kernels.chunk_attention import IMPLEMENTATIONS
 from pallas_kernels.specs import PAPER, AttentionCase
@@ -458,5 +462,6 @@ def test_calls_are_timed_in_turns():
 
 
 def test_importing_the_config_imports_nothing_heavy():
-    code = "import sys, experiments.kernel; sys.exit(bool({'jax','numpy','rich'} & {*sys.modules}))"
+    heavy = "{'jax','numpy','rich'} & {*sys.modules}"
+    code = f"import sys, experiments.kernel.command; sys.exit(bool({heavy}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

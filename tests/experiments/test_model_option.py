@@ -8,7 +8,6 @@ import pytest
 
 import models
 import models.hub
-from experiments import search_run
 from experiments.cli import main
 from experiments.harness.errors import UserError
 from experiments.loading import (
@@ -19,6 +18,7 @@ from experiments.loading import (
     load_model,
     parse_model,
 )
+from experiments.search import run as search_run
 from tests.models.tiny_checkpoint import write_checkpoint
 
 

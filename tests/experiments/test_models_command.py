@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import models
-from experiments import models_sizes
 from experiments.cli import main
 from experiments.harness.errors import UserError
-from experiments.models import ModelsConfig, check
-from experiments.models_sizes import Batch, describe_model, weight_bytes
+from experiments.models import sizes as models_sizes
+from experiments.models.command import ModelsConfig, check
+from experiments.models.sizes import Batch, describe_model, weight_bytes
 from jax_chunkattn import CacheConfig
 from jax_chunkattn.pool import allocate_pool
 from jax_chunkattn.prefix_tree import PrefixTree

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 import models
-from experiments import quality_run, quality_views
 from experiments.cli import main
 from experiments.harness.errors import UserError
 from experiments.harness.reading import Result, read_result
-from experiments.quality import QualityConfig, check, headline, run
-from experiments.quality_measures import PATHS, measures_of
-from experiments.scoring import Passage, Scores, SharedScorer, score_plain
+from experiments.quality import run as quality_run
+from experiments.quality import views as quality_views
+from experiments.quality.command import QualityConfig, check, headline, run
+from experiments.quality.measures import PATHS, measures_of
+from experiments.quality.scoring import Passage, Scores, SharedScorer, score_plain
 
 SMALL = QualityConfig(**QualityConfig.SMOKE)
 

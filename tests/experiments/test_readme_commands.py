@@ -13,7 +13,7 @@ import pytest
 
 import models.hub
 from experiments.cli import COMMANDS, EXPERIMENTS, main
-from experiments.gpu_compile.target import check_installed
+from experiments.compile_report.target import check_installed
 from experiments.harness.compilations import compilation_cache
 from experiments.harness.errors import UserError
 from experiments.harness.invocation import as_arguments

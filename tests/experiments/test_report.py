@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments.cli import main
-from experiments.engine import EngineConfig
+from experiments.engine.command import EngineConfig
 from experiments.harness.results import ResultFolder
 from tests.experiments.results import ENVIRONMENT
 
@@ -69,7 +69,7 @@ def test_a_page_has_tables_pictures_and_where_they_come_from(
 def test_the_points_of_a_sweep_are_in_its_own_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from experiments.report_page import find_results
+    from experiments.report.page import find_results
 
     monkeypatch.chdir(tmp_path)
     write_result(Path("runs/sweep"))

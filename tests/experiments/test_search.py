@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from experiments.harness.errors import UserError
-from experiments.search import SearchConfig, run
+from experiments.search.command import SearchConfig, run
 from tests.experiments.results import lines_in
 
 

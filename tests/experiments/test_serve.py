@@ -18,14 +18,14 @@ import pytest
 
 from experiments.cli import DEBUG_VARIABLE, main
 from experiments.harness.errors import UserError
-from experiments.serve import ServeConfig, check, run
-from experiments.serving import rounds as serving_rounds
-from experiments.serving.figures import serving_figure
-from experiments.serving.ideal import ideal_hits
-from experiments.serving.measures import percentiles, ratios, spread
-from experiments.serving.replay import Served, replay
-from experiments.serving.views import tables
-from experiments.serving.workload import ServedRequest, made_up_workload, trace_workload
+from experiments.serve import rounds as serving_rounds
+from experiments.serve.command import ServeConfig, check, run
+from experiments.serve.figures import serving_figure
+from experiments.serve.ideal import ideal_hits
+from experiments.serve.measures import percentiles, ratios, spread
+from experiments.serve.replay import Served, replay
+from experiments.serve.views import tables
+from experiments.serve.workload import ServedRequest, made_up_workload, trace_workload
 from experiments.trace import TraceRequest, read_requests
 from tests.experiments.results import lines_in, make_result, summary_in, text_of
 
@@ -565,5 +565,7 @@ def test_bad_input_is_one_line(
 
 
 def test_importing_the_config_imports_nothing_heavy():
-    code = "import sys, experiments.serve; sys.exit(bool({'jax', 'rich'} & set(sys.modules)))"
+    code = (
+        "import sys, experiments.serve.command; sys.exit(bool({'jax', 'rich'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -17,10 +17,9 @@ from experiments.cli import main
 from experiments.harness.environment import resident_bytes
 from experiments.harness.errors import UserError
 from experiments.loading import parse_model
-from experiments.soak import SoakConfig, check, run, sizes_for
-from experiments.soaking import run as soaking_run
-from experiments.soaking.account import Account, Finished, Tracked, problems_of
-from experiments.soaking.checks import (
+from experiments.soak import run as soaking_run
+from experiments.soak.account import Account, Finished, Tracked, problems_of
+from experiments.soak.checks import (
     check_answers,
     check_chunks,
     check_compilations,
@@ -30,7 +29,8 @@ from experiments.soaking.checks import (
     memory_growth,
     recheck,
 )
-from experiments.soaking.work import Arrivals, Workload
+from experiments.soak.command import SoakConfig, check, run, sizes_for
+from experiments.soak.work import Arrivals, Workload
 from jax_chunkattn import SamplingParams
 from tests.experiments.results import lines_in
 from tests.jax_chunkattn.engine.engines import make_engine

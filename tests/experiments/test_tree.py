@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from experiments.harness.errors import UserError
-from experiments.tree import TreeConfig, run
+from experiments.tree.command import TreeConfig, run
 
 SMALL = {
     "chunks": 1_200,
@@ -58,5 +58,7 @@ def test_bad_values_are_refused(tmp_path: Path, change: dict, message: str):
 
 
 def test_importing_the_config_imports_nothing_heavy():
-    code = "import sys, experiments.tree; sys.exit(bool({'jax', 'rich'} & set(sys.modules)))"
+    code = (
+        "import sys, experiments.tree.command; sys.exit(bool({'jax', 'rich'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

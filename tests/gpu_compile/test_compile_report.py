@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from experiments import compile_report
 from experiments.cli import main
-from experiments.gpu_compile import target, worker
-from experiments.gpu_compile.views import failures_of, tables
+from experiments.compile_report import command as compile_report
+from experiments.compile_report import target, worker
+from experiments.compile_report.views import failures_of, tables
 from tests.experiments.results import lines_in, make_result, text_of
 
 KERNEL = {

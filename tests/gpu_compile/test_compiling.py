@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import pytest
 
-from experiments.gpu_compile.target import TARGETS, check_installed
-from experiments.gpu_compile.variants import available_backends, variant_names
-from experiments.gpu_compile.views import failures_of
-from experiments.gpu_compile.worker import compile_cases
+from experiments.compile_report.target import TARGETS, check_installed
+from experiments.compile_report.variants import available_backends, variant_names
+from experiments.compile_report.views import failures_of
+from experiments.compile_report.worker import compile_cases
 from experiments.harness.errors import UserError
 from tests.gpu_compile.toy_cases import cases
 
@@ -92,17 +92,17 @@ def test_kernels_of_the_project_do_not_spill(backend):
     """One of each dtype, the smallest and largest head and chunk sizes, odd groups, a softcap."""
     parts = ("d128 c64 g4", "d256", "d32 ", "c16 ", "c256 ", "g3", "g16", "softcap")
     names = [name for name in variant_names((backend,)) if any(part in name for part in parts)]
-    table = "experiments.gpu_compile.variants:kernel_variants"
+    table = "experiments.compile_report.variants:kernel_variants"
     assert failures_of(compile_cases(table, names, TARGETS["h200"])) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", ["h200", "a100"])
 def test_every_program_of_an_8b_model_updates_the_pool_in_place(gpu):
-    from experiments.gpu_compile.programs import whole_programs
+    from experiments.compile_report.programs import whole_programs
 
     names = list(whole_programs(implementations=TARGETS[gpu].backends))
-    table = "experiments.gpu_compile.programs:whole_programs"
+    table = "experiments.compile_report.programs:whole_programs"
     found = compile_cases(table, names, TARGETS[gpu], per_process=1)
     assert failures_of(found) == []
     for record in found:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from experiments.gpu_compile.hlo import Module
-from experiments.gpu_compile.pool_copies import pool_copies, pool_sized_operations
-from experiments.gpu_compile.ptx import (
+from experiments.compile_report.hlo import Module
+from experiments.compile_report.pool_copies import pool_copies, pool_sized_operations
+from experiments.compile_report.ptx import (
     Assembled,
     parse_entries,
     parse_mosaic_shared,
     parse_ptxas,
 )
-from experiments.gpu_compile.target import TARGETS
-from experiments.gpu_compile.thunks import parse_thunk_operations, parse_thunks
+from experiments.compile_report.target import TARGETS
+from experiments.compile_report.thunks import parse_thunk_operations, parse_thunks
 
 POOL = "bf16[2,8,64]{2,1,0}"  # 2048 bytes, a layer 1024
 LAYER_BYTES = 1024

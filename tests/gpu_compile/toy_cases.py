@@ -10,10 +10,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from experiments.gpu_compile.cases import Case, CaseTable, abstract
-from experiments.gpu_compile.programs import ProgramSize, decode_case, prefill_case
-from experiments.gpu_compile.target import GpuTarget
-from experiments.gpu_compile.tensor_parallel import tensor_parallel_case
+from experiments.compile_report.cases import Case, CaseTable, abstract
+from experiments.compile_report.programs import ProgramSize, decode_case, prefill_case
+from experiments.compile_report.target import GpuTarget
+from experiments.compile_report.tensor_parallel import tensor_parallel_case
 from models.config import DecoderConfig
 
 LAYERS, CHUNKS, CHUNK_SIZE, HEAD_DIM = 3, 4096, 16, 64

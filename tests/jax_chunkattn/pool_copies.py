@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.gpu_compile.pool_copies import pool_copies, pool_sized_operations
+from experiments.compile_report.pool_copies import pool_copies, pool_sized_operations
 
 __all__ = ["assert_pool_is_updated_in_place", "pool_sized_operations"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from experiments.gpu_compile.hlo import Module
+from experiments.compile_report.hlo import Module
 from jax_chunkattn.sampling import (
     RowSampling,
     SamplingParams,

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from experiments import generate
 from experiments.cli import EXPERIMENTS, main
-from experiments.generate import GenerateConfig
+from experiments.generate import command as generate
+from experiments.generate.command import GenerateConfig
 from experiments.harness.errors import UserError
 from experiments.harness.invocation import as_arguments, expand, without_option
 from experiments.harness.results import ResultFolder

@@ -12,8 +12,8 @@ import pytest
 from experiments.harness.errors import UserError
 from experiments.harness.reading import SCHEMA, read_result
 from experiments.harness.results import ResultFolder, config_record, new_run_path, open_results
-from experiments.kernel import KernelConfig
-from experiments.serve import ServeConfig
+from experiments.kernel.command import KernelConfig
+from experiments.serve.command import ServeConfig
 from tests.experiments.results import ENVIRONMENT, lines_in
 
 WHERE: dict[str, Any] = ENVIRONMENT

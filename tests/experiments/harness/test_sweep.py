@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments import generate
 from experiments.cli import main
-from experiments.generate import GenerateConfig
+from experiments.generate import command as generate
+from experiments.generate.command import GenerateConfig
 from experiments.harness.reading import read_result
 from experiments.harness.results import ResultFolder
 from experiments.harness.sweep_views import figures, tables

@@ -1,0 +1,53 @@
+"""What can be compiled: a function with abstract arguments, and how much of them is the pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.compile_report.target import GpuTarget
+from pallas_kernels.plans import DecodePlan, PartialSlots, WorkItems
+
+
+@dataclass(frozen=True)
+class Case:
+    """A function to compile.
+
+    Attributes:
+      arguments: pytrees of `jax.ShapeDtypeStruct`.
+      donated: indices of the arguments that the program may overwrite.
+      pool_bytes: keys and values of all layers, on one device; 0 when the function only reads it.
+      layer_bytes: one layer's keys, on one device: a new array as large is a copy of the pool.
+    """
+
+    function: Callable
+    arguments: tuple
+    donated: tuple[int, ...] = ()
+    pool_bytes: int = 0
+    layer_bytes: int = 0
+
+
+CaseTable = Mapping[str, Callable[[GpuTarget], Case]]
+"""Cases by name, each made when it is compiled."""
+
+
+def abstract(shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
+    """What stands for an array where only its shape and dtype are looked at."""
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def abstract_plan(
+    rows: int, *, items: int = 128, item_chunks: int = 1024, private_chunks: int = 16
+) -> DecodePlan:
+    """A decode plan's shapes: as for `rows` rows with on average four items each."""
+    per_item = abstract((items,))
+    return DecodePlan(
+        WorkItems(per_item, per_item, per_item, per_item, abstract((item_chunks,)), abstract(())),
+        abstract((rows, private_chunks)),
+        abstract((rows,)),
+        PartialSlots(abstract((items,)), abstract((rows + 1,)), abstract((4 * rows,))),
+    )

@@ -1,0 +1,162 @@
+"""The Pallas kernels to compile one by one: backends, dtypes, head sizes, chunk sizes, groups."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import jax
+
+from experiments.compile_report.cases import Case, CaseTable, abstract, abstract_plan
+from experiments.compile_report.target import GpuTarget
+from jax_chunkattn.planner import PlannerOptions
+from jax_chunkattn.prefill import QUERY_TILE, Segment, pack_segments
+from pallas_kernels.chunk_attention import CHUNK_ATTENTION
+from pallas_kernels.implementations import AttentionShapes, Operation
+from pallas_kernels.plans import PrefillPlan
+from pallas_kernels.prefill_attention import PREFILL_ATTENTION
+
+BACKENDS = ("pallas_triton", "pallas_mosaic_gpu")
+DTYPES = ("bfloat16", "float16", "float32")
+HEAD_DIMS = (32, 64, 80, 128, 256)
+CHUNK_SIZES = (16, 32, 64, 128, 256)
+GROUPS = (1, 3, 4, 8, 16)
+_ROWS, _KV_HEADS, _LAYERS, _CHUNKS = 64, 8, 2, 1024
+
+
+@dataclass(frozen=True)
+class KernelVariant:
+    """An operation's kernels, for one set of the sizes they are compiled for.
+
+    `query_tile` is that of Mosaic's chunk-first kernel; Triton's choose theirs as they run.
+    `softcap` is that of the attention.
+    """
+
+    backend: str
+    dtype: str = "bfloat16"
+    head_dim: int = 128
+    chunk_size: int = 64
+    group: int = 4
+    operation: Operation = CHUNK_ATTENTION
+    query_tile: int | None = None
+    softcap: float | None = None
+
+    @property
+    def name(self) -> str:
+        sizes = f"{self.dtype} d{self.head_dim} c{self.chunk_size} g{self.group}"
+        tile = f" tile {self.query_tile}" if self.query_tile else ""
+        prefill = " prefill" if self.operation is PREFILL_ATTENTION else ""
+        softcap = " softcap" if self.softcap is not None else ""
+        return f"{self.backend}{prefill} {sizes}{tile}{softcap}"
+
+    def unsupported(self) -> str | None:
+        """Why the backend does not take these sizes; None when it does."""
+        shapes = AttentionShapes(self.dtype, self.group, self.head_dim, self.chunk_size)
+        return _module(self.operation, self.backend).unsupported(shapes)
+
+    def case(self, target: GpuTarget) -> Case:
+        """The operation, with abstract arguments."""
+        options: dict[str, Any] = {"scale": 1 / math.sqrt(self.head_dim), "softcap": self.softcap}
+        if self.query_tile is not None:
+            options["query_tile"] = self.query_tile
+        plan, lengths = abstract_plan(_ROWS), (abstract((_ROWS,)),)
+        if self.operation is PREFILL_ATTENTION:
+            plan, lengths = _prefill_plan(self), ()
+            options["query_tile"] = QUERY_TILE
+        attend = self.operation.function(self.backend)
+        pool = abstract((_LAYERS, _KV_HEADS, _CHUNKS, self.chunk_size, self.head_dim), self.dtype)
+        q = abstract((_ROWS, _KV_HEADS * self.group, self.head_dim), self.dtype)
+        arguments = (q, pool, pool, plan, *lengths, abstract(()))
+        return Case(lambda *args: attend(*args[:-1], layer=args[-1], **options), arguments)
+
+
+def available_backends() -> tuple[str, ...]:
+    """The GPU backends that this version of the project has."""
+    return tuple(name for name in BACKENDS if name in CHUNK_ATTENTION.implementations)
+
+
+def variant_names(backends: Collection[str] = BACKENDS, every: bool = False) -> list[str]:
+    """The variants that exist: of all sizes, or of some around bfloat16, 128, 64, 4; and those
+    of Gemma 2.
+    """
+    choose = _every_combination if every else _one_at_a_time
+    return [
+        variant.name
+        for backend in available_backends()
+        if backend in backends
+        for variant in (*choose(backend), *_gemma_2(backend))
+        if variant.unsupported() is None
+    ]
+
+
+def kernel_variants() -> CaseTable:
+    """Every combination of backend and sizes and those of Gemma 2, by name; some do not exist."""
+    return {
+        variant.name: variant.case
+        for backend in available_backends()
+        for variant in (*_every_combination(backend), *_gemma_2(backend))
+    }
+
+
+def _every_combination(backend: str) -> Iterator[KernelVariant]:
+    for kind in _kinds(backend):
+        for sizes in itertools.product(DTYPES, HEAD_DIMS, CHUNK_SIZES, GROUPS):
+            yield KernelVariant(backend, *sizes, **kind)
+
+
+def _one_at_a_time(backend: str) -> Iterator[KernelVariant]:
+    for kind in _kinds(backend):
+        for dtype, head_dim in itertools.product(DTYPES, HEAD_DIMS):
+            yield KernelVariant(backend, dtype, head_dim, **kind)
+        for chunk_size in CHUNK_SIZES:
+            if chunk_size != KernelVariant.chunk_size:
+                yield KernelVariant(backend, chunk_size=chunk_size, **kind)
+        for group in GROUPS:
+            if group != KernelVariant.group:
+                yield KernelVariant(backend, group=group, **kind)
+
+
+def _gemma_2(backend: str) -> Iterator[KernelVariant]:
+    """Soft-capped attention with the heads of the 2B and 9B models, and of the 27B model."""
+    for operation in (CHUNK_ATTENTION, PREFILL_ATTENTION):
+        if backend in operation.implementations:
+            for head_dim in (256, 128):
+                yield KernelVariant(
+                    backend, head_dim=head_dim, group=2, operation=operation, softcap=50.0
+                )
+
+
+def _kinds(backend: str) -> Iterator[dict[str, Any]]:
+    """The operations of a backend, each query tile of one apart."""
+    yield {}
+    if backend == "pallas_mosaic_gpu":
+        yield {"query_tile": 128}
+    if backend in PREFILL_ATTENTION.implementations:
+        yield {"operation": PREFILL_ATTENTION}
+
+
+def _prefill_plan(variant: KernelVariant) -> PrefillPlan:
+    segment = Segment([0] * _ROWS, list(range(_ROWS)), 0, _ROWS, 0)
+    options = PlannerOptions.for_gpu(
+        num_heads=_KV_HEADS * variant.group,
+        num_kv_heads=_KV_HEADS,
+        head_dim=variant.head_dim,
+        chunk_size=variant.chunk_size,
+    )
+    batch = pack_segments(
+        [segment],
+        num_tokens=_ROWS,
+        chunk_size=variant.chunk_size,
+        num_chunks=_CHUNKS,
+        options=options,
+    )
+    return jax.tree.map(lambda x: abstract(x.shape, x.dtype), batch.plan)
+
+
+def _module(operation: Operation, backend: str) -> ModuleType:
+    return importlib.import_module(f"{operation.package}.{backend}")

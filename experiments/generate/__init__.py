@@ -1,0 +1,1 @@
+"""`generate`: a model answers a batch of prompts behind one shared prompt."""

@@ -1,0 +1,210 @@
+"""Part `correctness`: every case of the specs on the device, against float64.
+
+Each case has one program for each backend, which runs several plans of it: the planner's own choice
+of what to share, its other packings, everything shared, nothing shared. Every plan is run twice: a
+result that changes is a race.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.gpu import prefill_cases
+from experiments.gpu.bench import Bench, Program
+from experiments.gpu.loops import planner_options
+from experiments.gpu.oracle import Expected, expected
+from jax_chunkattn.planner import PlannerOptions, PlanShape, plan_decode
+from jax_chunkattn.planning.options import PACKINGS
+from jax_chunkattn.workloads import AttentionInputs, case_inputs
+from pallas_kernels import chunk_attention, specs
+from pallas_kernels.chunk_attention import CHUNK_ATTENTION
+from pallas_kernels.implementations import AttentionShapes
+from pallas_kernels.specs import AttentionCase
+
+_LAYER, _LAYERS = 1, 2
+_MOST_VALUES = 1 << 28  # that the oracle goes over for a case: pairs x tokens x D
+_CASES_AT_ONCE = 12
+_FIRST_GUESS = 2.0  # seconds that a case takes
+_TINY = (specs.NUMERICS[2], AttentionCase("1,3_64,8", 6, 2, 32, chunk_size=16))
+
+
+@dataclass
+class Check:
+    """One program and the plans it runs.
+
+    Attributes:
+      arguments: by plan, of the program.
+      output: of what the program returns, the queries that count.
+      expect: what should come out; computed while programs compile.
+    """
+
+    case: str
+    backend: str
+    program: Program
+    arguments: dict[str, tuple]
+    queries: int
+    expect: Callable[[], Expected]
+
+
+def run(bench: Bench) -> None:
+    makers = list(_makers(bench))
+    for first in range(0, len(makers), _CASES_AT_ONCE):
+        batch = makers[first : first + _CASES_AT_ONCE]
+        reason = bench.budget.lacks(_FIRST_GUESS * len(batch)) if bench.runs else None
+        checks: list[Check] = []
+        for case, backend, make in batch:
+            if reason:
+                bench.record.skipped(case, backend, reason)
+                continue
+            try:
+                checks.append(make())
+            except Exception as error:
+                bench.record.failed(case, backend, error, passed=False)
+        bench.compile(check.program for check in checks)
+        for check in checks:
+            try:
+                _check(bench, check)
+            except Exception as error:
+                bench.record.failed(check.case, check.backend, error, passed=False)
+
+
+def cases(small: bool) -> list[AttentionCase]:
+    """What is checked: the specs as they are, and the small ones in bfloat16 too."""
+    if small:
+        return list(_TINY)
+    halved = [dataclasses.replace(case, dtype="bfloat16") for case in specs.NUMERICS]
+    return [*specs.NUMERICS, *specs.GPU_NUMERICS, *halved]
+
+
+def _makers(bench: Bench) -> Iterator[tuple[str, str, Callable[[], Check]]]:
+    for case in cases(bench.small):
+        group = case.num_heads // case.num_kv_heads
+        shapes = AttentionShapes(case.dtype, group, case.head_dim, case.chunk_size)
+        inputs = functools.cache(functools.partial(_inputs, case, bench.seed))
+        for backend, missing in bench.backends.items():
+            reason = missing or _unsupported(backend, shapes)
+            if reason:
+                bench.record.skipped(case.name, backend, reason)
+                continue
+            make = functools.partial(_decode_check, case, backend, inputs, bench)
+            yield case.name, backend, make
+    for prefill in prefill_cases.cases(bench.small):
+        make = functools.partial(_prefill_check, prefill, bench)
+        yield prefill.name, "pallas_triton", make
+
+
+def _unsupported(backend: str, shapes: AttentionShapes) -> str | None:
+    try:
+        CHUNK_ATTENTION.resolve(backend, shapes)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _inputs(case: AttentionCase, seed: int) -> tuple[AttentionInputs, Callable[[], Expected]]:
+    inputs = case_inputs(case, layers=_LAYERS, seed=seed)
+
+    @functools.cache
+    def expect() -> Expected:
+        tokens = int(np.mean(inputs.lengths[: len(inputs.tables)])) + 1
+        return expected(
+            inputs.q,
+            inputs.keys[_LAYER],
+            inputs.values[_LAYER],
+            inputs.tables,
+            inputs.lengths.tolist(),
+            most=max(16, _MOST_VALUES // (tokens * case.head_dim)),
+            scale=case.scale,
+            softcap=case.softcap,
+        )
+
+    return inputs, expect
+
+
+def _decode_check(
+    case: AttentionCase,
+    backend: str,
+    make_inputs: Callable[[], tuple[AttentionInputs, Callable[[], Expected]]],
+    bench: Bench,
+) -> Check:
+    inputs, expect = make_inputs()
+    plans = _plans(case, backend, inputs)
+    fixed = (inputs.q, inputs.keys, inputs.values)
+    layer = np.int32(_LAYER)
+
+    def attend(q, keys, values, plan, lengths, layer):
+        how = {"scale": case.scale, "softcap": case.softcap, "implementation": backend}
+        return chunk_attention(q, keys, values, plan, lengths, layer=layer, **how)
+
+    arguments = {name: (*fixed, plan, inputs.lengths, layer) for name, plan in plans.items()}
+    program = Program(("check", case.name, backend), attend, next(iter(arguments.values())))
+    return Check(case.name, backend, program, arguments, len(inputs.tables), expect)
+
+
+def _plans(case: AttentionCase, backend: str, inputs: AttentionInputs) -> dict[str, Any]:
+    """Plans of one shape, by name."""
+    options: dict[str, PlannerOptions] = {
+        packing: planner_options(case, backend, packing=packing) for packing in PACKINGS
+    }
+    options["unshared"] = planner_options(case, backend, sharing=False)
+    shared = planner_options(case, backend, min_piece_tokens=1)
+    options["all shared"] = dataclasses.replace(shared, worth_sharing=_if_common)
+
+    def plan(options: PlannerOptions, at_least: PlanShape):
+        return plan_decode(
+            inputs.tables,
+            inputs.lengths[: len(inputs.tables)].tolist(),
+            chunk_size=case.chunk_size,
+            num_chunks=inputs.keys.shape[2],
+            options=options,
+            at_least=at_least,
+        )[0]
+
+    shape = PlanShape()
+    for one in options.values():
+        shape = PlanShape.of(plan(one, shape))
+    return {name: plan(one, shape) for name, one in options.items()}
+
+
+def _if_common(rows: np.ndarray, chunks: np.ndarray) -> np.ndarray:
+    return rows > 1
+
+
+def _prefill_check(prefill: prefill_cases.PrefillCase, bench: Bench) -> Check:
+    made = prefill_cases.make(prefill, bench.seed, most_values=_MOST_VALUES)
+    program = Program(("check", prefill.name), made.function, made.arguments)
+    arguments = {"prefill": made.arguments}
+    return Check(prefill.name, "pallas_triton", program, arguments, made.tokens, made.expect)
+
+
+def _check(bench: Bench, check: Check) -> None:
+    run = bench.get(check.program)
+    if not bench.runs:
+        bench.record.measured(check.case, check.backend, True, "compiled")
+        return
+    expect = check.expect()
+    for plan, arguments in check.arguments.items():
+        on_device = jax.tree.map(jnp.asarray, arguments)
+        first, second = (np.asarray(run(*on_device))[: check.queries] for _ in range(2))
+        error = expect.error(first)
+        steady = bool(np.array_equal(first, second))
+        passed = error <= expect.allowed and steady
+        fields = {
+            "naive_error": float(f"{expect.naive_error:.3g}"),
+            "allowed": float(f"{expect.allowed:.3g}"),
+            "steady": steady,
+            "checked": len(expect.where),
+            "passed": passed,
+        }
+        name = f"{check.backend} {plan}"
+        value = float(f"{error:.3g}") if math.isfinite(error) else "not finite"
+        bench.record.measured(check.case, name, value, "max error", **fields)

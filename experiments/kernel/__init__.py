@@ -1,0 +1,1 @@
+"""`kernel`: the attention kernels against baselines, floors and the oracle."""

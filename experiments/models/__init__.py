@@ -1,0 +1,1 @@
+"""`models`: architectures, presets, and the memory that they take."""

@@ -1,0 +1,1 @@
+"""`quality`: perplexity through the cache against a plain forward pass."""

@@ -1,0 +1,1 @@
+"""`report`: a page of tables and pictures from result folders."""

@@ -1,0 +1,1 @@
+"""`search`: a beam of forks over one model's answers."""

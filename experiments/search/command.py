@@ -1,0 +1,104 @@
+"""`python -m experiments search`: a tree search over answers, on forks of one prompt.
+
+At every depth the best partial answers are forked, each into several that go on differently; the
+worst are dropped. All of them share the prompt and whatever they have in common behind it: a fork
+copies one chunk at most and computes nothing again.
+
+    python -m experiments search --question "Why is the sky blue?" --width 3 --keep 2 --depth 4
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from experiments.harness.errors import UserError
+from experiments.harness.options import (
+    MaxPositions,
+    by_default,
+    check_above_zero,
+    check_at_least_one,
+    check_seed,
+)
+from experiments.harness.results import open_results
+from experiments.loading import parse_model
+from experiments.prompts import read_system_prompt
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Search a tree of answers to one question: fork the best, drop the rest, share all they have
+    in common."""
+
+    SMOKE: ClassVar[dict[str, Any]] = {"width": 2, "keep": 1, "depth": 2, "tokens": 4}
+
+    question: str = "What makes a good friend?"
+    """What is asked."""
+
+    model: str = "smollm2"
+    """`smollm2` (downloaded once), a GGUF file, a folder with a Hugging Face checkpoint, or
+    ORG/NAME[@REVISION] to fetch from the hub."""
+
+    system_prompt: Annotated[Path | None, by_default("FILE", "the shipped one")] = None
+    """A text file with the system prompt."""
+
+    width: int = 3
+    """Branches of each partial answer."""
+
+    keep: int = 2
+    """Partial answers that go on at each depth: those of the highest mean log-probability."""
+
+    depth: int = 4
+    """Rounds of branching."""
+
+    tokens: int = 12
+    """Tokens that a branch adds."""
+
+    temperature: float = 0.8
+    """Randomness of the branches."""
+
+    chunk_size: int = 64
+    """Tokens in a chunk of the KV cache."""
+
+    max_positions: MaxPositions = None
+
+    seed: int = 0
+    """Seed of the branches."""
+
+    output: Annotated[Path | None, by_default("FOLDER", "runs/search-TIME")] = None
+    """Folder for the results."""
+
+
+def run(config: SearchConfig) -> dict[str, Any]:
+    """Run the search, print its tree, and return its summary.
+
+    Raises:
+        UserError: something in `config`, or a file it names, cannot be used.
+        KeyboardInterrupt: with a message that says where the results so far are.
+    """
+    check(config)
+    source = parse_model(config.model)
+    if source.is_random:
+        raise UserError("--model: a search over answers needs a tokenizer; random models have none")
+    system_prompt = read_system_prompt(config.system_prompt)
+    with open_results("search", config) as folder:
+        from experiments.search.run import search
+
+        return search(config, source, system_prompt, folder)
+
+
+def headline(summary: dict[str, Any]) -> dict[str, Any]:
+    """What a sweep shows of a run."""
+    return {name: summary[name] for name in ("score", "branches", "kv_bytes_held")}
+
+
+def check(config: SearchConfig) -> None:
+    """Raise `UserError` for a value that no run could use."""
+    check_at_least_one(config, "width", "keep", "depth", "tokens", "chunk_size", "max_positions")
+    if config.width > 20:
+        raise UserError(f"--width must be at most 20, got {config.width}")
+    check_above_zero(config, "temperature")
+    check_seed(config.seed)
+    if not config.question.strip():
+        raise UserError("--question is empty")

@@ -1,0 +1,1 @@
+"""`tree`: what the prefix tree and the planner cost on the host."""
