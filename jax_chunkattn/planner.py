@@ -145,8 +145,10 @@ def plan_decode(
     table, used = pad_tables(tables, num_chunks)
     full = np.asarray(lengths, np.int32) // chunk_size
     runs = common_runs(table, full)
-    divide = divide_for_gpu if gpu is not None else divide_for_cpu
-    division = divide(table, used, full, runs, options)
+    if gpu is not None:
+        division = divide_for_gpu(table, used, full, runs, options)
+    else:
+        division = divide_for_cpu(table, used, full, runs, chunk_size, options)
     plan = _assemble(table, division, chunk_size, num_chunks, options.gpu, at_least)
     common = runs.column_end[runs.rows > 1]
     summary = PlanSummary(

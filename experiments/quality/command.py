@@ -48,7 +48,7 @@ class QualityConfig:
         "dtypes": ("float32",),
         "prefix": 64,
         "window": 12,
-        "windows": 4,
+        "windows": 8,
         "chunk_size": 16,
         "prefill_tokens": 32,
     }

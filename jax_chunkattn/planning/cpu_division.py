@@ -17,21 +17,28 @@ from jax_chunkattn.planning.work_items import Items, cut_items, items_of, join_i
 
 
 def divide_for_cpu(
-    table: np.ndarray, used: np.ndarray, full: np.ndarray, runs: Blocks, options: PlannerOptions
+    table: np.ndarray,
+    used: np.ndarray,
+    full: np.ndarray,
+    runs: Blocks,
+    chunk_size: int,
+    options: PlannerOptions,
 ) -> Division:
     """Shares the runs that pay, and keeps rows of like lengths in the sequence-first phase.
 
     Args:
       table: chunks [B, P] of each row, of which `used` are there and `full` are full.
       runs: those that rows have in common, and each row's own.
+      chunk_size: tokens a chunk holds.
     """
+    overhead = options.item_overhead / chunk_size
     several = runs.rows > 1
-    shared = runs[several & _worth_sharing(runs, options)]
+    shared = runs[several & _worth_sharing(runs, overhead, options)]
     alone = np.arange(table.shape[1]) < used[:, None]
     in_item = covered_mask(table.shape, shared)
     alone &= ~in_item
     covered = in_item.sum(axis=1, dtype=np.int32)
-    to_item = np.maximum(full - covered - _private_cutoff(full - covered, options), 0)
+    to_item = np.maximum(full - covered - _private_cutoff(full - covered, overhead, options), 0)
     long = alone & (alone.cumsum(axis=1) <= to_item[:, None])
     private_items = row_items(table, long)
     items = _cut(join_items(items_of(table, shared), private_items), options)
@@ -55,21 +62,22 @@ def divide_for_cpu(
     )
 
 
-def _worth_sharing(runs: Blocks, options: PlannerOptions) -> np.ndarray:
+def _worth_sharing(runs: Blocks, overhead: float, options: PlannerOptions) -> np.ndarray:
+    """Of each run; `overhead` of an item in reads of a private chunk."""
     if not options.sharing:
         return np.zeros(len(runs), bool)
     if options.worth_sharing is not None:
         return options.worth_sharing(runs.rows, runs.columns)
-    item = options.item_overhead + options.item_read * runs.columns
+    item = overhead + options.item_read * runs.columns
     return runs.rows * runs.columns > item
 
 
-def _private_cutoff(private_full: np.ndarray, options: PlannerOptions) -> int:
+def _private_cutoff(private_full: np.ndarray, overhead: float, options: PlannerOptions) -> int:
     """Most private chunks a row keeps in the sequence-first phase, which runs all rows as long as
     its longest: the rest of a longer row is cheaper as an item of that row."""
     keep = np.unique(np.append(private_full, 0))[::-1]  # of equals the one with fewer items
     beyond = np.maximum(private_full - keep[:, None], 0)
-    items = options.item_read * beyond + options.item_overhead * (beyond > 0)
+    items = options.item_read * beyond + overhead * (beyond > 0)
     return int(keep[np.argmin(keep * len(private_full) + items.sum(axis=1))])
 
 

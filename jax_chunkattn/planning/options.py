@@ -127,10 +127,10 @@ class PlannerOptions:
 
     Attributes:
       sharing: False plans every row by itself, which is paged attention.
-      item_overhead, item_read: cost of a work item, and of each chunk it reads, where 1 is what a
-        row's own read of a private chunk costs. A run of chunks becomes an item when that is
+      item_overhead, item_read: cost of a work item, and of each token it reads, where 1 is what a
+        row's own read of a private token costs. A run of chunks becomes an item when that is
         cheaper than every row's reading it. The defaults are the XLA implementation's on 2 CPU
-        cores: about 9 us an item and 8 to 10 us a chunk against 3.4 (D = 128, C = 64, float32).
+        cores: about 10 us an item and 8 to 10 us for 64 tokens against 3.4 (D = 128, float32).
       worth_sharing: overrides that rule, and any GPU packing: (rows, chunks) of every candidate ->
         bool of each.
       max_item_chunks, max_item_rows: cut items longer or taller than this; None leaves them whole.
@@ -138,7 +138,7 @@ class PlannerOptions:
     """
 
     sharing: bool = True
-    item_overhead: float = 3.0
+    item_overhead: float = 192.0
     item_read: float = 2.5
     worth_sharing: WorthSharing | None = None
     max_item_chunks: int | None = None

@@ -85,7 +85,7 @@ def test_a_table_and_a_picture(finished: Path, capsys: pytest.CaptureFixture[str
     result = read_result(finished)
     (table,) = quality_views.tables(result)
     assert [row[1] for row in table.rows] == [quality_views.NAMES[path] for path in PATHS]
-    assert "12 of 16 chunk reads saved" in " ".join(table.notes)
+    assert "28 of 32 chunk reads saved" in " ".join(table.notes)
     assert list(quality_views.figures(result)) == ["quality"]
     assert (finished / "quality.png").stat().st_size > 10_000
 

@@ -19,7 +19,7 @@ from tests.jax_chunkattn.plan_helpers import (
 options = st.builds(
     PlannerOptions,
     sharing=st.booleans(),
-    item_overhead=st.sampled_from([0.0, 1.0, 3.0]),
+    item_overhead=st.sampled_from([0.0, 1.0 * CHUNK, 3.0 * CHUNK]),
     item_read=st.sampled_from([0.0, 1.0, 2.5]),
     max_item_chunks=st.sampled_from([None, 1, 3]),
     max_item_rows=st.sampled_from([None, 1, 2]),
@@ -87,14 +87,28 @@ def test_a_run_is_shared_when_that_is_cheaper_than_every_row_reading_it():
         )
         return summary.shared, summary.reason
 
-    costs = {"item_overhead": 3.0, "item_read": 2.5}
+    costs = {"item_overhead": 3.0 * CHUNK, "item_read": 2.5}
     too_short = "the common prefixes are too short to pay for a work item"
     assert decision(4, 2, **costs) == (False, too_short)
     assert decision(4, 3, **costs)[0]
     assert not decision(2, 40, **costs)[0]
-    assert decision(2, 4, item_overhead=3.0, item_read=1.0)[0]
+    assert decision(2, 4, item_overhead=3.0 * CHUNK, item_read=1.0)[0]
     assert decision(4, 3, sharing=False) == (False, "sharing is switched off")
     assert decision(1, 9) == (False, "no two rows have a full chunk in common")
+
+
+@pytest.mark.parametrize("chunk_size", [8, 16, 64, 128])
+def test_what_pays_depends_on_tokens_however_they_are_cut_into_chunks(chunk_size):
+    def shares(rows, tokens):
+        chunks = tokens // chunk_size
+        tables = [[*range(chunks), 150 + row] for row in range(rows)]
+        lengths = [tokens + 1] * rows
+        _, summary = plan_decode(tables, lengths, chunk_size=chunk_size, num_chunks=200)
+        return summary.shared
+
+    assert shares(5, 128)
+    assert not shares(4, 128)
+    assert not shares(2, 1024)
 
 
 def test_a_long_private_run_becomes_an_item_of_its_row():
@@ -110,7 +124,8 @@ def test_a_run_above_a_run_that_does_not_pay_is_still_shared():
     tables = [[0, 1, 2, 3, 4, 5, 10, 11, 20 + row] for row in range(2)]
     tables += [[0, 1, 2, 3, 4, 5, 12, 30 + row] for row in range(6)]
     lengths = [8 * CHUNK + 1] * 2 + [7 * CHUNK + 1] * 6
-    plan, _ = plan_decode(tables, lengths, chunk_size=CHUNK, num_chunks=POOL)
+    options = PlannerOptions(item_overhead=3.0 * CHUNK)
+    plan, _ = plan_decode(tables, lengths, chunk_size=CHUNK, num_chunks=POOL, options=options)
     assert items_of(plan) == [(0, 8, (0, 1, 2, 3, 4, 5)), (2, 6, (12,))]
     assert plan.private_chunks[0, :3].tolist() == [10, 11, 20]
 

@@ -22,7 +22,7 @@ QUERIES = RANDOM.standard_normal((ROWS, HEADS, HEAD_DIM), np.float32)
 prompts = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=70), min_size=1, max_size=ROWS)
 cpu_options = st.builds(
     PlannerOptions,
-    item_overhead=st.sampled_from([0.0, 1.0, 3.0]),
+    item_overhead=st.sampled_from([0.0, 1.0 * CHUNK, 3.0 * CHUNK]),
     item_read=st.sampled_from([0.0, 1.0]),
     max_item_chunks=st.sampled_from([None, 2]),
 )
