@@ -154,7 +154,7 @@ def _tokens_table(config: Record, record: Record) -> ResultTable:
     notes = [
         f"{record['equal_tokens']} of {record['tokens']} greedy tokens are equal, of "
         f"{record['prompts']} prompts with {record['common_prefix']:,} tokens in common. "
-        "Equality is promised in float32.",
+        "In float32 they are, unless the best two logits are closer than rounding.",
         *([record["note"]] if record["note"] else []),
     ]
     title = f"the engine's answers with and without sharing: {config['model']}, {config['dtype']}"
