@@ -78,11 +78,7 @@ _DESCRIPTION = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 (a check failed), 2 or 130."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    name = next((one for one in arguments if not one.startswith("-")), None)
-    if name not in EXPERIMENTS:
-        given = _parse(arguments)
-        return run_and_report(lambda: _module(given).run(given.experiment), given.run.json)
-    return run_and_report(lambda: _run_experiment(name, arguments), "--json" in arguments)
+    return run_and_report(lambda: _run(arguments), "--json" in arguments)
 
 
 def run_and_report(run: Callable[[], dict[str, Any]], as_json: bool = False) -> int:
@@ -112,6 +108,14 @@ def run_and_report(run: Callable[[], dict[str, Any]], as_json: bool = False) -> 
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_BAD_INPUT
+
+
+def _run(arguments: list[str]) -> dict[str, Any]:
+    name = next((one for one in arguments if not one.startswith("-")), None)
+    if name in EXPERIMENTS:
+        return _run_experiment(name, arguments)
+    given = _parse(arguments)
+    return _module(given).run(given.experiment)
 
 
 def _run_experiment(name: str, arguments: list[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,31 @@ def test_module_is_executable() -> None:
     )
     for subcommand in NAMES:
         assert subcommand in finished.stdout
+
+
+def test_a_reader_that_has_seen_enough_of_the_help_gets_no_traceback() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as nobody_reads:
+        finished = subprocess.run(
+            [sys.executable, "-m", "experiments", "--help"],
+            stdout=nobody_reads,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (finished.returncode, finished.stderr) == (1, "")
+
+
+def test_without_the_extra_its_name_is_told() -> None:
+    code = "import runpy, sys; sys.modules['tyro'] = None; runpy.run_module('experiments')"
+    finished = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 2
+    assert finished.stderr.splitlines() == [
+        "error: this needs an extra: pip install -e '.[experiments]'"
+    ]
 
 
 @pytest.mark.parametrize(
