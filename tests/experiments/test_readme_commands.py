@@ -25,7 +25,7 @@ from tests.models.parity.golden import FOLDER, Golden
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 RUN = "python -m experiments "
-LONG = ("compile-report", "search", "soak", "decode")
+LONG = ("compile-report", "search", "soak", "decode", "serve --model")
 """These take most of their time to compile, and have tests of their own that are shorter."""
 
 OF_THE_USER = ("model", "trace", "system_prompt", "prompts", "text")
