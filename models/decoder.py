@@ -9,6 +9,7 @@ again as the products read, twice. There each layer has its own arrays, and the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -167,8 +168,10 @@ class Decoder(nnx.Module):
         self.max_positions = config.max_positions
 
         def draw(weight: Weight) -> nnx.Param:
-            noise = jax.random.normal(rngs.params(), weight.shape, weight.dtype(dtype))
-            return nnx.Param(noise * weight.stddev + weight.mean)
+            # Drawn flat: XLA takes seconds for many short axes, which LLVM unrolls.
+            count = math.prod(weight.shape)
+            noise = jax.random.normal(rngs.params(), (count,), weight.dtype(dtype))
+            return nnx.Param((noise * weight.stddev + weight.mean).reshape(weight.shape))
 
         for name, weight in decoder_weights(config).items():
             if not name.startswith(BLOCKS):
