@@ -15,15 +15,14 @@ from experiments.harness.reading import read_result
 
 
 def test_both_sides_are_timed_in_turns(tmp_path: Path):
-    small = {"model": "random:tiny", "rows": 2, "shared_tokens": 32, "tokens": 24, "rounds": 3}
-    out = tmp_path / "out"
-    summary = run(EngineConfig(**small, steps_per_call=4, chunk_size=16, output=out))
-    rounds = read_result(out).of_kind("round")
+    config = EngineConfig(**EngineConfig.SMOKE, output=tmp_path / "out")
+    summary = run(config)
+    rounds = read_result(tmp_path / "out").of_kind("round")
     bare, engine = ([one[side] for one in rounds] for side in ("bare loop", "engine"))
     for one in (*bare, *engine):
         assert one["rate"] == one["tokens"] / one["seconds"] > 0
-    assert {one["tokens"] for one in bare} == {2 * 24}
-    assert all(0 < one["tokens"] <= 2 * 24 for one in engine)
+    assert {one["tokens"] for one in bare} == {config.rows * config.tokens}
+    assert all(0 < one["tokens"] <= config.rows * config.tokens for one in engine)
     ratios = [two["rate"] / one["rate"] for one, two in zip(bare, engine, strict=True)]
     assert summary["ratio"] == pytest.approx(median(ratios), abs=1e-3)
     assert summary["host_microseconds_per_token"] > 0

@@ -25,7 +25,15 @@ from tests.models.parity.golden import FOLDER, Golden
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 RUN = "python -m experiments "
-LONG = ("compile-report", "search", "soak", "decode", "serve --model")
+LONG = (
+    "compile-report",
+    "decode",
+    "engine",
+    "generate --",
+    "search",
+    "serve",
+    "soak",
+)
 """These take most of their time to compile, and have tests of their own that are shorter."""
 
 OF_THE_USER = ("model", "trace", "system_prompt", "prompts", "text")

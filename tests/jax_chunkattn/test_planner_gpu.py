@@ -51,7 +51,7 @@ def _three_chunks(rows, chunks):
     return (rows > 1) & (chunks > 2)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(batches(), gpu_options())
 def test_every_row_attends_to_its_tokens_once_and_finds_its_partials(batch, options):
     tables, lengths = batch

@@ -21,7 +21,7 @@ def gpu_engine(packing, num_sms=132, **options):
         packing=packing,
     )
     cache = CacheConfig(200, 16)
-    return Engine(toy_model(), cache, planner=planner, implementation="xla", **options)
+    return Engine(toy_model(), cache, planner=planner, implementation="reference", **options)
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
