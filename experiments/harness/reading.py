@@ -19,6 +19,7 @@ from experiments.harness.errors import UserError
 SCHEMA = 1
 RESULTS, SUMMARY = "results.jsonl", "summary.json"
 HEADER = "run"
+_HEADED = {"experiment", "config", "environment", "date"}
 
 Record = dict[str, Any]
 
@@ -80,7 +81,7 @@ def read_result(path: Path) -> Result:
         ) from error
     except ValueError as error:
         raise UserError(f"{path} holds no result that can be read: {error}") from error
-    if header.get("kind") != HEADER or header.get("schema") != SCHEMA:
+    if header.get("kind") != HEADER or header.get("schema") != SCHEMA or _HEADED - set(header):
         raise UserError(
             f"{file} does not begin with a header of schema {SCHEMA}: "
             "it was not written by this version"

@@ -6,6 +6,8 @@ See `experiments.harness.reading` for what is in it.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import hashlib
 import json
 import os
 import tempfile
@@ -39,36 +41,60 @@ class ResultFolder:
 
     Used as a context manager; a folder made for a run that wrote nothing but its header is removed
     at the end. A `KeyboardInterrupt` that ends the block leaves it with `state()` as its message.
+    Until the end no other run can have the folder.
 
     Attributes:
       finished: the line that ended each unit so far, or in an earlier run that is gone on with.
     """
 
-    def __init__(self, path: Path, experiment: str, config: Any) -> None:
-        """Takes over an unfinished run of the same config that `path` holds.
+    def __init__(
+        self,
+        path: Path,
+        experiment: str,
+        config: Any,
+        inputs: Mapping[str, str] | None = None,
+        *,
+        new: bool = False,
+    ) -> None:
+        """Takes over an unfinished run of the same config and inputs that `path` holds.
+
+        Args:
+            inputs: what tells the contents of the files apart that the run reads; by default
+                `inputs_of(config)`.
+            new: the folder must not be there yet.
 
         Raises:
-            UserError: the folder cannot be made or written, or holds another run's results.
+            UserError: the folder cannot be made or written, holds another run's results, or is
+                where another run is writing.
+            FileExistsError: with `new`.
         """
         self.path = path
         self.experiment = experiment
         self.config = config_record(config)
+        self.inputs = dict(inputs_of(config) if inputs is None else inputs)
         self.finished: dict[str, Record] = {}
         self._earlier: Result | None = None
         self._records: TextIO | None = None
         self._count = 0
         self._made_here = not path.exists()
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=not new)
             with tempfile.TemporaryFile(dir=path):
                 pass
         except OSError as error:
+            if new and isinstance(error, FileExistsError):
+                raise
             raise UserError(
                 f"output folder {path} cannot be written ({error.strerror or error}); "
                 "choose another with --output"
             ) from error
-        if self.results_path.exists() and b"\n" in self.results_path.read_bytes():
-            self._take_over()  # else it was broken off before its first line was written
+        self._lock = _lock(path)
+        try:
+            if self.results_path.exists() and b"\n" in self.results_path.read_bytes():
+                self._take_over()  # else it was broken off before its first line was written
+        except UserError:
+            os.close(self._lock)
+            raise
 
     @property
     def results_path(self) -> Path:
@@ -89,6 +115,7 @@ class ResultFolder:
             "schema": SCHEMA,
             "experiment": self.experiment,
             "config": self.config,
+            "inputs": self.inputs,
             **setting,
             "date": date.today().isoformat(),
             "environment": dict(environment),
@@ -126,6 +153,8 @@ class ResultFolder:
 
     def state(self) -> str:
         """Where the results so far are, in words."""
+        if self.summary_path.exists():
+            return f"the run has ended, and its results are in {self.path}"
         if self._count == 0:
             return "no results were written"
         goes_on = "; the same command goes on from there" if self.finished else ""
@@ -147,12 +176,14 @@ class ResultFolder:
     ) -> None:
         if self._records is not None:
             self._records.close()
-            if self._count == 0 and not self.summary_path.exists():
+            if self._count == 0 and not (self.summary_path.exists() or _has_runs(self.path)):
                 self.results_path.unlink()
         if self._made_here:
             with suppress(OSError):  # it holds something
                 self.path.rmdir()
-        if isinstance(error, KeyboardInterrupt):
+        os.close(self._lock)
+        told_within = self._count == 0 and _has_runs(self.path)
+        if isinstance(error, KeyboardInterrupt) and not told_within:
             error.args = (self.state(),)
 
     def _take_over(self) -> None:
@@ -166,6 +197,11 @@ class ResultFolder:
             raise UserError(
                 f"output folder {self.path} holds the results of a run with other options "
                 f"({_difference(earlier, self)}); choose another with --output, or remove it"
+            )
+        if changed := _differs(earlier.header.get("inputs", {}), self.inputs):
+            raise UserError(
+                f"output folder {self.path} holds results of {changed[0]} as it was then, and it "
+                "has changed; choose another with --output, or remove it"
             )
         self._earlier = earlier
         self.finished = earlier.finished
@@ -185,22 +221,49 @@ class ResultFolder:
         self._records.flush()
 
 
-def open_results(experiment: str, config: Any, default: Path | None = None) -> ResultFolder:
+def open_results(
+    experiment: str,
+    config: Any,
+    default: Path | None = None,
+    inputs: Mapping[str, str] | None = None,
+) -> ResultFolder:
     """The folder that `config.output` names, or `default`, or one in `runs`.
 
-    There, an unfinished run of the same config on the same versions and commit is gone on with, the
-    latest of them.
+    There, an unfinished run of the same config and `inputs` on the same versions and commit is gone
+    on with, the latest of them.
 
     Raises:
         UserError: as `ResultFolder`.
     """
     chosen = config.output or default
     if chosen is not None:
-        return ResultFolder(chosen, experiment, config)
+        return ResultFolder(chosen, experiment, config, inputs)
     for path in _unfinished(experiment):
-        with suppress(UserError):  # it has another config, or cannot be read
-            return ResultFolder(path, experiment, config)
-    return ResultFolder(new_run_path(experiment), experiment, config)
+        with suppress(UserError):  # it has another config, cannot be read, or is still going on
+            return ResultFolder(path, experiment, config, inputs)
+    while True:
+        with suppress(FileExistsError):  # a run that began in the same second was quicker
+            return ResultFolder(new_run_path(experiment), experiment, config, inputs, new=True)
+
+
+def begin_anew(path: Path) -> None:
+    """Remove the lines that a run which has not ended left in `path`, and its points' in a sweep.
+
+    Raises:
+        UserError: another run is writing there.
+    """
+    with suppress(UserError):
+        if read_result(path).summary is not None:
+            return  # whoever opens it says what to do
+    if not path.is_dir():
+        return
+    lock = _lock(path)
+    try:
+        for name in (RESULTS, SUMMARY):
+            for file in (path / name, *path.glob(f"*/{name}")):
+                file.unlink(missing_ok=True)
+    finally:
+        os.close(lock)
 
 
 def _unfinished(experiment: str) -> Iterator[Path]:
@@ -221,8 +284,39 @@ def _unfinished(experiment: str) -> Iterator[Path]:
         with suppress(UserError):
             result = read_result(path)
             same = all(result.environment.get(name) == host[name] for name in _SAME_HOST)
-            if same and result.finished:
+            if same and (result.finished or _has_runs(path)):
                 yield path
+
+
+def _has_runs(path: Path) -> bool:
+    """Whether it is a sweep's, with something measured of a point."""
+    return any(file.stat().st_size > 0 for file in path.glob(f"*/{RESULTS}"))
+
+
+def _lock(path: Path) -> int:
+    """Keeps other runs out of a folder until what this returns is closed, or the process ends."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise UserError(
+            f"a run is writing to output folder {path}; choose another with --output"
+        ) from None
+    except OSError:
+        pass  # a file system without locks: nothing is known of other runs
+    return folder
+
+
+def inputs_of(config: Any) -> dict[str, str]:
+    """A digest of each file that a config names, by its name; but for models, which are large."""
+    paths = [getattr(config, field.name) for field in dataclasses.fields(config)]
+    digests = {}
+    for path in paths:
+        if isinstance(path, Path) and path.is_file():
+            with path.open("rb") as file:
+                digests[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def config_record(config: Any) -> Record:

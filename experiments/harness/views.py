@@ -7,7 +7,9 @@ it on another machine, years later.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -48,20 +50,22 @@ def views_of(experiment: str) -> Views:
 
 
 def finish(folder: ResultFolder, summary: Record, printed: Collection[str] = ()) -> Record:
-    """End a run: write its summary, print its tables, draw its pictures; returns the summary.
+    """End a run: draw its pictures, write its summary, print its tables; returns the summary.
 
-    Tables with the titles `printed` are on the terminal already.
+    Tables with the titles `printed` are on the terminal already. A run that is broken off before
+    its summary is written can be gone on with.
     """
     from experiments.harness.plotting import save_figures
 
-    folder.write_summary(summary)
-    result = read_result(folder.path)
+    result = replace(read_result(folder.path), summary=json.loads(json.dumps(summary)))
     views = views_of(folder.experiment)
+    pictures = save_figures(folder.path, views.figures(result))
+    folder.write_summary(summary)
     console = make_console()
     for table in views.tables(result):
         if table.title not in printed:
             print_table(console, table)
-    for picture in save_figures(folder.path, views.figures(result)):
+    for picture in pictures:
         console.print(f"picture: {picture}", markup=False, soft_wrap=True)
     # Never wrapped or coloured: it is there to be copied.
     console.print(f"results: {folder.path}", markup=False, soft_wrap=True)

@@ -9,9 +9,16 @@ from typing import Any
 
 import pytest
 
+from experiments.harness import results
 from experiments.harness.errors import UserError
 from experiments.harness.reading import SCHEMA, read_result
-from experiments.harness.results import ResultFolder, config_record, new_run_path, open_results
+from experiments.harness.results import (
+    ResultFolder,
+    begin_anew,
+    config_record,
+    new_run_path,
+    open_results,
+)
 from experiments.kernel.command import KernelConfig
 from experiments.serve.command import ServeConfig
 from tests.experiments.results import ENVIRONMENT, lines_in
@@ -121,6 +128,70 @@ def test_a_run_with_other_options_is_not_gone_on_with(tmp_path: Path) -> None:
         ResultFolder(tmp_path / "out", "kernel", KernelConfig())
 
 
+def test_a_run_over_a_file_that_has_changed_is_not_gone_on_with(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("1")
+    break_off(tmp_path / "out", trace=trace)
+    trace.write_text("2")
+    with pytest.raises(UserError, match=r"results of .*trace.jsonl as it was then"):
+        opened(tmp_path / "out", trace=trace)
+    trace.write_text("1")
+    assert opened(tmp_path / "out", trace=trace).finished
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from experiments.harness import environment
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(environment, "describe_host", lambda: WHERE)
+    with open_results("serve", ServeConfig()) as first:
+        first.begin(WHERE)
+        first.finish_unit("one", {"kind": "whole"})
+        with pytest.raises(UserError, match="a run is writing to output folder"):
+            opened(first.path)
+        with pytest.raises(UserError, match="a run is writing to output folder"):
+            begin_anew(first.path)
+        with open_results("serve", ServeConfig()) as second:
+            assert second.path != first.path
+            assert second.finished == {}
+    with open_results("serve", ServeConfig()) as third:
+        assert third.path == first.path
+        assert set(third.finished) == {"one"}
+
+
+def test_two_runs_that_begin_in_one_second_have_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    free = iter(["taken", "taken", "free"])
+    monkeypatch.setattr(results, "new_run_path", lambda _: tmp_path / next(free))
+    with open_results("serve", ServeConfig()), open_results("serve", ServeConfig()) as second:
+        assert second.path.name == "free"
+
+
+def test_begin_anew_leaves_what_has_ended(tmp_path: Path) -> None:
+    begin_anew(tmp_path / "absent")
+    break_off(tmp_path / "out")
+    break_off(tmp_path / "out" / "seed=1")
+    begin_anew(tmp_path / "out")
+    assert not list(tmp_path.rglob("*.jsonl"))
+    break_off(tmp_path / "out")
+    (tmp_path / "out" / "summary.json").write_text("{}")
+    begin_anew(tmp_path / "out")
+    assert read_result(tmp_path / "out").finished
+
+
+def test_an_interrupt_after_the_summary_says_that_the_run_has_ended(tmp_path: Path) -> None:
+    def end_and_interrupt() -> None:
+        with begun(tmp_path / "out") as folder:
+            folder.finish_unit("one", {"kind": "whole"})
+            folder.write_summary({})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="the run has ended, and its results are in"):
+        end_and_interrupt()
+
+
 @pytest.mark.parametrize("name", ["device", "versions", "commit"])
 def test_a_run_somewhere_else_is_not_gone_on_with(tmp_path: Path, name: str) -> None:
     break_off(tmp_path / "out")
@@ -158,6 +229,7 @@ def test_the_same_command_finds_what_was_broken_off(
         ('{"kind": "run"\n', "can be read"),
         ('{"a": 1}\n', "holds other than JSON objects with a kind"),
         ('{"kind": "run", "config": {}}\n', "not written by this version"),
+        ('{"kind": "run", "schema": 1, "config": {}}\n', "not written by this version"),
     ],
 )
 def test_what_is_no_result_is_named(tmp_path: Path, text: str | None, problem: str) -> None:
