@@ -7,10 +7,13 @@ and imports what it needs only when it runs.
 from __future__ import annotations
 
 import dataclasses
+import errno
+import io
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Annotated, Any, Union
 
@@ -25,13 +28,14 @@ from experiments.generate.command import GenerateConfig
 from experiments.gpu.command import GpuConfig
 from experiments.harness.console import quiet_consoles
 from experiments.harness.errors import CheckFailed, user_errors
+from experiments.harness.interrupts import no_interrupt_lost
 from experiments.harness.invocation import (
     Running,
     Showing,
     expand,
     without_option,
 )
-from experiments.harness.results import new_run_path
+from experiments.harness.results import begin_anew, new_run_path
 from experiments.kernel.command import KernelConfig
 from experiments.models.command import ModelsConfig
 from experiments.quality.command import QualityConfig
@@ -45,6 +49,7 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 DEBUG_VARIABLE = "JAX_CHUNKATTN_DEBUG"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 EXPERIMENTS: dict[str, Any] = {
     "generate": GenerateConfig,
@@ -83,11 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_and_report(run: Callable[[], dict[str, Any]], as_json: bool = False) -> int:
     """Call `run` and turn errors into exit codes; what it returns is printed only as JSON."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack an answer's characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with quiet_consoles(as_json):
+        with quiet_consoles(as_json), no_interrupt_lost():
             summary = run()
         if as_json:
-            print(json.dumps(summary), flush=True)
+            print(json.dumps(summary))
+        sys.stdout.flush()
         return 0
     except KeyboardInterrupt as interrupt:
         if os.environ.get(DEBUG_VARIABLE):
@@ -95,8 +103,7 @@ def run_and_report(run: Callable[[], dict[str, Any]], as_json: bool = False) -> 
         print(": ".join(("interrupted", *map(str, interrupt.args))), file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Whoever read standard output is gone; closing it at exit would complain once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_standard_output()  # whoever read it is gone
         return EXIT_FAILED
     except CheckFailed as failed:
         if as_json:
@@ -108,6 +115,19 @@ def run_and_report(run: Callable[[], dict[str, Any]], as_json: bool = False) -> 
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except OSError as error:
+        if os.environ.get(DEBUG_VARIABLE) or error.errno not in _NO_ROOM:
+            raise
+        where = error.filename or "standard output or a file"
+        print(f"error: {where} cannot be written ({error.strerror})", file=sys.stderr)
+        _give_up_standard_output()
+        return EXIT_BAD_INPUT
+
+
+def _give_up_standard_output() -> None:
+    """What it still holds would fail once more when the process ends."""
+    with suppress(OSError, ValueError):  # not a real file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: list[str]) -> dict[str, Any]:
@@ -124,8 +144,9 @@ def _run_experiment(name: str, arguments: list[str]) -> dict[str, Any]:
     arguments = [*arguments[:at], *expand(config_class, name, arguments[at:])]
     given = _parse(arguments)
     config, options = given.experiment, given.run
-    if options.fresh and config.output is None:
-        folder = new_run_path("sweep" if options.sweep else name)
+    if options.fresh:
+        folder = config.output or new_run_path("sweep" if options.sweep else name)
+        begin_anew(folder)
         config = dataclasses.replace(config, output=folder)
     module = _module(given)
     if not options.sweep:
@@ -134,7 +155,7 @@ def _run_experiment(name: str, arguments: list[str]) -> dict[str, Any]:
 
     fields = parse_sweep(options.sweep, config_class)
     plain = without_option("--sweep", arguments)
-    points = make_points(fields, lambda more: _parse([*plain, *more]).experiment)
+    points = make_points(fields, config_class, lambda more: _parse([*plain, *more]).experiment)
     for point in points:
         module.check(point.config)
     return run_sweep(name, config, fields, points, module.run, module.headline)

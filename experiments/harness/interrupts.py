@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,3 +40,31 @@ def deferred_interrupts() -> Iterator[Callable[[], None]]:
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
     check()
+
+
+@contextmanager
+def no_interrupt_lost() -> Iterator[None]:
+    """Let a Ctrl-C that came in a garbage collection callback, or a finaliser, come once more.
+
+    Python prints what is raised there and goes on; JAX has such a callback.
+    """
+    before = sys.unraisablehook
+    timers: list[threading.Timer] = []
+
+    def come_again(unraisable: sys.UnraisableHookArgs) -> None:
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            before(unraisable)
+            return
+        # A moment later: what is raised in this hook is ignored too.
+        interrupt = signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)
+        timers.append(threading.Timer(0.05, *interrupt))
+        timers[-1].daemon = True
+        timers[-1].start()
+
+    sys.unraisablehook = come_again
+    try:
+        yield
+    finally:
+        for timer in timers:
+            timer.cancel()
+        sys.unraisablehook = before

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Generic, TypeVar
 import tyro
 
 from experiments.harness.errors import UserError
-from experiments.harness.options import option
+from experiments.harness.options import boolean_option, option
 from experiments.harness.reading import read_result
 
 C = TypeVar("C")
@@ -76,25 +76,31 @@ class Showing(Generic[C]):
 
 
 def expand(config_class: Any, name: str, arguments: Sequence[str]) -> list[str]:
-    """The options that `--smoke`, `--from` and `--config` stand for, then `arguments`.
+    """The options that `--from`, `--smoke` and `--config` stand for, then `arguments`.
 
     Raises:
       UserError: a file that cannot be read, holds no options of this experiment, or is the result
         of another.
     """
     expanded: list[str] = []
-    if "--smoke" in arguments:
-        expanded += as_arguments(config_class, config_class.SMOKE, "--smoke")
-    if (earlier := _value_of("--from", arguments)) is not None:
+    for earlier in _values_of("--from", arguments):
         result = read_result(Path(earlier))
+        if result.experiment == "sweep":
+            raise UserError(f"--from {earlier} is a sweep: name the folder of one of its points")
         if result.experiment != name:
             raise UserError(
                 f"--from {earlier} is a result of {result.experiment}: "
                 f"python -m experiments {result.experiment} --from {earlier}"
             )
         expanded += as_arguments(config_class, result.config, f"--from {earlier}")
-    if (file := _value_of("--config", arguments)) is not None:
-        expanded += as_arguments(config_class, read_toml(Path(file)), f"--config {file}")
+    if "--smoke" in arguments:
+        expanded += as_arguments(config_class, config_class.SMOKE, "--smoke")
+    for file in _values_of("--config", arguments):
+        options = read_toml(Path(file))
+        for name in _OWN:
+            if name in options:
+                raise UserError(f"--config {file}: {name} is of one run; type {option(name)}")
+        expanded += as_arguments(config_class, options, f"--config {file}")
     return [*expanded, *arguments]
 
 
@@ -124,7 +130,7 @@ def as_arguments(config_class: Any, values: Mapping[str, Any], source: str) -> l
 def _as_option(name: str, value: Any, source: str) -> list[str]:
     match value:
         case bool():
-            return [option(name) if value else option(f"no_{name}")]
+            return [boolean_option(name, value)]
         case list() | tuple():
             return [option(name), *map(str, value)]
         case int() | float() | str():
@@ -151,12 +157,12 @@ def without_option(name: str, arguments: Sequence[str]) -> list[str]:
     return kept
 
 
-def _value_of(name: str, arguments: Sequence[str]) -> str | None:
-    """The value of an option, given last; None when it is not given, or without a value."""
-    value = None
+def _values_of(name: str, arguments: Sequence[str]) -> list[str]:
+    """The values of an option, each time it is given with one."""
+    values = []
     for argument, following in zip(arguments, [*arguments[1:], None], strict=False):
-        if argument == name:
-            value = following
+        if argument == name and following is not None:
+            values.append(following)
         elif argument.startswith(f"{name}="):
-            value = argument.removeprefix(f"{name}=")
-    return value
+            values.append(argument.removeprefix(f"{name}="))
+    return values

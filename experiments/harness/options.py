@@ -54,6 +54,11 @@ def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def boolean_option(name: str, value: bool) -> str:
+    """The option on the command line that switches the config's field `name` on or off."""
+    return option(name) if value else option(f"no_{name}")
+
+
 def check_at_least_one(config: Any, *names: str) -> None:
     """Raise `UserError` for a field of `config` below 1, or with one below; None is fine."""
     for name in names:

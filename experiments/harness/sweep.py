@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.harness.console import quiet_consoles
 from experiments.harness.environment import describe_environment
-from experiments.harness.errors import UserError
-from experiments.harness.options import option
+from experiments.harness.errors import CheckFailed, UserError
+from experiments.harness.options import boolean_option, option
 from experiments.harness.reading import RESULTS, Record, read_result
-from experiments.harness.results import ResultFolder, config_record, open_results
+from experiments.harness.results import ResultFolder, config_record, inputs_of, open_results
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
 
@@ -46,7 +46,8 @@ class Point:
     @property
     def name(self) -> str:
         """Also that of its folder."""
-        return ",".join(f"{name}={value}" for name, value in self.fields.items()).replace("/", "_")
+        values = ",".join(f"{name}={value}" for name, value in self.fields.items())
+        return values.replace("%", "%25").replace("/", "%2F")
 
 
 def parse_sweep(given: Sequence[str], config_class: Any) -> Values:
@@ -71,13 +72,24 @@ def parse_sweep(given: Sequence[str], config_class: Any) -> Values:
     return fields
 
 
-def make_points(fields: Values, parse: Callable[[list[str]], Any]) -> list[Point]:
+def make_points(
+    fields: Values, config_class: Any, parse: Callable[[list[str]], Any]
+) -> list[Point]:
     """Every combination; `parse` gives the config for some more arguments."""
+    switches = {f.name for f in dataclasses.fields(config_class) if isinstance(f.default, bool)}
     points = []
     for values in itertools.product(*fields.values()):
         chosen = dict(zip(fields, values, strict=True))
-        points.append(Point(chosen, parse([f"{option(n)}={v}" for n, v in chosen.items()])))
+        points.append(Point(chosen, parse([_argument(n, v, switches) for n, v in chosen.items()])))
     return points
+
+
+def _argument(name: str, value: str, switches: Collection[str]) -> str:
+    if name not in switches:
+        return f"{option(name)}={value}"
+    if value.lower() not in ("true", "false"):
+        raise UserError(f"--sweep {name.replace('_', '-')}={value}: expected true or false")
+    return boolean_option(name, value.lower() == "true")
 
 
 def run_sweep(
@@ -91,23 +103,28 @@ def run_sweep(
     """Run every point into a folder of its own; one that a broken sweep has finished is kept.
 
     Prints a table of the headlines and draws them over what is swept; returns the summary.
+
+    Raises:
+        CheckFailed: at the end, when a point's check failed.
     """
     shown = config_record(base)
     for field in (*fields, "output"):
         del shown[field]
     listed = {field: list(values) for field, values in fields.items()}
     config = SweepConfig(name, listed, shown, base.output)
-    with open_results("sweep", config) as folder:
+    inputs = {name: one for point in points for name, one in inputs_of(point.config).items()}
+    with open_results("sweep", config, inputs=inputs) as folder:
         environment = describe_environment()
         folder.begin(environment)
 
         def measure(point: Point) -> Record:
-            summary = _run_point(point, folder, run)
+            summary, failure = _run_point(point, folder, run)
             return {
                 "kind": "point",
                 "fields": point.fields,
                 "folder": point.name,
                 "headline": headline(summary),
+                "failure": failure,
             }
 
         units = {point.name: lambda point=point: measure(point) for point in points}
@@ -119,14 +136,26 @@ def run_sweep(
             "points": [
                 {"fields": record["fields"], "headline": record["headline"]} for record in records
             ],
+            "failures": [
+                f"{record['unit']}: {record['failure']}" for record in records if record["failure"]
+            ],
             "environment": environment,
         }
-        return finish(folder, summary)
+        finish(folder, summary)
+    if summary["failures"]:
+        raise CheckFailed("; ".join(summary["failures"]), summary)
+    return summary
 
 
-def _run_point(point: Point, folder: ResultFolder, run: Callable[[Any], Record]) -> Record:
+def _run_point(
+    point: Point, folder: ResultFolder, run: Callable[[Any], Record]
+) -> tuple[Record, str | None]:
+    """The summary of a run, and what it was to prove and did not."""
     path = folder.path / point.name
     if (path / RESULTS).exists() and (summary := read_result(path).summary) is not None:
-        return summary
-    with quiet_consoles():
-        return run(dataclasses.replace(point.config, output=path))
+        return summary, "; ".join(summary.get("failures", ())) or None
+    try:
+        with quiet_consoles():
+            return run(dataclasses.replace(point.config, output=path)), None
+    except CheckFailed as failed:
+        return failed.summary, str(failed)

@@ -14,23 +14,24 @@ from experiments.harness.tables import Column, ResultTable, significant, table_o
 def tables(result: Result) -> list[ResultTable]:
     """A row for each point."""
     points = result.of_kind("point")
-    names = list(points[0]["headline"])
+    names = _headlines(points)
     fields = result.config["fields"]
     columns = [Column(field) for field in fields]
     columns += [Column(name, timed=True) for name in names]
     rows = [
-        [*point["fields"].values(), *(_shown(point["headline"][name]) for name in names)]
+        [*point["fields"].values(), *(_shown(point["headline"].get(name)) for name in names)]
         for point in points
     ]
     swept = ", ".join(field.replace("_", " ") for field in fields)
-    return [table_of(f"{result.config['of']} over {swept}", columns, rows)]
+    notes = [f"FAILED: {failure}" for failure in (result.summary or {}).get("failures", ())]
+    return [table_of(f"{result.config['of']} over {swept}", columns, rows, notes=notes)]
 
 
 def figures(result: Result) -> dict[str, Figure]:
     """A panel for each headline that is a number; none when no option that is swept is one."""
     points = result.of_kind("point")
     over = next((f for f in points[0]["fields"] if _numbers(p["fields"][f] for p in points)), None)
-    names = [n for n in points[0]["headline"] if _numbers(p["headline"][n] for p in points)]
+    names = [n for n in _headlines(points) if _numbers(p["headline"].get(n) for p in points)]
     if over is None or not names:
         return {}
     figure = make_figure(4.2 * len(names), 3.8)
@@ -41,13 +42,20 @@ def figures(result: Result) -> dict[str, Figure]:
             y = [float(point["headline"][name]) for point in its]
             axes.plot(x, y, label=series, **line_style(index))
         plain_axes(axes, "", over.replace("_", " "), name)
-        axes.set_ylim(bottom=0)
+        heights = [float(point["headline"][name]) for point in points]
+        if min(heights) >= 0:
+            axes.set_ylim(0, 1.05 * max(heights) or 1)
         axes.set_xticks(sorted({float(point["fields"][over]) for point in points}))
         axes.xaxis.set_major_formatter("{x:g}")
     if len(points[0]["fields"]) > 1:
         panels[0].legend(frameon=False)
     figure.suptitle(f"{result.config['of']} on {result.environment['device']}")
     return {"picture": figure}
+
+
+def _headlines(points: list[Record]) -> list[str]:
+    """Those of any point: what is swept may decide which there are."""
+    return list(dict.fromkeys(name for point in points for name in point["headline"]))
 
 
 def _series(points: list[Record], over: str) -> dict[str, list[Record]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -190,6 +191,15 @@ def test_library_errors_are_told_in_one_line(capsys: pytest.CaptureFixture[str])
 
         assert run_and_report(run) == 2
         assert capsys.readouterr().err == "error: first line second line\n"
+
+
+def test_a_full_disk_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def run() -> dict[str, int]:
+        raise OSError(errno.ENOSPC, "No space left on device", "out/picture.png")
+
+    assert run_and_report(run) == 2
+    error = "error: out/picture.png cannot be written (No space left on device)\n"
+    assert capsys.readouterr().err == error
 
 
 def test_debug_variable_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

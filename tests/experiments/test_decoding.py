@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import signal
+import time
 from typing import Any
 
 import pytest
 
 from experiments.generate.decoding import BatchSettings, Measured, decode_batch
-from experiments.harness.interrupts import deferred_interrupts
+from experiments.harness.interrupts import deferred_interrupts, no_interrupt_lost
 from jax_chunkattn import SamplingParams
 
 SETTINGS = BatchSettings(
@@ -77,6 +78,20 @@ def test_deferred_interrupts_come_at_the_check_the_end_or_the_second_signal() ->
         signal.raise_signal(signal.SIGINT)
         reached.append("after the second signal")
     assert reached == ["after the signal", "the end"]
+
+
+def test_an_interrupt_in_a_finaliser_comes_once_more() -> None:
+    class Interrupted:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    reached = []
+    with pytest.raises(KeyboardInterrupt), no_interrupt_lost():  # noqa: PT012
+        one = Interrupted()
+        del one
+        time.sleep(10)
+        reached.append("the end")
+    assert reached == []
 
 
 def test_measured_rates(fake_engine: type) -> None:

@@ -14,6 +14,7 @@ from experiments.generate.command import GenerateConfig
 from experiments.harness.errors import UserError
 from experiments.harness.invocation import as_arguments, expand, without_option
 from experiments.harness.results import ResultFolder
+from experiments.harness.sweep import SweepConfig
 from tests.experiments.results import ENVIRONMENT
 
 
@@ -55,6 +56,31 @@ def test_a_result_can_be_repeated(ran: list[GenerateConfig], tmp_path: Path):
     assert main(["serve", "--from", "a"]) == 2
 
 
+def test_a_sweep_cannot_be_repeated_as_one_run(ran: list[GenerateConfig], capsys: Any):
+    with ResultFolder(Path("s"), "sweep", SweepConfig("generate", {}, {}, None)) as folder:
+        folder.begin(ENVIRONMENT)
+        folder.finish_unit("batch=2", {"kind": "point"})
+    assert main(["generate", "--from", "s"]) == 2
+    assert "--from s is a sweep: name the folder of one of its points" in capsys.readouterr().err
+
+
+def test_smoke_counts_more_than_an_earlier_result(ran: list[GenerateConfig]):
+    with ResultFolder(Path("a"), "generate", GenerateConfig(batch=9, top_k=3)) as folder:
+        folder.begin(ENVIRONMENT)
+        folder.finish_unit("this run", {"kind": "measured"})
+    assert main(["generate", "--smoke", "--from", "a"]) == 0
+    [config] = ran
+    assert (config.batch, config.top_k) == (GenerateConfig.SMOKE["batch"], 3)
+
+
+def test_files_are_read_in_their_order(ran: list[GenerateConfig]):
+    Path("a.toml").write_text("batch = 2\nseed = 1")
+    Path("b.toml").write_text("batch = 3")
+    assert main(["generate", "--config", "a.toml", "--config=b.toml"]) == 0
+    [config] = ran
+    assert (config.batch, config.seed) == (3, 1)
+
+
 def test_smoke_and_files_have_an_order(ran: list[GenerateConfig], tmp_path: Path):
     (tmp_path / "options.toml").write_text("batch = 2")
     assert main(["generate", "--smoke", "--config", "options.toml", "--compare-batch", "1"]) == 0
@@ -89,6 +115,7 @@ def test_fresh_begins_in_a_folder_of_its_own(ran: list[GenerateConfig]):
             ["--config", "nested.toml"],
             "batch must be a text, a number, true, false or a list, got",
         ),
+        (["--config", "output.toml"], "output.toml: output is of one run; type --output"),
         (["--from", "absent"], "absent holds no result"),
     ],
 )
@@ -103,6 +130,7 @@ def test_bad_files_are_told_in_one_line(
     Path("broken.toml").write_text("batch = = 3")
     Path("unknown.toml").write_text("wdith = 3")
     Path("nested.toml").write_text("[batch]\nx = 1")
+    Path("output.toml").write_text('output = "x"')
     assert main(["generate", *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

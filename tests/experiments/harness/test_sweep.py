@@ -12,10 +12,14 @@ import pytest
 from experiments.cli import main
 from experiments.generate import command as generate
 from experiments.generate.command import GenerateConfig
+from experiments.harness import environment, sweep
+from experiments.harness.errors import CheckFailed
 from experiments.harness.reading import read_result
 from experiments.harness.results import ResultFolder
 from experiments.harness.sweep_views import figures, tables
-from tests.experiments.results import ENVIRONMENT, summary_in
+from tests.experiments.results import ENVIRONMENT, make_result, summary_in
+
+HOST = {"versions": ENVIRONMENT["versions"], "commit": ENVIRONMENT["commit"]}
 
 SWEEP = ["generate", "--sweep", "batch=2,4,8", "--sweep", "dtype=float32,bfloat16", "--output", "s"]
 
@@ -101,6 +105,83 @@ def test_a_sweep_is_drawn_over_the_option_that_is_a_number(ran: list[GenerateCon
     assert drawn.tolist() == [[2, 20], [4, 40]]
 
 
+def test_a_sweep_broken_off_in_its_first_point_goes_on_there(
+    ran: list[GenerateConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    finished: list[set[str]] = []
+
+    def run(config: GenerateConfig) -> dict[str, Any]:
+        assert config.output is not None
+        with ResultFolder(config.output, "generate", config) as folder:
+            finished.append(set(folder.finished))
+            folder.begin(ENVIRONMENT)
+            folder.finish_unit("this run", {"kind": "measured"})
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "run", run)
+    monkeypatch.setattr(environment, "describe_host", lambda: HOST)
+    monkeypatch.setattr(sweep, "describe_environment", lambda: {**ENVIRONMENT, **HOST})
+    command = ["generate", "--sweep", "batch=2,4"]
+    for _ in range(2):
+        assert main(command) == 130
+        assert "lines) are in runs/sweep-" in capsys.readouterr().err
+    assert finished == [set(), {"this run"}]
+    assert len(list(Path("runs").iterdir())) == 1
+
+
+def test_a_failed_check_is_remembered(
+    ran: list[GenerateConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    run = generate.run
+
+    def run_and_check(config: GenerateConfig) -> dict[str, Any]:
+        summary = run(config)
+        if config.batch == 2:
+            raise CheckFailed("answers differ", summary)
+        return summary
+
+    monkeypatch.setattr(generate, "run", run_and_check)
+    command = ["generate", "--sweep", "batch=2,4", "--output", "s"]
+    assert main(command) == 1
+    assert "failed: batch=2: answers differ" in capsys.readouterr().err
+    assert len(ran) == 2
+    Path("s/summary.json").unlink()
+    assert main(command) == 1
+    assert len(ran) == 2
+    assert "FAILED: batch=2: answers differ" in capsys.readouterr().out
+
+
+def test_switches_and_paths_can_be_swept(ran: list[GenerateConfig]):
+    Path("a").mkdir()
+    for name in ("a/b.txt", "a_b.txt"):
+        Path(name).write_text("Why?\n")
+    command = ["generate", "--sweep", "sharing=true,False", "--sweep", "prompts=a/b.txt,a_b.txt"]
+    assert main([*command, "--output", "s"]) == 0
+    assert [(one.sharing, str(one.prompts)) for one in ran] == [
+        (True, "a/b.txt"),
+        (True, "a_b.txt"),
+        (False, "a/b.txt"),
+        (False, "a_b.txt"),
+    ]
+    assert len(list(Path("s").glob("*/results.jsonl"))) == 4
+
+
+def test_points_may_have_headlines_of_their_own_and_below_zero():
+    lines = [
+        {"kind": "point", "fields": {"width": "2"}, "headline": {"score": -3.0, "left": 1.0}},
+        {"kind": "point", "fields": {"width": "3"}, "headline": {"score": -1.0, "right": 2.0}},
+    ]
+    result = make_result("sweep", lines, {}, {"of": "search", "fields": {"width": ["2", "3"]}})
+    [table] = tables(result)
+    assert [column.heading for column in table.columns] == ["width", "score", "left", "right"]
+    [axes] = figures(result)["picture"].axes
+    assert axes.get_ylim()[0] < -3 < -1 < axes.get_ylim()[1]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -110,6 +191,7 @@ def test_a_sweep_is_drawn_over_the_option_that_is_a_number(ran: list[GenerateCon
         (["--sweep", "batch=2", "--sweep", "batch=3"], "--sweep names --batch twice"),
         (["--sweep", "batch=2,0"], "--batch must be at least 1, got 0"),
         (["--sweep", "output=a,b"], "unknown option 'output'"),
+        (["--sweep", "sharing=yes"], "--sweep sharing=yes: expected true or false"),
     ],
 )
 def test_what_cannot_be_swept_is_refused_before_anything_runs(
