@@ -11,10 +11,10 @@ from typing import Any
 from experiments.harness.console import make_console
 from experiments.harness.errors import UserError
 from experiments.harness.plotting import save_figures
-from experiments.harness.reading import RESULTS, Result, read_result
+from experiments.harness.reading import RESULTS, SUMMARY, Result, read_result
 from experiments.harness.results import new_run_path
 from experiments.harness.tables import to_markdown
-from experiments.harness.views import views_of
+from experiments.harness.views import VIEWS, views_of
 from experiments.report.command import ReportConfig
 
 PAGE = "report.md"
@@ -48,7 +48,10 @@ def _read_all(paths: list[Path]) -> tuple[dict[Path, Result], list[str]]:
     problems: list[str] = []
     for path in paths:
         try:
-            results[path] = read_result(path)
+            result = read_result(path)
+            if result.experiment not in VIEWS:
+                raise UserError(f"{path} is of {result.experiment!r}, which is no experiment here")
+            results[path] = result
         except UserError as error:
             problems.append(str(error))
     if not results:
@@ -64,17 +67,19 @@ def find_results(given: Iterable[Path]) -> list[Path]:
     Raises:
       UserError: a folder that does not exist, or holds no result.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for path in given:
-        if not path.is_dir():
+        folder = path.parent if path.name in (RESULTS, SUMMARY) else path
+        if not folder.is_dir():
             raise UserError(f"{path} is no folder")
-        below = sorted(one.parent for one in path.rglob(RESULTS))
+        below = sorted(one.parent for one in folder.rglob(RESULTS))
         # The points of a sweep are in its own table.
-        below = [one for one in below if one == path or not (one.parent / RESULTS).exists()]
+        below = [one for one in below if one == folder or not (one.parent / RESULTS).exists()]
         if not below:
             raise UserError(f"{path} holds no results: no {RESULTS} in it, nor below it")
-        found |= dict.fromkeys(below)
-    return list(found)
+        for one in below:
+            found.setdefault(one.resolve(), one)
+    return list(found.values())
 
 
 def short_names(paths: list[Path]) -> dict[Path, str]:

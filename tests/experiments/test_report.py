@@ -39,12 +39,17 @@ def test_a_page_has_tables_pictures_and_where_they_come_from(
     write_result(Path("runs/one/engine"))
     write_result(Path("runs/two/engine"))
     write_result(Path("runs/three"), ended=False)
+    with ResultFolder(Path("runs/foreign"), "juggling", EngineConfig()) as folder:
+        folder.begin(ENVIRONMENT)
+        folder.finish_unit("one", {"kind": "ball"})
     Path("runs/old").mkdir()
     Path("runs/old/results.jsonl").write_text('{"kind": "case"}\n')
     assert main(["report", "runs", "--output", "page", "--title", "Mine"]) == 0
     captured = capsys.readouterr()
     assert captured.out == "page: page/report.md\n"
-    assert captured.err.startswith("left out: runs/old/results.jsonl does not begin with a header")
+    foreign, old = captured.err.splitlines()
+    assert foreign == "left out: runs/foreign is of 'juggling', which is no experiment here"
+    assert old.startswith("left out: runs/old/results.jsonl does not begin with a header")
     text = Path("page/report.md").read_text()
     assert text.startswith("# Mine\n")
     for part in (
@@ -60,7 +65,8 @@ def test_a_page_has_tables_pictures_and_where_they_come_from(
     for name in ("one-engine-picture.png", "two-engine-picture.svg"):
         assert (Path("page") / name).stat().st_size > 1000
 
-    assert main(["report", "runs/one", "runs/one/engine", "--json"]) == 0
+    again = Path("runs/one/engine/results.jsonl").resolve()
+    assert main(["report", "runs/one", "runs/one/engine", str(again), "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["results"] == ["runs/one/engine"]
     assert Path(summary["page"]).is_file()
