@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,9 @@ install_import_hook(
 )
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell started this in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 _MAPS = Path("/proc/self/maps")
