@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
 
 import numpy as np
 
@@ -53,6 +55,13 @@ def check_params(
         params.check_vocabulary(model.vocab_size)
     except ValueError as error:
         raise InvalidRequest(f"{name}: {error}") from None
+
+
+def check_priority(priority: Any) -> int:
+    """The priority as an int; raises InvalidRequest when it is none."""
+    if isinstance(priority, bool) or not isinstance(priority, Integral):
+        raise InvalidRequest(f"priority must be an integer, got {priority!r:.60}")
+    return int(priority)
 
 
 def chunks_to_finish(prompt_tokens: int, max_tokens: int, chunk_size: int) -> int:

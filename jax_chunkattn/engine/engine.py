@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import count
 from math import nan
 
-from jax_chunkattn.admission import InvalidRequest, check_params, check_prompt
+from jax_chunkattn.admission import InvalidRequest, check_params, check_priority, check_prompt
 from jax_chunkattn.backend import Backend, choose_backend
 from jax_chunkattn.engine.core import Core
 from jax_chunkattn.engine.device import Device
@@ -378,7 +378,7 @@ class Engine:
         tokens = check_prompt(self._tokens(prompt), self.model, name)
         check_params(params, len(tokens), self.model, name)
         stream = self._text_stream(params, name)
-        order = (priority, next(self._arrivals))
+        order = (check_priority(priority), next(self._arrivals))
         request = Request(tokens, self._salt(salt), order, params, stream, hold=hold)
         self._core.scheduler.require_fit(request)
         return request

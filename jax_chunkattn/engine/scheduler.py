@@ -59,9 +59,9 @@ class Scheduler:
 
     def enqueue(self, work: Work) -> None:
         """Puts work in its place in the queue, be it new or sent back."""
+        bisect.insort(self.waiting, work, key=lambda work: work.order)
         self.accepted[work] = None
         work.phase = Phase.WAITING
-        bisect.insort(self.waiting, work, key=lambda work: work.order)
 
     def admit_next(self) -> Work | None:
         """Places the first of the queue in the tree and gives it a slot; None if it must wait."""

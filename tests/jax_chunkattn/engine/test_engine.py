@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -15,6 +17,9 @@ from jax_chunkattn import (
     SamplingParams,
     chunks_needed,
 )
+from jax_chunkattn.engine.requests import Pinned
+from jax_chunkattn.engine.scheduler import Scheduler
+from jax_chunkattn.prefix_tree import PrefixTree
 from tests.interpreted import implementations
 from tests.jax_chunkattn.engine.engines import BytePairs, assert_all_returned, make_engine, run
 from tests.jax_chunkattn.toy import greedy_without_cache, token_tree, toy_model
@@ -297,6 +302,32 @@ def test_a_bad_request_is_refused_before_anything_changes(prompt, params, error,
     assert engine.stats.submitted == 0
     assert not engine.has_work
     assert_all_returned(engine)
+
+
+@pytest.mark.parametrize("priority", [None, "high", 1.0, float("nan"), True, np.True_, (0,)])
+@pytest.mark.parametrize("waiting", [0, 1])
+def test_a_priority_that_is_no_integer_is_refused_before_anything_changes(priority, waiting):
+    engine = make_engine()
+    handles = [engine.submit([1, 2, 3], SamplingParams(4)) for _ in range(waiting)]
+    before = engine.stats
+    for submit in (engine.submit, engine.submit_samples):
+        with pytest.raises(InvalidRequest, match="priority must be an integer, got "):
+            submit([1, 2], SamplingParams(4), priority=priority)
+    assert engine.stats == before
+    of_numpy: Any = np.int64(-1)
+    engine.submit([1, 2], SamplingParams(4), priority=of_numpy).abort()
+    for handle in handles:
+        handle.abort()
+    assert_all_returned(engine)
+
+
+def test_work_that_cannot_be_queued_is_not_accepted():
+    scheduler = Scheduler(PrefixTree(4, 4), max_running=1)
+    scheduler.enqueue(Pinned((1,), b"", (0, 0)))
+    order: Any = ("high", 1)
+    with pytest.raises(TypeError):
+        scheduler.enqueue(Pinned((1,), b"", order))
+    assert list(scheduler.accepted) == scheduler.waiting
 
 
 def test_one_sampling_for_each_prompt():
