@@ -40,7 +40,7 @@ from jax_chunkattn.request_table import (
     place_counts,
     place_rows,
 )
-from jax_chunkattn.sampling import RowSampling
+from jax_chunkattn.sampling import NO_TOKEN, RowSampling
 from pallas_kernels import DecodePlan
 
 ROWS_PER_PLACEMENT = 8
@@ -82,10 +82,12 @@ class Results:
         return column[column != NOTHING].tolist()
 
     def logprobs_of(self, row: int, number: int | None, count: int) -> tuple[TokenLogprobs, ...]:
-        """Of the first `count` tokens; nothing when the request did not ask."""
+        """Of the first `count` tokens, with `number` likeliest or all that the vocabulary has;
+        nothing when the request did not ask."""
         if number is None:
             return ()
         values = self.chosen.logprobs
+        number = min(number, int(np.count_nonzero(values.top_tokens[0, row] != NO_TOKEN)))
         return tuple(
             TokenLogprobs(
                 float(values.chosen[step, row]),

@@ -28,7 +28,8 @@ class TokenLogprobs:
     Attributes:
       chosen: of the token that was chosen. NaN where a fork begins with tokens for which its parent
         did not ask, or with another one that its parent did not list.
-      top: the likeliest tokens and theirs, the likeliest first; as many as were asked for.
+      top: the likeliest tokens and theirs, the likeliest first; as many as were asked for, or
+        all when the vocabulary has fewer.
     """
 
     chosen: float

@@ -1,6 +1,6 @@
 """Choosing tokens on the device, every row by its own rules and its own seed."""
 
-from jax_chunkattn.sampling.log_probabilities import Logprobs, log_probabilities
+from jax_chunkattn.sampling.log_probabilities import NO_TOKEN, Logprobs, log_probabilities
 from jax_chunkattn.sampling.params import (
     MAX_BIASED_TOKENS,
     MAX_LOGPROBS,
@@ -15,6 +15,7 @@ __all__ = [
     "MAX_DEFAULT_STOP_TOKENS",
     "MAX_LOGPROBS",
     "MAX_STOP_TOKENS",
+    "NO_TOKEN",
     "Logprobs",
     "RowSampling",
     "SamplingParams",

@@ -65,7 +65,8 @@ class SamplingParams:
       stop_token_ids: tokens after which generation ends, besides the engine's own.
       ignore_eos: the engine's own stop tokens do not end generation.
       logprobs: the log-probability of each chosen token is reported, and those of this many
-        likeliest tokens, in the model's own distribution: before all of the above. None is off.
+        likeliest tokens (of all, if the vocabulary has fewer), in the model's own distribution:
+        before all of the above. None is off.
       n: answers to generate.
 
     Raises:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,9 +19,12 @@ from jax_chunkattn import (
     SamplingParams,
     chunks_needed,
 )
+from jax_chunkattn.decode_loop import Chosen
+from jax_chunkattn.engine.device import Results
 from jax_chunkattn.engine.requests import Pinned
 from jax_chunkattn.engine.scheduler import Scheduler
 from jax_chunkattn.prefix_tree import PrefixTree
+from jax_chunkattn.sampling import RowSampling, log_probabilities
 from tests.interpreted import implementations
 from tests.jax_chunkattn.engine.engines import BytePairs, assert_all_returned, make_engine, run
 from tests.jax_chunkattn.toy import greedy_without_cache, token_tree, toy_model
@@ -264,6 +269,21 @@ def test_logprobs_are_those_of_the_model():
         assert values[0] == pytest.approx(logprobs.chosen, abs=1e-5)
         assert list(values) == sorted(values, reverse=True)
         assert np.exp(values).sum() <= 1
+
+
+def test_no_more_logprobs_are_reported_than_the_vocabulary_has_tokens():
+    """A beam search over more than there are would go on with padding."""
+    asked = RowSampling.stack([SamplingParams(logprobs=10), SamplingParams(logprobs=2)], 2)
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.2], [0.2, 0.3, 0.5]]))
+    logprobs = log_probabilities(logits, jnp.array([0, 1]), asked)
+    tokens = np.array([[0, 1]], np.int32)
+    results = Results(Chosen(tokens, jax.tree.map(lambda one: np.asarray(one)[None], logprobs)))
+    [best] = results.logprobs_of(0, 10, 1)
+    assert [token for token, _ in best.top] == [0, 1, 2]
+    assert [value for _, value in best.top] == pytest.approx(np.log([0.5, 0.3, 0.2]))
+    [best] = results.logprobs_of(1, 2, 1)
+    assert [token for token, _ in best.top] == [2, 1]
+    assert results.logprobs_of(1, 0, 1)[0].top == ()
 
 
 def test_penalties_count_the_prompt_and_what_was_generated():
