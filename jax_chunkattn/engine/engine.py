@@ -35,7 +35,7 @@ from jax_chunkattn.planner import PlannerOptions, bucket
 from jax_chunkattn.pool import CacheConfig
 from jax_chunkattn.prefill import CALL_TOKENS
 from jax_chunkattn.prefix_tree import PrefixTree
-from jax_chunkattn.sampling import SamplingParams
+from jax_chunkattn.sampling import SamplingParams, each_sample, fork_seed
 
 Prompt = Sequence[int] | str
 MIN_SLOTS = 16  # on the device: engines that run fewer at once can use one another's programs
@@ -184,7 +184,7 @@ class Engine:
         """
         with self._lock:
             first, *others = [
-                self._check(prompt, one, salt, priority, hold=False) for one in _each_sample(params)
+                self._check(prompt, one, salt, priority, hold=False) for one in each_sample(params)
             ]
             self._accept(first)
             for other in others:
@@ -451,8 +451,7 @@ class Engine:
         self, parent: Request, params: SamplingParams | None, next_token: int | None, hold: bool
     ) -> Request:
         if params is None:
-            seed = (parent.params.seed + 1 + parent.num_forks) % 2**32
-            params = replace(parent.params, seed=seed)
+            params = replace(parent.params, seed=fork_seed(parent.params.seed, parent.num_forks))
         check_params(params, len(parent.prompt), self.model, "the fork")
         tokens = list(parent.tokens)
         if next_token is not None:
@@ -491,10 +490,6 @@ class Engine:
         with self._lock:
             if pinned in self._core.scheduler.pinned:
                 self._core.scheduler.unpin(pinned)
-
-
-def _each_sample(params: SamplingParams) -> list[SamplingParams]:
-    return [replace(params, n=1, seed=(params.seed + index) % 2**32) for index in range(params.n)]
 
 
 def _inherited_logprobs(

@@ -116,7 +116,8 @@ class RequestHandle:
         left the cache is computed again.
 
         Args:
-          params: of the fork; None takes this request's, with a seed of its own.
+          params: of the fork; None takes this request's, with a seed of its own, made of
+            this request's and of how many forks it has had.
           next_token: put in the place of the last chosen token: another branch of a search.
           hold: as for `Engine.submit`.
 

@@ -9,6 +9,7 @@ from jax_chunkattn.sampling.params import (
 )
 from jax_chunkattn.sampling.rows import MAX_DEFAULT_STOP_TOKENS, RowSampling, TokenCounts
 from jax_chunkattn.sampling.sampler import sample
+from jax_chunkattn.sampling.seeds import each_sample, fork_seed
 
 __all__ = [
     "MAX_BIASED_TOKENS",
@@ -20,6 +21,8 @@ __all__ = [
     "RowSampling",
     "SamplingParams",
     "TokenCounts",
+    "each_sample",
+    "fork_seed",
     "log_probabilities",
     "sample",
 ]

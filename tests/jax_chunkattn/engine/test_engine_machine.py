@@ -28,6 +28,7 @@ from hypothesis.stateful import (
 
 from jax_chunkattn import InvalidRequest, PoolExhausted, RequestFailed, SamplingParams
 from jax_chunkattn.admission import chunks_to_finish
+from jax_chunkattn.sampling import fork_seed
 from tests.jax_chunkattn.engine.engines import BytePairs, assert_all_returned, make_engine
 from tests.jax_chunkattn.engine.machine_requests import (
     LONG,
@@ -273,7 +274,7 @@ class EngineMachine(RuleBasedStateMachine):
         before = self.engine.stats.forks
         asked = params
         if params is None:
-            seed = parent.handle.params.seed + 1 + parent.num_forks
+            seed = fork_seed(parent.handle.params.seed, parent.num_forks)
             params = replace(parent.handle.params, seed=seed)
         try:
             handle = parent.handle.fork(asked, next_token=next_token, hold=hold)

@@ -102,6 +102,19 @@ def test_sampled_forks_differ_and_can_be_repeated():
     assert tokens() == (count, branches)
 
 
+def test_forks_samples_and_forks_of_forks_all_have_seeds_of_their_own():
+    engine = make_engine()
+    samples = engine.submit_samples([1, 2, 3], SamplingParams(4, n=3))
+    handles = [*samples, engine.submit([1, 2, 3], SamplingParams(4, seed=2**32 - 1))]
+    for parent in list(handles):
+        children = [parent.fork() for _ in range(3)]
+        handles += [*children, *(child.fork() for child in children for _ in range(2))]
+    assert len({handle.params.seed for handle in handles}) == len(handles) == 4 + 4 * 9
+    for handle in handles:
+        handle.abort()
+    assert_all_returned(engine)
+
+
 def test_the_text_of_a_fork_begins_with_its_parents():
     engine = make_engine(tokenizer=BytePairs())
     parent = engine.submit("once upon", SamplingParams(12))
