@@ -10,7 +10,8 @@ import numpy as np
 
 from jax_chunkattn.model_interface import DecoderModel
 from jax_chunkattn.prefix_tree import PrefixTree
-from jax_chunkattn.sampling import SamplingParams
+from jax_chunkattn.sampling import MAX_DEFAULT_STOP_TOKENS, SamplingParams
+from jax_chunkattn.sampling.params import checked_stop_tokens, require_in_vocabulary
 
 
 class InvalidRequest(ValueError):
@@ -62,6 +63,17 @@ def check_priority(priority: Any) -> int:
     if isinstance(priority, bool) or not isinstance(priority, Integral):
         raise InvalidRequest(f"priority must be an integer, got {priority!r:.60}")
     return int(priority)
+
+
+def check_stop_tokens(tokens: Any, model: DecoderModel) -> tuple[int, ...]:
+    """An engine's own stop tokens as ints, `MAX_DEFAULT_STOP_TOKENS` at most.
+
+    Raises:
+      ValueError: when there are more, or something that is not a token id of the model.
+    """
+    checked = checked_stop_tokens("stop_tokens", tokens, MAX_DEFAULT_STOP_TOKENS)
+    require_in_vocabulary("stop_tokens", checked, model.vocab_size)
+    return checked
 
 
 def chunks_to_finish(prompt_tokens: int, max_tokens: int, chunk_size: int) -> int:

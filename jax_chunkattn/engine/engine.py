@@ -8,7 +8,13 @@ from dataclasses import replace
 from itertools import count
 from math import nan
 
-from jax_chunkattn.admission import InvalidRequest, check_params, check_priority, check_prompt
+from jax_chunkattn.admission import (
+    InvalidRequest,
+    check_params,
+    check_priority,
+    check_prompt,
+    check_stop_tokens,
+)
 from jax_chunkattn.backend import Backend, choose_backend
 from jax_chunkattn.engine.core import Core
 from jax_chunkattn.engine.device import Device
@@ -60,7 +66,7 @@ class Engine:
       cache: size and dtype of the pool.
       tokenizer: anything with `encode` and `decode`; needed for text in streams, for prompts that
         are strings, and for stop strings.
-      stop_tokens: ids that end any request, unless its `ignore_eos` is set.
+      stop_tokens: ids that end any request, unless its `ignore_eos` is set; 16 at most.
       max_running: most requests decoded at once.
       steps_per_call: tokens decoded for each row in one call to the device, K.
       prefill_tokens: most prompt tokens computed between two decode calls: one of
@@ -98,6 +104,7 @@ class Engine:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if prefill_tokens not in CALL_TOKENS:
             raise ValueError(f"prefill_tokens must be one of {CALL_TOKENS}, got {prefill_tokens}")
+        stop_tokens = check_stop_tokens(stop_tokens, model)
         self.model = model
         self.cache = cache
         self.backend: Backend = choose_backend(

@@ -98,7 +98,9 @@ class SamplingParams:
             checked[name] = _number(name, getattr(self, name), limits)
         checked["logit_bias"] = _biases(self.logit_bias)
         checked["stop"] = _stop_strings(self.stop)
-        checked["stop_token_ids"] = _stop_tokens(self.stop_token_ids)
+        checked["stop_token_ids"] = checked_stop_tokens(
+            "stop_token_ids", self.stop_token_ids, MAX_STOP_TOKENS
+        )
         if not isinstance(self.ignore_eos, bool | np.bool_):
             raise ValueError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
         checked["ignore_eos"] = bool(self.ignore_eos)
@@ -116,11 +118,7 @@ class SamplingParams:
         """Raises ValueError when a token named here is not one of V = `vocab_size`."""
         named = {"logit_bias": self.logit_bias, "stop_token_ids": self.stop_token_ids}
         for name, tokens in named.items():
-            largest = max(tokens, default=0)
-            if largest >= vocab_size:
-                raise ValueError(
-                    f"{name} names token {largest}; the model's ids go from 0 to {vocab_size - 1}"
-                )
+            require_in_vocabulary(name, tokens, vocab_size)
 
 
 class ReadOnlyBiases(Mapping[int, float]):
@@ -198,12 +196,20 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
     return strings
 
 
-def _stop_tokens(tokens: Any) -> tuple[int, ...]:
+def checked_stop_tokens(name: str, tokens: Any, most: int) -> tuple[int, ...]:
+    """At most `most` token ids as ints; raises ValueError, in which `name` stands for them."""
     if isinstance(tokens, str) or not isinstance(tokens, Iterable):
-        raise ValueError(f"stop_token_ids must be a sequence of token ids, got {tokens!r:.60}")
-    checked = tuple(_integer("each of stop_token_ids", token, _TOKEN) for token in tokens)
-    if len(checked) > MAX_STOP_TOKENS:
-        raise ValueError(
-            f"stop_token_ids must be at most {MAX_STOP_TOKENS} tokens, got {len(checked)}"
-        )
+        raise ValueError(f"{name} must be a sequence of token ids, got {tokens!r:.60}")
+    checked = tuple(_integer(f"each of {name}", token, _TOKEN) for token in tokens)
+    if len(checked) > most:
+        raise ValueError(f"{name} must be at most {most} tokens, got {len(checked)}")
     return checked
+
+
+def require_in_vocabulary(name: str, tokens: Iterable[int], vocab_size: int) -> None:
+    """Raises ValueError when one of the `tokens`, from 0 up, is not one of V = `vocab_size`."""
+    largest = max(tokens, default=0)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{name} names token {largest}; the model's ids go from 0 to {vocab_size - 1}"
+        )

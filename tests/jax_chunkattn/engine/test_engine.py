@@ -128,7 +128,7 @@ def test_stop_tokens_end_a_request_and_are_its_last_token():
     free = greedy_without_cache(prompt, 30)
     stop = free[11]
     expected = free[: free.index(stop) + 1]
-    engine = make_engine(stop_tokens=[stop, 255])
+    engine = make_engine(stop_tokens=iter(np.array([stop, 255])))
     own = make_engine()
     for handle in (
         engine.submit(prompt, SamplingParams(max_tokens=30)),
@@ -514,6 +514,14 @@ def test_chunks_needed_is_enough_and_no_less():
         ({"steps_per_call": 0}, "steps_per_call must be at least 1, got 0"),
         ({"max_running": 0}, "max_running must be at least 1, got 0"),
         ({"prefill_tokens": 100}, r"prefill_tokens must be one of \(32, 128, 512\), got 100"),
+        ({"stop_tokens": range(17)}, "stop_tokens must be at most 16 tokens, got 17"),
+        ({"stop_tokens": [None]}, "each of stop_tokens must be an integer .* got None"),
+        ({"stop_tokens": [True]}, "each of stop_tokens must be an integer .* got True"),
+        ({"stop_tokens": [2**40]}, "each of stop_tokens must be an integer .* got 1099511627776"),
+        ({"stop_tokens": [-1]}, "each of stop_tokens must be an integer from 0 .* got -1"),
+        ({"stop_tokens": "</s>"}, "stop_tokens must be a sequence of token ids, got '</s>'"),
+        ({"stop_tokens": 2}, "stop_tokens must be a sequence of token ids, got 2"),
+        ({"stop_tokens": [2, 256]}, "stop_tokens names token 256; .* from 0 to 255"),
     ],
 )
 def test_bad_options_are_refused(options, message):
