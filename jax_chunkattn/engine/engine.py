@@ -460,6 +460,8 @@ class Engine:
         if params is None:
             params = replace(parent.params, seed=fork_seed(parent.params.seed, parent.num_forks))
         check_params(params, len(parent.prompt), self.model, "the fork")
+        if params.n != 1:
+            raise InvalidRequest(f"fork starts one, n is {params.n}: fork as often")
         tokens = list(parent.tokens)
         if next_token is not None:
             if not tokens:

@@ -122,7 +122,8 @@ class RequestHandle:
           hold: as for `Engine.submit`.
 
         Raises:
-          InvalidRequest: when no token could follow, or `next_token` has nothing to replace.
+          InvalidRequest: when no token could follow, `next_token` has nothing to replace, or the
+            parameters ask for more than one answer.
           PoolExhausted: when the pool can never hold it.
         """
         return self._engine._fork(self._request, params, next_token, hold)

@@ -135,6 +135,8 @@ def test_forks_that_cannot_go_on_are_refused():
     parent = engine.submit(prompt, SamplingParams(9))
     with pytest.raises(InvalidRequest, match="there is none yet"):
         parent.fork(next_token=3)
+    with pytest.raises(InvalidRequest, match="fork starts one, n is 4"):
+        parent.fork(SamplingParams(9, n=4))
     run([parent])
     if parent.finish_reason == "stop":
         with pytest.raises(InvalidRequest, match="needs a next_token"):
