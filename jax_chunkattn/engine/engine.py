@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
 from math import nan
+from typing import Any
 
 from jax_chunkattn.admission import (
     InvalidRequest,
@@ -18,7 +19,7 @@ from jax_chunkattn.admission import (
 from jax_chunkattn.backend import Backend, choose_backend
 from jax_chunkattn.engine.core import Core
 from jax_chunkattn.engine.device import Device
-from jax_chunkattn.engine.handle import PinnedPrefix, RequestHandle
+from jax_chunkattn.engine.handle import PinnedPrefix, RequestHandle, begun
 from jax_chunkattn.engine.lock import FairLock
 from jax_chunkattn.engine.misses import PrefixMemory
 from jax_chunkattn.engine.requests import (
@@ -212,7 +213,8 @@ class Engine:
     ) -> Iterator[Output]:
         """The answers to `prompts` in their order, each as soon as it and all before it are there.
 
-        All are queued before this returns. Leaving the iteration early aborts what is not finished.
+        All are queued before this returns. Leaving the iteration early, be it before the first
+        answer, aborts what is not finished.
 
         Raises:
           InvalidRequest, PoolExhausted: as `submit`, naming the prompt; none has been queued then.
@@ -228,7 +230,7 @@ class Engine:
                 self.submit_samples(prompt, one, salt=salt)
                 for prompt, one in zip(prompts, each, strict=True)
             ]
-        return self._outputs(handles)
+        return begun(self._outputs(handles))
 
     def pin(self, prompt: Prompt, *, salt: str = "") -> PinnedPrefix:
         """Computes a prefix, for instance a system prompt, and keeps it until it is released.
@@ -404,8 +406,9 @@ class Engine:
         if self._closed:
             raise EngineClosed("the engine was closed")
 
-    def _outputs(self, handles: list[list[RequestHandle]]) -> Iterator[Output]:
+    def _outputs(self, handles: list[list[RequestHandle]]) -> Generator[Any]:
         try:
+            yield None  # to `begun`
             for index, samples in enumerate(handles):
                 completions = tuple(handle.result() for handle in samples)
                 yield Output(index, samples[0].prompt, completions)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING, Any
 
 from jax_chunkattn.engine.requests import Completion, Pinned, Request, StreamEvent, TokenLogprobs
 from jax_chunkattn.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from jax_chunkattn.engine.engine import Engine
+
+
+def begun(generator: Generator[Any]) -> Generator[Any]:
+    """The generator, advanced to its first `yield`: only from there on does closing it, or dropping
+    it, run its `finally`."""
+    next(generator)
+    return generator
 
 
 class RequestHandle:
@@ -73,14 +80,18 @@ class RequestHandle:
     def stream(self) -> Iterator[StreamEvent]:
         """Events as they come, those not read yet first; the last one has a `finish_reason`.
 
-        Leaving the iteration early, by `break`, an exception or closing the iterator, aborts the
-        request.
+        Leaving the iteration early, by `break`, an exception or closing or dropping the iterator,
+        aborts the request, be it before the first event.
 
         Raises:
           RequestFailed: when an error ended the request, or the engine was closed.
         """
+        return begun(self._events())
+
+    def _events(self) -> Generator[Any]:
         finished = False
         try:
+            yield None  # to `begun`
             while not finished:
                 event = self._engine._next_event(self._request)
                 finished = event is None or event.finish_reason is not None

@@ -394,6 +394,17 @@ def test_leaving_a_stream_aborts_its_request():
     assert_all_returned(engine)
 
 
+@pytest.mark.parametrize("leave", [lambda iterator: iterator.close(), lambda iterator: None])
+def test_leaving_an_iteration_before_it_begins_aborts_too(leave):
+    engine = make_engine()
+    handle = engine.submit([1, 2, 3], SamplingParams(30))
+    leave(handle.stream())
+    assert handle.finish_reason == "abort"
+    leave(engine.generate([[1, 2, 3]] * 3, SamplingParams(4, n=2)))
+    assert engine.stats.aborted == engine.stats.submitted == 7
+    assert_all_returned(engine)
+
+
 def test_closing_ends_streams_and_refuses_more():
     [prompt] = token_tree((1, 20))
     with make_engine() as engine:
