@@ -18,17 +18,19 @@ class InvalidRequest(ValueError):
     """A request that this engine can never serve; nothing has changed."""
 
 
-def check_prompt(
-    prompt: Sequence[int], model: DecoderModel, name: str = "the prompt"
-) -> tuple[int, ...]:
+def check_prompt(prompt: Any, model: DecoderModel, name: str = "the prompt") -> tuple[int, ...]:
     """The prompt as a tuple of ints, checked; `name` stands for it in messages.
 
     Raises:
-      InvalidRequest: when it is empty, or has something that is not a token id of the model.
+      InvalidRequest: when it is no sequence or empty, or has something that is not a token id of
+        the model.
     """
-    if len(prompt) == 0:
+    try:
+        ids = np.asarray(prompt)
+    except (TypeError, ValueError):  # unequal sequences in one, say
+        ids = np.asarray(None)
+    if ids.ndim == 1 and not ids.size:
         raise InvalidRequest(f"{name} is empty: it needs at least one token")
-    ids = np.asarray(prompt)
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise InvalidRequest(f"{name} must be a sequence of token ids, got {prompt!r:.60}")
     outside = (ids < 0) | (ids >= model.vocab_size)
@@ -41,8 +43,21 @@ def check_prompt(
     return tuple(ids.tolist())
 
 
+def check_text(text: Any, name: str) -> bytes:
+    """The text in UTF-8; raises InvalidRequest when it is none, or no UTF-8 can hold it."""
+    if not isinstance(text, str):
+        raise InvalidRequest(f"{name} must be text, got {text!r:.60}")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{name} has half a surrogate pair, {text[error.start]!a}, at character {error.start}: "
+            "that is no text"
+        ) from None
+
+
 def check_params(
-    params: SamplingParams, prompt_tokens: int, model: DecoderModel, name: str = "the prompt"
+    params: Any, prompt_tokens: int, model: DecoderModel, name: str = "the prompt"
 ) -> None:
     """Raises InvalidRequest when the model cannot serve these parameters with such a prompt."""
     if not isinstance(params, SamplingParams):

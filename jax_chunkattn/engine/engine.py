@@ -15,6 +15,7 @@ from jax_chunkattn.admission import (
     check_priority,
     check_prompt,
     check_stop_tokens,
+    check_text,
 )
 from jax_chunkattn.backend import Backend, choose_backend
 from jax_chunkattn.engine.core import Core
@@ -244,7 +245,7 @@ class Engine:
         """
         with self._lock:
             self._require_open()
-            tokens = check_prompt(self._tokens(prompt), self.model)
+            tokens = self._tokens(prompt)
             whole = len(tokens) // self.cache.chunk_size * self.cache.chunk_size
             if not whole:
                 raise InvalidRequest(
@@ -358,17 +359,22 @@ class Engine:
         with self._lock:
             self._check(prompt, params, salt)
 
-    def _tokens(self, prompt: Prompt) -> Sequence[int]:
+    def _tokens(self, prompt: Prompt, name: str = "the prompt") -> tuple[int, ...]:
+        return check_prompt(self._encode(prompt, name), self.model, name)
+
+    def _encode(self, prompt: Prompt, name: str) -> Sequence[int]:
         if not isinstance(prompt, str):
             return prompt
         if self._tokenizer is None:
             raise InvalidRequest("a prompt that is text needs an engine with a tokenizer")
+        check_text(prompt, name)
         return self._tokenizer.encode(prompt)
 
     def _salt(self, salt: str) -> bytes:
         """Unshared requests get a salt that no text is: it is not UTF-8."""
+        encoded = check_text(salt, "the salt")
         if self._sharing:
-            return salt.encode()
+            return encoded
         return b"\xff%d" % next(self._arrivals)
 
     def _check(
@@ -384,7 +390,7 @@ class Engine:
         """The request, checked, with nothing changed."""
         self._require_open()
         name = "the prompt" if index is None else f"prompt {index}"
-        tokens = check_prompt(self._tokens(prompt), self.model, name)
+        tokens = self._tokens(prompt, name)
         check_params(params, len(tokens), self.model, name)
         stream = self._text_stream(params, name)
         order = (check_priority(priority), next(self._arrivals))

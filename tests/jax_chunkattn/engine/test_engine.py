@@ -306,6 +306,12 @@ def test_penalties_count_the_prompt_and_what_was_generated():
         ([-1], {}, InvalidRequest, "token id -1 at position 0"),
         ([0.5], {}, InvalidRequest, "must be a sequence of token ids"),
         (["a"], {}, InvalidRequest, "must be a sequence of token ids"),
+        ([[1], [2, 3]], {}, InvalidRequest, r"must be a sequence of token ids, got \[\[1\], "),
+        ([[1, 2]], {}, InvalidRequest, "must be a sequence of token ids"),
+        (5, {}, InvalidRequest, "prompt 1 must be a sequence of token ids, got 5"),
+        (None, {}, InvalidRequest, "prompt 1 must be a sequence of token ids, got None"),
+        (iter([1]), {}, InvalidRequest, "prompt 1 must be a sequence of token ids, got <list_iter"),
+        (np.zeros(0), {}, InvalidRequest, "prompt 1 is empty"),
         ("text", {}, InvalidRequest, "text needs an engine with a tokenizer"),
         ([1], {"stop": "x"}, InvalidRequest, "stop strings need a tokenizer"),
         ([1], {"stop_token_ids": [256]}, InvalidRequest, "prompt 1: .*256"),
@@ -322,6 +328,36 @@ def test_a_bad_request_is_refused_before_anything_changes(prompt, params, error,
     assert engine.stats.submitted == 0
     assert not engine.has_work
     assert_all_returned(engine)
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+@pytest.mark.parametrize(
+    ("salt", "message"),
+    [
+        (None, "the salt must be text, got None"),
+        (b"x", "the salt must be text, got b'x'"),
+        ("a\udcff", r"the salt has half a surrogate pair, '\\udcff', at character 1"),
+    ],
+)
+def test_a_bad_salt_is_refused_before_anything_changes(salt, message, sharing):
+    engine = make_engine(sharing=sharing)
+    for call in (
+        lambda: engine.submit([1, 2], salt=salt),
+        lambda: engine.submit_samples([1, 2], SamplingParams(n=2), salt=salt),
+        lambda: engine.generate([[1, 2]], salt=salt),
+        lambda: engine.pin([1] * 20, salt=salt),
+    ):
+        with pytest.raises(InvalidRequest, match=message):
+            call()
+    assert engine.stats.submitted == 0
+    assert_all_returned(engine)
+
+
+def test_a_prompt_that_is_no_text_is_refused_before_it_is_encoded():
+    engine = make_engine(tokenizer=BytePairs())
+    with pytest.raises(InvalidRequest, match=r"prompt 1 has half a surrogate pair, .* 2: "):
+        engine.generate(["text", "a \ud800"])
+    assert engine.stats.submitted == 0
 
 
 @pytest.mark.parametrize("priority", [None, "high", 1.0, float("nan"), True, np.True_, (0,)])
