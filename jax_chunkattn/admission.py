@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -56,12 +56,44 @@ def check_text(text: Any, name: str) -> bytes:
         ) from None
 
 
+def each_request(prompts: Any, params: Any) -> list[tuple[Any, Any]]:
+    """Prompts, of which a text alone is one, each with its parameters: their own or the same.
+
+    Raises:
+      InvalidRequest: when either is no sequence, their numbers differ, or the prompts are ids.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(prompts, Iterable):
+        raise InvalidRequest(f"prompts must be a sequence of prompts, got {prompts!r:.60}")
+    prompts = list(prompts)
+    if prompts and isinstance(prompts[0], Integral):
+        raise InvalidRequest(
+            f"prompts must be a sequence of prompts, got {prompts!r:.60}: "
+            "put the token ids of one in a list"
+        )
+    if isinstance(params, SamplingParams):
+        params = [params] * len(prompts)
+    if not isinstance(params, Iterable):
+        raise InvalidRequest(
+            f"params must be SamplingParams, or one for each prompt, got {params!r:.60}"
+        )
+    params = list(params)
+    if len(params) != len(prompts):
+        raise InvalidRequest(f"{len(params)} sampling parameters for {len(prompts)} prompts")
+    return list(zip(prompts, params, strict=True))
+
+
+def check_sampling(params: Any, name: str) -> None:
+    """Raises InvalidRequest when these are no sampling parameters."""
+    if not isinstance(params, SamplingParams):
+        raise InvalidRequest(f"{name} needs SamplingParams, got {params!r:.60}")
+
+
 def check_params(
     params: Any, prompt_tokens: int, model: DecoderModel, name: str = "the prompt"
 ) -> None:
     """Raises InvalidRequest when the model cannot serve these parameters with such a prompt."""
-    if not isinstance(params, SamplingParams):
-        raise InvalidRequest(f"{name} needs SamplingParams, got {params!r:.60}")
+    check_sampling(params, name)
     if prompt_tokens + params.max_tokens > model.max_positions:
         raise InvalidRequest(
             f"{name} has {prompt_tokens} tokens and asks for {params.max_tokens} more; "

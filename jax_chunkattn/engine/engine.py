@@ -14,8 +14,10 @@ from jax_chunkattn.admission import (
     check_params,
     check_priority,
     check_prompt,
+    check_sampling,
     check_stop_tokens,
     check_text,
+    each_request,
 )
 from jax_chunkattn.backend import Backend, choose_backend
 from jax_chunkattn.engine.core import Core
@@ -191,6 +193,7 @@ class Engine:
         The prompt is computed once; the others are forked from the first when it is. Raises what
         `submit` raises.
         """
+        check_sampling(params, "the prompt")
         with self._lock:
             first, *others = [
                 self._check(prompt, one, salt, priority, hold=False) for one in each_sample(params)
@@ -214,23 +217,18 @@ class Engine:
     ) -> Iterator[Output]:
         """The answers to `prompts` in their order, each as soon as it and all before it are there.
 
-        All are queued before this returns. Leaving the iteration early, be it before the first
-        answer, aborts what is not finished.
+        A text alone is one prompt. All are queued before this returns. Leaving the iteration early,
+        be it before the first answer, aborts what is not finished.
 
         Raises:
           InvalidRequest, PoolExhausted: as `submit`, naming the prompt; none has been queued then.
           RequestFailed: from the iterator, when an error ended a request.
         """
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise InvalidRequest(f"{len(each)} sampling parameters for {len(prompts)} prompts")
+        requests = each_request(prompts, params)
         with self._lock:
-            for index, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
+            for index, (prompt, one) in enumerate(requests):
                 self._check(prompt, one, salt, index=index)
-            handles = [
-                self.submit_samples(prompt, one, salt=salt)
-                for prompt, one in zip(prompts, each, strict=True)
-            ]
+            handles = [self.submit_samples(prompt, one, salt=salt) for prompt, one in requests]
         return begun(self._outputs(handles))
 
     def pin(self, prompt: Prompt, *, salt: str = "") -> PinnedPrefix:

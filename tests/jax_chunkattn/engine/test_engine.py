@@ -394,7 +394,34 @@ def test_one_sampling_for_each_prompt():
         engine.submit([1], SamplingParams(n=2))
     with pytest.raises(InvalidRequest, match="SamplingParams"):
         engine.submit([1], {"max_tokens": 2})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InvalidRequest, match="the prompt needs SamplingParams, got None"):
+        engine.submit_samples([1], None)  # pyright: ignore[reportArgumentType]
     assert engine.stats.submitted == 0
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "message"),
+    [
+        ([1, 2, 3], SamplingParams(), r"got \[1, 2, 3\]: put the token ids of one in a list"),
+        (np.arange(3), SamplingParams(), "put the token ids of one in a list"),
+        (5, SamplingParams(), "prompts must be a sequence of prompts, got 5"),
+        (None, SamplingParams(), "prompts must be a sequence of prompts, got None"),
+        ([[1]], None, "params must be SamplingParams, or one for each prompt, got None"),
+    ],
+)
+def test_what_is_no_sequence_of_prompts_is_refused(prompts, params, message):
+    engine = make_engine()
+    with pytest.raises(InvalidRequest, match=message):
+        engine.generate(prompts, params)
+    assert engine.stats.submitted == 0
+
+
+def test_a_text_alone_is_one_prompt():
+    engine = make_engine(tokenizer=BytePairs())
+    engine.generate("hello", SamplingParams(4))
+    assert engine.stats.submitted == 1
+    with pytest.raises(InvalidRequest, match="text needs an engine with a tokenizer"):
+        make_engine().generate("hello")
 
 
 def test_aborting_works_at_any_point_and_returns_everything():
