@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
-from math import nan
 from typing import Any
 
 from jax_chunkattn.admission import (
@@ -32,9 +31,7 @@ from jax_chunkattn.engine.requests import (
     Phase,
     Pinned,
     Request,
-    RequestFailed,
     StreamEvent,
-    TokenLogprobs,
 )
 from jax_chunkattn.engine.rows import PlannedRows
 from jax_chunkattn.engine.scheduler import Scheduler
@@ -428,7 +425,7 @@ class Engine:
                 if request.events:
                     return request.events.popleft()
                 if request.phase is Phase.DONE:
-                    _raise_error(request)
+                    request.raise_error()
                     return None
                 self._step_for(request)
 
@@ -436,7 +433,7 @@ class Engine:
         while True:
             with self._lock:
                 if request.phase is Phase.DONE:
-                    _raise_error(request)
+                    request.raise_error()
                     return request.completion()
                 self._step_for(request)
 
@@ -484,7 +481,7 @@ class Engine:
             )
         order = (parent.order[0], next(self._arrivals))
         child = Request(parent.prompt, parent.salt, order, params, hold=hold, tokens=tokens)
-        child.logprobs = _inherited_logprobs(parent, params, next_token)
+        child.logprobs = parent.logprobs_for_fork(params, next_token)
         child.text_stream = self._text_stream(params, "the fork")
         if child.text_stream is not None:
             piece = child.text_stream.push(tokens)
@@ -506,20 +503,3 @@ class Engine:
         with self._lock:
             if pinned in self._core.scheduler.pinned:
                 self._core.scheduler.unpin(pinned)
-
-
-def _inherited_logprobs(
-    parent: Request, params: SamplingParams, next_token: int | None
-) -> list[TokenLogprobs]:
-    """Of the tokens that a fork begins with, when it asks for any: NaN for what is not known."""
-    if params.logprobs is None:
-        return []
-    logprobs = list(parent.logprobs) or [TokenLogprobs(nan)] * len(parent.tokens)
-    if next_token is not None:
-        logprobs[-1] = logprobs[-1].of(next_token)
-    return logprobs
-
-
-def _raise_error(request: Request) -> None:
-    if request.error is not None:
-        raise RequestFailed(f"the request failed: {request.error}") from request.error

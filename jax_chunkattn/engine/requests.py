@@ -178,6 +178,22 @@ class Request(Work):
     def wants_logprobs(self) -> bool:
         return self.params.logprobs is not None
 
+    def logprobs_for_fork(
+        self, params: SamplingParams, next_token: int | None
+    ) -> list[TokenLogprobs]:
+        """Of the tokens a fork begins with, if it asks for any: NaN for what is not known."""
+        if params.logprobs is None:
+            return []
+        logprobs = list(self.logprobs) or [TokenLogprobs(math.nan)] * len(self.tokens)
+        if next_token is not None:
+            logprobs[-1] = logprobs[-1].of(next_token)
+        return logprobs
+
+    def raise_error(self) -> None:
+        """Raises RequestFailed when an error ended it."""
+        if self.error is not None:
+            raise RequestFailed(f"the request failed: {self.error}") from self.error
+
     def completion(self) -> Completion:
         assert self.finish_reason is not None, "not finished"
         return Completion(tuple(self.tokens), self.text, tuple(self.logprobs), self.finish_reason)
