@@ -11,9 +11,10 @@ from rich.tree import Tree
 
 from experiments.harness.compilations import compilation_cache
 from experiments.harness.console import make_console
-from experiments.harness.environment import describe_environment
+from experiments.harness.environment import describe_environment, free_memory_bytes
 from experiments.harness.errors import UserError
 from experiments.harness.results import ResultFolder
+from experiments.harness.tables import format_bytes
 from experiments.harness.views import finish
 from experiments.loading import LoadOptions, ModelSource, load_model
 from experiments.prompts import chat_tokens
@@ -24,8 +25,8 @@ from jax_chunkattn import (
     EngineStats,
     RequestHandle,
     SamplingParams,
-    chunks_needed,
 )
+from jax_chunkattn.admission import chunks_to_finish
 from models import LoadedModel
 from models.tokenizer import ChatTokenizer
 
@@ -61,8 +62,9 @@ def search(
     if loaded.tokenizer is None:
         raise UserError(f"--model {config.model} has no tokenizer, which a search needs")
     prompt = chat_tokens(loaded.tokenizer, system_prompt, config.question)
+    cache = cache_of(config, loaded, len(prompt))
     folder.begin(environment, prompt_tokens=len(prompt))
-    with _engine(config, loaded, loaded.tokenizer, prompt) as engine:
+    with _engine(config, loaded, loaded.tokenizer, cache) as engine:
         root = grow(engine, prompt, config, folder)
     answers = [branch for branch in everything_below(root) if not branch.children]
     best = max(answers, key=lambda branch: (branch.stopped, branch.score))
@@ -110,16 +112,40 @@ def grow(
     return root
 
 
-def _engine(
-    config: SearchConfig, loaded: LoadedModel, tokenizer: ChatTokenizer, prompt: Sequence[int]
-) -> Engine:
-    """With room for all branches that are held at once, each with a copied chunk."""
+def cache_of(config: SearchConfig, loaded: LoadedModel, prompt_tokens: int) -> CacheConfig:
+    """A pool with room for all branches that are held at once, each with a copied chunk.
+
+    Raises:
+        UserError: the model has too few positions for the answers, or the machine too little
+            memory for the pool.
+    """
+    longest, most = config.depth * config.tokens, loaded.config.max_positions
+    if prompt_tokens + longest > most:
+        raise UserError(
+            f"the prompt's {prompt_tokens:,} tokens and --depth {config.depth} times --tokens "
+            f"{config.tokens} are more than the model's {most:,} positions; lower one of the two"
+        )
     at_once = config.keep * (1 + config.width)  # branches that go on, and their children
-    longest = 1 + config.depth * config.tokens
-    num_chunks = chunks_needed([prompt] * at_once, longest, chunk_size=config.chunk_size) + at_once
+    shared = prompt_tokens // config.chunk_size
+    own = chunks_to_finish(prompt_tokens, longest, config.chunk_size) - shared + 1
+    num_chunks = shared + at_once * own
+    cache = CacheConfig(num_chunks, config.chunk_size)
+    needed = num_chunks * cache.bytes_per_chunk(loaded.model.cache_spec)
+    free = free_memory_bytes()
+    if free is not None and needed > free:
+        raise UserError(
+            f"{at_once:,} branches held at once take {format_bytes(needed)} of KV cache, but "
+            f"{format_bytes(free)} of memory are free; lower --keep, --width or --chunk-size"
+        )
+    return cache
+
+
+def _engine(
+    config: SearchConfig, loaded: LoadedModel, tokenizer: ChatTokenizer, cache: CacheConfig
+) -> Engine:
     return Engine(
         loaded.model,
-        CacheConfig(num_chunks, config.chunk_size),
+        cache,
         tokenizer=tokenizer,
         stop_tokens=tokenizer.stop_ids,
         max_running=config.keep * config.width,

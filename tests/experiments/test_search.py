@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+import models
 from experiments.harness.errors import UserError
+from experiments.search import run as search_run
 from experiments.search.command import SearchConfig, run
+from jax_chunkattn import chunks_needed
 from tests.experiments.results import lines_in
 
 
@@ -62,3 +65,27 @@ def test_bad_values_are_refused(values: dict[str, Any], message: str, tmp_path: 
     with pytest.raises(UserError, match=message):
         run(SearchConfig(**values, output=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("prompt_tokens", [1, 16, 17, 100])
+def test_the_pool_has_room_for_all_branches_held_at_once(prompt_tokens: int):
+    config = SearchConfig(keep=2, width=3, depth=2, tokens=5, chunk_size=16)
+    cache = search_run.cache_of(config, models.load("random:tiny"), prompt_tokens)
+    at_once = [range(prompt_tokens)] * 8
+    assert cache.num_chunks == chunks_needed(at_once, 10, chunk_size=16) + 8
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tokens": 100_000}, "--tokens 100000 are more than the model's .* positions; lower"),
+        ({"depth": 100_000}, "--depth 100000 times --tokens 12 are more"),
+        ({"keep": 10**12}, "branches held at once take .* of memory are free; lower --keep"),
+        ({"chunk_size": 10**12}, "lower --keep, --width or --chunk-size"),
+    ],
+)
+def test_a_search_that_is_too_large_is_refused_before_anything_is_allocated(
+    values: dict[str, Any], message: str
+):
+    with pytest.raises(UserError, match=message):
+        search_run.cache_of(SearchConfig(**values), models.load("random:tiny"), 100)
