@@ -6,7 +6,6 @@ checked.
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from experiments.harness.options import (
 from experiments.harness.results import open_results
 from experiments.loading import ModelSource, parse_model
 from experiments.prompts import PromptLine, read_prompts, read_system_prompt
+from experiments.sampling import MOST_TEMPERATURE, MOST_TOP_K
 
 
 @dataclass(frozen=True)
@@ -157,10 +157,12 @@ def check(config: GenerateConfig) -> None:
         "compare_batch",
         "max_positions",
     )
-    if not (config.temperature >= 0 and math.isfinite(config.temperature)):
-        raise UserError(f"--temperature must be a number from 0 up, got {config.temperature}")
-    if config.top_k < 0:
-        raise UserError(f"--top-k must be at least 0, got {config.top_k}")
+    if not 0 <= config.temperature <= MOST_TEMPERATURE:
+        raise UserError(
+            f"--temperature must be a number from 0 to {MOST_TEMPERATURE}, got {config.temperature}"
+        )
+    if not 0 <= config.top_k <= MOST_TOP_K:
+        raise UserError(f"--top-k must be from 0 (off) to {MOST_TOP_K}, got {config.top_k}")
     if not 0 < config.top_p <= 1:
         raise UserError(f"--top-p must be above 0 and at most 1, got {config.top_p}")
     check_seed(config.seed)

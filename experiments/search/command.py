@@ -17,13 +17,13 @@ from experiments.harness.errors import UserError
 from experiments.harness.options import (
     MaxPositions,
     by_default,
-    check_above_zero,
     check_at_least_one,
     check_seed,
 )
 from experiments.harness.results import open_results
 from experiments.loading import parse_model
 from experiments.prompts import read_system_prompt
+from experiments.sampling import MOST_TEMPERATURE
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,11 @@ def check(config: SearchConfig) -> None:
     check_at_least_one(config, "width", "keep", "depth", "tokens", "chunk_size", "max_positions")
     if config.width > 20:
         raise UserError(f"--width must be at most 20, got {config.width}")
-    check_above_zero(config, "temperature")
+    if not 0 < config.temperature <= MOST_TEMPERATURE:
+        raise UserError(
+            f"--temperature must be a number above 0, at most {MOST_TEMPERATURE}, "
+            f"got {config.temperature}"
+        )
     check_seed(config.seed)
     if not config.question.strip():
         raise UserError("--question is empty")

@@ -10,6 +10,7 @@ import pytest
 
 from experiments.generate.decoding import BatchSettings, Measured, decode_batch
 from experiments.harness.interrupts import deferred_interrupts, no_interrupt_lost
+from experiments.sampling import MOST_TEMPERATURE, MOST_TOP_K
 from jax_chunkattn import SamplingParams
 
 SETTINGS = BatchSettings(
@@ -112,3 +113,11 @@ def test_progress_ends_at_its_total(fake_engine: type) -> None:
     done = [progress.done for progress in seen]
     assert done == sorted(done)
     assert (seen[-1].phase, seen[-1].done, seen[-1].total) == ("decode", 24, 24)
+
+
+def test_the_engine_takes_all_that_the_command_lets_pass():
+    params = SamplingParams(temperature=MOST_TEMPERATURE, top_k=MOST_TOP_K)
+    assert params.top_k == MOST_TOP_K
+    for beyond in ({"temperature": 1.01 * MOST_TEMPERATURE}, {"top_k": MOST_TOP_K + 1}):
+        with pytest.raises(ValueError, match="must be"):
+            SamplingParams(**beyond)

@@ -56,6 +56,7 @@ def test_a_search_forks_instead_of_computing_again(
         ({"width": 0}, "--width must be at least 1"),
         ({"width": 21}, "--width must be at most 20"),
         ({"temperature": 0.0}, "--temperature must be a number above 0"),
+        ({"temperature": 1e39}, "--temperature must be a number above 0, at most 3.4e"),
         ({"question": " "}, "--question is empty"),
         ({"model": "random:tiny"}, "random models have none"),
         ({"model": "nothing"}, "unknown model"),
