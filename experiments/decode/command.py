@@ -58,7 +58,7 @@ class DecodeConfig:
     SMOKE: ClassVar[dict[str, Any]] = {
         "model": "random:tiny",
         "points": (16, 32),
-        "shared_tokens": (256,),
+        "max_positions": 1024,
         "rows": 8,
         "own_tokens": 8,
         "chunk_size": 16,
@@ -79,7 +79,10 @@ class DecodeConfig:
     model: ModelName = "random:small"
 
     shared_tokens: Annotated[
-        tuple[int, ...] | None, by_default("INT ...", "1024 2048 4096 for completion, else 2048")
+        tuple[int, ...] | None,
+        by_default(
+            "INT ...", "1024 2048 4096 for completion, else 2048; halved to fit max-positions"
+        ),
     ] = None
     """Tokens that all prompts begin with; several make as many series. The study `shared` takes
     `points` instead."""
@@ -151,9 +154,7 @@ def check(config: DecodeConfig) -> None:
     if not config.sides or len(set(config.sides)) < len(config.sides):
         named = " ".join(config.sides) or "none"
         raise UserError(f"--sides must name one side or both, each once, got {named}")
-    # --smoke gives one whatever the study is.
-    given = config.shared_tokens not in (None, config.SMOKE["shared_tokens"])
-    if config.study == "shared" and given:
+    if config.study == "shared" and config.shared_tokens is not None:
         raise UserError(
             "--study shared varies the shared tokens: give them as --points, not --shared-tokens"
         )

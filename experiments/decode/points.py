@@ -111,10 +111,24 @@ def varied(config: DecodeConfig) -> tuple[int, ...]:
 
 
 def series(config: DecodeConfig) -> tuple[int, ...]:
-    """The shared lengths at which the study is made; nothing for the one that varies them."""
+    """The shared lengths at which the study is made; nothing for the one that varies them.
+
+    Those of the study are halved until they fit `max_positions`.
+    """
     if config.study == "shared":
         return ()
-    return config.shared_tokens or STUDIES[config.study].shared_tokens
+    lengths = config.shared_tokens or STUDIES[config.study].shared_tokens
+    if config.shared_tokens is not None or config.max_positions is None:
+        return lengths
+    tokens = max(varied(config)) if config.study == "completion" else config.tokens
+    room = max(0, config.max_positions - config.own_tokens - tokens)
+    return tuple(dict.fromkeys(_halved(length, room) for length in lengths))
+
+
+def _halved(length: int, most: int) -> int:
+    while length > most:
+        length //= 2
+    return length
 
 
 def points_of(config: DecodeConfig) -> dict[str, Point]:

@@ -14,11 +14,12 @@ from experiments.decode import run as decode_run
 from experiments.decode import views as decode_views
 from experiments.decode.command import DecodeConfig, check, headline, run
 from experiments.decode.measures import measured
-from experiments.decode.points import Point, points_of
+from experiments.decode.points import Point, points_of, series
 from experiments.harness.errors import UserError
 from experiments.harness.reading import Record, Result, read_result
 
-SMALL = DecodeConfig(**DecodeConfig.SMOKE)
+SMOKE = DecodeConfig(**DecodeConfig.SMOKE)
+SMALL = dataclasses.replace(SMOKE, shared_tokens=(256,), max_positions=None)
 
 
 @pytest.fixture(scope="module")
@@ -171,9 +172,20 @@ def test_every_study_varies_what_it_says(study: Any):
 
 @pytest.mark.parametrize("study", get_args(get_type_hints(DecodeConfig)["study"]))
 def test_every_study_has_a_small_form(study: Any):
-    config = dataclasses.replace(SMALL, study=study)
+    config = dataclasses.replace(SMOKE, study=study)
     check(config)
-    assert points_of(config)
+    assert config.max_positions is not None
+    assert max(point.positions for point in points_of(config).values()) <= config.max_positions
+
+
+def test_the_shared_lengths_of_a_study_are_halved_to_fit():
+    config = DecodeConfig(own_tokens=16, points=(128,))
+    assert series(config) == (1024, 2048, 4096)
+    assert series(dataclasses.replace(config, max_positions=2048 + 144)) == (1024, 2048)
+    assert series(dataclasses.replace(config, max_positions=1024)) == (512,)
+    assert series(dataclasses.replace(config, max_positions=1)) == (0,)
+    typed = dataclasses.replace(config, max_positions=1024, shared_tokens=(4096,))
+    assert series(typed) == (4096,)
 
 
 def test_rows_share_whole_chunks_only():
@@ -190,7 +202,7 @@ def test_rows_share_whole_chunks_only():
         ({"points": (0, 8)}, "--points must be at least 1"),
         ({"points": (8, 8)}, "--points must be different numbers"),
         ({"points": (12,)}, "12 tokens are no multiple of 8 steps a call"),
-        ({"study": "shared", "shared_tokens": (512,)}, "give them as --points"),
+        ({"study": "shared", "shared_tokens": (256,)}, "give them as --points"),
         ({"sides": ("shared", "shared")}, "each once, got shared shared"),
         ({"rounds": 0}, "--rounds must be at least 1"),
         ({"memory_gb": 0.0}, "--memory-gb must be a number above 0"),
