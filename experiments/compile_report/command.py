@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from experiments.harness.errors import CheckFailed
+from experiments.harness.errors import CheckFailed, UserError
 from experiments.harness.options import by_default, check_at_least_one
 from experiments.harness.results import ResultFolder, open_results
 
@@ -130,6 +130,22 @@ def _compile(config: CompileReportConfig, folder: ResultFolder) -> tuple[dict[st
 def check(config: CompileReportConfig) -> None:
     """Raise `UserError` for a value that no run could use."""
     check_at_least_one(config, "processes")
+    if config.programs:
+        return
+    if config.variants == "none":
+        raise UserError("--variants none and --no-programs leave nothing to compile")
+    if not config.backends:
+        raise UserError(
+            "--backends names nothing to compile, and --no-programs leaves nothing else"
+        )
+    from experiments.compile_report.target import target_named
+
+    runs = target_named(config.gpu).backends
+    if not set(config.backends) & set(runs):
+        raise UserError(
+            f"--no-programs leaves nothing to compile: --gpu {config.gpu} does not run "
+            f"{' '.join(config.backends)} of --backends, only {' '.join(runs)}"
+        )
 
 
 def headline(summary: dict[str, Any]) -> dict[str, Any]:

@@ -106,5 +106,23 @@ def test_no_processes_is_refused(capsys):
     assert "--processes must be at least 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--variants", "none"], "--variants none and --no-programs leave nothing to compile"),
+        (["--backends"], "--backends names nothing to compile"),
+        (
+            ["--gpu", "a100", "--backends", "pallas_mosaic_gpu"],
+            "--gpu a100 does not run pallas_mosaic_gpu of --backends, only pallas_triton",
+        ),
+    ],
+)
+def test_a_report_on_nothing_is_refused(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["compile-report", "--no-programs", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_names_in_the_options_are_known_targets():
     assert set(compile_report.Gpu.__args__) == set(target.TARGETS)
