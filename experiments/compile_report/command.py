@@ -112,8 +112,7 @@ def _compile(config: CompileReportConfig, folder: ResultFolder) -> tuple[dict[st
                 dump=dump,
                 on_record=keep,
             )
-            by_name = [record for _, record in sorted(folder.finished.items())]
-            found[kind] = [record for record in by_name if record["kind"] == kind]
+            found[kind] = [one for one in folder.finished.values() if one["kind"] == kind]
     failures = [failure for records in found.values() for failure in failures_of(records)]
     summary = {
         "experiment": "compile-report",

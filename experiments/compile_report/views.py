@@ -11,10 +11,15 @@ from experiments.harness.reading import Record, Result
 from experiments.harness.tables import Column, ResultTable, format_bytes, table_of
 
 
+def _by_name(records: Sequence[Record]) -> list[Record]:
+    """Not as they came, which depends on which process was done first."""
+    return sorted(records, key=operator.itemgetter("name"))
+
+
 def failures_of(records: Sequence[Record]) -> list[str]:
-    """What must not be, in words: one entry for each case."""
+    """What must not be, in words: one entry for each case, by name."""
     failures = []
-    for record in records:
+    for record in _by_name(records):
         name = record["name"]
         if "error" in record:
             failures.append(f"{name}: {record['error']}")
@@ -31,16 +36,11 @@ def tables(result: Result) -> list[ResultTable]:
     """A line for each kernel of each variant, and one for each whole program, by name."""
     device = (result.summary or {})["device_kind"]
     shown = []
-    if kernels := _by_name(result, "kernel"):
+    if kernels := _by_name(result.of_kind("kernel")):
         shown.append(_kernels(device, kernels))
-    if programs := _by_name(result, "program"):
+    if programs := _by_name(result.of_kind("program")):
         shown.append(_programs(device, programs))
     return shown
-
-
-def _by_name(result: Result, kind: str) -> list[Record]:
-    """Not as they came, which depends on which process was done first."""
-    return sorted(result.of_kind(kind), key=operator.itemgetter("name"))
 
 
 def figures(_: Result) -> dict[str, Figure]:
