@@ -10,7 +10,7 @@ import pytest
 
 from jax_chunkattn.planner import PlannerOptions
 from jax_chunkattn.workloads import case_inputs
-from pallas_kernels import chunk_attention
+from pallas_kernels import chunk_attention, write_kv
 from pallas_kernels.implementations import needs_partials
 from pallas_kernels.specs import NUMERICS, AttentionCase
 from tests import oracle
@@ -167,6 +167,33 @@ def test_padding_of_the_plan_is_never_read(implementation):
     got = chunk_attention(
         inputs.q, keys, values, inputs.plan, inputs.lengths, implementation=implementation
     )
+    np.testing.assert_array_equal(got, expected)
+
+
+def write_overflowed(keys, values, chunks, offsets):
+    """The pool after tokens whose keys and values are no numbers were written to slots of it."""
+    broken = np.resize(np.array([np.inf, -np.inf, np.nan], np.float32), (len(chunks), 1, 1))
+    broken = np.broadcast_to(broken, (len(chunks), keys.shape[1], keys.shape[-1]))
+    where = np.array(chunks, np.int32), np.array(offsets, np.int32)
+    new = jnp.asarray(broken)
+    return write_kv(jnp.asarray(keys), jnp.asarray(values), new, new, *where, layer=0)
+
+
+@implementations
+def test_what_overflowed_reaches_no_row_that_does_not_see_it(implementation):
+    """In chunks of nobody, and in slots behind the last token of a row."""
+    case = AttentionCase("1,6_100,20", 4, 2, 16, chunk_size=16, ragged=30)
+    inputs = planned_inputs(case, implementation)
+    how = {"plan": inputs.plan, "lengths": inputs.lengths, "implementation": implementation}
+    expected = chunk_attention(inputs.q, inputs.keys, inputs.values, **how)
+    tails = zip(inputs.tables, inputs.lengths, strict=False)
+    behind = [table[length // 16] for table, length in tails if length % 16]
+    owned = {chunk for table in inputs.tables for chunk in table}
+    foreign = [chunk for chunk in range(inputs.keys.shape[2]) if chunk not in owned]
+    chunks = [*behind, *foreign, *foreign, *foreign]
+    offsets = [15] * len(behind) + [slot for slot in range(3) for _ in foreign]
+    keys, values = write_overflowed(inputs.keys, inputs.values, chunks, offsets)
+    got = chunk_attention(inputs.q, keys, values, **how)
     np.testing.assert_array_equal(got, expected)
 
 

@@ -9,7 +9,7 @@ from pallas_kernels import prefill_attention
 from pallas_kernels.implementations import needs_partials
 from tests import oracle
 from tests.interpreted import implementations
-from tests.pallas_kernels.test_chunk_attention import naive_attention
+from tests.pallas_kernels.test_chunk_attention import naive_attention, write_overflowed
 
 
 def pack(ranges, chunk_size, num_tokens, seed=0, options=PlannerOptions()):
@@ -105,6 +105,24 @@ def test_scores_are_scaled_then_capped_then_masked(implementation):
     exact = oracle.decode_attention(*problem, **scores)
     allowed = np.abs(naive_attention(*problem, **scores).astype(np.float64) - exact)
     assert np.abs(got[: len(tables)] - exact).max() <= 2 * allowed.max() + 2e-7
+
+
+@implementations
+def test_what_overflowed_reaches_no_token_that_does_not_see_it(implementation):
+    """Behind the last token of a sequence, and at that token for all before it."""
+    options = planner_options(implementation, 4, 2, 16)
+    segments, batch, num_chunks = pack([(20, 40), (0, 5)], 16, 32, options=options)
+    random = np.random.default_rng(1)
+    q = random.standard_normal((32, 4, 24), np.float32)
+    keys, values = random.standard_normal((2, 1, 2, num_chunks, 16, 24), np.float32)
+    how = {"query_tile": QUERY_TILE, "implementation": implementation, "scale": 1.0, "softcap": 5.0}
+    expected = prefill_attention(q, keys, values, batch.plan, **how)
+    first, second = (segment.chunk_ids for segment in segments)
+    slots = [(first[2], 7), (first[2], 8), (first[2], 9), (second[0], 5), (second[0], 15)]
+    keys, values = write_overflowed(keys, values, *zip(*slots, strict=True))
+    got = prefill_attention(q, keys, values, batch.plan, **how)
+    before = np.arange(32) != 19
+    np.testing.assert_array_equal(got[before], expected[before])
 
 
 def test_a_softcap_that_is_not_positive_is_refused():

@@ -13,7 +13,8 @@ SHARE_ALL = PlannerOptions(worth_sharing=lambda rows, chunks: rows > 1)
 def make_engine(num_chunks: int = 200, chunk_size: int = 16, **options) -> Engine:
     """Every pool size and every `steps_per_call` costs programs to compile: best leave them."""
     options = {"planner": SHARE_ALL, "max_running": 16, "steps_per_call": 3, **options}
-    return Engine(toy_model(), CacheConfig(num_chunks, chunk_size), **options)
+    model = options.pop("model", None) or toy_model()
+    return Engine(model, CacheConfig(num_chunks, chunk_size), **options)
 
 
 class BytePairs:

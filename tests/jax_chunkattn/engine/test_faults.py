@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 
+import models
 from jax_chunkattn import RequestFailed, SamplingParams
 from jax_chunkattn.allocator import ChunkAllocator, PoolExhausted
 from jax_chunkattn.engine import core, device, rows, scheduler
@@ -163,6 +165,31 @@ def test_a_poisoned_request_fails_alone(monkeypatch):
     with pytest.raises(RequestFailed, match="cannot stomach"):
         bad.result()
     assert_all_returned(engine)
+
+
+def overflowing_model():
+    """The toy model, but for token 7, whose values in the first layer overflow float32."""
+    model: Any = models.load("random:tiny").model
+    model.embedding[...] = model.embedding[...].at[:, 0].set(0).at[7].set(0).at[7, 0].set(9)
+    model.blocks.qkv[...] = model.blocks.qkv[...].at[0, 0, :, -1].set(1e38)
+    return model
+
+
+def test_numbers_that_overflow_reach_no_other_request():
+    """In chunks that it leaves to others, of another salt too, and beside them."""
+    small = {"num_chunks": 10, "prefill_tokens": 32, "max_running": 3, "model": overflowing_model()}
+    params = SamplingParams(12, logprobs=0, logit_bias={7: -100})
+    good = [[token for token in prompt if token != 7] for prompt in PROMPTS]
+
+    def answers(engine, salt=""):
+        results = [engine.submit(prompt, params, salt=salt).result() for prompt in good]
+        return [(result.tokens, result.logprobs) for result in results]
+
+    expected = answers(make_engine(**small))
+    engine = make_engine(**small)
+    for salt in ("a", "b"):
+        engine.submit([7] * 100, SamplingParams(2), salt="bad" + salt)
+        assert answers(engine, salt) == expected
 
 
 def test_a_callback_that_raises_ends_its_own_request():
