@@ -67,7 +67,7 @@ class Invocation:
         return self.function, definition, treedef, shapes, tuple(sorted(self.static.items()))
 
     def lower(self) -> jax.stages.Lowered:
-        """Traces it."""
+        """Traces it, by JAX's 32-bit types whatever jax_enable_x64 says."""
 
         def run(leaves, *args):
             if self.model is None:
@@ -75,7 +75,8 @@ class Invocation:
             return self.function(self.model.merge(leaves), *args, **self.static)
 
         run.__name__ = self.function.__name__
-        return jax.jit(run, donate_argnums=1).lower(self.leaves, *self.args)
+        with jax.enable_x64(False):
+            return jax.jit(run, donate_argnums=1).lower(self.leaves, *self.args)
 
 
 class Programs:

@@ -130,7 +130,7 @@ def _truncate(logits: Float32[Array, "B V"], rows: RowSampling):
         kept = jnp.minimum(likeliest + jnp.log(rows.min_p), likeliest)
         return jnp.maximum(threshold, kept)
 
-    threshold = jnp.full(logits.shape[0], -jnp.inf)
+    threshold = jnp.full(logits.shape[0], -jnp.inf, jnp.float32)
     for asked, narrow in (
         (rows.top_k > 0, top_k),
         (rows.top_p < 1, top_p),

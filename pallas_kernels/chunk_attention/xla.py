@@ -89,7 +89,8 @@ def chunk_first(
         return merge_rows(state, result, start, covered)
 
     def step(item, state: Partial) -> Partial:
-        tile = jnp.sum(items.row_count[item] > jnp.asarray(tiles, jnp.int32))
+        larger = items.row_count[item] > jnp.asarray(tiles, jnp.int32)
+        tile = larger.sum(dtype=jnp.int32)
         branches = [partial(attend_item, size) for size in tiles]
         return lax.switch(tile, branches, item, state)
 
@@ -120,7 +121,7 @@ def attend_run(
     rows, head_dim = queries.shape
     state = empty((rows,), head_dim)
     for size in _piece_sizes(keys.shape[3], rows, chunks.shape[0]):
-        pieces = lax.div(count, size)
+        pieces = lax.div(count, jnp.int32(size))
 
         def attend_piece(piece, state, size=size, begin=begin):
             ids = lax.dynamic_slice(chunks, (begin + piece * size,), (size,))
@@ -201,7 +202,7 @@ def _sequence_first(
     remaining = lengths - plan.covered_tokens
 
     def step(index, state: Partial) -> Partial:
-        ids = lax.dynamic_slice(private, (0, index * step_chunks), (batch, step_chunks))
+        ids = lax.dynamic_slice_in_dim(private, index * step_chunks, step_chunks, axis=1)
         k = gather_chunks(keys, layer, head, ids)
         v = gather_chunks(values, layer, head, ids)
         position = index * step_tokens + jnp.arange(step_tokens, dtype=jnp.int32)

@@ -39,7 +39,7 @@ def prefill_attention(
     grouped = q.astype(compute).reshape(tokens, kv_heads, num_heads // kv_heads, head_dim)
     scores = jnp.einsum("thgd,thkd->thgk", grouped, context(keys), precision=highest) * scale
     scores = cap_scores(scores, softcap)
-    visible = jnp.arange(scores.shape[-1])[None] <= position[:, None]
+    visible = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None] <= position[:, None]
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
     output = jnp.einsum("thgk,thkd->thgd", weights, context(values), precision=highest)
     output = jnp.where((position >= 0)[:, None, None, None], output, 0)
@@ -48,9 +48,9 @@ def prefill_attention(
 
 def token_positions(plan: PrefillPlan, tokens: int):
     """Sequence and position of every packed token, int32 [T]; position -1 for padding."""
-    token = jnp.arange(tokens)[:, None]
+    token = jnp.arange(tokens, dtype=jnp.int32)[:, None]
     begin, end = plan.tile_begin[None], (plan.tile_begin + plan.tile_count)[None]
-    used = (jnp.arange(begin.shape[1]) < plan.num_tiles)[None]
+    used = (jnp.arange(begin.shape[1], dtype=jnp.int32) < plan.num_tiles)[None]
     inside = (token >= begin) & (token < end) & used
     tile = jnp.argmax(inside, axis=1)
     position = plan.tile_position[tile] + token[:, 0] - plan.tile_begin[tile]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_chunkattn.programs import Invocation, Programs
@@ -42,3 +44,9 @@ def test_all_that_are_compiled_together_are_kept():
     assert [call(programs, size) for size in (2, 3, 4)] == [False, False, False]
     assert call(programs, 1)
     assert programs.compile_all(each, threads=2) == 2
+
+
+def test_types_are_the_same_with_jax_enable_x64():
+    invocation = Invocation(lambda x: x + jnp.ones(3), None, args(3))
+    with jax.enable_x64(True):
+        assert invocation.lower().out_info.dtype == np.float32

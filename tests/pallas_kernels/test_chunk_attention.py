@@ -223,6 +223,15 @@ def test_reference_computes_in_float64_when_asked():
         np.testing.assert_allclose(got, exact, atol=1e-13)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_numbers_have_their_types_with_jax_enable_x64(implementation):
+    inputs = case_inputs(AttentionCase("1,4_96,16", 4, 2, 16, chunk_size=16))
+    args = (inputs.q, inputs.keys, inputs.values, inputs.plan, inputs.lengths)
+    with jax.enable_x64(True):
+        got = jax.eval_shape(lambda: chunk_attention(*args, implementation=implementation))
+    assert got.dtype == np.float32
+
+
 def test_layer_may_be_traced():
     inputs = case_inputs(AttentionCase("1,4_96,16", 4, 2, 16, chunk_size=16), layers=3)
     args = (inputs.q, inputs.keys, inputs.values, inputs.plan, inputs.lengths)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 
@@ -123,6 +124,16 @@ def test_what_overflowed_reaches_no_token_that_does_not_see_it(implementation):
     got = prefill_attention(q, keys, values, batch.plan, **how)
     before = np.arange(32) != 19
     np.testing.assert_array_equal(got[before], expected[before])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_numbers_have_their_types_with_jax_enable_x64(implementation):
+    _, batch, num_chunks = pack([(20, 40), (0, 5)], 16, 32)
+    q, pool = np.zeros((32, 4, 8), np.float32), np.zeros((1, 2, num_chunks, 16, 8), np.float32)
+    how = {"query_tile": QUERY_TILE, "implementation": implementation}
+    with jax.enable_x64(True):
+        got = jax.eval_shape(lambda: prefill_attention(q, pool, pool, batch.plan, **how))
+    assert got.dtype == np.float32
 
 
 def test_a_softcap_that_is_not_positive_is_refused():
