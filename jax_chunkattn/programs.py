@@ -1,8 +1,8 @@
-"""Compiled programs, kept by the shapes they were compiled for.
+"""Compiled programs, kept by the shapes and shardings they were compiled for.
 
 Compiling ahead of the call, rather than inside it, is what lets an engine say how often it compiled
 and how long that took, and report speeds without it. Programs are shared by all engines of a
-process whose models have one definition and one set of shapes.
+process whose models have one definition and one set of shapes, on the same devices.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Invocation:
         """What decides the program: two invocations with equal keys run the same."""
         definition = self.model.definition if self.model is not None else None
         leaves, treedef = jax.tree.flatten((self.leaves, self.args))
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        return self.function, definition, treedef, shapes, tuple(sorted(self.static.items()))
+        arrays = tuple((leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves)
+        return self.function, definition, treedef, arrays, tuple(sorted(self.static.items()))
 
     def lower(self) -> jax.stages.Lowered:
         """Traces it, by JAX's 32-bit types whatever jax_enable_x64 says."""

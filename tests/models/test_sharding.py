@@ -21,6 +21,7 @@ ON_TWO_DEVICES = """
 import jax, numpy as np
 from flax import nnx
 import models
+from jax_chunkattn.programs import Programs
 from models.dense_attention import empty_pool, run_dense
 
 def logits(model):
@@ -46,6 +47,18 @@ for unroll in (False, True):
     assert shards["embedding"] == (128, 64)
     assert shards["final_norm"] == (64,)
     np.testing.assert_allclose(logits(split), logits(whole), atol=1e-5)
+
+def negative(x):
+    return -x
+
+programs = Programs()
+rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("tp"))
+for place in (*jax.devices(), rows, rows):
+    x = jax.device_put(np.arange(4.0, dtype=np.float32), place)
+    program, seconds = programs.compiled(negative, None, (x,))
+    program([], x)
+    compiled = seconds > 0
+assert not compiled
 print("equal")
 """
 
