@@ -40,7 +40,7 @@ class Layout:
       tensors: the parts in each stem; `{}` stands for the layer.
       prefix: of stems, which some files leave out.
       ignored: patterns of tensors that hold nothing the decoder needs.
-      input_first: matrices are `[in, out]`, not `[out, in]`.
+      input_first: matrices are `[in, out]`, not `[out, in]`, but for the unembedding.
       norm_offset: what is added to a norm's stored scale.
       position_offset: rows before that of position 0.
       interleaved: queries and keys turn neighbouring dimensions, as in llama.cpp, not halves.
@@ -57,6 +57,10 @@ class Layout:
     def without_prefix(self) -> Layout:
         tensors = {stem.removeprefix(self.prefix): parts for stem, parts in self.tensors.items()}
         return replace(self, tensors=tensors, prefix="")
+
+    def is_transposed(self, part: str, inputs: int) -> bool:
+        """Whether a part with so many axes of input is stored `[in, out]`."""
+        return self.input_first and inputs > 0 and part != "unembedding"
 
     def ignores(self, name: str) -> bool:
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
@@ -96,7 +100,7 @@ def pieces(layout: Layout, config: DecoderConfig, name: str, layer: int | None) 
         begin = sum(sizes[: parts.index(part)])
         rows = slice(begin, begin + sizes[parts.index(part)])
         whole = (sum(sizes), *_stored_shape(layout, config, weight, base, part)[1:])
-        if layout.input_first and weight.inputs:
+        if layout.is_transposed(part, weight.inputs):
             whole = whole[::-1]
         tensor = stem.format(layer) + suffix
         found.append(Piece(tensor, whole, rows, index, part, weight.inputs))
@@ -139,7 +143,7 @@ def place(
     weight: np.ndarray, piece: Piece, stored: np.ndarray, layout: Layout, config: DecoderConfig
 ) -> None:
     """Writes a piece, out of the tensor it comes from, into one layer's `weight`."""
-    values = stored.T if layout.input_first and piece.inputs else stored
+    values = stored.T if layout.is_transposed(piece.part, piece.inputs) else stored
     values = values[piece.rows]
     if layout.interleaved and piece.part in ("q", "k"):
         values = rotate_half_rows(values, config.head_dim)

@@ -15,10 +15,11 @@ import pytest
 from flax import nnx
 
 import models
-from models.architectures import LLAMA, Key
+from models.architectures import GPT2, LLAMA, Key
 from models.building import build
 from models.decoder import Block
 from models.dense_attention import empty_pool, run_dense
+from models.hf_config import read_config
 from models.layout import expected_shapes
 from models.random_weights import random_fill
 from tests.models.safetensors_writer import write_safetensors
@@ -74,6 +75,24 @@ def test_a_gguf_file_gives_the_logits_of_the_weights_written_to_it(tmp_path):
     assert loaded.name == "mine"
     assert loaded.tokenizer is not None
     assert loaded.tokenizer.vocab_size == CONFIG.vocab_size
+
+
+def test_the_unembedding_of_gpt2_is_no_transposed_matrix(tmp_path):
+    sizes = {"vocab_size": 96, "n_embd": 48, "n_layer": 1, "n_head": 3, "n_positions": 64}
+    config = {"architectures": [GPT2.class_name], "tie_word_embeddings": False, **sizes}
+    decoder = read_config(config, GPT2, tmp_path)
+    random = np.random.default_rng(0)
+    tensors = {
+        name: random.standard_normal(shape, np.float32)
+        for name, shape in expected_shapes(GPT2.layout, decoder).items()
+    }
+    tensors["lm_head.weight"] = random.standard_normal((96, 48), np.float32)
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    leaves = leaves_of(models.load(tmp_path).model)
+    np.testing.assert_array_equal(leaves["unembedding"], tensors["lm_head.weight"].T)
+    up = tensors["transformer.h.0.mlp.c_fc.weight"]
+    np.testing.assert_array_equal(np.ravel(leaves["blocks/up"]), np.ravel(up))
 
 
 def test_random_weights_depend_on_the_seed_alone():
