@@ -45,8 +45,8 @@ def merge(a: Partial, b: Partial) -> Partial:
 
 
 def normalise(partial: Partial) -> Float32[Array, "*rows D"]:
-    """The attention output; zeros where there were no keys at all."""
-    seen = partial.total > 0
+    """The attention output; zeros where there were no keys at all, NaN where a score was NaN."""
+    seen = partial.total != 0
     return jnp.where(
         seen[..., None], partial.output / jnp.where(seen, partial.total, 1)[..., None], 0
     )

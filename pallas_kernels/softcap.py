@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 
 
@@ -11,6 +13,8 @@ def cap_scores(scores, softcap: float | None):
 
 
 def check_softcap(softcap: float | None) -> None:
-    """Raises ValueError for a softcap that is not positive."""
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, or None for scores as they are, not {softcap}")
+    """Raises ValueError for a softcap that is not positive and finite."""
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(
+            f"softcap must be positive and finite, or None for scores as they are, not {softcap}"
+        )

@@ -57,7 +57,7 @@ def chunk_attention(
     Raises:
       ValueError: for an implementation that is unknown or cannot run here, a plan without what it
         needs, heads that do not divide, a head_dim that differs from the pool's, or a softcap that
-        is not positive.
+        is not positive and finite.
     """
     kv_heads, chunk_size, head_dim = keys.shape[1], *keys.shape[3:]
     if q.shape[-1] != head_dim:

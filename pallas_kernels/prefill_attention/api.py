@@ -52,7 +52,7 @@ def prefill_attention(
 
     Raises:
       ValueError: for an implementation that is unknown or cannot run here, a plan without what it
-        needs, or a softcap that is not positive.
+        needs, or a softcap that is not positive and finite.
     """
     check_softcap(softcap)
     kv_heads, chunk_size, head_dim = keys.shape[1], *keys.shape[3:]

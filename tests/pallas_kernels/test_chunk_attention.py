@@ -198,6 +198,18 @@ def test_what_overflowed_reaches_no_row_that_does_not_see_it(implementation):
 
 
 @implementations
+def test_a_query_that_is_no_number_shows(implementation):
+    case = AttentionCase("1,6_100,20", 4, 2, 16, chunk_size=16, ragged=30)
+    inputs = planned_inputs(case, implementation)
+    q = inputs.q.copy()
+    q[2, 1, 3] = np.nan
+    args = (q, inputs.keys, inputs.values, inputs.plan, inputs.lengths)
+    got = np.asarray(chunk_attention(*args, implementation=implementation))
+    assert np.isnan(got[2, 1]).all()
+    assert np.isfinite(np.delete(got, 2, axis=0)).all()
+
+
+@implementations
 def test_scores_may_all_be_far_below_zero(implementation):
     """The softmax is of differences: padding must not stand in for a score of 0."""
     case = AttentionCase("1,3_80,20", 6, 2, 16, chunk_size=16)
@@ -263,5 +275,6 @@ def test_wrong_arguments_are_named():
         chunk_attention(inputs.q, *pools, *rest, implementation="triton")
     with pytest.raises(ValueError, match="3 query heads are not a multiple of 2 KV heads"):
         chunk_attention(inputs.q[:, :3], *pools, *rest)
-    with pytest.raises(ValueError, match=r"softcap must be positive, or None .*, not 0"):
-        chunk_attention(inputs.q, *pools, *rest, softcap=0.0)
+    for softcap in (0.0, float("inf")):
+        with pytest.raises(ValueError, match=rf"softcap must be positive .*, not {softcap}"):
+            chunk_attention(inputs.q, *pools, *rest, softcap=softcap)
