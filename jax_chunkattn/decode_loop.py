@@ -103,6 +103,7 @@ def decode_attend(
         keys, values = write_kv(
             pool.keys, pool.values, k, v, chunks, slot % pool.chunk_size, layer=layer
         )
+        # Of frozen rows only padding gives zeros; what the others get is thrown away.
         visible = jnp.where(active, lengths + 1, 0)
         output = chunk_attention(
             q,

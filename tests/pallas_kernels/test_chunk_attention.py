@@ -151,6 +151,24 @@ def test_rows_without_tokens_give_zeros(implementation):
 
 
 @implementations
+def test_a_row_of_length_0_attends_to_what_items_cover_and_leaves_others_alone(implementation):
+    case = AttentionCase("1,6_100,20", 4, 2, 16, chunk_size=16, ragged=30)
+    inputs = planned_inputs(case, implementation)
+    assert inputs.plan.covered_tokens[2] == 96
+    args = (inputs.q, inputs.keys, inputs.values, inputs.plan)
+    got, covered, expected = (
+        np.asarray(chunk_attention(*args, lengths, implementation=implementation))
+        for lengths in (
+            np.where(np.arange(8) == 2, 0, inputs.lengths),
+            np.where(np.arange(8) == 2, 96, inputs.lengths),
+            inputs.lengths,
+        )
+    )
+    np.testing.assert_array_equal(got, covered)
+    np.testing.assert_array_equal(np.delete(got, 2, axis=0), np.delete(expected, 2, axis=0))
+
+
+@implementations
 def test_padding_of_the_plan_is_never_read(implementation):
     """Chunks no row owns hold numbers that would show in any sum."""
     case = AttentionCase("1,6_100,20", 4, 2, 16, chunk_size=16, ragged=30)
