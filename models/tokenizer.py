@@ -33,6 +33,17 @@ USUAL_END_TOKENS = frozenset(
 )
 """Special tokens that end an answer even in a checkpoint that declares only one of them."""
 
+NOT_VARIABLES = {
+    "tokenize": "render_chat gives text, apply_chat_template ids",
+    "chat_template": "name one of the checkpoint's by template=",
+    "continue_final_message": "render without add_generation_prompt, and cut what ends the message",
+    **dict.fromkeys(("return_dict", "return_assistant_tokens_mask"), "a list of ids is returned"),
+    **dict.fromkeys(("return_tensors", "tokenizer_kwargs"), "make arrays of the list of ids"),
+    **dict.fromkeys(("padding", "truncation", "max_length"), "pad or cut the list of ids"),
+}
+"""Arguments of transformers' `apply_chat_template` that no template should take for a variable of
+its own, and what to do instead."""
+
 
 class ChatTokenizer:
     """Text to ids and back, and chats to ids.
@@ -108,9 +119,11 @@ class ChatTokenizer:
 
         A message has a "role" and a "content": text, or for templates that know them a list of
         parts. `template` names one of `template_names`; `tools` are JSON schemas; `variables` are
-        what else a template asks for (enable_thinking=False). Raises ValueError when there is no
-        such template or it refuses the messages.
+        what else a template asks for (enable_thinking=False). Raises TypeError for those of
+        `NOT_VARIABLES`, ValueError when there is no such template or it refuses the messages.
         """
+        for name in sorted(variables.keys() & NOT_VARIABLES.keys()):
+            raise TypeError(f"{name} is no argument here: {NOT_VARIABLES[name]}")
         return self._templates.render(
             messages,
             name=template,

@@ -76,6 +76,21 @@ def test_chat_is_rendered_by_the_file_s_template(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tokenize", False),
+        ("return_tensors", "np"),
+        ("chat_template", "{{ x }}"),
+        ("padding", True),
+    ],
+)
+def test_arguments_of_transformers_are_no_variables(tmp_path, name, value):
+    tokenizer = make_tokenizer(tmp_path, template="{{ messages[0].content }}")
+    with pytest.raises(TypeError, match=f"{name} is no argument here: "):
+        tokenizer.apply_chat_template([{"role": "user", "content": "he"}], **{name: value})
+
+
+@pytest.mark.parametrize(
     "template",
     [
         "{{ raise_exception('no system role') }}",
