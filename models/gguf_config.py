@@ -156,8 +156,8 @@ def _number(file: GGUFFile, key: str, integer: bool) -> int | float:
 
 def _rope_words(file: GGUFFile, name: str, head_dim: int) -> dict[str, Any]:
     words: dict[str, Any] = {}
-    rotated = file.metadata.get(f"{name}.rope.dimension_count", head_dim)
-    if rotated != head_dim:
+    key = f"{name}.rope.dimension_count"
+    if key in file.metadata and (rotated := _number(file, key, integer=True)) != head_dim:
         words["partial_rotary_factor"] = rotated / max(head_dim, 1)
     kind = file.metadata.get(f"{name}.rope.scaling.type", "none")
     if kind != "none":

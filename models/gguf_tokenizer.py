@@ -109,7 +109,7 @@ def _why_unsupported(file: GGUFFile, vocabulary: _Vocabulary) -> str | None:
     if kind != "gpt2":
         return f"tokenizer {kind!r} is not supported, only 'gpt2' and 'llama'"
     pre = file.metadata.get("tokenizer.ggml.pre")
-    if pre in PRE_TOKENIZERS:
+    if isinstance(pre, str) and pre in PRE_TOKENIZERS:
         return None
     known = ", ".join(sorted(PRE_TOKENIZERS))
     if pre is None:
@@ -154,7 +154,10 @@ def _byte_level(file: GGUFFile, vocabulary: _Vocabulary, pre: PreTokenizer) -> t
     import tokenizers
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-    merges = [tuple(merge.split(" ")) for merge in file.require_list("tokenizer.ggml.merges")]
+    merges = file.require_list("tokenizer.ggml.merges")
+    if not all(isinstance(merge, str) for merge in merges):
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.merges are not all text")
+    merges = [tuple(merge.split(" ")) for merge in merges]
     try:
         model = models.BPE(
             vocab={token: index for index, token in enumerate(vocabulary.tokens)},

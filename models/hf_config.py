@@ -12,6 +12,8 @@ from models.config import DecoderConfig
 from models.errors import CheckpointError
 from models.hf_rope import layer_types, read_ropes
 
+MOST_LAYERS = 10_000  # of a damaged number, memory would be used up before tensors are missed
+
 
 def find_architecture(config: Mapping[str, Any], where: Path) -> Architecture:
     """The architecture that config.json names.
@@ -21,6 +23,8 @@ def find_architecture(config: Mapping[str, Any], where: Path) -> Architecture:
         quantised.
     """
     names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{where}: architectures is {names!r}, expected a list of names")
     known = next((ARCHITECTURES[name] for name in names if name in ARCHITECTURES), None)
     if known is None:
         named = ", ".join(map(repr, names)) or f"(model_type {config.get('model_type')!r})"
@@ -62,6 +66,10 @@ def read_config(
             )
     fields = {name: _value(config, source, where) for name, source in architecture.fields.items()}
     try:
+        if fields["num_layers"] > MOST_LAYERS:
+            raise CheckpointError(
+                f"{fields['num_layers']:,} layers; at most {MOST_LAYERS:,} are read"
+            )
         if fields["num_kv_heads"] is None:
             fields["num_kv_heads"] = fields["num_heads"]
         if fields["intermediate_size"] is None:

@@ -286,6 +286,8 @@ def test_a_window_that_is_not_used_is_no_window():
     ("config", "words"),
     [
         ({"architectures": ["MixtralForCausalLM"]}, r"'MixtralForCausalLM' is not.*LlamaForCausal"),
+        ({"architectures": "LlamaForCausalLM"}, "'LlamaForCausalLM', expected a list of names"),
+        ({"architectures": 5}, "architectures is 5, expected a list of names"),
         ({"model_type": "t5"}, "model_type 't5'"),
         (
             LLAMA_2_7B | {"quantization_config": {"quant_method": "awq"}},
@@ -295,6 +297,7 @@ def test_a_window_that_is_not_used_is_no_window():
         (LLAMA_2_7B | {"hidden_act": "xielu"}, "hidden_act 'xielu' is not supported"),
         (LLAMA_2_7B | {"num_key_value_heads": 5}, "multiple of num_kv_heads"),
         (LLAMA_2_7B | {"num_hidden_layers": "many"}, "makes no decoder"),
+        (LLAMA_2_7B | {"num_hidden_layers": 2**31}, "2,147,483,648 layers; at most 10,000"),
         (LLAMA_2_7B | {"rope_scaling": {"type": "su"}}, "scaling 'su' is not supported; supported"),
         (LLAMA_2_7B | {"rope_scaling": {"type": "linear"}}, "'linear' has no number 'factor'"),
         (LLAMA_2_7B | {"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "low_freq_factor"),
