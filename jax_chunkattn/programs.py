@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -41,6 +42,16 @@ class SplitModel:
 
         return cls(leaves, (graphdef, treedef), merge)
 
+    @cached_property
+    def signature(self) -> Hashable:
+        """What decides its programs; looked at once, since a model may have hundreds of arrays."""
+        return self.definition, *map(_signature, self.leaves)
+
+
+def _signature(array: Any) -> Hashable:
+    """What a program is compiled for; an array on the host has no sharding."""
+    return array.shape, array.dtype, getattr(array, "sharding", None)
+
 
 @dataclass(frozen=True)
 class Invocation:
@@ -61,10 +72,10 @@ class Invocation:
 
     def key(self) -> Hashable:
         """What decides the program: two invocations with equal keys run the same."""
-        definition = self.model.definition if self.model is not None else None
-        leaves, treedef = jax.tree.flatten((self.leaves, self.args))
-        arrays = tuple((leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves)
-        return self.function, definition, treedef, arrays, tuple(sorted(self.static.items()))
+        model = self.model.signature if self.model is not None else None
+        leaves, treedef = jax.tree.flatten(self.args)
+        arrays = tuple(map(_signature, leaves))
+        return self.function, model, treedef, arrays, tuple(sorted(self.static.items()))
 
     def lower(self) -> jax.stages.Lowered:
         """Traces it, by JAX's 32-bit types whatever jax_enable_x64 says."""
