@@ -17,6 +17,7 @@ from experiments.decode.measures import Measured, Spread, measured
 from experiments.decode.points import Point, points_of, varied
 from experiments.harness.compilations import compilation_cache
 from experiments.harness.environment import describe_environment
+from experiments.harness.errors import UserError
 from experiments.harness.reading import Record
 from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
@@ -38,13 +39,9 @@ def measure(config: DecodeConfig, source: ModelSource, folder: ResultFolder) -> 
     """Run the study into `folder`."""
     began = time.perf_counter()
     environment = describe_environment()
+    loaded = load_model(source, LoadOptions(config.dtype, config.seed, config.max_positions))
+    check_some_fit(config, loaded)
     folder.begin(environment)
-
-    @functools.cache
-    def loaded() -> LoadedModel:
-        options = LoadOptions(config.dtype, config.seed, config.max_positions)
-        return load_model(source, options)
-
     units = {
         name: functools.partial(_measure_point, config, loaded, point)
         for name, point in points_of(config).items()
@@ -80,11 +77,19 @@ def _headline(points: list[Measured]) -> Record:
     }
 
 
-def _measure_point(config: DecodeConfig, loaded, point: Point) -> Record:
+def check_some_fit(config: DecodeConfig, loaded: LoadedModel) -> None:
+    """Raise `UserError` when no side of any point can be measured."""
+    points = points_of(config)
+    skips = [_skip_reasons(config, loaded, point) for point in points.values()]
+    if all(len(skipped) == len(config.sides) for skipped in skips):
+        reason = next(iter(skips[0].values()))
+        raise UserError(f"nothing can be measured: at {next(iter(points))} {reason}")
+
+
+def _measure_point(config: DecodeConfig, loaded: LoadedModel, point: Point) -> Record:
     """A point's record: seconds of every round until each completion, and what it chose."""
-    model: LoadedModel = loaded()
-    skipped = _skip_reasons(config, model, point)
-    loops = _loops(config, model, point, skipped)
+    skipped = _skip_reasons(config, loaded, point)
+    loops = _loops(config, loaded, point, skipped)
     for loop in loops.values():
         loop.warm_up()
     chosen: dict[str, np.ndarray] = {}
@@ -95,7 +100,7 @@ def _measure_point(config: DecodeConfig, loaded, point: Point) -> Record:
             ran = loops[side].run(marks)
             chosen[side] = ran.tokens
             seconds[side].append([round(each, 6) for each in ran.seconds])
-    chunk_bytes = _cache(config, point, 1).bytes_per_chunk(model.model.cache_spec)
+    chunk_bytes = _cache(config, point, 1).bytes_per_chunk(loaded.model.cache_spec)
     held = {"shared": point.num_chunks, "unshared": point.num_chunks_unshared}
     return {
         "kind": "point",
@@ -109,7 +114,7 @@ def _measure_point(config: DecodeConfig, loaded, point: Point) -> Record:
             }
             for side, loop in loops.items()
         },
-        "operations": _operations(model, point),
+        "operations": _operations(loaded, point),
         "equal_rows": _equal_rows(*chosen.values()) if len(chosen) == 2 else None,
         "skipped": skipped,
     }
@@ -125,12 +130,12 @@ def _skip_reasons(config: DecodeConfig, loaded: LoadedModel, point: Point) -> di
     limit = config.memory_gb * 1e9
     held = point.num_chunks * chunk_bytes
     if held > limit:
-        reason = f"keys and values take {held / 1e9:.1f} GB, above --memory-gb {config.memory_gb:g}"
+        reason = f"keys and values take {held / 1e9:.3g} GB, above --memory-gb {config.memory_gb:g}"
         return dict.fromkeys(config.sides, reason)
     copies = point.num_chunks_unshared * chunk_bytes
     if "unshared" in config.sides and held + copies > limit:
         return {
-            "unshared": f"its copies take {copies / 1e9:.1f} GB beside {held / 1e9:.1f} GB, above "
+            "unshared": f"its copies take {copies / 1e9:.3g} GB beside {held / 1e9:.3g} GB, above "
             f"--memory-gb {config.memory_gb:g}"
         }
     return {}
@@ -181,13 +186,12 @@ def _cache(config: DecodeConfig, point: Point, num_chunks: int) -> CacheConfig:
     return CacheConfig(num_chunks, point.chunk_size, config.dtype)
 
 
-def _compare_tokens(config: DecodeConfig, loaded) -> Record:
+def _compare_tokens(config: DecodeConfig, loaded: LoadedModel) -> Record:
     """The engine's answers to a few prompts with and without sharing."""
-    model: LoadedModel = loaded()
-    prompts = _real_prompts(config, model)
+    prompts = _real_prompts(config, loaded)
     answers, plans = {}, {}
     for side, sharing in (("shared", True), ("unshared", False)):
-        answers[side], plans[side] = _answer(config, model, prompts.tokens, sharing)
+        answers[side], plans[side] = _answer(config, loaded, prompts.tokens, sharing)
     return {
         "kind": "tokens",
         "prompts": len(prompts.tokens),

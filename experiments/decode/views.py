@@ -43,7 +43,9 @@ def figures(result: Result) -> dict[str, Figure]:
         y = "tokens per second" if axes is all_axes[0] else ""
         plain_axes(axes, title, study.varies, y)
     all_axes[0].set_ylim(bottom=0)  # only now: it keeps the top, which all panels have in common
-    all_axes[0].legend(loc="best", frameon=False)
+    drawn = [axes for axes in all_axes if axes.get_legend_handles_labels()[0]]
+    if drawn:
+        drawn[0].legend(loc="best", frameon=False)
     figure.suptitle(f"Decoding, {_setting(config)}")
     return {"decode": figure}
 

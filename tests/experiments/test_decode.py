@@ -107,10 +107,37 @@ def test_a_point_that_does_not_fit_is_skipped_and_said():
     assert table.rows[0][4:6] == ("1.0 MiB", "skipped")
     assert table.rows[1] == ("4,096", "", "", "", "skipped", "skipped", "")
     notes = " ".join(table.notes)
-    assert "skipped unshared at 64 shared tokens: its copies take 0.0 GB beside 0.0 GB" in notes
+    assert (
+        "skipped unshared at 64 shared tokens: its copies take 0.000393 GB beside 0.000164 GB"
+        in notes
+    )
     assert "skipped shared at 4,096 shared tokens: it takes 4,120 positions" in notes
     tight = dataclasses.replace(config, memory_gb=1e-9)
     assert set(decode_run._skip_reasons(tight, loaded, fits)) == {"shared", "unshared"}
+
+
+def test_a_study_of_which_nothing_fits_is_refused(tmp_path: Path):
+    none = dataclasses.replace(SMALL, memory_gb=1e-5, output=tmp_path / "out")
+    with pytest.raises(UserError, match=r"at 256 shared tokens keys and values take .*--memory-gb"):
+        run(none)
+    assert not (tmp_path / "out").exists()
+    loaded = models.load("random:tiny")
+    too_long = dataclasses.replace(SMALL, shared_tokens=(2048, 4096))
+    with pytest.raises(UserError, match="at 2048 shared tokens it takes 2,088 positions, random"):
+        decode_run.check_some_fit(too_long, loaded)
+    decode_run.check_some_fit(dataclasses.replace(too_long, shared_tokens=(2048, 64)), loaded)
+
+
+def test_a_panel_without_a_measured_point_is_drawn():
+    config = {**dataclasses.asdict(SMALL), "study": "completion"}
+    lines = [made_up(4096, {}), made_up(64, {"shared": [[1.0, 2.0]]})]
+    result = Result(Path("."), {"experiment": "decode", "config": config}, lines, None)
+    empty, measured = decode_views.figures(result)["decode"].axes
+    assert empty.get_legend() is None
+    assert measured.get_legend() is not None
+    nothing = Result(Path("."), {"experiment": "decode", "config": config}, lines[:1], None)
+    [empty] = decode_views.figures(nothing)["decode"].axes
+    assert empty.get_legend() is None
 
 
 def test_rates_and_ratios_follow_from_the_seconds():
