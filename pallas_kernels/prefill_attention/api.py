@@ -42,7 +42,7 @@ def prefill_attention(
     Args:
       q: queries of T packed tokens; padding gives zeros.
       keys, values: the pool of all layers.
-      plan: the tiles and block tables, as `jax_chunkattn.plan_prefill` makes them.
+      plan: the tiles and block tables, as `jax_chunkattn.prefill.pack_segments` makes them.
       query_tile: most tokens a tile of the plan has.
       layer: which layer of the pool to read; may be traced.
       scale: multiplies the scores; `1 / sqrt(D)` by default.
@@ -52,10 +52,15 @@ def prefill_attention(
 
     Raises:
       ValueError: for an implementation that is unknown or cannot run here, a plan without what it
-        needs, or a softcap that is not positive and finite.
+        needs, heads that do not divide, a head_dim that differs from the pool's, or a softcap that
+        is not positive and finite.
     """
-    check_softcap(softcap)
     kv_heads, chunk_size, head_dim = keys.shape[1], *keys.shape[3:]
+    if q.shape[-1] != head_dim:
+        raise ValueError(f"queries have head_dim {q.shape[-1]}, the pool has {head_dim}")
+    if q.shape[1] % kv_heads:
+        raise ValueError(f"{q.shape[1]} query heads are not a multiple of {kv_heads} KV heads")
+    check_softcap(softcap)
     shapes = AttentionShapes(str(keys.dtype), q.shape[1] // kv_heads, head_dim, chunk_size)
     return _run(
         q,

@@ -143,6 +143,13 @@ def test_a_softcap_that_is_not_positive_is_refused():
         prefill_attention(q, pool, pool, batch.plan, query_tile=QUERY_TILE, softcap=-1.0)
 
 
+def test_heads_that_do_not_divide_are_refused():
+    _, batch, num_chunks = pack([(0, 3)], 16, 32)
+    q, pool = np.zeros((32, 3, 8), np.float32), np.zeros((1, 2, num_chunks, 16, 8), np.float32)
+    with pytest.raises(ValueError, match="3 query heads are not a multiple of 2 KV heads"):
+        prefill_attention(q, pool, pool, batch.plan, query_tile=QUERY_TILE)
+
+
 def test_packing_says_where_every_token_is_written():
     segments, batch, num_chunks = pack([(20, 40), (0, 5)], 16, 32)
     first, second = segments
