@@ -135,15 +135,25 @@ def plan_decode(
       The plan, padded to powers of two in every dimension (rows too), and what was decided.
 
     Raises:
-      ValueError: when the options are for a GPU and another chunk size.
+      ValueError: when the options are for a GPU and another chunk size, chunks hold no token, or
+        a row has more tokens than its chunks hold.
     """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     gpu = options.gpu
     if gpu is not None and gpu.chunk_size != chunk_size:
         raise ValueError(
             f"the options are for chunks of {gpu.chunk_size} tokens, the tables' have {chunk_size}"
         )
     table, used = pad_tables(tables, num_chunks)
-    full = np.asarray(lengths, np.int32) // chunk_size
+    tokens = np.asarray(lengths, np.int32)
+    full = tokens // chunk_size
+    if np.any(tokens > used * chunk_size):
+        row = int(np.argmax(tokens > used * chunk_size))
+        raise ValueError(
+            f"row {row} has {tokens[row]:,} tokens, its {used[row]} chunks hold "
+            f"{used[row] * chunk_size:,}"
+        )
     runs = common_runs(table, full)
     if gpu is not None:
         division = divide_for_gpu(table, used, full, runs, options)

@@ -130,6 +130,13 @@ def test_a_run_above_a_run_that_does_not_pay_is_still_shared():
     assert plan.private_chunks[0, :3].tolist() == [10, 11, 20]
 
 
+def test_rows_that_their_chunks_cannot_hold_are_refused():
+    with pytest.raises(ValueError, match="row 1 has 33 tokens, its 2 chunks hold 32"):
+        plan_decode([[0, 1], [0, 2]], [32, 33], chunk_size=16, num_chunks=9)
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
+        plan_decode([[0, 1]], [20], chunk_size=0, num_chunks=9)
+
+
 def test_shapes_are_powers_of_two_and_never_below_the_shape_asked_for():
     inputs = case_inputs(AttentionCase("1,5_64,16", 2, 2, 16, chunk_size=16))
     assert PlanShape.of(inputs.plan) == PlanShape(8, 16, 256, 16)
