@@ -32,8 +32,10 @@ Record = dict[str, Any]
 Value = Callable[[Record, str], float]
 
 
-def draw(result: Result, records: Sequence[Record]) -> Figure:
-    """`records` are cases in which something was measured."""
+def draw(result: Result, records: Sequence[Record]) -> Figure | None:
+    """`records` are cases in which something was measured; None where all of it is hidden."""
+    if not _names(records):
+        return None
     if result.config["suite"] == "hydragen":
         return _suffix_lines(result, records)
     if len(records) <= MOST_BARS_CASES:

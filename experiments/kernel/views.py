@@ -38,9 +38,8 @@ def figures(result: Result) -> dict[str, Figure]:
     from experiments.kernel import figures as kernel_figures
 
     records = [record for record in result.of_kind("case") if record["implementations"]]
-    if not records:
-        return {}
-    return {"picture": kernel_figures.draw(result, records)}
+    picture = kernel_figures.draw(result, records)
+    return {"picture": picture} if picture else {}
 
 
 def _case_table(record: Record) -> ResultTable:

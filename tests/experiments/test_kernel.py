@@ -425,6 +425,16 @@ def test_the_picture_shows_every_case_and_implementation():
     assert "published, A100 fp16" in legend.get_texts()[-1].get_text()
 
 
+@pytest.mark.parametrize("suite", ["smoke", "trees", "hydragen"])
+@pytest.mark.parametrize("measured", [["reference"], []])
+def test_there_is_no_picture_of_the_reference_alone(suite: str, measured: list[str]):
+    result = made_up(suite, kernel_cases.TREES)
+    for record in result.lines:
+        side = record["implementations"][0]
+        record["implementations"] = [{**side, "implementation": name} for name in measured]
+    assert figures(result) == {}
+
+
 @pytest.mark.parametrize(
     ("suite", "cases"),
     [
