@@ -38,13 +38,18 @@ def tables(result: Result) -> list[ResultTable]:
 
 def _notes(summary: dict[str, Any]) -> list[str]:
     notes = [f"FAILED: {failure}" for failure in summary["failures"]]
+    held = [
+        "nothing compiled after the warm-up",
+        "no request lost",
+        "answers as of a fresh engine",
+        "all chunks back",
+    ]
     if summary["memory_growth"] is None:
         notes.append("resident memory was not checked: too few measurements, or none here")
+    else:
+        held.insert(0, f"memory flat within {MEMORY_GROWTH:.0%}")
     if not summary["failures"]:
-        notes.append(
-            f"All held: memory flat within {MEMORY_GROWTH:.0%}, nothing compiled after the "
-            "warm-up, no request lost, answers as of a fresh engine, all chunks back."
-        )
+        notes.append(f"All held: {', '.join(held)}.")
     return notes
 
 

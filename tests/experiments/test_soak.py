@@ -18,6 +18,7 @@ from experiments.harness.environment import resident_bytes
 from experiments.harness.errors import UserError
 from experiments.loading import parse_model
 from experiments.soak import run as soaking_run
+from experiments.soak import views as soak_views
 from experiments.soak.account import Account, Finished, Tracked, problems_of
 from experiments.soak.checks import (
     check_answers,
@@ -90,6 +91,14 @@ def test_memory_is_compared_from_the_first_quarter_to_the_last():
     assert list(check_memory(None)) == list(check_memory(0.019)) == list(check_memory(-0.5)) == []
     assert list(check_memory(0.03)) == ["resident memory grew by 3.0%, more than 2%"]
     assert (resident_bytes() or 1) > 0
+
+
+def test_memory_that_was_not_checked_is_not_said_to_be_flat():
+    [note] = soak_views._notes({"failures": [], "memory_growth": 0.01})
+    assert note.startswith("All held: memory flat within 2%, nothing compiled")
+    unchecked, note = soak_views._notes({"failures": [], "memory_growth": None})
+    assert unchecked.startswith("resident memory was not checked")
+    assert note.startswith("All held: nothing compiled")
 
 
 def test_compilations_are_noticed_by_whoever_counts_them():
