@@ -53,7 +53,7 @@ class SearchConfig:
     """Rounds of branching."""
 
     tokens: int = 12
-    """Tokens that a branch adds."""
+    """Tokens that a branch adds, two or more."""
 
     temperature: float = 0.8
     """Randomness of the branches."""
@@ -95,7 +95,12 @@ def headline(summary: dict[str, Any]) -> dict[str, Any]:
 
 def check(config: SearchConfig) -> None:
     """Raise `UserError` for a value that no run could use."""
-    check_at_least_one(config, "width", "keep", "depth", "tokens", "chunk_size", "max_positions")
+    check_at_least_one(config, "width", "keep", "depth", "chunk_size", "max_positions")
+    if config.tokens < 2:
+        raise UserError(
+            f"--tokens must be at least 2, got {config.tokens}: a first branch begins with one "
+            "that it is given"
+        )
     if config.width > 20:
         raise UserError(f"--width must be at most 20, got {config.width}")
     if not 0 < config.temperature <= MOST_TEMPERATURE:

@@ -54,6 +54,7 @@ def test_a_search_forks_instead_of_computing_again(
     ("values", "message"),
     [
         ({"width": 0}, "--width must be at least 1"),
+        ({"tokens": 1}, "--tokens must be at least 2, got 1: a first branch begins with one"),
         ({"width": 21}, "--width must be at most 20"),
         ({"temperature": 0.0}, "--temperature must be a number above 0"),
         ({"temperature": 1e39}, "--temperature must be a number above 0, at most 3.4e"),
