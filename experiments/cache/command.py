@@ -126,6 +126,15 @@ def run(config: CacheConfig) -> dict[str, Any]:
         return measure(config, folder)
 
 
+# More would count tokens beyond 64 bits, or hold too many prompts of a conversation.
+_MOST = {
+    "turns": 1_000,
+    "system_tokens": 1_000_000,
+    "question_tokens": 1_000_000,
+    "answer_tokens": 1_000_000,
+}
+
+
 def check(config: CacheConfig) -> None:
     """Raise `UserError` for a value that no run could use."""
     for name in ("pool_tokens", "policies", "chunk_sizes", "in_use"):
@@ -143,6 +152,9 @@ def check(config: CacheConfig) -> None:
         "turns", "system_tokens", "question_tokens", "answer_tokens",
     )  # fmt: skip
     check_above_zero(config, "turns", "between")
+    for name, most in _MOST.items():
+        if getattr(config, name) > most:
+            raise UserError(f"{option(name)} must be at most {most:,}, got {getattr(config, name)}")
     if not 0 <= config.zipf < 100:
         raise UserError(f"--zipf must be from 0 (all alike) to 100, got {config.zipf}")
     if min(config.pool_tokens) < max(config.chunk_sizes):
