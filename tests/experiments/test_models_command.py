@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,6 @@ from jax_chunkattn.pool import allocate_pool
 from jax_chunkattn.prefix_tree import PrefixTree
 from models.architectures import ARCHITECTURES
 from models.parity import Parity, ParityCase
-from tests.experiments.test_cli import LIST_HEAVY_IMPORTS
 from tests.models.tiny_checkpoint import CONFIG, write_checkpoint
 
 BATCH = Batch(requests=4, shared_tokens=40, own_tokens=10, chunk_size=16)
@@ -230,10 +227,3 @@ def test_a_model_of_the_hub_is_read_from_the_cache_only(tell, tmp_path, monkeypa
 def test_bad_values_are_refused(changes: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         check(ModelsConfig(**changes))
-
-
-def test_help_imports_nothing_heavy():
-    arguments = [sys.executable, "-c", LIST_HEAVY_IMPORTS, "models", "--help"]
-    finished = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    assert "--own-tokens" in finished.stdout
-    assert finished.stdout.splitlines()[-1] == "heavy:"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -562,10 +560,3 @@ def test_bad_input_is_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert not list(Path("runs").glob("*"))
-
-
-def test_importing_the_config_imports_nothing_heavy():
-    code = (
-        "import sys, experiments.serve.command; sys.exit(bool({'jax', 'rich'} & set(sys.modules)))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -55,10 +53,3 @@ def test_bad_values_are_refused(tmp_path: Path, change: dict, message: str):
     with pytest.raises(UserError, match=message):
         run(TreeConfig(**{**SMALL, "output": tmp_path / "out", **change}))
     assert not (tmp_path / "out").exists()
-
-
-def test_importing_the_config_imports_nothing_heavy():
-    code = (
-        "import sys, experiments.tree.command; sys.exit(bool({'jax', 'rich'} & set(sys.modules)))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
