@@ -18,7 +18,7 @@ import tyro
 
 from experiments.harness.errors import UserError
 from experiments.harness.options import boolean_option, option
-from experiments.harness.reading import read_result
+from experiments.harness.reading import SWEEP, read_result
 
 C = TypeVar("C")
 _OWN = ("output",)  # of one run: never taken from a file or an earlier result
@@ -85,7 +85,7 @@ def expand(config_class: Any, name: str, arguments: Sequence[str]) -> list[str]:
     expanded: list[str] = []
     for earlier in _values_of("--from", arguments):
         result = read_result(Path(earlier))
-        if result.experiment == "sweep":
+        if result.experiment == SWEEP:
             raise UserError(f"--from {earlier} is a sweep: name the folder of one of its points")
         if result.experiment != name:
             raise UserError(

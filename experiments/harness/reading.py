@@ -19,6 +19,7 @@ from experiments.harness.errors import UserError
 SCHEMA = 1
 RESULTS, SUMMARY = "results.jsonl", "summary.json"
 HEADER = "run"
+SWEEP = "sweep"  # the experiment whose points are runs in folders within its own
 _HEADED = {"experiment", "config", "environment", "date"}
 
 Record = dict[str, Any]

@@ -24,6 +24,7 @@ from experiments.harness.reading import (
     RESULTS,
     SCHEMA,
     SUMMARY,
+    SWEEP,
     Record,
     Result,
     read_result,
@@ -176,15 +177,18 @@ class ResultFolder:
     ) -> None:
         if self._records is not None:
             self._records.close()
-            if self._count == 0 and not (self.summary_path.exists() or _has_runs(self.path)):
+            if self._count == 0 and not (self.summary_path.exists() or self._has_points()):
                 self.results_path.unlink()
         if self._made_here:
             with suppress(OSError):  # it holds something
                 self.path.rmdir()
         os.close(self._lock)
-        told_within = self._count == 0 and _has_runs(self.path)
+        told_within = self._count == 0 and self._has_points()
         if isinstance(error, KeyboardInterrupt) and not told_within:
             error.args = (self.state(),)
+
+    def _has_points(self) -> bool:
+        return self.experiment == SWEEP and _has_points(self.path)
 
     def _take_over(self) -> None:
         earlier = read_result(self.path)
@@ -249,19 +253,23 @@ def open_results(
 def begin_anew(path: Path) -> None:
     """Remove the lines that a run which has not ended left in `path`, and its points' in a sweep.
 
+    Whatever else `path` holds is left for `ResultFolder` to refuse.
+
     Raises:
         UserError: another run is writing there.
     """
-    with suppress(UserError):
-        if read_result(path).summary is not None:
-            return  # whoever opens it says what to do
-    if not path.is_dir():
+    try:
+        earlier = read_result(path)
+    except UserError:
+        return
+    if earlier.summary is not None:
         return
     lock = _lock(path)
     try:
-        for name in (RESULTS, SUMMARY):
-            for file in (path / name, *path.glob(f"*/{name}")):
-                file.unlink(missing_ok=True)
+        (path / RESULTS).unlink()
+        if earlier.experiment == SWEEP:
+            for file in (*path.glob(f"*/{RESULTS}"), *path.glob(f"*/{SUMMARY}")):
+                file.unlink()
     finally:
         os.close(lock)
 
@@ -284,12 +292,12 @@ def _unfinished(experiment: str) -> Iterator[Path]:
         with suppress(UserError):
             result = read_result(path)
             same = all(result.environment.get(name) == host[name] for name in _SAME_HOST)
-            if same and (result.finished or _has_runs(path)):
+            if same and (result.finished or (experiment == SWEEP and _has_points(path))):
                 yield path
 
 
-def _has_runs(path: Path) -> bool:
-    """Whether it is a sweep's, with something measured of a point."""
+def _has_points(path: Path) -> bool:
+    """Whether a sweep has begun with one."""
     return any(file.stat().st_size > 0 for file in path.glob(f"*/{RESULTS}"))
 
 

@@ -12,7 +12,7 @@ from experiments.harness.console import quiet_consoles
 from experiments.harness.environment import describe_environment
 from experiments.harness.errors import CheckFailed, UserError
 from experiments.harness.options import boolean_option, option
-from experiments.harness.reading import RESULTS, Record, read_result
+from experiments.harness.reading import RESULTS, SWEEP, Record, read_result
 from experiments.harness.results import ResultFolder, config_record, inputs_of, open_results
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
@@ -113,7 +113,7 @@ def run_sweep(
     listed = {field: list(values) for field, values in fields.items()}
     config = SweepConfig(name, listed, shown, base.output)
     inputs = {name: one for point in points for name, one in inputs_of(point.config).items()}
-    with open_results("sweep", config, inputs=inputs) as folder:
+    with open_results(SWEEP, config, inputs=inputs) as folder:
         environment = describe_environment()
         folder.begin(environment)
 
@@ -130,7 +130,7 @@ def run_sweep(
         units = {point.name: lambda point=point: measure(point) for point in points}
         records = measure_units(folder, units, f"{name} sweep")
         summary = {
-            "experiment": "sweep",
+            "experiment": SWEEP,
             "of": name,
             "fields": listed,
             "points": [

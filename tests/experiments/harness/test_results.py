@@ -172,13 +172,27 @@ def test_two_runs_that_begin_in_one_second_have_folders_of_their_own(
 def test_begin_anew_leaves_what_has_ended(tmp_path: Path) -> None:
     begin_anew(tmp_path / "absent")
     break_off(tmp_path / "out")
-    break_off(tmp_path / "out" / "seed=1")
     begin_anew(tmp_path / "out")
     assert not list(tmp_path.rglob("*.jsonl"))
     break_off(tmp_path / "out")
     (tmp_path / "out" / "summary.json").write_text("{}")
     begin_anew(tmp_path / "out")
     assert read_result(tmp_path / "out").finished
+
+
+def test_begin_anew_takes_no_runs_but_the_points_of_a_sweep(tmp_path: Path) -> None:
+    break_off(tmp_path / "runs" / "serve-1")
+    begin_anew(tmp_path / "runs")
+    break_off(tmp_path / "out")
+    break_off(tmp_path / "out" / "serve-1")
+    begin_anew(tmp_path / "out")
+    assert len(list(tmp_path.rglob("*.jsonl"))) == 2
+    with ResultFolder(tmp_path / "sweep", "sweep", ServeConfig()) as sweep:
+        sweep.begin(WHERE)
+        sweep.write_record({"kind": "a"})
+        break_off(tmp_path / "sweep" / "seed=1")
+    begin_anew(tmp_path / "sweep")
+    assert not list((tmp_path / "sweep").rglob("*.jsonl"))
 
 
 def test_an_interrupt_after_the_summary_says_that_the_run_has_ended(tmp_path: Path) -> None:
