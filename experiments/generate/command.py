@@ -86,7 +86,7 @@ class GenerateConfig:
     """Afterwards do the same without sharing."""
 
     compare_batch: Annotated[int | None, by_default("INT", "what half a minute allows")] = None
-    """How many requests to answer without sharing."""
+    """The most requests to answer without sharing; never more than `batch`."""
 
     output: Annotated[Path | None, by_default("FOLDER", "runs/generate-TIME")] = None
     """Folder for the results."""
@@ -137,8 +137,6 @@ def read_inputs(config: GenerateConfig) -> Inputs:
             f"--batch {batch} asks for more prompts than there are: "
             f"{config.prompts or 'the shipped questions'} has {len(lines)}"
         )
-    if config.compare_batch is not None and config.compare_batch > batch:
-        raise UserError(f"--compare-batch {config.compare_batch} is above the batch of {batch}")
     return Inputs(
         model=parse_model(config.model),
         system_prompt=read_system_prompt(config.system_prompt),

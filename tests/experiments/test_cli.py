@@ -95,7 +95,7 @@ BAD_INPUT = {
     "not a gguf": (["--model", "text.gguf"], "text.gguf"),
     "batch of zero": (["--batch", "0"], "--batch must be at least 1, got 0"),
     "batch above prompts": (["--batch", "33"], "--batch 33 asks for more prompts"),
-    "compare batch": (["--batch", "2", "--compare-batch", "3"], "--compare-batch 3 is above"),
+    "compare batch": (["--compare-batch", "0"], "--compare-batch must be at least 1, got 0"),
     "chunk size of zero": (["--chunk-size", "0"], "--chunk-size must be at least 1, got 0"),
     "kernel without a gpu": (
         ["--implementation", "pallas_triton"],

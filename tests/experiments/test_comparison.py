@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from experiments.generate import run as generate_run
+from experiments.generate.command import GenerateConfig, read_inputs
 from experiments.generate.comparison import affordable_batch
+from experiments.prompts import PromptSet
 
 ROOMY: dict[str, Any] = {
     "max_tokens": 10,
@@ -33,3 +38,22 @@ ROOMY: dict[str, Any] = {
 )
 def test_affordable_batch(lengths: list[int], changes: dict[str, Any], expected: int) -> None:
     assert affordable_batch(lengths, **{**ROOMY, **changes}) == expected
+
+
+@pytest.mark.parametrize(("batch", "compared"), [(1, 1), (4, 2)])
+def test_no_more_are_compared_than_were_answered(
+    batch: int, compared: int, make_measured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+):
+    def decode(config: GenerateConfig, loaded: Any, prompts: PromptSet, display: Any) -> Any:
+        assert not config.sharing
+        return make_measured(batch=len(prompts.tokens), sharing=False)
+
+    monkeypatch.setattr(generate_run, "decode", decode)
+    config = GenerateConfig(model="random:tiny", batch=batch, compare_batch=2)
+    lines = read_inputs(config).lines
+    prompts = PromptSet(lines, ((1, 2),) * len(lines), 2)
+    folder: Any = SimpleNamespace(finished={}, finish_unit=lambda _, record: record)
+    loaded: Any = None
+    unshared = generate_run.compare(config, loaded, prompts, make_measured(), folder)
+    assert unshared is not None
+    assert unshared.batch == compared
