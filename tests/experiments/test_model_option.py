@@ -178,7 +178,7 @@ def test_max_positions_reach_the_model(command, positions, message, tmp_path, mo
 def test_a_search_is_limited_before_it_writes(smollm2_path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = ["--model", str(smollm2_path), "--max-positions", "40"]
-    assert "the model has 40 positions" in one_error(["search", *options], capsys)
+    assert "the model's 40 positions" in one_error(["search", *options], capsys)
 
 
 @pytest.mark.parametrize("command", ["generate", "search"])

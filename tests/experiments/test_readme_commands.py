@@ -29,7 +29,7 @@ LONG = (
     "compile-report",
     "decode",
     "engine",
-    "generate --",
+    "generate",
     "search",
     "serve",
     "soak",
