@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import jax
 
@@ -33,6 +34,20 @@ class AttentionShapes:
     group: int
     head_dim: int
     chunk_size: int
+
+    @classmethod
+    def of(cls, q: Any, keys: Any) -> AttentionShapes:
+        """Of queries [*, Hq, D] and a pool [L, Hkv, N, C, D].
+
+        Raises:
+          ValueError: for heads that do not divide, or a head_dim that differs from the pool's.
+        """
+        kv_heads, chunk_size, head_dim = keys.shape[1], *keys.shape[3:]
+        if q.shape[-1] != head_dim:
+            raise ValueError(f"queries have head_dim {q.shape[-1]}, the pool has {head_dim}")
+        if q.shape[1] % kv_heads:
+            raise ValueError(f"{q.shape[1]} query heads are not a multiple of {kv_heads} KV heads")
+        return cls(str(keys.dtype), q.shape[1] // kv_heads, head_dim, chunk_size)
 
 
 @dataclass(frozen=True)

@@ -60,13 +60,8 @@ def chunk_attention(
         needs, heads that do not divide, a head_dim that differs from the pool's, or a softcap that
         is not positive and finite.
     """
-    kv_heads, chunk_size, head_dim = keys.shape[1], *keys.shape[3:]
-    if q.shape[-1] != head_dim:
-        raise ValueError(f"queries have head_dim {q.shape[-1]}, the pool has {head_dim}")
-    if q.shape[1] % kv_heads:
-        raise ValueError(f"{q.shape[1]} query heads are not a multiple of {kv_heads} KV heads")
+    shapes = AttentionShapes.of(q, keys)
     check_softcap(softcap)
-    shapes = AttentionShapes(str(keys.dtype), q.shape[1] // kv_heads, head_dim, chunk_size)
     return _run(
         q,
         keys,
@@ -74,7 +69,7 @@ def chunk_attention(
         plan,
         lengths,
         layer,
-        scale=1 / math.sqrt(head_dim) if scale is None else scale,
+        scale=1 / math.sqrt(shapes.head_dim) if scale is None else scale,
         softcap=softcap,
         implementation=CHUNK_ATTENTION.resolve(implementation, shapes),
         interpret=current_target().interpret,
