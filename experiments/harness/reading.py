@@ -61,6 +61,11 @@ class Result:
         return {line["unit"]: line for line in self.lines if "unit" in line}
 
 
+def folder_of(path: Path) -> Path:
+    """The result folder that `path` names, itself or by a file that every one has."""
+    return path.parent if path.name in (RESULTS, SUMMARY) else path
+
+
 def read_result(path: Path) -> Result:
     """The result in a folder; its `results.jsonl` or `summary.json` may be named instead.
 
@@ -69,7 +74,7 @@ def read_result(path: Path) -> Result:
     Raises:
         UserError: there is no result, or it is none that this version reads.
     """
-    folder = path.parent if path.name in (RESULTS, SUMMARY) else path
+    folder = folder_of(path)
     file = folder / RESULTS
     try:
         text = file.read_text(encoding="utf-8")

@@ -239,6 +239,7 @@ def open_results(
     Raises:
         UserError: as `ResultFolder`.
     """
+    inputs = inputs_of(config) if inputs is None else inputs  # read once for all folders
     chosen = config.output or default
     if chosen is not None:
         return ResultFolder(chosen, experiment, config, inputs)

@@ -11,7 +11,7 @@ from typing import Any
 from experiments.harness.console import make_console
 from experiments.harness.errors import UserError
 from experiments.harness.plotting import save_figures
-from experiments.harness.reading import RESULTS, SUMMARY, Result, read_result
+from experiments.harness.reading import RESULTS, Result, folder_of, read_result
 from experiments.harness.results import new_run_path
 from experiments.harness.tables import to_markdown
 from experiments.harness.views import VIEWS, views_of
@@ -69,7 +69,7 @@ def find_results(given: Iterable[Path]) -> list[Path]:
     """
     found: dict[Path, Path] = {}
     for path in given:
-        folder = path.parent if path.name in (RESULTS, SUMMARY) else path
+        folder = folder_of(path)
         if not folder.is_dir():
             raise UserError(f"{path} is no folder")
         below = sorted(one.parent for one in folder.rglob(RESULTS))
