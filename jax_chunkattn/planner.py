@@ -135,8 +135,9 @@ def plan_decode(
       The plan, padded to powers of two in every dimension (rows too), and what was decided.
 
     Raises:
-      ValueError: when the options are for a GPU and another chunk size, chunks hold no token, or
-        a row has more tokens than its chunks hold.
+      ValueError: when the options are for a GPU and another chunk size, chunks hold no token, a
+        chunk is not in the pool, or a length is no integer, negative, or more than the row's chunks
+        hold.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
@@ -146,14 +147,14 @@ def plan_decode(
             f"the options are for chunks of {gpu.chunk_size} tokens, the tables' have {chunk_size}"
         )
     table, used = pad_tables(tables, num_chunks)
-    tokens = np.asarray(lengths, np.int32)
-    full = tokens // chunk_size
+    tokens = _lengths(lengths, len(table))
     if np.any(tokens > used * chunk_size):
         row = int(np.argmax(tokens > used * chunk_size))
         raise ValueError(
             f"row {row} has {tokens[row]:,} tokens, its {used[row]} chunks hold "
             f"{used[row] * chunk_size:,}"
         )
+    full = (tokens // chunk_size).astype(np.int32)
     runs = common_runs(table, full)
     if gpu is not None:
         division = divide_for_gpu(table, used, full, runs, options)
@@ -174,6 +175,19 @@ def plan_decode(
         unshared_seconds=division.unshared_seconds,
     )
     return plan, summary
+
+
+def _lengths(lengths: Sequence[int], rows: int) -> np.ndarray:
+    """Checked lengths of that many rows, int64 [B]."""
+    tokens = np.asarray(lengths)
+    if tokens.shape != (rows,):
+        raise ValueError(f"{rows} tables need as many lengths, got shape {tokens.shape}")
+    if rows and not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"lengths must be integers, got {tokens.dtype}")
+    if tokens.min(initial=0) < 0:
+        row = int(np.argmax(tokens < 0))
+        raise ValueError(f"row {row} has {tokens[row]} tokens")
+    return tokens.astype(np.int64)
 
 
 def _assemble(

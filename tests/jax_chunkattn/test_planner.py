@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+from array import array
+
+import chex
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -151,3 +155,45 @@ def test_shapes_are_powers_of_two_and_never_below_the_shape_asked_for():
 def test_bucket(size, expected):
     assert bucket(size) == expected
     assert bucket(size, 8) == max(8, expected)
+
+
+@pytest.mark.parametrize(
+    ("tables", "lengths", "message"),
+    [
+        ([[0, 9]], [30], r"row 0 has chunk id 9 at position 1; the pool's ids go from 0 to 8"),
+        ([[0, 1], [-1, 2]], [20, 30], "row 1 has chunk id -1 at position 0"),
+        ([[0], [], [1, 2, -7]], [16, 0, 30], "row 2 has chunk id -7 at position 2"),
+        ([[0, 1, 99]], [20], "chunk id 99 at position 2"),  # reserved, not read yet
+        ([[0, 2**40]], [30], "integers that fit in int32"),
+        ([[0, 1.0]], [30], "chunk ids must be integers"),
+        ([np.array([0, 1], np.float32)], [30], "chunk ids must be integers"),
+        ([[0, 1]], [-5], "row 0 has -5 tokens"),
+        ([[0, 1]], [20.7], "lengths must be integers, got float64"),
+        ([[0, 1]], [True], "lengths must be integers, got bool"),
+        ([[0, 1]], [2**40], "row 0 has 1,099,511,627,776 tokens, its 2 chunks hold 32"),
+        ([[0, 1]], [20, 20], "1 tables need as many lengths"),
+        ([], [20], "0 tables need as many lengths"),
+    ],
+)
+def test_chunks_that_are_not_in_the_pool_and_lengths_that_are_none_are_refused(
+    tables, lengths, message
+):
+    """As lists, as NumPy's integers and as buffers."""
+    kinds = [lambda row: row, lambda row: array("i", row), lambda row: np.array(row, np.int32)]
+    for kind in (
+        kinds
+        if all(isinstance(i, int) and i < 2**31 for row in tables for i in row)
+        else [kinds[0]]
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan_decode([kind(row) for row in tables], lengths, chunk_size=16, num_chunks=9)
+
+
+def test_tables_may_be_lists_numpys_integers_or_buffers():
+    tables, lengths = [[0, 1, 2], [0, 1, 8]], [40, 48]
+    plans = [
+        plan_decode([kind(row) for row in tables], lengths, chunk_size=16, num_chunks=9)[0]
+        for kind in (list, np.array, lambda row: array("i", row), lambda row: np.array(row, "u4"))
+    ]
+    for plan in plans[1:]:
+        chex.assert_trees_all_equal(plan, plans[0])
