@@ -19,7 +19,7 @@ from jax_chunkattn.backend import Backend
 from jax_chunkattn.decode_loop import decode_steps
 from jax_chunkattn.engine.engine import MIN_SLOTS
 from jax_chunkattn.planner import PlanShape, bucket
-from jax_chunkattn.programs import PROGRAMS, SplitModel
+from jax_chunkattn.programs import PROGRAMS, Invocation, SplitModel
 from jax_chunkattn.request_table import DeviceState, RequestTable, RowState
 from models import LoadedModel
 from pallas_kernels import DecodePlan
@@ -110,7 +110,7 @@ class BareLoop:
         state = DeviceState(self._pool, jax.tree.map(jnp.array, self._table))
         programs = [
             PROGRAMS.compiled(
-                decode_steps, self._model, (state, self._slots, plan), **self._static
+                Invocation(decode_steps, self._model, (state, self._slots, plan), self._static)
             )[0]
             for plan in plans  # one and the same, unless plans for a GPU outgrow their shape
         ]

@@ -1,6 +1,6 @@
 """Prefix-aware attention for LLM decoding: a chunk pool, a prefix tree, and decoding over them."""
 
-from jax_chunkattn.admission import InvalidRequest, chunks_needed
+from jax_chunkattn.admission import InvalidRequest, RequestLimits, chunks_needed
 from jax_chunkattn.allocator import ChunkAllocator, PoolExhausted
 from jax_chunkattn.engine.engine import Engine
 from jax_chunkattn.engine.handle import PinnedPrefix, RequestHandle
@@ -42,6 +42,7 @@ __all__ = [
     "PrefixTree",
     "RequestFailed",
     "RequestHandle",
+    "RequestLimits",
     "SamplingParams",
     "StreamEvent",
     "TokenLogprobs",

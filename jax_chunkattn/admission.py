@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -16,6 +17,32 @@ from jax_chunkattn.sampling.params import checked_stop_tokens, require_in_vocabu
 
 class InvalidRequest(ValueError):
     """A request that this engine can never serve; nothing has changed."""
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """What one request may ask of an engine at most: work that is done for it whatever the model.
+
+    The model's and the pool's own limits come on top of these.
+
+    Attributes:
+      samples: answers to one prompt, `SamplingParams.n`. Each costs about 2 KB while it waits.
+      stop_strings: strings in `SamplingParams.stop`. The text of each call is searched for all.
+      stop_characters: of any of these. As much of the answer is searched again with each call.
+
+    Raises:
+      ValueError: for a limit that is no integer, or no samples.
+    """
+
+    samples: int = 1024
+    stop_strings: int = 64
+    stop_characters: int = 1024
+
+    def __post_init__(self):
+        for name, least in (("samples", 1), ("stop_strings", 0), ("stop_characters", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+                raise ValueError(f"{name} must be an integer from {least} up, got {value!r:.60}")
 
 
 def check_prompt(prompt: Any, model: DecoderModel, name: str = "the prompt") -> tuple[int, ...]:
@@ -83,22 +110,40 @@ def each_request(prompts: Any, params: Any) -> list[tuple[Any, Any]]:
     return list(zip(prompts, params, strict=True))
 
 
-def check_sampling(params: Any, name: str) -> None:
-    """Raises InvalidRequest when these are no sampling parameters."""
+def check_sampling(params: Any, limits: RequestLimits, name: str) -> None:
+    """Raises InvalidRequest when these are no sampling parameters, or ask for more than allowed."""
     if not isinstance(params, SamplingParams):
         raise InvalidRequest(f"{name} needs SamplingParams, got {params!r:.60}")
+    longest = max(map(len, params.stop), default=0)
+    for asked, most, what in (
+        (params.n, limits.samples, "answers (n)"),
+        (len(params.stop), limits.stop_strings, "stop strings"),
+        (longest, limits.stop_characters, "characters in a stop string"),
+    ):
+        if asked > most:
+            raise InvalidRequest(
+                f"{name} asks for {asked:,} {what}; this engine takes at most {most:,} "
+                "(RequestLimits)"
+            )
+
+
+def check_positions(
+    prompt_tokens: int, max_tokens: int, model: DecoderModel, name: str = "the prompt"
+) -> None:
+    """Raises InvalidRequest when the model has fewer positions than that."""
+    if prompt_tokens + max_tokens > model.max_positions:
+        more = f" and asks for {max_tokens} more" if max_tokens else ""
+        raise InvalidRequest(
+            f"{name} has {prompt_tokens} tokens{more}; "
+            f"the model has {model.max_positions} positions"
+        )
 
 
 def check_params(
-    params: Any, prompt_tokens: int, model: DecoderModel, name: str = "the prompt"
+    params: SamplingParams, prompt_tokens: int, model: DecoderModel, name: str = "the prompt"
 ) -> None:
     """Raises InvalidRequest when the model cannot serve these parameters with such a prompt."""
-    check_sampling(params, name)
-    if prompt_tokens + params.max_tokens > model.max_positions:
-        raise InvalidRequest(
-            f"{name} has {prompt_tokens} tokens and asks for {params.max_tokens} more; "
-            f"the model has {model.max_positions} positions"
-        )
+    check_positions(prompt_tokens, params.max_tokens, model, name)
     try:
         params.check_vocabulary(model.vocab_size)
     except ValueError as error:

@@ -22,7 +22,8 @@ NOTHING = -1  # in place of a token, where a row emitted none
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Chosen:
-    """What a call chose: `NOTHING` where a row was frozen."""
+    """What a call chose: `NOTHING` where a row was frozen, `NO_CHOICE` where its logits were no
+    numbers, which freezes it."""
 
     tokens: Int32[HostOrDevice, "*K B"]
     logprobs: Logprobs  # *K B

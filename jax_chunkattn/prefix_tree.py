@@ -13,7 +13,7 @@ import numpy as np
 
 from jax_chunkattn.allocator import ChunkAllocator, PoolExhausted
 from jax_chunkattn.eviction import RecencyList
-from jax_chunkattn.tree_children import closest_child, remove_child, set_computed
+from jax_chunkattn.tree_children import children_of, closest_child, remove_child, set_computed
 from jax_chunkattn.tree_invariants import check_tree
 from jax_chunkattn.tree_nodes import (
     TOKEN_BYTES,
@@ -301,19 +301,20 @@ class PrefixTree:
         sources = sequence.private_chunk_ids[:needed]
         return copy, list(zip(sources, destinations, strict=True))
 
-    def release(self, sequence: SequenceHandle) -> None:
+    def release(self, sequence: SequenceHandle, *, keep: int | None = None) -> None:
         """Ends a sequence, finished or aborted; its handle is dead afterwards.
 
         Computed nodes that nobody else uses become cached, the most recently used of all; pending
-        ones are removed; tail and reserved chunks are freed. Raises ValueError when the sequence is
-        not active in this tree (released before).
+        ones are removed; tail and reserved chunks are freed. With ``keep``, only as many of the
+        first become cached: those behind them are freed, with what is cached below them. Raises
+        ValueError when the sequence is not active in this tree (released before).
         """
         self._require_active(sequence)
         del self._sequences[sequence]
         self._rows = None
         self.version += 1
         self._allocator.free(sequence.private_chunk_ids)
-        self._leave(sequence.nodes, sequence.root)
+        self._leave(sequence.nodes, sequence.root, keep)
 
     # Cached chunks.
 
@@ -413,18 +414,29 @@ class PrefixTree:
             self._cached.remove(node)
         node.references += 1
 
-    def _leave(self, nodes: list[Node], root: Root) -> None:
+    def _leave(self, nodes: list[Node], root: Root, keep: int | None = None) -> None:
         """Takes back what `_take` and a sequence's reference to its root were."""
-        keep = self.retain and not root.retired
-        for node in reversed(nodes):
+        if not self.retain or root.retired:
+            keep = 0
+        for index, node in reversed(list(enumerate(nodes))):
             node.references -= 1
             if node.references:
                 continue
-            if keep and node.computed:
+            if node.computed and (keep is None or index < keep):
                 self._cached.push(node)
             else:
+                self._evict_below(node)
                 self._remove_node(node)
         self._drop_root_reference(root)
+
+    def _evict_below(self, node: Node) -> None:
+        """Frees what is cached below a node that nobody uses."""
+        below = children_of(node)
+        for descendant in below:
+            below.extend(children_of(descendant))  # grows as it is walked
+        for descendant in reversed(below):
+            self._cached.remove(descendant)
+            self._remove_node(descendant)
 
     def _add_node(self, parent: Node | Root, chunk: bytes, chunk_id: int) -> Node:
         node = Node(chunk_id, parent.chunk_id.to_bytes(8, "little") + chunk, parent)

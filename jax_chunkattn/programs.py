@@ -7,14 +7,23 @@ process whose models have one definition and one set of shapes, on the same devi
 
 from __future__ import annotations
 
+import gc
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 import jax
+from jax.stages import Compiled
+
+from jax_chunkattn import memory_maps
+
+MAPS_PER_PROGRAM = 500  # on a CPU; measured: 250 to 450
 
 
 @dataclass(frozen=True)
@@ -91,59 +100,97 @@ class Invocation:
 
 
 class Programs:
-    """Compiles each invocation's program once, and says how long it took.
+    """Compiles each invocation's program once for all who want it, and says how long it took.
 
-    Of more than `most` programs those used last are kept. On a CPU one takes some 440 memory maps,
-    and a process that needs more than Linux allows (`vm.max_map_count`: 65,530) dies while XLA
-    compiles.
+    A program lives as long as somebody keeps what `compiled` has given, an engine say; of the
+    others the `most` used last are kept here, for those who come later.
+
+    On a CPU a program takes some 250 to 450 memory maps, and a process that needs more than Linux
+    allows (`vm.max_map_count`, 65,530) dies while XLA compiles. Before that, programs that nobody
+    keeps are given up, and if that is not enough, compiling is refused.
     """
 
     def __init__(self, most: int = 64) -> None:
         self._most = most
-        self._compiled: dict[Hashable, Any] = {}
+        self._alive: WeakValueDictionary[Hashable, Compiled] = WeakValueDictionary()
+        self._used_last: OrderedDict[Hashable, Compiled] = OrderedDict()
+        self._lock = threading.RLock()  # of these two; nothing is compiled under it
 
-    def compiled(
-        self, function: Callable, model: SplitModel | None, args: tuple, **static: Hashable
-    ) -> tuple[Any, float]:
-        """The program of an `Invocation`, to be called with its `leaves` and `args`.
+    def compiled(self, invocation: Invocation) -> tuple[Compiled, float]:
+        """The program of an invocation, to be called with its `leaves` and `args`.
 
-        Returns it and the seconds spent compiling: 0 when the program was there.
+        Comes with the seconds spent compiling: 0 when it was there.
+
+        Raises:
+          RuntimeError: when the process has no room for another program.
         """
-        invocation = Invocation(function, model, args, static)
         key = invocation.key()
-        program = self._compiled.pop(key, None)
+        program = self._find(key)
         if program is not None:
-            self._compiled[key] = program  # the last used stands last
             return program, 0.0
-        start = time.perf_counter()
+        began = time.perf_counter()
+        self._require_room(1)
         program = invocation.lower().compile()
-        self._keep({key: program})
-        return program, time.perf_counter() - start
+        self._keep(key, program)
+        return program, time.perf_counter() - began
 
-    def compile_all(self, invocations: Iterable[Invocation], threads: int) -> int:
-        """Compiles the programs of these that are not there yet; returns how many.
+    def compile_all(
+        self, invocations: Iterable[Invocation], threads: int
+    ) -> tuple[dict[Hashable, Compiled], int]:
+        """The programs of all these by their keys, and how many of them were not there.
 
         They are traced one after another in this thread, whose settings count, while `threads`
-        others compile what has been traced.
+        others compile what has been traced. Raises as `compiled`.
         """
-        programs: dict[Hashable, Any] = {}
+        programs: dict[Hashable, Compiled] = {}
         compiling: dict[Hashable, Future] = {}
         with ThreadPoolExecutor(threads) as pool:
             for invocation in invocations:
                 key = invocation.key()
-                if key in self._compiled:
-                    programs[key] = self._compiled.pop(key)
+                program = self._find(key)
+                if program is not None:
+                    programs[key] = program
                 elif key not in compiling:
+                    self._require_room(1 + sum(not one.done() for one in compiling.values()))
                     compiling[key] = pool.submit(invocation.lower().compile)
-        self._keep(programs | {key: program.result() for key, program in compiling.items()})
-        return len(compiling)
+        for key, compiled in compiling.items():
+            programs[key] = compiled.result()
+            self._keep(key, programs[key])
+        return programs, len(compiling)
 
-    def _keep(self, programs: Mapping[Hashable, Any]) -> None:
-        """Puts programs last, and drops those before them that are too many."""
-        self._compiled.update(programs)
-        too_many = len(self._compiled) - max(self._most, len(programs))
-        for key in list(self._compiled)[: max(0, too_many)]:
-            self._compiled.pop(key, None)
+    def _find(self, key: Hashable) -> Compiled | None:
+        with self._lock:
+            program = self._alive.get(key)
+            if program is not None:
+                self._note_use(key, program)
+            return program
+
+    def _keep(self, key: Hashable, program: Compiled) -> None:
+        with self._lock:
+            self._alive[key] = program
+            self._note_use(key, program)
+
+    def _note_use(self, key: Hashable, program: Compiled) -> None:
+        self._used_last[key] = program
+        self._used_last.move_to_end(key)
+        while len(self._used_last) > self._most:
+            self._used_last.popitem(last=False)
+
+    def _require_room(self, programs: int) -> None:
+        needed = programs * MAPS_PER_PROGRAM
+        if memory_maps.room() >= needed:
+            return
+        with self._lock:
+            self._used_last.clear()
+        gc.collect()
+        room = memory_maps.room()
+        if room < needed:
+            raise RuntimeError(
+                "no room to compile another program: this process may have "
+                f"{room:,.0f} more memory maps, a program takes up to {MAPS_PER_PROGRAM}, and "
+                f"{len(self._alive)} are in use; close engines that are not needed, or raise "
+                "vm.max_map_count"
+            )
 
 
 PROGRAMS = Programs()

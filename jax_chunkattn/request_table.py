@@ -36,9 +36,10 @@ class RowState:
     ) -> RowState:
         """The rows with their next tokens: a row freezes at a stop token, or at its last token.
 
-        Lengths stay as they are; frozen rows stay as they are in all.
+        One without a choice (`NO_CHOICE`) freezes too, and keeps the token before it. Lengths stay
+        as they are; frozen rows stay as they are in all.
         """
-        active = self.remaining > 0
+        active = (self.remaining > 0) & (following >= 0)
         stopped = (following[:, None] == stop_tokens).any(axis=-1)
         remaining = jnp.where(stopped, 0, self.remaining - 1)
         return replace(
@@ -104,8 +105,8 @@ class RequestTable:
 def count_tokens(
     counts: TokenCounts, slots: Int32[Array, " B"], tokens: Int32[Array, " B"], where: HostOrDevice
 ) -> TokenCounts:
-    """Counts one generated token for each slot, `where` (Bool [B]) that is so."""
-    slots = jnp.where(where, slots, counts.generated.shape[0])
+    """Counts one generated token for each slot, `where` (Bool [B]) that is so and there is one."""
+    slots = jnp.where(where & (tokens >= 0), slots, counts.generated.shape[0])
     return replace(counts, generated=counts.generated.at[slots, tokens].add(1, mode="drop"))
 
 

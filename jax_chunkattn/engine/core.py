@@ -13,20 +13,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 from jax_chunkattn.allocator import PoolExhausted
 from jax_chunkattn.engine.device import Call, Device, Results
 from jax_chunkattn.engine.misses import PrefixMemory
-from jax_chunkattn.engine.requests import (
-    Phase,
-    Pinned,
-    Request,
-    RequestFailed,
-    StreamEvent,
-    Work,
-)
+from jax_chunkattn.engine.requests import EngineClosed, Phase, Pinned, Request, RequestFailed, Work
 from jax_chunkattn.engine.rows import PlannedRows
 from jax_chunkattn.engine.scheduler import Scheduler
 from jax_chunkattn.engine.stats import EngineStats
@@ -36,9 +31,36 @@ from jax_chunkattn.prefix_tree import PrefixTree
 MAX_ROUNDS = 2
 MAX_FAILURES = 3
 
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
+
+
+def whole(
+    change: Callable[Concatenate[Core, Params], Result],
+) -> Callable[Concatenate[Core, Params], Result]:
+    """A change that Ctrl-C, or what else a signal's handler raises, may break off anywhere: `mend`
+    then puts right what it has left. Ordinary errors it sees to itself."""
+
+    @wraps(change)
+    def made_whole(core: Core, *args: Params.args, **kwargs: Params.kwargs) -> Result:
+        try:
+            return change(core, *args, **kwargs)
+        except Exception:
+            raise
+        except BaseException:
+            core.torn = True
+            raise
+
+    return made_whole
+
 
 class Core:
     """Advances all work by one turn at a time; not thread-safe, but callbacks may call all of it.
+
+    Attributes:
+      torn: a change was broken off: before the next there must be a `mend`.
+      calling_back: a callback runs, and may call the engine.
+      closed: why nothing more is taken; None before `shut_down`.
 
     A request that was being computed at `MAX_FAILURES` errors in a row, without a token between
     them, ends with the last of them; before that, everyone is computed again.
@@ -66,8 +88,11 @@ class Core:
         self._prefill_tokens = prefill_tokens
         self._prefill_first = prefill_first
         self._stop_tokens = frozenset(stop_tokens)
+        self.torn = False
+        self.calling_back = False
+        self.closed: EngineClosed | None = None
         self._in_flight: deque[Call] = deque()
-        self._news: deque[tuple[Request, StreamEvent]] = deque()
+        self._news: deque[Request] = deque()
         self._round = 0
         self._blamed: list[Work] | None = None
 
@@ -79,23 +104,36 @@ class Core:
     def has_work(self) -> bool:
         return bool(self.scheduler.active or self.scheduler.waiting or self._in_flight)
 
-    def advance(self) -> None:
+    def mend(self) -> None:
+        """Puts right what a broken off change has left; nothing to do if there was none."""
+        if self.torn:
+            self.recover(None)
+            if self.closed is not None:
+                self.shut_down(self.closed)
+            self.torn = False
+
+    def advance(self) -> bool:
         """Dispatches the next round, if there may be one more, and takes over one call's results.
 
-        An error in it costs a rebuilt pool: all that is needed is computed again from the tokens.
+        Returns whether there is more to do. An error costs a rebuilt pool: all that is needed is
+        computed again from the tokens.
         """
+        if self.has_work:
+            self._advance_or_recover()
+        return self.has_work
+
+    @whole
+    def _advance_or_recover(self) -> None:
         began = time.perf_counter()
         not_ours = self.stats.compile_seconds + self.device.blocked_seconds
         try:
             self._advance()
         except Exception as error:
             self.recover(error)
-        except BaseException:
-            self.recover(None)
-            raise
         finally:
             not_ours -= self.stats.compile_seconds + self.device.blocked_seconds
             self.stats.host_seconds += time.perf_counter() - began + not_ours
+        self._notify_all()
 
     def warm_up(self, threads: int) -> int:
         """Compiles all programs that any work can need, and returns how many were not there."""
@@ -104,6 +142,47 @@ class Core:
             shapes, self._steps_per_call, self._prefill_tokens, threads=threads
         )
 
+    @whole
+    def accept(self, samples: Sequence[Request], *, forking: bool) -> None:
+        """Queues samples of one prompt that fits: of those that are to be forked from it the first,
+        and the others once it is computed."""
+        first, *others = samples
+        queued = [first] if forking else samples
+        self.stats.submitted += len(samples)
+        if forking:
+            first.siblings.extend(others)
+            self.scheduler.accepted.update(dict.fromkeys(others))
+        for request in queued:
+            self.scheduler.enqueue(request)
+
+    @whole
+    def pin(self, pinned: Pinned) -> None:
+        """Queues a prefix that fits, to be computed and kept."""
+        self.scheduler.pin(pinned)
+
+    @whole
+    def unpin(self, pinned: Pinned) -> None:
+        """A prefix need not stay any longer. Harmless when it was released before."""
+        if pinned in self.scheduler.pinned:
+            self.scheduler.unpin(pinned)
+
+    @whole
+    def let_go(self, request: Request) -> None:
+        """A request's chunks need not be kept for forks any longer."""
+        request.hold = False
+        self.scheduler.drop_held(request)
+
+    @whole
+    def forget_cached(self) -> None:
+        """Gives up all that is pinned, held or cached and not in use by a request that runs."""
+        for pinned in list(self.scheduler.pinned):
+            self.scheduler.unpin(pinned)
+        for request in list(self.scheduler.held):
+            self.scheduler.drop_held(request)
+        self.tree.reset()
+        self.memory.forget()
+
+    @whole
     def drain(self) -> None:
         """Waits for all that is on its way and takes it over."""
         try:
@@ -111,23 +190,20 @@ class Core:
                 self._collect(self._in_flight.popleft())
         except Exception as error:
             self.recover(error)
-        except BaseException:
-            self.recover(None)
-            raise
 
-    def fail(self, request: Request, error: BaseException) -> None:
-        """Ends a request by an error."""
+    def fail(self, request: Request, error: BaseException, *, discard: bool = False) -> None:
+        """Ends a request by an error; `discard` caches nothing of what was computed for it."""
         if request.phase is not Phase.DONE:
             request.finish_reason, request.error = "error", error
             self.stats.failed += 1
-            self.scheduler.finish(request)
+            self.scheduler.finish(request, discard=discard)
             self._orphan(request)
 
+    @whole
     def abort(self, request: Request) -> None:
         """Ends a request because nobody wants it any more."""
-        if request.phase is not Phase.DONE:
-            request.finish_reason = "abort"
-            self._add_event(request, StreamEvent(finish_reason="abort"))
+        if request in self.scheduler.accepted:
+            self._add(request, finish_reason="abort")
             self.stats.aborted += 1
             try:
                 self.scheduler.finish(request)
@@ -136,7 +212,14 @@ class Core:
                 self.recover(error)
             self._notify_all()
 
-    def fork_sequence(self, parent: Request, child: Request) -> None:
+    @whole
+    def fork(self, parent: Request, child: Request) -> None:
+        """Queues a fork that fits, with a copy of its parent's sequence if there is room for it."""
+        parent.num_forks += 1
+        self._fork_sequence(parent, child)
+        self.accept([child], forking=False)
+
+    def _fork_sequence(self, parent: Request, child: Request) -> None:
         """Gives `child` a copy of the parent's sequence, if it has one and the pool has room.
 
         Without one the child takes what the cache has, like any request.
@@ -154,6 +237,7 @@ class Core:
             self.tree.release(copy)
             raise
         child.sequence, child.dispatched = copy, len(child.history)
+        child.found = parent.found
         self.stats.forks += 1
 
     def recover(self, error: BaseException | None) -> None:
@@ -162,6 +246,8 @@ class Core:
         Raises:
           RequestFailed: when that fails too; then all requests have failed.
         """
+        if isinstance(error, EngineClosed):
+            return self.shut_down(error)
         scheduler = self.scheduler
         blamed = self._blamed or list(scheduler.active) or scheduler.waiting[:1]
         self._blamed = None
@@ -170,6 +256,10 @@ class Core:
         old = self.tree
         self.stats.recoveries += 1
         self.stats.evictions += old.num_evicted
+        for work in (*scheduler.accepted, *scheduler.held):
+            if isinstance(work, Request):
+                work.finish_adding()
+                self._news.append(work)
         scheduler.restart(PrefixTree(old.num_chunks, old.chunk_size, retain=old.retain))
         if error is not None:
             for work in blamed:
@@ -183,13 +273,16 @@ class Core:
                 self._give_up(work, fatal)
             raise RequestFailed(f"the pool could not be rebuilt after an error: {error}") from fatal
 
-    def shut_down(self, error: BaseException) -> None:
-        """Ends all requests by `error` and gives up what is held or pinned."""
+    @whole
+    def shut_down(self, error: EngineClosed) -> None:
+        """Ends all requests by `error`, the first time, and gives up what is held or pinned."""
+        self.closed = self.closed or error
         self._in_flight.clear()
         for work in [*self.scheduler.accepted, *self.scheduler.pinned]:
-            self._give_up(work, error)
+            self._give_up(work, self.closed)
         for request in list(self.scheduler.held):
             self.scheduler.drop_held(request)
+        self.device.close()
 
     def check(self) -> None:
         """Verifies tree and scheduler; raises AssertionError naming the first invariant broken."""
@@ -359,7 +452,7 @@ class Core:
             siblings, work.siblings = work.siblings, []
             for sibling in siblings:
                 if sibling.phase is not Phase.DONE:
-                    self.fork_sequence(work, sibling)
+                    self._fork_sequence(work, sibling)
                     self.scheduler.enqueue(sibling)
 
     def _dispatch_decode(self, rows: list[Request]) -> None:
@@ -395,15 +488,17 @@ class Core:
             for request, row, most in zip(call.requests, call.rows, call.most_tokens, strict=True):
                 request.in_flight -= most
                 request.writes_in_flight -= most * call.decoded
-                if request.phase is not Phase.DONE:
+                if request.phase is not Phase.DONE and not request.dropped:
                     self._record(request, results, row, decoded=call.decoded)
         finally:
             self._notify_all()
 
     def _record(self, request: Request, results: Results, row: int, *, decoded: bool) -> None:
         """Takes over what a call chose for a row: all of it, or nothing if an error occurs."""
-        new = results.tokens_of(row)
+        new, no_choice = results.tokens_of(row)
         if not new:
+            if no_choice:
+                return self._fail_by_numbers(request)
             raise RuntimeError(f"a call chose no token for {request}")
         stopped = new[-1] in self._stop_tokens_of(request)
         stream, text = request.text_stream, ""
@@ -423,29 +518,37 @@ class Core:
             self.tree.append(request.placed, [request.tokens[-1], *new[:-1]])
             self.stats.decode_tokens += len(new)
         request.failures = 0
-        request.tokens.extend(new)
-        request.logprobs.extend(logprobs)
-        request.text += text
-        request.text_stream = stream
         reason = None
         if stopped:
             reason = "stop"
-        elif len(request.tokens) == request.params.max_tokens:
+        elif len(request.tokens) + len(new) == request.params.max_tokens:
             reason = "length"
-        self._add_event(request, StreamEvent(tuple(new), text, logprobs, reason))
-        request.finish_reason = reason  # from here on the request has ended, come what may
+        # From here on it has ended, if it has, come what may.
+        self._add(request, new, logprobs, text, stream=stream, finish_reason=reason)
         if reason is not None:
             self.stats.finished += 1
             self._finish(request)
+        elif no_choice:
+            self._fail_by_numbers(request)
+
+    def _fail_by_numbers(self, request: Request) -> None:
+        """Ends a request for which the model gave no numbers; what it computed serves nobody."""
+        position = len(request.prompt) + len(request.tokens)
+        error = FloatingPointError(
+            f"the model's logits for the token at position {position} are NaN or infinite: "
+            "its weights are broken, or these tokens overflow in this dtype"
+        )
+        self.stats.not_finite += 1
+        self.fail(request, error, discard=True)
 
     def _finish(self, request: Request) -> None:
         generated_from = len(request.prompt) // self.tree.chunk_size
         self.scheduler.finish(request, hold=request.hold)
         self.memory.remember(request.history, request.salt, from_chunk=generated_from)
 
-    def _add_event(self, request: Request, event: StreamEvent) -> None:
-        request.events.append(event)
-        self._news.append((request, event))
+    def _add(self, request: Request, *args, **kwargs) -> None:
+        self._news.append(request)
+        request.add(*args, **kwargs)
 
     def _notify_all(self) -> None:
         """Calls back about all that is new, in its order.
@@ -453,15 +556,21 @@ class Core:
         Only now that a call's results are taken over as a whole: a callback may take over the next.
         """
         while self._news:
-            self._notify(*self._news.popleft())
+            self._notify(self._news.popleft())
 
-    def _notify(self, request: Request, event: StreamEvent) -> None:
+    def _notify(self, request: Request) -> None:
         """Calls back; a callback that raises ends its own request and no other."""
         if request.on_event is None:
             return
+        event = request.next_to_tell()
+        if event is None:
+            return
+        calling, self.calling_back = self.calling_back, True
         try:
             request.on_event(event)
         except Exception as error:
             request.on_event = None
             request.error = error
             self.fail(request, error)
+        finally:
+            self.calling_back = calling

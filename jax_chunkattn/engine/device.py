@@ -6,7 +6,7 @@ Calls are dispatched without waiting and run in the order of their dispatch; `fe
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,10 +14,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.stages import Compiled
 
 from jax_chunkattn.backend import Backend
-from jax_chunkattn.decode_loop import NOTHING, Chosen, decode_steps
-from jax_chunkattn.engine.requests import Request, TokenLogprobs, Work
+from jax_chunkattn.decode_loop import Chosen, decode_steps
+from jax_chunkattn.engine.requests import EngineClosed, Request, TokenLogprobs, Work
 from jax_chunkattn.engine.stats import EngineStats
 from jax_chunkattn.model_interface import DecoderModel
 from jax_chunkattn.planner import PlanShape, plan_decode
@@ -40,7 +41,7 @@ from jax_chunkattn.request_table import (
     place_counts,
     place_rows,
 )
-from jax_chunkattn.sampling import NO_TOKEN, RowSampling
+from jax_chunkattn.sampling import NO_CHOICE, NO_TOKEN, RowSampling
 from pallas_kernels import DecodePlan
 
 ROWS_PER_PLACEMENT = 8
@@ -77,9 +78,11 @@ class Results:
 
     chosen: Chosen
 
-    def tokens_of(self, row: int) -> list[int]:
+    def tokens_of(self, row: int) -> tuple[list[int], bool]:
+        """Tokens chosen for a row, and whether behind them there was none to choose."""
         column = self.chosen.tokens[:, row]
-        return column[column != NOTHING].tolist()
+        tokens = column[column >= 0].tolist()
+        return tokens, bool((column == NO_CHOICE).any())
 
     def logprobs_of(self, row: int, number: int | None, count: int) -> tuple[TokenLogprobs, ...]:
         """Of the first `count` tokens, with `number` likeliest or all that the vocabulary has;
@@ -129,6 +132,7 @@ class Device:
         self._stop_tokens = tuple(stop_tokens)
         self._split = SplitModel.of(model)
         self._num_chunks = cache.chunks_for(model.cache_spec)
+        self._programs: dict[Hashable, Compiled] = {}  # kept here, they live as long as the engine
         self._state: DeviceState | None = None
         self._prefill_shapes: dict[int, PrefillShape] = {}
         if backend.planner.gpu is None:  # room costs nothing on a CPU
@@ -145,6 +149,11 @@ class Device:
         pool = allocate_pool(self._model.cache_spec, self._cache)
         table = RequestTable.empty(self._num_slots, self._model.vocab_size)
         self._state = DeviceState(pool, table)
+
+    def close(self) -> None:
+        """Gives up pool, table and programs."""
+        self._state = None
+        self._programs.clear()
 
     def copy_chunks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copies chunks, given as (source, destination); all are read before any is written."""
@@ -196,7 +205,9 @@ class Device:
         self._fix_prefill_shapes()
         sizes = [size for size in CALL_TOKENS if size <= prefill_tokens]
         began = time.perf_counter()
-        compiled = PROGRAMS.compile_all(self._all_calls(decode_shapes, num_steps, sizes), threads)
+        calls = self._all_calls(decode_shapes, num_steps, sizes)
+        programs, compiled = PROGRAMS.compile_all(calls, threads)
+        self._programs.update(programs)
         self._stats.compilations += compiled
         self._stats.compile_seconds += time.perf_counter() - began
         return compiled
@@ -232,19 +243,40 @@ class Device:
 
     def _update(self, invocation: Invocation) -> Any:
         """Dispatches a call that takes the state and returns a new one, and maybe more."""
-        call = invocation
-        program, seconds = PROGRAMS.compiled(call.function, call.model, call.args, **call.static)
-        if seconds:
-            self._stats.compilations += 1
-            self._stats.compile_seconds += seconds
+        program = self._program(invocation)
         self._state = None  # donated: if the call fails it is gone
-        updated = program(call.leaves, *call.args)
+        try:
+            updated = program(invocation.leaves, *invocation.args)
+        except Exception as error:
+            self._require_weights(error)
+            raise
         if isinstance(updated, DeviceState):
             self._state = updated
             return None
         self._state, chosen = updated
         chosen.tokens.copy_to_host_async()
         return chosen
+
+    def _program(self, invocation: Invocation) -> Compiled:
+        key = invocation.key()
+        program = self._programs.get(key)
+        if program is None:
+            program, seconds = PROGRAMS.compiled(invocation)
+            self._programs[key] = program
+            if seconds:
+                self._stats.compilations += 1
+                self._stats.compile_seconds += seconds
+        return program
+
+    def _require_weights(self, error: Exception) -> None:
+        """Raises EngineClosed, caused by `error`, when the model's arrays are gone."""
+        if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in self._split.leaves):
+            raise EngineClosed(
+                "the engine closed itself: arrays of the model it serves have been deleted, or "
+                "donated to another computation. An engine keeps the arrays that the model had "
+                "when the engine was made: give a computation that donates them a copy, and make "
+                "a new engine for new weights"
+            ) from error
 
     def _call(
         self, requests: list[Request], rows: list[int], chosen: Chosen, decoded: bool

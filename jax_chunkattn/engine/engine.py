@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import count
-from typing import Any
+from functools import partial, wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
-from jax_chunkattn.admission import (
-    InvalidRequest,
-    check_params,
-    check_priority,
-    check_prompt,
-    check_sampling,
-    check_stop_tokens,
-    check_text,
-    each_request,
-)
+from jax_chunkattn.admission import InvalidRequest, RequestLimits, check_stop_tokens, each_request
 from jax_chunkattn.backend import Backend, choose_backend
 from jax_chunkattn.engine.core import Core
 from jax_chunkattn.engine.device import Device
-from jax_chunkattn.engine.handle import PinnedPrefix, RequestHandle, begun
-from jax_chunkattn.engine.lock import FairLock
+from jax_chunkattn.engine.handle import Outputs, PinnedPrefix, RequestHandle
+from jax_chunkattn.engine.incoming import Incoming, Prompt
 from jax_chunkattn.engine.misses import PrefixMemory
 from jax_chunkattn.engine.requests import (
     Completion,
     EngineClosed,
-    Output,
     Phase,
     Pinned,
     Request,
@@ -36,17 +26,32 @@ from jax_chunkattn.engine.requests import (
 from jax_chunkattn.engine.rows import PlannedRows
 from jax_chunkattn.engine.scheduler import Scheduler
 from jax_chunkattn.engine.stats import EngineStats, WarmUp
-from jax_chunkattn.engine.text import TextStream, Tokenizer, open_stream
+from jax_chunkattn.engine.text import Tokenizer
+from jax_chunkattn.engine.turns import Turns
 from jax_chunkattn.model_interface import DecoderModel
 from jax_chunkattn.planner import PlannerOptions, bucket
 from jax_chunkattn.pool import CacheConfig
 from jax_chunkattn.prefill import CALL_TOKENS
 from jax_chunkattn.prefix_tree import PrefixTree
-from jax_chunkattn.sampling import SamplingParams, each_sample, fork_seed
+from jax_chunkattn.sampling import SamplingParams
 
-Prompt = Sequence[int] | str
 MIN_SLOTS = 16  # on the device: engines that run fewer at once can use one another's programs
 REMEMBERED_POOLS = 4  # pools' worth of prefixes whose eviction is remembered, for the statistics
+
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
+
+
+def in_turn(
+    method: Callable[Concatenate[Engine, Params], Result],
+) -> Callable[Concatenate[Engine, Params], Result]:
+    """A method of the engine that uses its core, and so waits for its turn."""
+
+    @wraps(method)
+    def run(engine: Engine, *args: Params.args, **kwargs: Params.kwargs) -> Result:
+        return engine._turns.run(partial(method, engine, *args, **kwargs))
+
+    return run
 
 
 class Engine:
@@ -60,10 +65,19 @@ class Engine:
     only pauses.
 
     The engine has no thread of its own: it advances while a caller waits for something (`generate`,
-    a handle's `stream` or `result`) or calls `step`. All methods may be called from any thread.
+    a handle's `stream` or `result`) or calls `step`. All methods may be called from any thread, and
+    from callbacks. A signal's handler, or a finaliser, that interrupts the engine at work may abort
+    and release requests, `close` and read `stats`; the rest raises RuntimeError there. Ctrl-C may
+    come at any time: what it breaks off is computed again.
+
+    The engine keeps the arrays that the model has when the engine is made: it never sees new
+    weights, whatever is done to the model. To serve those make a new engine, which uses the same
+    compiled programs. A trainer must not donate these arrays, or delete them: that closes the
+    engine, with an error that says so.
 
     Args:
-      model: any decoder with the interface of `jax_chunkattn.model_interface`.
+      model: any decoder with the interface of `jax_chunkattn.model_interface`; its weights as they
+        are now.
       cache: size and dtype of the pool.
       tokenizer: anything with `encode` and `decode`; needed for text in streams, for prompts that
         are strings, and for stop strings.
@@ -79,6 +93,7 @@ class Engine:
       retain: False frees chunks when their last sequence leaves, as the paper does.
       implementation: of attention when decoding; None picks the best that runs here.
       planner: how attention work is cut; None fits it to the implementation and the device.
+      limits: what one request may ask for at most.
 
     Raises:
       ValueError: for a bad option, or an implementation that cannot run here.
@@ -99,6 +114,7 @@ class Engine:
         retain: bool = True,
         implementation: str | None = None,
         planner: PlannerOptions | None = None,
+        limits: RequestLimits = RequestLimits(),
     ):
         for name, value in (("max_running", max_running), ("steps_per_call", steps_per_call)):
             if value < 1:
@@ -111,8 +127,9 @@ class Engine:
         self.backend: Backend = choose_backend(
             model.cache_spec, cache, implementation=implementation, planner=planner
         )
-        self._tokenizer = tokenizer
+        self.limits = limits
         self._sharing = sharing
+        self._incoming = Incoming(model, tokenizer, limits, sharing=sharing)
         self._stats = EngineStats(bytes_per_chunk=cache.bytes_per_chunk(model.cache_spec))
         chunk_size, num_chunks = cache.chunk_size, cache.chunks_for(model.cache_spec)
         device = Device(
@@ -134,9 +151,7 @@ class Engine:
             prefill_first=prefill_first,
             stop_tokens=stop_tokens,
         )
-        self._lock = FairLock()
-        self._arrivals = count()
-        self._closed = False
+        self._turns = Turns(self._core)
 
     def __enter__(self) -> Engine:
         return self
@@ -174,36 +189,26 @@ class Engine:
           PoolExhausted: when the pool can never hold it.
           EngineClosed: after `close`. Nothing has changed in all three cases.
         """
-        with self._lock:
-            request = self._check(prompt, params, salt, priority, hold)
-            if params.n != 1:
-                raise InvalidRequest(f"submit starts one, n is {params.n}: use submit_samples")
-            request.on_event = on_event
-            self._accept(request)
-        return RequestHandle(self, request)
+        self._require_open()
+        samples = self._incoming.samples(prompt, params, salt, priority=priority, hold=hold)
+        if len(samples) != 1:
+            raise InvalidRequest(f"submit starts one, n is {params.n}: use submit_samples")
+        samples[0].on_event = on_event
+        self._queue([samples])
+        return RequestHandle(self, samples[0])
 
     def submit_samples(
         self, prompt: Prompt, params: SamplingParams, *, salt: str = "", priority: int = 0
     ) -> list[RequestHandle]:
-        """Queues `params.n` samples of one prompt, with the seeds `seed`, `seed + 1`, ...
+        """Queues `params.n` samples of one prompt, with seeds as `SamplingParams` says.
 
         The prompt is computed once; the others are forked from the first when it is. Raises what
         `submit` raises.
         """
-        check_sampling(params, "the prompt")
-        with self._lock:
-            first, *others = [
-                self._check(prompt, one, salt, priority, hold=False) for one in each_sample(params)
-            ]
-            self._accept(first)
-            for other in others:
-                if self._sharing:
-                    self._core.scheduler.accepted[other] = None
-                    first.siblings.append(other)
-                    self._stats.submitted += 1
-                else:
-                    self._accept(other)
-        return [RequestHandle(self, request) for request in (first, *others)]
+        self._require_open()
+        samples = self._incoming.samples(prompt, params, salt, priority=priority)
+        self._queue([samples])
+        return [RequestHandle(self, sample) for sample in samples]
 
     def generate(
         self,
@@ -211,22 +216,24 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
         *,
         salt: str = "",
-    ) -> Iterator[Output]:
+    ) -> Outputs:
         """The answers to `prompts` in their order, each as soon as it and all before it are there.
 
         A text alone is one prompt. All are queued before this returns. Leaving the iteration early,
-        be it before the first answer, aborts what is not finished.
+        be it before the first answer, aborts what is not finished: when the engine is next used.
 
         Raises:
           InvalidRequest, PoolExhausted: as `submit`, naming the prompt; none has been queued then.
           RequestFailed: from the iterator, when an error ended a request.
         """
-        requests = each_request(prompts, params)
-        with self._lock:
-            for index, (prompt, one) in enumerate(requests):
-                self._check(prompt, one, salt, index=index)
-            handles = [self.submit_samples(prompt, one, salt=salt) for prompt, one in requests]
-        return begun(self._outputs(handles))
+        self._require_open()
+        requests = [
+            self._incoming.samples(prompt, one, salt, name=f"prompt {index}")
+            for index, (prompt, one) in enumerate(each_request(prompts, params))
+        ]
+        outputs = Outputs(self, requests)  # if it never gets to the caller, it aborts them
+        self._queue(requests, numbered=True)
+        return outputs
 
     def pin(self, prompt: Prompt, *, salt: str = "") -> PinnedPrefix:
         """Computes a prefix, for instance a system prompt, and keeps it until it is released.
@@ -234,28 +241,19 @@ class Engine:
         Only whole chunks are pinned. It waits for its turn like a request.
 
         Raises:
-          InvalidRequest: for a bad prompt, or one shorter than a chunk.
+          InvalidRequest: for a bad prompt, one shorter than a chunk, or one longer than the model
+            has positions for.
           PoolExhausted: when the pool can never hold it beside what has been accepted and pinned.
           EngineClosed: after `close`.
         """
-        with self._lock:
-            self._require_open()
-            tokens = self._tokens(prompt)
-            whole = len(tokens) // self.cache.chunk_size * self.cache.chunk_size
-            if not whole:
-                raise InvalidRequest(
-                    f"a prefix of {len(tokens)} tokens fills no chunk of {self.cache.chunk_size}: "
-                    "nothing to pin"
-                )
-            order = (0, next(self._arrivals))
-            pinned = Pinned(tokens[:whole], self._salt(salt), order)
-            self._core.scheduler.require_fit(pinned)
-            self._core.scheduler.pinned[pinned] = None
-            self._core.scheduler.enqueue(pinned)
+        self._require_open()
+        pinned = self._incoming.pinned(prompt, salt, self.cache.chunk_size)
+        self._pin(pinned)
         return PinnedPrefix(self, pinned)
 
     # Running.
 
+    @in_turn
     def warm_up(self, *, threads: int = 4) -> WarmUp:
         """Compiles every program that any work can come to need, and runs none of them.
 
@@ -272,17 +270,17 @@ class Engine:
         """
         if threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
+        self._require_open()
         began = time.perf_counter()
-        with self._lock:
-            self._require_open()
-            compiled = self._core.warm_up(threads)
+        compiled = self._core.warm_up(threads)
         return WarmUp(compiled, time.perf_counter() - began)
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return self._core.has_work
+        return self._turns.has_left or self._core.has_work
 
+    @in_turn
     def step(self) -> bool:
         """Advances all requests by a turn, or a part of one; False when there is nothing to do.
 
@@ -290,216 +288,158 @@ class Engine:
           RequestFailed: when the pool could not be rebuilt after an error: all requests fail then.
           EngineClosed: after `close`.
         """
-        with self._lock:
-            self._require_open()
-            if self._core.has_work:
-                self._core.advance()
-            return self._core.has_work
+        self._require_open()
+        return self._core.advance()
 
     def run(self) -> None:
         """Steps until nothing is left to do."""
         while self.step():
             pass
 
+    @in_turn
     def reset(self) -> None:
-        """Forgets all that is cached or pinned, for instance after the model's weights changed.
+        """Forgets all that is cached, held or pinned.
 
-        Requests that run go on with what they have, and leave nothing behind in the cache.
+        Requests that run go on with what they have, and leave nothing behind in the cache. The
+        weights stay those that the model had when the engine was made.
         """
-        with self._lock:
-            scheduler = self._core.scheduler
-            for pinned in list(scheduler.pinned):
-                scheduler.unpin(pinned)
-            for request in list(scheduler.held):
-                scheduler.drop_held(request)
-            scheduler.tree.reset()
-            self._core.memory.forget()
+        self._core.forget_cached()
 
     def close(self) -> None:
         """Ends everything: streams that wait raise `RequestFailed`. Harmless when done twice."""
-        with self._lock:
-            if not self._closed:
-                self._core.shut_down(EngineClosed("the engine was closed"))
-                self._closed = True
+        self._turns.change(partial(self._core.shut_down, EngineClosed("the engine was closed")))
 
     @property
     def stats(self) -> EngineStats:
         """A copy of the counters, with the sizes as they are now."""
-        with self._lock:
-            scheduler = self._core.scheduler
-            tree = scheduler.tree
-            return replace(
-                self._stats,
-                running=len(scheduler.running),
-                waiting=sum(isinstance(work, Request) for work in scheduler.accepted)
-                - len(scheduler.running),
-                held=len(scheduler.held),
-                pinned=len(scheduler.pinned),
-                chunks_in_use=tree.in_use_count,
-                chunks_cached=tree.cached_count,
-                chunks_free=tree.free_count,
-                preemptions=scheduler.preemptions,
-                evictions=self._stats.evictions + tree.num_evicted,
-            )
+        return self._read_stats() if self._turns.interrupted else self._turns.run(self._read_stats)
 
+    @in_turn
     def check(self) -> None:
         """Verifies every invariant of tree and scheduler; AssertionError names the first broken."""
-        with self._lock:
-            self._core.check()
+        self._core.check()
 
     # Inside, for handles and searches.
 
     def _require_servable(self, prompt: Prompt, params: SamplingParams, salt: str) -> None:
         """Raises what `submit` would."""
-        with self._lock:
-            self._check(prompt, params, salt)
-
-    def _tokens(self, prompt: Prompt, name: str = "the prompt") -> tuple[int, ...]:
-        return check_prompt(self._encode(prompt, name), self.model, name)
-
-    def _encode(self, prompt: Prompt, name: str) -> Sequence[int]:
-        if not isinstance(prompt, str):
-            return prompt
-        if self._tokenizer is None:
-            raise InvalidRequest("a prompt that is text needs an engine with a tokenizer")
-        check_text(prompt, name)
-        return self._tokenizer.encode(prompt)
-
-    def _salt(self, salt: str) -> bytes:
-        """Unshared requests get a salt that no text is: it is not UTF-8."""
-        encoded = check_text(salt, "the salt")
-        if self._sharing:
-            return encoded
-        return b"\xff%d" % next(self._arrivals)
-
-    def _check(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        salt: str,
-        priority: int = 0,
-        hold: bool = False,
-        *,
-        index: int | None = None,
-    ) -> Request:
-        """The request, checked, with nothing changed."""
         self._require_open()
-        name = "the prompt" if index is None else f"prompt {index}"
-        tokens = self._tokens(prompt, name)
-        check_params(params, len(tokens), self.model, name)
-        stream = self._text_stream(params, name)
-        order = (check_priority(priority), next(self._arrivals))
-        request = Request(tokens, self._salt(salt), order, params, stream, hold=hold)
-        self._core.scheduler.require_fit(request)
-        return request
+        self._require_room([self._incoming.samples(prompt, params, salt)], numbered=False)
 
-    def _text_stream(self, params: SamplingParams, name: str) -> TextStream | None:
+    def _queue(self, requests: list[list[Request]], *, numbered: bool = False) -> None:
+        """Queues the samples of each prompt, all or none; `numbered` has errors name the prompt.
+
+        If Ctrl-C keeps them from who has asked for them, nothing is left to run.
+        """
         try:
-            return open_stream(self._tokenizer, params.stop)
-        except ValueError as error:
-            raise InvalidRequest(f"{name}: {error}") from None
+            self._accept(requests, numbered)
+        except BaseException:
+            for samples in requests:
+                self._drop(samples)
+            raise
 
-    def _accept(self, request: Request) -> None:
-        self._core.scheduler.enqueue(request)
-        self._stats.submitted += 1
+    @in_turn
+    def _accept(self, requests: list[list[Request]], numbered: bool) -> None:
+        self._require_open()
+        self._require_room(requests, numbered)
+        for samples in requests:
+            self._core.accept(samples, forking=self._sharing)
 
-    def _require_open(self) -> None:
-        if self._closed:
-            raise EngineClosed("the engine was closed")
+    def _require_room(self, requests: list[list[Request]], numbered: bool) -> None:
+        for index, (first, *_) in enumerate(requests):
+            self._core.scheduler.require_fit(first, f"prompt {index}: " if numbered else "")
 
-    def _outputs(self, handles: list[list[RequestHandle]]) -> Generator[Any]:
-        try:
-            yield None  # to `begun`
-            for index, samples in enumerate(handles):
-                completions = tuple(handle.result() for handle in samples)
-                yield Output(index, samples[0].prompt, completions)
-        finally:
-            for samples in handles:
-                for handle in samples:
-                    handle.abort()
-
-    def _next_event(self, request: Request) -> StreamEvent | None:
-        """The next unread event; None when the last has been read."""
-        while True:
-            with self._lock:
-                if request.events:
-                    return request.events.popleft()
-                if request.phase is Phase.DONE:
-                    request.raise_error()
-                    return None
-                self._step_for(request)
-
-    def _wait(self, request: Request) -> Completion:
-        while True:
-            with self._lock:
-                if request.phase is Phase.DONE:
-                    request.raise_error()
-                    return request.completion()
-                self._step_for(request)
-
-    def _step_for(self, request: Request) -> None:
-        if not self.step() and request.phase is not Phase.DONE:
-            raise RuntimeError("a request is unfinished and the engine has nothing to do")
-
-    def _abort(self, request: Request) -> None:
-        with self._lock:
-            self._core.abort(request)
+    @in_turn
+    def _pin(self, pinned: Pinned) -> None:
+        self._require_open()
+        self._core.scheduler.require_fit(pinned)
+        self._core.pin(pinned)
 
     def _fork(
         self, parent: Request, params: SamplingParams | None, next_token: int | None, hold: bool
     ) -> RequestHandle:
-        with self._lock:
-            self._require_open()
-            self._core.drain()
-            child = self._child_of(parent, params, next_token, hold)
-            self._core.scheduler.require_fit(child)
-            parent.num_forks += 1
-            self._core.fork_sequence(parent, child)
-            self._accept(child)
-        return RequestHandle(self, child)
+        made: list[Request] = []
+        try:
+            self._turns.run(partial(self._fork_into, made, parent, params, next_token, hold))
+            return RequestHandle(self, made[0])
+        except BaseException:
+            self._drop(made)
+            raise
 
-    def _child_of(
-        self, parent: Request, params: SamplingParams | None, next_token: int | None, hold: bool
-    ) -> Request:
-        if params is None:
-            params = replace(parent.params, seed=fork_seed(parent.params.seed, parent.num_forks))
-        check_params(params, len(parent.prompt), self.model, "the fork")
-        if params.n != 1:
-            raise InvalidRequest(f"fork starts one, n is {params.n}: fork as often")
-        tokens = list(parent.tokens)
-        if next_token is not None:
-            if not tokens:
-                raise InvalidRequest("next_token replaces the last chosen token; there is none yet")
-            check_prompt([next_token], self.model, "next_token")
-            tokens[-1] = next_token
-        elif parent.finish_reason == "stop":
-            raise InvalidRequest("the request has stopped: a fork needs a next_token to go on with")
-        if len(tokens) >= params.max_tokens:
-            raise InvalidRequest(
-                f"the fork begins with {len(tokens)} chosen tokens, max_tokens is "
-                f"{params.max_tokens}: it must be larger"
-            )
-        order = (parent.order[0], next(self._arrivals))
-        child = Request(parent.prompt, parent.salt, order, params, hold=hold, tokens=tokens)
-        child.logprobs = parent.logprobs_for_fork(params, next_token)
-        child.text_stream = self._text_stream(params, "the fork")
-        if child.text_stream is not None:
-            piece = child.text_stream.push(tokens)
-            if piece.stopped_after is not None:
-                raise InvalidRequest("the fork begins with a text that has a stop string in it")
-            child.text = piece.text
-        return child
+    def _fork_into(self, made: list[Request], parent: Request, *how) -> None:
+        self._require_open()
+        self._core.drain()
+        child = self._incoming.fork(parent, *how)
+        self._core.scheduler.require_fit(child)
+        made.append(child)
+        self._core.fork(parent, child)
+
+    def _next_event(self, request: Request) -> StreamEvent | None:
+        """The next unread event; None when the last has been read."""
+        while True:
+            event, over = self._read_or_advance(request, request.next_event)
+            if event is not None or over:
+                return event
+
+    def _wait(self, request: Request) -> Completion:
+        while True:
+            answer, _ = self._read_or_advance(request, request.answer)
+            if answer is not None:
+                return answer
+
+    @in_turn
+    def _read_or_advance(
+        self, request: Request, read: Callable[[], Result | None]
+    ) -> tuple[Result | None, bool]:
+        """What there is to read, and whether there will be no more; if neither, after a turn.
+
+        Raises RequestFailed when all is read and an error ended it.
+        """
+        found = read()
+        if found is not None:
+            return found, False
+        if request.phase is Phase.DONE:
+            request.raise_error()
+            return None, True
+        if not self._core.advance() and request.phase is not Phase.DONE:
+            raise RuntimeError("a request is unfinished and the engine has nothing to do")
+        return None, False
+
+    def _abort(self, request: Request) -> None:
+        self._turns.change(partial(self._core.abort, request))
+
+    def _drop(self, requests: Iterable[Request]) -> None:
+        """Aborts what nobody has a handle of, at the next turn."""
+        for request in requests:
+            self._turns.leave(partial(self._core.abort, request))
 
     def _let_go(self, request: Request) -> None:
-        with self._lock:
-            request.hold = False
-            self._core.scheduler.drop_held(request)
-
-    def _is_computed(self, pinned: Pinned) -> bool:
-        with self._lock:
-            return pinned.phase is Phase.DONE and pinned.sequence is not None
+        self._turns.change(partial(self._core.let_go, request))
 
     def _unpin(self, pinned: Pinned) -> None:
-        with self._lock:
-            if pinned in self._core.scheduler.pinned:
-                self._core.scheduler.unpin(pinned)
+        self._turns.change(partial(self._core.unpin, pinned))
+
+    def _is_computed(self, pinned: Pinned) -> bool:
+        return self._turns.run(lambda: pinned.phase is Phase.DONE and pinned.sequence is not None)
+
+    def _require_open(self) -> None:
+        closed = self._core.closed
+        if closed is not None:
+            raise EngineClosed(*closed.args) from closed.__cause__
+
+    def _read_stats(self) -> EngineStats:
+        scheduler = self._core.scheduler
+        tree = scheduler.tree
+        return replace(
+            self._stats,
+            running=len(scheduler.running),
+            waiting=sum(isinstance(work, Request) for work in scheduler.accepted)
+            - len(scheduler.running),
+            held=len(scheduler.held),
+            pinned=len(scheduler.pinned),
+            chunks_in_use=tree.in_use_count,
+            chunks_cached=tree.cached_count,
+            chunks_free=tree.free_count,
+            preemptions=scheduler.preemptions,
+            evictions=self._stats.evictions + tree.num_evicted,
+        )

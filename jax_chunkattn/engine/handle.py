@@ -2,21 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from typing import TYPE_CHECKING, Any
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
-from jax_chunkattn.engine.requests import Completion, Pinned, Request, StreamEvent, TokenLogprobs
+from jax_chunkattn.engine.requests import (
+    Completion,
+    Output,
+    Pinned,
+    Request,
+    StreamEvent,
+    TokenLogprobs,
+)
 from jax_chunkattn.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from jax_chunkattn.engine.engine import Engine
 
+Item = TypeVar("Item")
 
-def begun(generator: Generator[Any]) -> Generator[Any]:
-    """The generator, advanced to its first `yield`: only from there on does closing it, or dropping
-    it, run its `finally`."""
-    next(generator)
-    return generator
+
+class Reading(Iterator[Item]):
+    """An iteration over what requests come to; left early, it aborts them.
+
+    No generator: its `finally` would run wherever the interpreter finds that nobody refers to it
+    any more, in the midst of the engine's work too, and could not tell that from being closed.
+    """
+
+    def __init__(self, engine: Engine, requests: Iterable[Request]):
+        self._engine = engine
+        self._requests = tuple(requests)
+        self._reader = engine._turns.reader(self, self._requests)
+
+    def __iter__(self) -> Reading[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        if self._reader.over or self._reader.left:
+            raise StopIteration
+        try:
+            item = self._read()
+        except BaseException:
+            self._engine._turns.drop(self._reader)
+            raise
+        if item is None:
+            self._reader.end()
+            raise StopIteration
+        return item
+
+    def close(self) -> None:
+        """Ends the iteration, and aborts the requests at once. Harmless at any time."""
+        if not self._reader.over:
+            for request in self._requests:
+                self._engine._abort(request)
+            self._reader.end()
+
+    @abstractmethod
+    def _read(self) -> Item | None:
+        """The next item; None when there is no other."""
+
+
+class Stream(Reading[StreamEvent]):
+    """One request's events; see `RequestHandle.stream`."""
+
+    def _read(self) -> StreamEvent | None:
+        event = self._engine._next_event(self._requests[0])
+        if event is not None and event.finish_reason is not None:
+            self._reader.end()
+        return event
+
+
+class Outputs(Reading[Output]):
+    """The answers to prompts in their order; see `Engine.generate`."""
+
+    def __init__(self, engine: Engine, samples: list[list[Request]]):
+        super().__init__(engine, (request for each in samples for request in each))
+        self._samples = iter(enumerate(samples))
+
+    def _read(self) -> Output | None:
+        for index, samples in self._samples:
+            answers = tuple(self._engine._wait(request) for request in samples)
+            return Output(index, samples[0].prompt, answers)
+        return None
 
 
 class RequestHandle:
@@ -61,7 +128,7 @@ class RequestHandle:
     @property
     def state(self) -> str:
         """ "waiting", "prefill", "decode" or "done"."""
-        return self._request.phase.value
+        return "done" if self._request.dropped else self._request.phase.value
 
     @property
     def done(self) -> bool:
@@ -70,36 +137,25 @@ class RequestHandle:
     @property
     def finish_reason(self) -> str | None:
         """None while it runs; then "stop", "length", "abort" or "error"."""
-        return self._request.finish_reason
+        reason = self._request.finish_reason
+        return "abort" if reason is None and self._request.dropped else reason
 
     @property
     def error(self) -> BaseException | None:
         """What ended it, when `finish_reason` is "error"."""
         return self._request.error
 
-    def stream(self) -> Iterator[StreamEvent]:
+    def stream(self) -> Stream:
         """Events as they come, those not read yet first; the last one has a `finish_reason`.
 
         Leaving the iteration early, by `break`, an exception or closing or dropping the iterator,
-        aborts the request, be it before the first event.
+        aborts the request, be it before the first event. What it holds is given back then, or, but
+        for closing, when the engine is next used.
 
         Raises:
           RequestFailed: when an error ended the request, or the engine was closed.
         """
-        return begun(self._events())
-
-    def _events(self) -> Generator[Any]:
-        finished = False
-        try:
-            yield None  # to `begun`
-            while not finished:
-                event = self._engine._next_event(self._request)
-                finished = event is None or event.finish_reason is not None
-                if event is not None:
-                    yield event
-        finally:
-            if not finished:
-                self.abort()
+        return Stream(self._engine, [self._request])
 
     def result(self) -> Completion:
         """The whole answer, when it is there.

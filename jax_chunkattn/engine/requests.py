@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import enum
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
+from weakref import ref
 
 from jax_chunkattn.engine.text import TextStream
 from jax_chunkattn.sampling import SamplingParams
@@ -59,12 +60,16 @@ class StreamEvent:
 
 @dataclass(frozen=True)
 class Completion:
-    """A request's whole answer, as `StreamEvent` has it in pieces."""
+    """A request's whole answer, as `StreamEvent` has it in pieces.
+
+    `seed` is what its tokens were drawn with: given again, alone, it draws them again.
+    """
 
     tokens: tuple[int, ...]
     text: str
     logprobs: tuple[TokenLogprobs, ...]
     finish_reason: str
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,7 @@ class Work:
     Attributes:
       order: when its turn is: (priority, arrival).
       sequence: its place in the tree, while it has one.
+      found: tokens that others had computed when it was placed there.
       dispatched: tokens whose keys and values it has computed itself, or found, up to here.
       failures: errors while it was being computed, since it last chose a token.
     """
@@ -105,6 +111,7 @@ class Work:
     order: tuple[int, ...]
     phase: Phase = field(default=Phase.WAITING, init=False)
     sequence: SequenceHandle | None = field(default=None, init=False)
+    found: int = field(default=0, init=False)
     dispatched: int = field(default=0, init=False)
     failures: int = field(default=0, init=False)
 
@@ -129,13 +136,73 @@ class Pinned(Work):
     """A prefix that stays in the pool until it is released."""
 
 
+class Reader(ref):
+    """What is known of an iteration over requests, so that it can be dropped at any moment.
+
+    When the iteration dies, this is given to the callback. That should be a function of C, which
+    no signal interrupts: an exception in a finaliser written in Python goes nowhere, and takes the
+    rest of the finaliser with it.
+
+    Attributes:
+      requests: that it reads.
+      over: it has come to its end, or they have been aborted.
+      left: it will not be read to its end, though it lives.
+    """
+
+    __slots__ = ("left", "over", "requests")
+
+    def __new__(cls, iteration: object, on_death: Callable[[Reader], None], *_: object) -> Reader:
+        return super().__new__(cls, iteration, on_death)
+
+    def __init__(
+        self, iteration: object, on_death: Callable[[Reader], None], requests: tuple[Request, ...]
+    ):
+        self.requests = requests
+        self.over = False
+        self.left = False
+        for request in requests:
+            request.readers.append(self)
+
+    def end(self) -> None:
+        """The iteration is over, and no longer refers to the requests, which refer to this."""
+        self.over = True
+        self.requests = ()
+
+    @property
+    def was_dropped(self) -> bool:
+        """Whether its requests shall be aborted."""
+        return not self.over and (self.left or self() is None)
+
+
+class Addition(NamedTuple):
+    """What one call to the device adds to a request, and how the request stands with it.
+
+    Attributes:
+      number: how many came before it.
+      begin: tokens there were before it.
+      tokens, logprobs: that follow them.
+      text: all of the text with it, and `stream` what gives the text to come.
+      finish_reason: None while the request goes on.
+    """
+
+    number: int
+    begin: int
+    tokens: Sequence[int]
+    logprobs: tuple[TokenLogprobs, ...]
+    text: str
+    stream: TextStream | None
+    finish_reason: str | None
+
+
 @dataclass(eq=False)
 class Request(Work):
     """One sequence to decode.
 
     `in_flight` counts, of calls to the device whose results are not here yet, the tokens they can
     choose for this request; `writes_in_flight` the positions they can write. `siblings` are samples
-    of the same prompt that wait to be forked from this one.
+    of the same prompt that wait to be forked from this one. `ends` are how many tokens and
+    characters there were after each addition, `num_read` and `num_told` how many additions a stream
+    and the callback have had.
     """
 
     params: SamplingParams
@@ -148,12 +215,30 @@ class Request(Work):
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     error: BaseException | None = None
-    events: deque[StreamEvent] = field(default_factory=deque, init=False)
+    readers: list[Reader] = field(default_factory=list, init=False)
+    ends: list[tuple[int, int]] = field(default_factory=list, init=False)
+    num_read: int = field(default=0, init=False)
+    num_told: int = field(default=0, init=False)
     slot: int | None = field(default=None, init=False)
     in_flight: int = field(default=0, init=False)
     writes_in_flight: int = field(default=0, init=False)
     num_forks: int = field(default=0, init=False)
     admitted: bool = field(default=False, init=False)
+    _adding: Addition | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        # What a fork has of its parent's answer is in none of its events.
+        self._begin = len(self.tokens), len(self.text)
+
+    @property
+    def dropped(self) -> bool:
+        """Whether somebody has left off reading it: it shall be aborted."""
+        return any(reader.was_dropped for reader in self.readers)
+
+    @property
+    def seed(self) -> int:
+        assert self.params.seed is not None, "a seed is drawn when a request is made"
+        return self.params.seed
 
     @property
     def history(self) -> Sequence[int]:
@@ -189,11 +274,79 @@ class Request(Work):
             logprobs[-1] = logprobs[-1].of(next_token)
         return logprobs
 
+    def add(
+        self,
+        tokens: Sequence[int] = (),
+        logprobs: tuple[TokenLogprobs, ...] = (),
+        text: str = "",
+        *,
+        stream: TextStream | None = None,
+        finish_reason: str | None = None,
+    ) -> None:
+        """Takes over what a call chose, or that nothing more will come.
+
+        As a whole: where Ctrl-C breaks it off, `finish_adding` does the rest.
+        """
+        self._adding = Addition(
+            len(self.ends),
+            len(self.tokens),
+            tokens,
+            logprobs,
+            self.text + text,
+            stream or self.text_stream,
+            finish_reason,
+        )
+        self.finish_adding()
+
+    def finish_adding(self) -> None:
+        """Does what is left of an `add` that was broken off; nothing if none was."""
+        adding = self._adding
+        if adding is None:
+            return
+        self.tokens[adding.begin :] = adding.tokens
+        if adding.logprobs:
+            self.logprobs[adding.begin :] = adding.logprobs
+        self.text, self.text_stream = adding.text, adding.stream
+        self.ends[adding.number :] = [(len(self.tokens), len(self.text))]
+        self.finish_reason = adding.finish_reason
+        self._adding = None
+
+    def next_event(self) -> StreamEvent | None:
+        """The next event for a stream; None when all there is has been read."""
+        if self.num_read == len(self.ends):
+            return None
+        self.num_read += 1
+        return self._event(self.num_read - 1)
+
+    def next_to_tell(self) -> StreamEvent | None:
+        """The next event for the callback; None when it knows all there is."""
+        if self.num_told == len(self.ends):
+            return None
+        self.num_told += 1
+        return self._event(self.num_told - 1)
+
+    def _event(self, number: int) -> StreamEvent:
+        """What addition `number` was."""
+        first_token, first_character = self.ends[number - 1] if number else self._begin
+        last_token, last_character = self.ends[number]
+        is_last = number + 1 == len(self.ends) and self.finish_reason != "error"
+        return StreamEvent(
+            tuple(self.tokens[first_token:last_token]),
+            self.text[first_character:last_character],
+            tuple(self.logprobs[first_token:last_token]),
+            self.finish_reason if is_last else None,
+        )
+
     def raise_error(self) -> None:
         """Raises RequestFailed when an error ended it."""
         if self.error is not None:
             raise RequestFailed(f"the request failed: {self.error}") from self.error
 
-    def completion(self) -> Completion:
+    def answer(self) -> Completion | None:
+        """The whole answer; None before it is there, and when an error ended it."""
+        if self.phase is not Phase.DONE or self.error is not None:
+            return None
         assert self.finish_reason is not None, "not finished"
-        return Completion(tuple(self.tokens), self.text, tuple(self.logprobs), self.finish_reason)
+        return Completion(
+            tuple(self.tokens), self.text, tuple(self.logprobs), self.finish_reason, self.seed
+        )

@@ -8,12 +8,16 @@ Priorities, where they are given, count before arrival.
 from __future__ import annotations
 
 import bisect
+from collections import Counter
+from collections.abc import Set
 
 from jax_chunkattn.admission import chunks_to_finish
 from jax_chunkattn.allocator import PoolExhausted
 from jax_chunkattn.engine.misses import prefix_hashes
 from jax_chunkattn.engine.requests import Phase, Pinned, Request, Work
 from jax_chunkattn.prefix_tree import PrefixTree
+
+Chunk = tuple[bytes, int]  # the salt, and the hash of all tokens to the chunk's end
 
 
 class Scheduler:
@@ -39,6 +43,7 @@ class Scheduler:
         self.pinned: dict[Pinned, None] = {}
         self.preemptions = 0
         self.max_running = max_running
+        self._pinned_chunks: Counter[Chunk] = Counter()
         self._free_slots = list(range(max_running))
 
     @property
@@ -46,16 +51,21 @@ class Scheduler:
         """Active requests."""
         return [work for work in self.active if isinstance(work, Request)]
 
-    def require_fit(self, work: Work) -> None:
-        """Raises PoolExhausted when the pool, less what is pinned, can never hold this work, or
-        when pinning it would leave too little for work that has been accepted."""
-        pinned = set().union(*map(self._prefixes, self.pinned))
+    def require_fit(self, work: Work, name: str = "") -> None:
+        """Raises PoolExhausted, whose message begins with `name`, when the pool, less what is
+        pinned, can never hold this work, or pinning it would leave accepted work too little."""
         if isinstance(work, Pinned):
-            with_it = pinned | self._prefixes(work)
+            with_it = self._pinned_chunks.keys() | self._chunks(work)
             for other in (work, *self.accepted):
                 self._require_fit(other, with_it, "with this prefix pinned, ")
         else:
-            self._require_fit(work, pinned, "")
+            self._require_fit(work, self._pinned_chunks.keys(), name)
+
+    def pin(self, pinned: Pinned) -> None:
+        """Queues a prefix that fits, to be computed and kept."""
+        self.pinned[pinned] = None
+        self._pinned_chunks.update(self._chunks(pinned))
+        self.enqueue(pinned)
 
     def enqueue(self, work: Work) -> None:
         """Puts work in its place in the queue, be it new or sent back."""
@@ -113,8 +123,9 @@ class Scheduler:
                 return True
         return False
 
-    def finish(self, work: Work, *, hold: bool = False) -> None:
-        """Ends work wherever it stands; `hold` keeps the sequence of a request to be forked."""
+    def finish(self, work: Work, *, hold: bool = False, discard: bool = False) -> None:
+        """Ends work wherever it stands; `hold` keeps the sequence of a request to be forked, and
+        `discard` keeps from the cache what was not there when it came."""
         phase, work.phase = work.phase, Phase.DONE
         self.accepted.pop(work, None)
         if phase in (Phase.PREFILL, Phase.DECODE):
@@ -124,7 +135,7 @@ class Scheduler:
         if hold and isinstance(work, Request) and work.sequence is not None:
             self.held[work] = None
         else:
-            self._release(work)
+            self._release(work, discard=discard)
 
     def drop_held(self, request: Request) -> None:
         """Gives up the sequence of a finished request; nothing happens when it has none."""
@@ -141,11 +152,13 @@ class Scheduler:
     def unpin(self, pinned: Pinned) -> None:
         """A prefix need not stay any longer."""
         del self.pinned[pinned]
+        self._pinned_chunks -= Counter(self._chunks(pinned))
         self.finish(pinned)
 
     def restart(self, tree: PrefixTree) -> None:
         """Puts all work back into the queue, over a new and empty tree."""
         self.tree = tree
+        self._pinned_chunks = Counter(chunk for pin in self.pinned for chunk in self._chunks(pin))
         for work in (*self.accepted, *self.held, *self.pinned):
             work.sequence = None
             work.dispatched = 0
@@ -194,6 +207,7 @@ class Scheduler:
             spare = self.tree.room_after_insert(history, work.salt)
             if spare >= self._num_growing(work):
                 work.sequence = self.tree.insert(history, work.salt, copy_partial=True)
+                work.found = self.tree.computed_tokens(work.sequence)
                 return True
             if not self.drop_idle():
                 return False
@@ -216,21 +230,24 @@ class Scheduler:
             self._free_slots.append(work.slot)
             work.slot = None
 
-    def _release(self, work: Work) -> None:
+    def _release(self, work: Work, *, discard: bool = False) -> None:
         work.dispatched = 0
         if work.sequence is not None:
             sequence, work.sequence = work.sequence, None
-            self.tree.release(sequence)
+            keep = work.found // self.tree.chunk_size if discard else None
+            self.tree.release(sequence, keep=keep)
 
-    def _prefixes(self, work: Work) -> set[tuple[bytes, int]]:
+    def _chunks(self, work: Work) -> set[Chunk]:
         """What names each whole chunk of its prompt, the same for all that share the chunk."""
         return {(work.salt, path) for path in prefix_hashes(work.prompt, self.tree.chunk_size)}
 
-    def _require_fit(self, work: Work, pinned: set, circumstance: str) -> None:
+    def _require_fit(self, work: Work, pinned: Set[Chunk], circumstance: str) -> None:
         size = self.tree.chunk_size
         max_tokens = work.params.max_tokens if isinstance(work, Request) else 1
         needed = chunks_to_finish(len(work.prompt), max_tokens, size)
-        beside = len(pinned - self._prefixes(work)) if pinned else 0
+        if needed + len(pinned) <= self.tree.num_chunks:
+            return  # whichever of the pinned chunks are its own
+        beside = len(pinned - self._chunks(work)) if pinned else 0
         available = self.tree.num_chunks - beside
         if needed > available:
             raise PoolExhausted(

@@ -26,6 +26,8 @@ class EngineStats:
         pinned prefixes.
       chunks_in_use, chunks_cached, chunks_free: of the pool; they add up to its size.
       submitted, finished, aborted, failed: requests. Those still to come are not in the last three.
+      not_finite: of the failed requests, those that ended because the model's logits were NaN or
+        infinite.
       forks: sequences that began as copies of others.
       preemptions: requests sent back to the queue because the pool was full.
       recoveries: times the pool was rebuilt after an error.
@@ -57,6 +59,7 @@ class EngineStats:
     finished: int = 0
     aborted: int = 0
     failed: int = 0
+    not_finite: int = 0
     forks: int = 0
     preemptions: int = 0
     recoveries: int = 0

@@ -8,14 +8,15 @@ from jax_chunkattn.sampling.params import (
     SamplingParams,
 )
 from jax_chunkattn.sampling.rows import MAX_DEFAULT_STOP_TOKENS, RowSampling, TokenCounts
-from jax_chunkattn.sampling.sampler import sample
-from jax_chunkattn.sampling.seeds import each_sample, fork_seed
+from jax_chunkattn.sampling.sampler import NO_CHOICE, sample
+from jax_chunkattn.sampling.seeds import each_sample, fork_seed, sample_seed
 
 __all__ = [
     "MAX_BIASED_TOKENS",
     "MAX_DEFAULT_STOP_TOKENS",
     "MAX_LOGPROBS",
     "MAX_STOP_TOKENS",
+    "NO_CHOICE",
     "NO_TOKEN",
     "Logprobs",
     "RowSampling",
@@ -25,4 +26,5 @@ __all__ = [
     "fork_seed",
     "log_probabilities",
     "sample",
+    "sample_seed",
 ]

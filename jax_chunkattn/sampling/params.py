@@ -22,7 +22,6 @@ _Range = tuple[float, float, str]
 _INTEGERS: dict[str, _Range] = {
     "max_tokens": (1, _MAX_INT32, f"from 1 to {_MAX_INT32}"),
     "top_k": (0, _MAX_INT32, f"from 0 (off) to {_MAX_INT32}"),
-    "seed": (0, 2**32 - 1, f"from 0 to {2**32 - 1}"),
     "n": (1, _MAX_INT32, f"from 1 to {_MAX_INT32}"),
 }
 _NUMBERS: dict[str, _Range] = {
@@ -35,6 +34,7 @@ _NUMBERS: dict[str, _Range] = {
 }
 _TOKEN: _Range = (0, _MAX_TOKEN, f"from 0 to {_MAX_TOKEN}")
 _BIAS: _Range = (-100, 100, "from -100 to 100")
+_SEED: _Range = (0, 2**32 - 1, f"from 0 to {2**32 - 1}")
 _LOGPROBS: _Range = (0, MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}, or None (off)")
 
 
@@ -52,7 +52,9 @@ class SamplingParams:
       top_k: keeps the k likeliest tokens (and ties with the last of them); 0 keeps all.
       top_p: then keeps the smallest set of likeliest tokens with at least this probability (and
         ties with the last of them).
-      seed: a row's random numbers depend on this and on the position only, never on the batch.
+      seed: random numbers depend on this and on the position only, never on the batch. None draws
+        a fresh one for each request; `Completion.seed` tells which. Sample 0 of `n` has the seed
+        itself, the others and forks have hashes of it: see `jax_chunkattn.sampling.seeds`.
       min_p: then keeps tokens at least `min_p` times as likely as the likeliest (Nguyen et al.,
         arXiv 2407.01082).
       repetition_penalty: divides the positive logits, and multiplies the negative ones, of tokens
@@ -77,7 +79,7 @@ class SamplingParams:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    seed: int = 0
+    seed: int | None = None
     _: KW_ONLY
     min_p: float = 0.0
     repetition_penalty: float = 1.0
@@ -104,6 +106,8 @@ class SamplingParams:
         if not isinstance(self.ignore_eos, bool | np.bool_):
             raise ValueError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
         checked["ignore_eos"] = bool(self.ignore_eos)
+        if self.seed is not None:
+            checked["seed"] = _integer("seed", self.seed, _SEED)
         if self.logprobs is not None:
             checked["logprobs"] = _integer("logprobs", self.logprobs, _LOGPROBS)
         for name, value in checked.items():

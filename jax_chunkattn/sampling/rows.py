@@ -55,8 +55,8 @@ class RowSampling:
           stop_tokens: the engine's own, which end every row that does not ignore them; padding too.
 
         Raises:
-          ValueError: for more parameters than rows, or more than `MAX_DEFAULT_STOP_TOKENS` stop
-            tokens.
+          ValueError: for more parameters than rows, more than `MAX_DEFAULT_STOP_TOKENS` stop
+            tokens, or a row that draws its tokens and has no seed.
         """
         if len(params) > rows:
             raise ValueError(f"{len(params)} sampling parameters do not fit {rows} rows")
@@ -65,6 +65,8 @@ class RowSampling:
                 f"an engine has at most {MAX_DEFAULT_STOP_TOKENS} stop tokens, "
                 f"got {len(stop_tokens)}"
             )
+        if any(one.seed is None and one.temperature for one in params):
+            raise ValueError("a row with a temperature needs a seed")
         padded = [*params, *[_GREEDY] * (rows - len(params))]
         stops = np.full((rows, MAX_STOP_TOKENS + MAX_DEFAULT_STOP_TOKENS), NO_STOP, np.int32)
         stops[:, MAX_STOP_TOKENS : MAX_STOP_TOKENS + len(stop_tokens)] = stop_tokens
@@ -84,7 +86,7 @@ class RowSampling:
             top_k=np.array([p.top_k for p in padded], np.int32),
             top_p=np.array([p.top_p for p in padded], np.float32),
             min_p=np.array([p.min_p for p in padded], np.float32),
-            seed=np.array([p.seed for p in padded], np.uint32),
+            seed=np.array([p.seed or 0 for p in padded], np.uint32),
             repetition_penalty=np.array([p.repetition_penalty for p in padded], np.float32),
             presence_penalty=np.array([p.presence_penalty for p in padded], np.float32),
             frequency_penalty=np.array([p.frequency_penalty for p in padded], np.float32),

@@ -20,6 +20,8 @@ from jax_chunkattn.sampling.rows import NO_BIAS, RowSampling, TokenCounts
 # may take the smallest float32 numbers for zero.
 _SMALLEST = 1e-30
 
+NO_CHOICE = -2  # in place of a token, where logits are no numbers to choose by
+
 
 def sample(
     logits: Float[Array, "B V"],
@@ -30,7 +32,8 @@ def sample(
     """The token of each row, to stand at `positions`.
 
     A batch that is greedy in every row, without biases and penalties, costs an argmax and nothing
-    more.
+    more. A row in which a logit is NaN or infinitely large, or all are minus infinity, has no
+    likeliest token and no distribution: it gets `NO_CHOICE`.
 
     Args:
       logits: of the token at `positions`.
@@ -55,9 +58,17 @@ def sample(
         def draw():
             return jnp.where(drawing, _draw(_truncate(scaled, rows), rows.seed, positions), greedy)
 
-        return lax.cond(jnp.any(drawing), draw, lambda: greedy)
+        return lax.cond(jnp.any(drawing), draw, lambda: greedy), greedy
 
-    return lax.cond(biased | penalised | jnp.any(drawing), choose, likeliest, logits)
+    def choose_likeliest(logits):
+        greedy = likeliest(logits)
+        return greedy, greedy
+
+    adjusted = biased | penalised | jnp.any(drawing)
+    tokens, greedy = lax.cond(adjusted, choose, choose_likeliest, logits)
+    # The largest of a row's logits is NaN if any is; biases and penalties make no number infinite.
+    largest = jnp.take_along_axis(logits, greedy[:, None], axis=-1, mode="clip")[:, 0]
+    return jnp.where(jnp.isfinite(largest), tokens, NO_CHOICE)
 
 
 def _adjust(logits, rows: RowSampling, biased, penalised, counts):

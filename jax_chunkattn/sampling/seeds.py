@@ -1,24 +1,43 @@
-"""Where the seeds come from of requests that begin as others: samples of a prompt, and forks."""
+"""Where seeds come from that nobody has given: of samples, of forks, and of chance.
+
+A seed made of another and a number is the same on every machine: the 4-byte BLAKE2b digest of both
+as 8 bytes each, little endian, personalised by what it is for. A sum would not do: samples of seed
+1 would repeat those of seed 0, and forks meet them. Two of these meet with a chance of one in
+2**32.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import blake2b
+from secrets import randbits
 
 from jax_chunkattn.sampling.params import SamplingParams
 
 
-def each_sample(params: SamplingParams) -> list[SamplingParams]:
-    """Of each of the `n` samples: their seeds count up from `seed`, modulo 2**32."""
-    return [replace(params, n=1, seed=(params.seed + index) % 2**32) for index in range(params.n)]
+def each_sample(params: SamplingParams) -> Sequence[SamplingParams]:
+    """Of each of the `n` samples; a seed is drawn if there is none.
+
+    The first has the seed itself, as if it were the only one, and the others `sample_seed` of it.
+    """
+    seed = randbits(32) if params.seed is None else params.seed
+    return [
+        replace(params, n=1, seed=sample_seed(seed, index) if index else seed)
+        for index in range(params.n)
+    ]
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """The seed of sample `index`, from 1 up, of a request with this seed."""
+    return _digest(seed, index, b"sample")
 
 
 def fork_seed(seed: int, number: int) -> int:
-    """The seed of a request's fork, `number` others having been made of it before.
+    """The seed of a request's fork, `number` others having been made of it before."""
+    return _digest(seed, number, b"")
 
-    It is the same on every machine: the 4-byte BLAKE2b digest of both numbers as 8 bytes each, all
-    little endian. A sum would meet the seeds of samples and of forks of forks; this meets another
-    with a chance of one in 2**32.
-    """
+
+def _digest(seed: int, number: int, purpose: bytes) -> int:
     key = seed.to_bytes(8, "little") + number.to_bytes(8, "little")
-    return int.from_bytes(blake2b(key, digest_size=4).digest(), "little")
+    return int.from_bytes(blake2b(key, digest_size=4, person=purpose).digest(), "little")

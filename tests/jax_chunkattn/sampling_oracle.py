@@ -48,7 +48,7 @@ def expected_token(row: Row) -> int:
         return int(np.argmax(logits))
     logits = logits / np.float32(params.temperature)
     kept = within_min_p(logits, within_top_p(logits, within_top_k(logits, params), params), params)
-    noise = np.asarray(_noise(np.uint32(params.seed), np.int32(row.position)))
+    noise = np.asarray(_noise(np.uint32(params.seed or 0), np.int32(row.position)))
     return int(np.argmax(np.where(kept, logits + noise, -np.inf)))
 
 

@@ -13,7 +13,7 @@ from jax_chunkattn import CacheConfig, Engine, SamplingParams, allocate_pool, pl
 from jax_chunkattn.decode_loop import NOTHING, decode_steps
 from jax_chunkattn.engine import device as device_module
 from jax_chunkattn.prefill import CALL_TOKENS, Segment, pack_segments, prefill_step
-from jax_chunkattn.programs import Programs, SplitModel
+from jax_chunkattn.programs import Invocation, Programs, SplitModel
 from jax_chunkattn.request_table import DeviceState, RequestTable, RowState, copy_chunks
 from tests.jax_chunkattn.pool_copies import assert_pool_is_updated_in_place, pool_sized_operations
 from tests.jax_chunkattn.toy import token_tree, toy_model
@@ -43,9 +43,8 @@ def pool_sizes(state):
 def test_decoding_updates_the_pool_in_place(implementation):
     args = decode_arguments("float32")
     model = SplitModel.of(toy_model())
-    program, _ = Programs().compiled(
-        decode_steps, model, args, num_steps=8, implementation=implementation
-    )
+    static = {"num_steps": 8, "implementation": implementation}
+    program, _ = Programs().compiled(Invocation(decode_steps, model, args, static))
     assert_pool_is_updated_in_place(program, **pool_sizes(args[0]))
 
 
@@ -54,14 +53,14 @@ def test_prefill_updates_the_pool_in_place():
     segment = Segment([1] * 100, list(range(30)), begin=320, end=420, write_from=320)
     batch = pack_segments([segment], num_tokens=128, chunk_size=16, num_chunks=CHUNKS)
     args = (state, np.full(8, 4, np.int32), batch)
-    program, _ = Programs().compiled(prefill_step, SplitModel.of(toy_model()), args)
+    program, _ = Programs().compiled(Invocation(prefill_step, SplitModel.of(toy_model()), args))
     assert_pool_is_updated_in_place(program, **pool_sizes(state))
 
 
 def test_copying_chunks_updates_the_pool_in_place():
     state = decode_arguments("float32")[0]
     ids = np.zeros(8, np.int32)
-    program, _ = Programs().compiled(copy_chunks, None, (state, ids, ids))
+    program, _ = Programs().compiled(Invocation(copy_chunks, None, (state, ids, ids)))
     assert_pool_is_updated_in_place(program, **pool_sizes(state))
 
 

@@ -67,6 +67,7 @@ def test_they_are_the_models_own_whatever_the_tokens_were_chosen_with():
     plain = SamplingParams(logprobs=3)
     params = SamplingParams(
         temperature=3.0,
+        seed=0,
         top_k=1,
         top_p=0.1,
         min_p=0.5,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def draw(row, params, times=1):
     """`DRAWS` draws, `times` over, all at different positions; by one program for all tests."""
     impossible = np.full(VOCABULARY - len(row), -np.inf, np.float32)
     rows = jnp.asarray(np.tile(np.append(row, impossible), (DRAWS, 1)))
-    stacked = RowSampling.stack([params] * DRAWS, DRAWS)
+    stacked = RowSampling.stack([replace(params, seed=0)] * DRAWS, DRAWS)
     positions = np.arange(times * DRAWS, dtype=np.int32).reshape(times, DRAWS)
     return np.concatenate([sample(rows, stacked, jnp.asarray(each)) for each in positions])
 
@@ -152,7 +153,7 @@ def test_a_top_p_that_rounding_never_reaches_keeps_to_top_k():
     random = np.random.default_rng(0)
     logits = random.standard_normal((2000, VOCABULARY), np.float32)
     params = SamplingParams(
-        temperature=100.0, top_k=10, top_p=float(np.nextafter(np.float32(1), 0))
+        temperature=100.0, top_k=10, top_p=float(np.nextafter(np.float32(1), 0)), seed=0
     )
     rows = RowSampling.stack([params] * 2000, 2000)
     drawn = sample(jnp.asarray(logits), rows, jnp.arange(2000, dtype=jnp.int32))
@@ -222,7 +223,7 @@ def test_draws_stay_what_they_were():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_logits_of_any_precision_are_sampled_as_float32(dtype, geometric):
     logits = jnp.asarray(np.tile(np.log(geometric), (8, 1)), dtype)
-    params = [SamplingParams(temperature=t, logit_bias={1: 0.01}) for t in (0.0, 1.0)] * 4
+    params = [SamplingParams(temperature=t, seed=0, logit_bias={1: 0.01}) for t in (0.0, 1.0)] * 4
     rows, positions = RowSampling.stack(params, 8), jnp.arange(8, dtype=jnp.int32)
     assert (
         sample(logits, rows, positions).tolist()
@@ -295,7 +296,7 @@ def test_negative_penalties_favour_what_was_generated():
 
 def test_penalties_change_what_is_drawn():
     row = np.zeros(4, np.float32)
-    params = SamplingParams(temperature=0.05, presence_penalty=2.0)
+    params = SamplingParams(temperature=0.05, seed=0, presence_penalty=2.0)
     rows = [
         Row(row, params, prompt=(0,), generated=(1, 3), position=position)
         for position in range(100)
@@ -317,3 +318,32 @@ def test_penalties_change_what_is_drawn():
 def test_numbers_too_small_for_float32_take_the_likeliest(options, geometric):
     row, order = logits_of(geometric)
     assert set(draw(row + 100, SamplingParams(**options))) == {order[0]}
+
+
+NO_NUMBERS = {
+    "a NaN": [1, np.nan, 3, 0],
+    "a NaN in front": [np.nan, 1, 3, 0],
+    "all NaN": [np.nan] * 4,
+    "an infinity": [1, np.inf, 3, 0],
+    "no token possible": [-np.inf] * 4,
+}
+OF_EVERY_KIND = [
+    SamplingParams(),
+    SamplingParams(temperature=1.0, seed=1),
+    SamplingParams(temperature=0.7, seed=2, top_k=2, top_p=0.9, min_p=0.1),
+    SamplingParams(logit_bias={0: 3.0}),
+    SamplingParams(repetition_penalty=1.3, frequency_penalty=0.5),
+]
+
+
+@pytest.mark.parametrize("logits", NO_NUMBERS.values(), ids=list(NO_NUMBERS))
+def test_no_token_is_chosen_where_logits_are_no_numbers(logits):
+    """Whatever the row asks for, and whatever the rows beside it; those are not disturbed."""
+    good = np.array([1, 2, -np.inf, 0], np.float32)
+    for params in OF_EVERY_KIND:
+        rows = [Row(np.array(logits, np.float32), params, (1,), (2,))]
+        beside = [Row(good, params, (1,), (2,)) for _ in range(3)]
+        tokens = sample_rows([*rows, *beside])
+        assert tokens[0] == sampling.NO_CHOICE < 0
+        assert tokens[1:] == sample_rows(beside + beside[:1])[:3]
+        assert min(tokens[1:]) >= 0

@@ -118,7 +118,7 @@ def test_token_counts_are_looked_up_for_penalties_only(options, calls):
         jax.debug.callback(lambda: looked_up.append(1))
         return nothing
 
-    rows = RowSampling.stack([SamplingParams(), SamplingParams(**options)], 2)
+    rows = RowSampling.stack([SamplingParams(), SamplingParams(seed=0, **options)], 2)
     jax.block_until_ready(
         jax.jit(lambda logits, positions: sample(logits, rows, positions, counts))(
             jnp.zeros((2, 8)), jnp.zeros(2, jnp.int32)

@@ -39,7 +39,7 @@ REFUSED = [
     ({"top_p": NAN}, "top_p must be a number above 0"),
     ({"seed": -1}, "seed must be an integer from 0 to 4294967295, got -1"),
     ({"seed": 2**32}, "seed must be an integer"),
-    ({"seed": None}, "seed must be an integer"),
+    ({"seed": 1.5}, "seed must be an integer"),
     ({"min_p": -0.1}, r"min_p must be a number from 0 \(off\) to 1, got -0.1"),
     ({"min_p": 1.1}, "min_p must be a number"),
     ({"repetition_penalty": 0.0}, "repetition_penalty must be a number from 0.01 to 100"),
@@ -162,7 +162,7 @@ def test_parameters_copy_pickle_hash_and_replace():
     for twin in (
         copy.deepcopy(params),
         pickle.loads(pickle.dumps(params)),
-        replace(params, seed=0),
+        replace(params, top_k=0),
         SamplingParams(logit_bias={9: -2.0, 5: 1.0}, stop=("x",), stop_token_ids=(3,)),
     ):
         assert twin == params

@@ -37,13 +37,13 @@ def test_stacking_keeps_each_row_and_pads_with_greedy_ones():
         "top_k",
         "top_p",
         "min_p",
-        "seed",
         "repetition_penalty",
         "presence_penalty",
         "frequency_penalty",
     ):
         expected = [getattr(params, name) for params in [*PARAMS, SamplingParams()]]
         np.testing.assert_allclose(getattr(rows, name)[:5], expected, rtol=1e-6)
+    np.testing.assert_array_equal(rows.seed, [2**32 - 1, 0, 0, 0, 0, 0])
     np.testing.assert_array_equal(rows.logprobs, [-1, -1, 5, 0, -1, -1])
     assert [named(tokens) for tokens in rows.bias_tokens] == [set()] * 2 + [{2, 7}] + [set()] * 3
     biases = dict(zip(rows.bias_tokens[2].tolist(), rows.bias_values[2].tolist(), strict=True))
@@ -51,6 +51,11 @@ def test_stacking_keeps_each_row_and_pads_with_greedy_ones():
     chex.assert_trees_all_equal(
         jax.tree.map(lambda x: x[4:], rows), jax.tree.map(lambda x: x, RowSampling.stack([], 2))
     )
+
+
+def test_a_row_that_draws_needs_a_seed():
+    with pytest.raises(ValueError, match="a row with a temperature needs a seed"):
+        RowSampling.stack([SamplingParams(temperature=0.5)], 1)
 
 
 def test_an_engines_stop_tokens_end_all_rows_but_those_that_ignore_them():

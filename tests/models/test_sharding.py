@@ -21,7 +21,7 @@ ON_TWO_DEVICES = """
 import jax, numpy as np
 from flax import nnx
 import models
-from jax_chunkattn.programs import Programs
+from jax_chunkattn.programs import Invocation, Programs
 from models.dense_attention import empty_pool, run_dense
 
 def logits(model):
@@ -55,7 +55,7 @@ programs = Programs()
 rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("tp"))
 for place in (*jax.devices(), rows, rows):
     x = jax.device_put(np.arange(4.0, dtype=np.float32), place)
-    program, seconds = programs.compiled(negative, None, (x,))
+    program, seconds = programs.compiled(Invocation(negative, None, (x,)))
     program([], x)
     compiled = seconds > 0
 assert not compiled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from jax_chunkattn.engine.device import Results
 from jax_chunkattn.engine.requests import Pinned
 from jax_chunkattn.engine.scheduler import Scheduler
 from jax_chunkattn.prefix_tree import PrefixTree
-from jax_chunkattn.sampling import RowSampling, log_probabilities
+from jax_chunkattn.sampling import RowSampling, log_probabilities, sample_seed
 from tests.interpreted import implementations
 from tests.jax_chunkattn.engine.engines import BytePairs, assert_all_returned, make_engine, run
 from tests.jax_chunkattn.toy import greedy_without_cache, token_tree, toy_model
@@ -229,7 +230,9 @@ def test_samples_of_one_prompt_compute_it_once_and_copy_the_tail():
     params = SamplingParams(max_tokens=12, temperature=1.0, seed=7, n=4)
     [output] = engine.generate([prompt], params)
     tokens = [list(sample.tokens) for sample in output.samples]
-    alone = [SamplingParams(max_tokens=12, temperature=1.0, seed=7 + i) for i in range(4)]
+    seeds = [sample.seed for sample in output.samples]
+    assert seeds == [7, *(sample_seed(7, index) for index in (1, 2, 3))]
+    alone = [replace(params, n=1, seed=seed) for seed in seeds]
     assert tokens == [run([make_engine().submit(prompt, one)])[0] for one in alone]
     assert len({tuple(each) for each in tokens}) == 4
     assert engine.stats.forks == 3

@@ -28,7 +28,7 @@ from hypothesis.stateful import (
 
 from jax_chunkattn import InvalidRequest, PoolExhausted, RequestFailed, SamplingParams
 from jax_chunkattn.admission import chunks_to_finish
-from jax_chunkattn.sampling import fork_seed
+from jax_chunkattn.sampling import each_sample, fork_seed
 from tests.jax_chunkattn.engine.engines import BytePairs, assert_all_returned, make_engine
 from tests.jax_chunkattn.engine.machine_requests import (
     LONG,
@@ -244,7 +244,7 @@ class EngineMachine(RuleBasedStateMachine):
             return self.saw("request refused")
         assert fits
         for index, handle in enumerate(handles):
-            assert handle.params == replace(params, n=1, seed=params.seed + index)
+            assert handle.params == each_sample(params)[index]
         first, *others = map(self.track, handles, namespaces)
         first.siblings = others if self.sharing else []
 
@@ -274,6 +274,7 @@ class EngineMachine(RuleBasedStateMachine):
         before = self.engine.stats.forks
         asked = params
         if params is None:
+            assert parent.handle.params.seed is not None
             seed = fork_seed(parent.handle.params.seed, parent.num_forks)
             params = replace(parent.handle.params, seed=seed)
         try:

@@ -197,17 +197,20 @@ def test_who_waits_for_the_lock_gets_it_before_who_takes_it_again_and_again():
 
     def keep_taking():
         nonlocal rounds
+
+        def work():
+            nonlocal rounds
+            held.set()
+            rounds += 1
+            time.sleep(0.001)
+
         while not entered and rounds < 10_000:
-            with lock:
-                held.set()
-                rounds += 1
-                time.sleep(0.001)
+            lock.run(work)
 
     def visit():
         held.wait(TIMEOUT)
         before = rounds
-        with lock, lock:
-            entered.append(rounds - before)
+        lock.run(lambda: lock.run(lambda: entered.append(rounds - before)))
 
     start(keep_taking, visit)()
     assert entered[0] <= 5
@@ -217,16 +220,13 @@ def test_the_locks_owner_may_take_it_again_while_others_wait():
     lock = FairLock()
     order = []
 
-    def wait():
-        with lock:
-            order.append("other")
-
-    with lock:
-        join = start(wait)
+    def work():
+        join = start(lambda: lock.run(lambda: order.append("other")))
         time.sleep(0.01)
-        with lock:
-            order.append("owner")
+        lock.run(lambda: order.append("owner"))
         time.sleep(0.01)
         order.append("still the owner")
-    join()
+        return join
+
+    lock.run(work)()
     assert order == ["owner", "still the owner", "other"]

@@ -1,0 +1,147 @@
+"""Requests made of what callers ask for, checked before anything changes.
+
+Whatever takes time with a long prompt or many samples happens here, outside the engine's turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+from jax_chunkattn.admission import (
+    InvalidRequest,
+    RequestLimits,
+    check_params,
+    check_positions,
+    check_priority,
+    check_prompt,
+    check_sampling,
+    check_text,
+)
+from jax_chunkattn.engine.requests import Pinned, Request
+from jax_chunkattn.engine.text import TextStream, Tokenizer, open_stream
+from jax_chunkattn.model_interface import DecoderModel
+from jax_chunkattn.sampling import SamplingParams, each_sample, fork_seed
+
+Prompt = Sequence[int] | str
+
+
+class Incoming:
+    """Makes requests for one engine; all its methods raise InvalidRequest for what is none."""
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        tokenizer: Tokenizer | None,
+        limits: RequestLimits,
+        *,
+        sharing: bool,
+    ):
+        self._model = model
+        self._tokenizer = tokenizer
+        self._limits = limits
+        self._sharing = sharing
+        self._arrivals = count()
+
+    def samples(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        salt: str,
+        *,
+        priority: int = 0,
+        hold: bool = False,
+        name: str = "the prompt",
+    ) -> list[Request]:
+        """A request for each of the samples that `params` ask for; `name` stands for the prompt in
+        messages."""
+        check_sampling(params, self._limits, name)
+        tokens = self._tokens(prompt, name)
+        check_params(params, len(tokens), self._model, name)
+        stream = self._text_stream(params, name)
+        priority, encoded = check_priority(priority), check_text(salt, "the salt")
+        return [
+            Request(
+                tokens,
+                self._salt(encoded),
+                (priority, next(self._arrivals)),
+                one,
+                stream and stream.copy(),
+                hold=hold,
+            )
+            for one in each_sample(params)
+        ]
+
+    def pinned(self, prompt: Prompt, salt: str, chunk_size: int) -> Pinned:
+        """The whole chunks of a prefix."""
+        tokens = self._tokens(prompt, "the prompt")
+        check_positions(len(tokens), 0, self._model, "the prompt")
+        whole = len(tokens) // chunk_size * chunk_size
+        if not whole:
+            raise InvalidRequest(
+                f"a prefix of {len(tokens)} tokens fills no chunk of {chunk_size}: nothing to pin"
+            )
+        encoded = check_text(salt, "the salt")
+        return Pinned(tokens[:whole], self._salt(encoded), (0, next(self._arrivals)))
+
+    def fork(
+        self, parent: Request, params: SamplingParams | None, next_token: int | None, hold: bool
+    ) -> Request:
+        """A request that goes on from where `parent` stands."""
+        if params is None:
+            params = replace(parent.params, seed=fork_seed(parent.seed, parent.num_forks))
+        check_sampling(params, self._limits, "the fork")
+        check_params(params, len(parent.prompt), self._model, "the fork")
+        if params.n != 1:
+            raise InvalidRequest(f"fork starts one, n is {params.n}: fork as often")
+        tokens = list(parent.tokens)
+        if next_token is not None:
+            if not tokens:
+                raise InvalidRequest("next_token replaces the last chosen token; there is none yet")
+            check_prompt([next_token], self._model, "next_token")
+            tokens[-1] = next_token
+        elif parent.finish_reason == "stop":
+            raise InvalidRequest("the request has stopped: a fork needs a next_token to go on with")
+        if len(tokens) >= params.max_tokens:
+            raise InvalidRequest(
+                f"the fork begins with {len(tokens)} chosen tokens, max_tokens is "
+                f"{params.max_tokens}: it must be larger"
+            )
+        stream = self._text_stream(params, "the fork")
+        text = ""
+        if stream is not None:
+            piece = stream.push(tokens)
+            if piece.stopped_after is not None:
+                raise InvalidRequest("the fork begins with a text that has a stop string in it")
+            text = piece.text
+        return Request(
+            parent.prompt,
+            parent.salt,
+            (parent.order[0], next(self._arrivals)),
+            next(iter(each_sample(params))),
+            stream,
+            hold=hold,
+            tokens=tokens,
+            text=text,
+            logprobs=parent.logprobs_for_fork(params, next_token),
+        )
+
+    def _tokens(self, prompt: Any, name: str) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise InvalidRequest(f"{name} that is text needs an engine with a tokenizer")
+            check_text(prompt, name)
+            prompt = self._tokenizer.encode(prompt)
+        return check_prompt(prompt, self._model, name)
+
+    def _salt(self, salt: bytes) -> bytes:
+        """Unshared requests get a salt that no text is: it is not UTF-8."""
+        return salt if self._sharing else b"\xff%d" % next(self._arrivals)
+
+    def _text_stream(self, params: SamplingParams, name: str) -> TextStream | None:
+        try:
+            return open_stream(self._tokenizer, params.stop)
+        except ValueError as error:
+            raise InvalidRequest(f"{name}: {error}") from None
