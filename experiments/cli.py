@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import io
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -35,6 +34,7 @@ from experiments.harness.invocation import (
     expand,
     without_option,
 )
+from experiments.harness.json_text import to_json
 from experiments.harness.results import begin_anew, new_run_path
 from experiments.kernel.command import KernelConfig
 from experiments.models.command import ModelsConfig
@@ -94,7 +94,7 @@ def run_and_report(run: Callable[[], dict[str, Any]], as_json: bool = False) -> 
         with quiet_consoles(as_json), no_interrupt_lost():
             summary = run()
         if as_json:
-            print(json.dumps(summary))
+            print(to_json(summary, ascii_only=True))
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt as interrupt:
@@ -107,7 +107,7 @@ def run_and_report(run: Callable[[], dict[str, Any]], as_json: bool = False) -> 
         return EXIT_FAILED
     except CheckFailed as failed:
         if as_json:
-            print(json.dumps(failed.summary), flush=True)
+            print(to_json(failed.summary, ascii_only=True), flush=True)
         print(f"failed: {failed}", file=sys.stderr)
         return EXIT_FAILED
     except user_errors() as error:

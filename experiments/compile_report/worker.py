@@ -9,7 +9,6 @@ each. After an abort the rest goes to a new process.
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import re
 import subprocess
@@ -23,6 +22,7 @@ from threading import Event, Lock
 from typing import Any
 
 from experiments.compile_report.target import GpuTarget, target_named
+from experiments.harness.json_text import from_json, to_json
 
 SECONDS_PER_CASE = 300
 _CASES_PER_PROCESS = 8
@@ -98,7 +98,7 @@ def _run_process(
             "output": str(output),
         }
         process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.compile_report.worker", json.dumps(job)],
+            [sys.executable, "-m", "experiments.compile_report.worker", to_json(job)],
             # Whatever a real GPU of this machine is doing, it is left alone.
             env={**os.environ, "JAX_PLATFORMS": "cpu"},
             stdin=subprocess.DEVNULL,
@@ -117,7 +117,7 @@ def _run_process(
             failure = f"not compiled within {expired.timeout:.0f} s"
         finally:
             running.discard(process)
-        records = [json.loads(line) for line in output.read_text().splitlines()]
+        records = [from_json(line) for line in output.read_text().splitlines()]
         if len(records) < len(names):
             name = names[len(records)]
             records.append({"name": name, "error": f"the compiler stopped: {failure}"})
@@ -148,7 +148,7 @@ def describe(name: str, target: GpuTarget, case: Any, dump: Path | None) -> dict
 
 def main(argument: str) -> None:
     """Compiles the cases that a JSON object names, and writes a line for each."""
-    job = json.loads(argument)
+    job = from_json(argument)
     target = target_named(job["target"])
     module, _, function = job["table"].partition(":")
     cases = getattr(importlib.import_module(module), function)()
@@ -159,7 +159,7 @@ def main(argument: str) -> None:
                 record = describe(name, target, cases[name](target), dump)
             except Exception as error:
                 record = {"name": name, "error": f"{type(error).__name__}: {_first_lines(error)}"}
-            output.write(json.dumps(record) + "\n")
+            output.write(to_json(record) + "\n")
             output.flush()
 
 

@@ -4,17 +4,17 @@
 schema's version, the experiment, its whole config and the environment. What a run measures comes in
 units (a case, a point, a side in a round). A line that ends a unit names it in `unit`; lines that
 belong to a unit name it in `of_unit`, and count only once it has ended. `summary.json` is there
-when the run has ended.
+when the run has ended. How numbers that are not finite stand in both, `harness.json_text` says.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from experiments.harness.errors import UserError
+from experiments.harness.json_text import from_json
 
 SCHEMA = 1
 RESULTS, SUMMARY = "results.jsonl", "summary.json"
@@ -79,7 +79,7 @@ def read_result(path: Path) -> Result:
     try:
         text = file.read_text(encoding="utf-8")
         summary = folder / SUMMARY
-        ended = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None
+        ended = from_json(summary.read_text(encoding="utf-8")) if summary.exists() else None
         header, *lines = _whole_lines(text)
     except OSError as error:
         raise UserError(
@@ -100,7 +100,7 @@ def read_result(path: Path) -> Result:
 def _whole_lines(text: str) -> list[Record]:
     *whole, cut_off = text.split("\n")
     del cut_off  # empty, but for a run that was killed while writing
-    lines = [json.loads(line) for line in whole]
+    lines = [from_json(line) for line in whole]
     if not lines or not all(isinstance(line, dict) and "kind" in line for line in lines):
         raise ValueError(f"{RESULTS} holds other than JSON objects with a kind")
     return lines

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from experiments.harness.errors import UserError
+from experiments.harness.json_text import as_read, to_json
 from experiments.harness.reading import (
     HEADER,
     RESULTS,
@@ -144,7 +144,7 @@ class ResultFolder:
         line = {"kind": record["kind"], "unit": unit, **record}
         self._write_line(line)
         self._count += 1
-        self.finished[unit] = json.loads(json.dumps(line))
+        self.finished[unit] = as_read(line)
         return self.finished[unit]
 
     def lines_of(self, unit: str) -> list[Record]:
@@ -163,8 +163,7 @@ class ResultFolder:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """The run has ended."""
-        text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
-        _replace(self.summary_path, text)
+        _replace(self.summary_path, to_json(summary, indent=2) + "\n")
 
     def __enter__(self) -> Self:
         return self
@@ -334,7 +333,7 @@ def config_record(config: Any) -> Record:
         name: os.fspath(value) if isinstance(value, os.PathLike) else value
         for name, value in dataclasses.asdict(config).items()
     }
-    return json.loads(json.dumps(record))
+    return as_read(record)
 
 
 def new_run_path(experiment: str, parent: Path = RUNS) -> Path:
@@ -361,7 +360,7 @@ def _difference(earlier: Result, folder: ResultFolder) -> str:
 
 
 def _as_line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    return to_json(record) + "\n"
 
 
 def _replace(path: Path, text: str) -> None:

@@ -7,13 +7,13 @@ it on another machine, years later.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol, cast
 
 from experiments.harness.console import make_console
+from experiments.harness.json_text import as_read
 from experiments.harness.reading import Record, Result, read_result
 from experiments.harness.results import ResultFolder
 from experiments.harness.tables import ResultTable, print_table
@@ -57,7 +57,7 @@ def finish(folder: ResultFolder, summary: Record, printed: Collection[str] = ())
     """
     from experiments.harness.plotting import save_figures
 
-    result = replace(read_result(folder.path), summary=json.loads(json.dumps(summary)))
+    result = replace(read_result(folder.path), summary=as_read(summary))
     views = views_of(folder.experiment)
     pictures = save_figures(folder.path, views.figures(result))
     folder.write_summary(summary)
