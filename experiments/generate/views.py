@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from experiments.generate.decoding import Measured
 from experiments.generate.summary import UNSHARED, measured_of
-from experiments.harness.plotting import bar_style, make_figure, plain_axes
+from experiments.harness.plotting import bar_style, from_zero, make_figure, plain_axes
 from experiments.harness.reading import Record, Result
 from experiments.harness.tables import Column, ResultTable, format_bytes, table_of
 
@@ -145,7 +145,7 @@ def _panel(
     for bar, shown in zip(bars, (value, unshared_value), strict=True):
         axes.bar_label(bar, labels=["" if shown is None else _short(shown)], padding=2)
     plain_axes(axes, title, "", unit)
-    axes.set_ylim(0, 1.15 * max(value, unshared_value or 0.0) or 1)
+    from_zero(axes, (value, unshared_value or 0.0), room=1.15)
 
 
 def _columns(names: tuple[str, ...], *, timed: bool = False) -> list[Column]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,12 @@ def plain_axes(axes: Axes, title: str, x: str, y: str) -> None:
     axes.grid(visible=True, axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def from_zero(axes: Axes, heights: Iterable[float], room: float) -> None:
+    """Let the axis go from 0 to `room` times the largest height that is finite."""
+    highest = max(filter(math.isfinite, heights), default=0.0)
+    axes.set_ylim(0, room * highest or 1)
 
 
 def save_figures(folder: Path, figures: Mapping[str, Figure]) -> list[Path]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.harness.plotting import line_style, make_figure, plain_axes
+from experiments.harness.plotting import from_zero, line_style, make_figure, plain_axes
 from experiments.harness.reading import Record, Result
 from experiments.harness.tables import Column, ResultTable, significant, table_of
 
@@ -44,7 +45,7 @@ def figures(result: Result) -> dict[str, Figure]:
         plain_axes(axes, "", over.replace("_", " "), name)
         heights = [float(point["headline"][name]) for point in points]
         if min(heights) >= 0:
-            axes.set_ylim(0, 1.05 * max(heights) or 1)
+            from_zero(axes, heights, room=1.05)
         axes.set_xticks(sorted({float(point["fields"][over]) for point in points}))
         axes.xaxis.set_major_formatter("{x:g}")
     if len(points[0]["fields"]) > 1:
@@ -69,7 +70,7 @@ def _series(points: list[Record], over: str) -> dict[str, list[Record]]:
 
 def _numbers(values: Any) -> bool:
     try:
-        return all(value is not None and float(value) == float(value) for value in values)
+        return all(value is not None and math.isfinite(float(value)) for value in values)
     except ValueError:
         return False
 

@@ -8,7 +8,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.harness.plotting import bar_style, line_style, make_figure, plain_axes
+from experiments.harness.plotting import (
+    bar_style,
+    from_zero,
+    line_style,
+    make_figure,
+    plain_axes,
+)
 from experiments.harness.reading import Record, Result
 from experiments.harness.tables import Column, ResultTable, format_bytes, table_of
 from experiments.quality.measures import PATHS, Measures, differences, measures_of
@@ -96,7 +102,7 @@ def _draw_perplexities(axes: Axes, dtypes: list[str], measured: list[Measures]) 
         labels = [f"{value:.4f}" for value in values]
         axes.bar_label(bars, labels=labels, padding=4, rotation=90, fontsize=8)
     axes.set_xticks(range(len(dtypes)), dtypes)
-    axes.set_ylim(0, 1.6 * max(one.perplexity for one in measured))
+    from_zero(axes, (one.perplexity for one in measured), room=1.6)
     axes.legend(loc="upper center", ncols=1, fontsize=8, frameon=False)
     plain_axes(axes, "Perplexity", "type of weights and cache", "perplexity")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,20 @@ def test_nothing_is_lost_in_float32(finished: Path):
         assert logprobs.shape == (SMALL.windows, SMALL.window)
         assert (logprobs < 0).all()
     assert headline(result.summary)["perplexity, plain"] == paths["plain"]["perplexity"]
+
+
+def test_a_model_that_computes_nan_is_shown_as_such(finished: Path):
+    result = read_result(finished)
+    lines = [
+        {**line, "logprobs": [[math.nan] * SMALL.window] * SMALL.windows}
+        if line["kind"] == "score" and line["path"] == "plain"
+        else line
+        for line in result.lines
+    ]
+    changed = dataclasses.replace(result, lines=lines)
+    [table] = quality_views.tables(changed)
+    assert [row[2] == "nan" for row in table.rows] == [True, False, False]
+    assert quality_views.figures(changed)
 
 
 def test_the_shared_prefix_counts():

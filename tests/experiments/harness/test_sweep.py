@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,17 @@ def test_a_sweep_is_drawn_over_the_option_that_is_a_number(ran: list[GenerateCon
     assert set(lines) == {"dtype=float32", "dtype=float16"}
     drawn = np.asarray(lines["dtype=float16"].get_xydata())
     assert drawn.tolist() == [[2, 20], [4, 40]]
+
+
+def test_headlines_that_are_not_finite_are_not_drawn():
+    points = [
+        {"kind": "point", "fields": {"batch": text}, "headline": {"a": a, "b": b}, "unit": text}
+        for text, a, b in (("1", 2.0, 1.0), ("2", math.inf, 2.0), ("3", 4.0, 3.0))
+    ]
+    config = {"of": "generate", "fields": {"batch": ["1", "2", "3"]}}
+    result = make_result("sweep", points, {}, config)
+    assert [axes.get_ylabel() for axes in figures(result)["picture"].axes] == ["b"]
+    assert [row[1] for row in tables(result)[0].rows] == ["2", "inf", "4"]
 
 
 def test_a_sweep_broken_off_in_its_first_point_goes_on_there(
