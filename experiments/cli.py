@@ -32,6 +32,7 @@ from experiments.harness.invocation import (
     Running,
     Showing,
     expand,
+    tell_changes,
     without_option,
 )
 from experiments.harness.json_text import to_json
@@ -144,6 +145,7 @@ def _run_experiment(name: str, arguments: list[str]) -> dict[str, Any]:
     arguments = [*arguments[:at], *expand(config_class, name, arguments[at:])]
     given = _parse(arguments)
     config, options = given.experiment, given.run
+    tell_changes(config, arguments)
     if options.fresh:
         folder = config.output or new_run_path("sweep" if options.sweep else name)
         begin_anew(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def fetch_model(source: ModelSource) -> str | Path:
     import models
 
     if source.name == SMOLLM2:
-        return models.fetch_smollm2()
+        return fetched(source.name)
     if source.is_random:
         try:
             models.preset(source.name.removeprefix(RANDOM_PREFIX))
@@ -124,6 +125,46 @@ def fetch_model(source: ModelSource) -> str | Path:
         return source.name
     if source.path is not None:
         return source.path
+    return fetched(source.name)
+
+
+@functools.cache
+def fetched(name: str) -> Path:
+    """Where `smollm2`, or a model of the hub, is; looked for once, so that all that one command
+    does is done with one."""
+    import models
     from models.hub import fetch_repository
 
-    return fetch_repository(source.name)
+    return models.fetch_smollm2() if name == SMOLLM2 else fetch_repository(name)
+
+
+def model_inputs(name: str) -> dict[str, str]:
+    """As `experiments.harness.inputs.inputs_of`, of the model that `--model name` means."""
+    source = ModelSource(name)
+    if source.is_random:
+        return {}
+    if name == SMOLLM2:
+        from models.download import SMOLLM2 as PINNED
+
+        return {name: PINNED.member_sha256}
+    if source.path is not None:
+        return _digests(source.path)
+    return {name: fetched(name).name} if HUB_NAME.fullmatch(name) else {}
+
+
+def _digests(path: Path) -> dict[str, str]:
+    """Of all files that decide what is loaded; shows how far it is."""
+    from experiments.harness.inputs import digest
+    from experiments.harness.progress import phase_display
+    from models.sources import checkpoint_files
+
+    files = checkpoint_files(path)
+    total, done = sum(file.stat().st_size for file in files), 0
+    with phase_display() as display:
+
+        def count(more: int) -> None:
+            nonlocal done
+            done += more
+            display.update("digest (MiB)", done >> 20, total >> 20)
+
+        return {str(file): digest(file, count) for file in files}

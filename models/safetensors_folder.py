@@ -72,6 +72,17 @@ def read_folder(path: str | Path) -> SafetensorsFolder:
     return SafetensorsFolder(path.parent, read_tensors(path))
 
 
+def weight_files(path: Path) -> list[Path]:
+    """The files that `read_folder` reads at `path`; raises CheckpointError when it is not clear."""
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir() and (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    shards = sorted(set(_weight_map(folder / INDEX).values())) if (folder / INDEX).exists() else []
+    if shards and (path.is_dir() or path.name in shards):
+        return [folder / shard for shard in shards]
+    return [_only_weights(folder) if path.is_dir() else path]
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file. Raises CheckpointError when it is missing, or holds none."""
     try:
@@ -93,11 +104,15 @@ def _of_folder(folder: Path) -> SafetensorsFolder:
         return SafetensorsFolder(folder, read_tensors(folder / SINGLE))
     if (folder / INDEX).exists():
         return _of_index(folder / INDEX)
+    return SafetensorsFolder(folder, read_tensors(_only_weights(folder)))
+
+
+def _only_weights(folder: Path) -> Path:
     names = sorted(file.name for file in folder.iterdir())
     weights = [name for name in names if name.endswith(SUFFIX)]
     if len(weights) != 1 or SHARD_NAME.search(weights[0]):
         raise CheckpointError(f"{folder}: {_why_no_weights(folder, names, weights)}")
-    return SafetensorsFolder(folder, read_tensors(folder / weights[0]))
+    return folder / weights[0]
 
 
 def _of_index(index: Path) -> SafetensorsFolder:

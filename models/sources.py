@@ -17,13 +17,14 @@ from models.hf_config import find_architecture, read_config
 from models.hub import fetch_repository, is_repository_name
 from models.presets import preset
 from models.random_weights import random_fill
-from models.safetensors_folder import read_folder, read_json
+from models.safetensors_folder import read_folder, read_json, weight_files
 
 if TYPE_CHECKING:
     from models.tokenizer import ChatTokenizer
 
 RANDOM_PREFIX = "random:"
 CONFIG = "config.json"
+_WORDS = ("*.json", "*.jinja", "*/*.jinja")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,22 @@ def open_checkpoint(spec: str | Path, max_positions: int | None) -> Checkpoint:
             f"*.safetensors, ORG/NAME on the Hugging Face hub, or {RANDOM_PREFIX}PRESET"
         )
     return replace(_open_path(fetch_repository(spec), max_positions), name=spec)
+
+
+def checkpoint_files(path: Path) -> list[Path]:
+    """The files that decide what `models.load` makes of a path; weights come last.
+
+    All JSON and templates of a folder are named, whether they are read or not.
+    """
+    if path.is_file() and path.suffix == ".gguf":
+        return [path]
+    folder = path if path.is_dir() else path.parent
+    words = [file for pattern in _WORDS for file in sorted(folder.glob(pattern))]
+    try:
+        weights = weight_files(path)
+    except CheckpointError:  # loading says what is wrong
+        weights = []
+    return [file for file in (*words, *weights) if file.is_file()]
 
 
 def _open_path(path: Path, max_positions: int | None) -> Checkpoint:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from typing import Annotated, Any, Generic, TypeVar
 import tyro
 
 from experiments.harness.errors import UserError
+from experiments.harness.inputs import changed_since
 from experiments.harness.options import boolean_option, option
 from experiments.harness.reading import SWEEP, read_result
+from experiments.harness.results import config_record
 
 C = TypeVar("C")
 _OWN = ("output",)  # of one run: never taken from a file or an earlier result
@@ -102,6 +105,16 @@ def expand(config_class: Any, name: str, arguments: Sequence[str]) -> list[str]:
                 raise UserError(f"--config {file}: {name} is of one run; type {option(name)}")
         expanded += as_arguments(config_class, options, f"--config {file}")
     return [*expanded, *arguments]
+
+
+def tell_changes(config: Any, arguments: Sequence[str]) -> None:
+    """Say on standard error what a run that is repeated by `--from` read, and has changed since."""
+    for earlier in _values_of("--from", arguments):
+        result = read_result(Path(earlier))
+        record = config_record(config)
+        fields = [name for name in record if result.config.get(name) == record[name]]
+        for name in changed_since(result.header.get("inputs", {}), config, fields):
+            print(f"{name} is not what it was for {earlier}", file=sys.stderr)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """What is in the folder that a run leaves behind.
 
 `results.jsonl` holds JSON lines, each with a `kind`. The first is the header, of kind `run`: the
-schema's version, the experiment, its whole config and the environment. What a run measures comes in
-units (a case, a point, a side in a round). A line that ends a unit names it in `unit`; lines that
-belong to a unit name it in `of_unit`, and count only once it has ended. `summary.json` is there
-when the run has ended. How numbers that are not finite stand in both, `harness.json_text` says.
+schema's version, the experiment, its whole config, in `inputs` what tells its files and its model
+from any other (`harness.inputs`), and the environment. What a run measures comes in units (a case,
+a point, a side in a round). A line that ends a unit names it in `unit`; lines that belong to a unit
+name it in `of_unit`, and count only once it has ended. `summary.json` is there when the run has
+ended. How numbers that are not finite stand in both, `harness.json_text` says.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from experiments.harness.errors import UserError
+from experiments.harness.inputs import NO_FILE, check_unchanged, inputs_of
 from experiments.harness.json_text import as_read, to_json
 from experiments.harness.reading import (
     HEADER,
@@ -60,20 +60,20 @@ class ResultFolder:
         """Takes over an unfinished run of the same config and inputs that `path` holds.
 
         Args:
-            inputs: what tells the contents of the files apart that the run reads; by default
-                `inputs_of(config)`.
+            inputs: what the run reads, as `inputs_of` tells it of the config by default.
             new: the folder must not be there yet.
 
         Raises:
-            UserError: the folder cannot be made or written, holds another run's results, or is
-                where another run is writing.
+            UserError: the folder cannot be made or written, holds another run's results, is where
+                another run is writing, or a file that the run reads cannot be read.
+            models.DownloadError: its model cannot be fetched.
             FileExistsError: with `new`.
         """
         self.path = path
         self.experiment = experiment
         self.config = config_record(config)
-        self.inputs = dict(inputs_of(config) if inputs is None else inputs)
         self.finished: dict[str, Record] = {}
+        self._given = config
         self._earlier: Result | None = None
         self._records: TextIO | None = None
         self._count = 0
@@ -91,10 +91,11 @@ class ResultFolder:
             ) from error
         self._lock = _lock(path)
         try:
+            self.inputs = dict(inputs_of(config) if inputs is None else inputs)
             if self.results_path.exists() and b"\n" in self.results_path.read_bytes():
                 self._take_over()  # else it was broken off before its first line was written
-        except UserError:
-            os.close(self._lock)
+        except BaseException:
+            self._leave()
             raise
 
     @property
@@ -109,8 +110,10 @@ class ResultFolder:
         """Write the header, with what the config does not tell; first of all that is written.
 
         Raises:
-            UserError: the run that is gone on with was on another device, version or commit.
+            UserError: the run that is gone on with was on another device, version or commit; or
+                what was loaded meanwhile is not what it was when the folder was opened.
         """
+        check_unchanged(self.inputs, self._given)
         header = {
             "kind": HEADER,
             "schema": SCHEMA,
@@ -178,13 +181,16 @@ class ResultFolder:
             self._records.close()
             if self._count == 0 and not (self.summary_path.exists() or self._has_points()):
                 self.results_path.unlink()
+        self._leave()
+        told_within = self._count == 0 and self._has_points()
+        if isinstance(error, KeyboardInterrupt) and not told_within:
+            error.args = (self.state(),)
+
+    def _leave(self) -> None:
         if self._made_here:
             with suppress(OSError):  # it holds something
                 self.path.rmdir()
         os.close(self._lock)
-        told_within = self._count == 0 and self._has_points()
-        if isinstance(error, KeyboardInterrupt) and not told_within:
-            error.args = (self.state(),)
 
     def _has_points(self) -> bool:
         return self.experiment == SWEEP and _has_points(self.path)
@@ -205,6 +211,11 @@ class ResultFolder:
             raise UserError(
                 f"output folder {self.path} holds results of {changed[0]} as it was then, and it "
                 "has changed; choose another with --output, or remove it"
+            )
+        if gone := [name for name, what in self.inputs.items() if what == NO_FILE]:
+            raise UserError(
+                f"output folder {self.path} holds results of what {gone[0]} gave then, which is no "
+                "file: nobody can tell whether it gives the same; choose another with --output"
             )
         self._earlier = earlier
         self.finished = earlier.finished
@@ -238,7 +249,6 @@ def open_results(
     Raises:
         UserError: as `ResultFolder`.
     """
-    inputs = inputs_of(config) if inputs is None else inputs  # read once for all folders
     chosen = config.output or default
     if chosen is not None:
         return ResultFolder(chosen, experiment, config, inputs)
@@ -314,17 +324,6 @@ def _lock(path: Path) -> int:
     except OSError:
         pass  # a file system without locks: nothing is known of other runs
     return folder
-
-
-def inputs_of(config: Any) -> dict[str, str]:
-    """A digest of each file that a config names, by its name; but for models, which are large."""
-    paths = [getattr(config, field.name) for field in dataclasses.fields(config)]
-    digests = {}
-    for path in paths:
-        if isinstance(path, Path) and path.is_file():
-            with path.open("rb") as file:
-                digests[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
 
 
 def config_record(config: Any) -> Record:

@@ -11,9 +11,10 @@ from typing import Any
 from experiments.harness.console import quiet_consoles
 from experiments.harness.environment import describe_environment
 from experiments.harness.errors import CheckFailed, UserError
+from experiments.harness.inputs import check_unchanged, inputs_of
 from experiments.harness.options import boolean_option, option
 from experiments.harness.reading import RESULTS, SWEEP, Record, read_result
-from experiments.harness.results import ResultFolder, config_record, inputs_of, open_results
+from experiments.harness.results import ResultFolder, config_record, open_results
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
 
@@ -152,6 +153,7 @@ def _run_point(
 ) -> tuple[Record, str | None]:
     """The summary of a run, and what it was to prove and did not."""
     path = folder.path / point.name
+    check_unchanged(folder.inputs, point.config)
     if (path / RESULTS).exists() and (summary := read_result(path).summary) is not None:
         return summary, "; ".join(summary.get("failures", ())) or None
     try:

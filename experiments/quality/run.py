@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from experiments.harness.compilations import compilation_cache
 from experiments.harness.environment import describe_environment
 from experiments.harness.errors import UserError
+from experiments.harness.inputs import check_unchanged
 from experiments.harness.reading import Record
 from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
-from experiments.loading import LoadOptions, ModelSource, fetch_model, load_fetched
+from experiments.loading import LoadOptions, ModelSource, load_model
 from experiments.prompts import read_text, shipped_asset
 from experiments.quality.command import QualityConfig
 from experiments.quality.measures import PATHS, measures_of
@@ -32,7 +34,7 @@ def measure(config: QualityConfig, source: ModelSource, folder: ResultFolder) ->
     environment = describe_environment()
     text = shipped_text() if config.text is None else read_text(config.text, "text")
     folder.begin(environment)
-    scoring = _Scoring(config, source, text)
+    scoring = _Scoring(config, source, text, folder.inputs)
     units = {
         f"{dtype}, {path}": functools.partial(scoring.score, dtype, path)
         for dtype in config.dtypes
@@ -69,10 +71,13 @@ def shipped_text() -> str:
 class _Scoring:
     """Holds one model and its scorer at a time, made when first needed."""
 
-    def __init__(self, config: QualityConfig, source: ModelSource, text: str) -> None:
+    def __init__(
+        self, config: QualityConfig, source: ModelSource, text: str, inputs: Mapping[str, str]
+    ) -> None:
         self._config = config
         self._text = text
-        self._spec = functools.cache(lambda: fetch_model(source))
+        self._source = source
+        self._inputs = inputs
         self._dtype: str | None = None
         self._loaded: LoadedModel | None = None
         self._scorer: SharedScorer | None = None
@@ -108,7 +113,8 @@ class _Scoring:
             self._scorer = self._loaded = None  # two models might be more than fits
             config = self._config
             options = LoadOptions(dtype, config.seed, config.max_positions)
-            self._loaded, self._dtype = load_fetched(self._spec(), options), dtype
+            self._loaded, self._dtype = load_model(self._source, options), dtype
+            check_unchanged(self._inputs, config)  # each type is loaded minutes after the last
         return self._loaded
 
     def _shared(self, loaded: LoadedModel, passage: Passage, dtype: str) -> SharedScorer:

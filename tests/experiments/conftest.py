@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from experiments.loading import fetched
 from models.download import CACHE_VARIABLE
 
 
@@ -23,8 +24,9 @@ def _own_cache_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each test has a cache folder of its own, and finds nothing compiled."""
+    """Each test has a cache folder of its own, and finds nothing compiled or fetched."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    fetched.cache_clear()
 
 
 class FakeHandle:
