@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ from experiments.harness.interrupts import deferred_interrupts
 from jax_chunkattn import (
     CacheConfig,
     Engine,
+    InvalidRequest,
+    PoolExhausted,
+    RequestFailed,
     RequestHandle,
     SamplingParams,
     chunks_needed,
@@ -103,6 +107,7 @@ def decode_batch(
     sampling: Sequence[SamplingParams],
     settings: BatchSettings,
     *,
+    names: Sequence[str],
     on_progress: OnProgress = _ignore,
     on_finished: OnFinished = _ignore,
 ) -> Measured:
@@ -110,6 +115,13 @@ def decode_batch(
 
     `on_finished` hears of each request as it finishes; when the run is interrupted, also of those
     that have not, with what they have so far.
+
+    Args:
+        names: what each prompt is called in errors.
+
+    Raises:
+        InvalidRequest, PoolExhausted: the engine cannot serve a prompt, which is named.
+        RequestFailed: an error ended a request, which is named.
     """
     started = time.perf_counter()
     with (
@@ -117,8 +129,11 @@ def decode_batch(
         deferred_interrupts() as check_interrupt,
         _engine(model, prompts, sampling, settings) as engine,
     ):
-        handles = [engine.submit(*each) for each in zip(prompts, sampling, strict=True)]
-        reporter = _Reporter(started, handles, on_finished)
+        handles = []
+        for name, prompt, params in zip(names, prompts, sampling, strict=True):
+            with _named(name):
+                handles.append(engine.submit(prompt, params))
+        reporter = _Reporter(started, handles, names, on_finished)
         try:
             while reporter.unfinished:
                 engine.step()
@@ -151,6 +166,23 @@ def decode_batch(
     )
 
 
+@contextmanager
+def _named(prompt: str) -> Iterator[None]:
+    """Errors in the block are of this prompt, and say so."""
+    try:
+        yield
+    except (InvalidRequest, PoolExhausted) as error:
+        raise type(error)(f"prompt {prompt}: {error}") from error
+
+
+def _raise_failure(prompt: str, error: BaseException | None) -> None:
+    """Raise what ended a request in the midst of the run."""
+    with _named(prompt):
+        if isinstance(error, InvalidRequest | PoolExhausted):
+            raise error
+        raise RequestFailed(f"prompt {prompt}: the request failed: {error}") from error
+
+
 def _progress(handles: Sequence[RequestHandle]) -> Progress:
     """Prompts ready, until all are; then tokens chosen."""
     ready = sum(bool(handle.tokens) for handle in handles)
@@ -167,16 +199,23 @@ class _Reporter:
     """Tells each request once: when it has finished, or at last when it will not."""
 
     def __init__(
-        self, started: float, handles: Sequence[RequestHandle], on_finished: OnFinished
+        self,
+        started: float,
+        handles: Sequence[RequestHandle],
+        names: Sequence[str],
+        on_finished: OnFinished,
     ) -> None:
         self.unfinished = dict(enumerate(handles))
         self.first_answer_seconds = math.nan
         self._started = started
+        self._names = names
         self._on_finished = on_finished
 
     def report_finished(self) -> None:
         for index, handle in list(self.unfinished.items()):
             if handle.done:
+                if handle.finish_reason == "error":
+                    _raise_failure(self._names[index], handle.error)
                 if math.isnan(self.first_answer_seconds):
                     self.first_answer_seconds = time.perf_counter() - self._started
                 self._on_finished(index, self.unfinished.pop(index))

@@ -108,6 +108,7 @@ def decode(
         prompts.tokens,
         sampling,
         settings,
+        names=[line.where for line in prompts.lines],
         on_progress=lambda progress: display.update(progress.phase, progress.done, progress.total),
         **callbacks,
     )

@@ -36,6 +36,7 @@ class FakeHandle:
         self.params = params
         self.chosen: list[int] = []
         self.finish_reason: str | None = None
+        self.error: Exception | None = None
 
     @property
     def tokens(self) -> tuple[int, ...]:

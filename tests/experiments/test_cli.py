@@ -216,3 +216,19 @@ def test_a_bug_is_not_hidden() -> None:
 
     with pytest.raises(ZeroDivisionError):
         run_and_report(run)
+
+
+def test_a_prompt_that_the_engine_refuses_is_told_in_one_line_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from experiments.generate import decoding
+
+    monkeypatch.setattr(decoding, "chunks_needed", lambda *_, **__: 4)
+    monkeypatch.chdir(tmp_path)
+    lengths = (8, 200, 8)
+    Path("q.jsonl").write_text("\n\n".join(f'{{"tokens": {[1] * n}}}' for n in lengths))
+    options = ["--model", "random:tiny", "--prompts", "q.jsonl", "--max-tokens", "4"]
+    assert main(["generate", *options, "--chunk-size", "16"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: prompt q.jsonl:3: a request of 200 tokens that asks for 4 more")
+    assert told.count("\n") == 1

@@ -11,7 +11,7 @@ import pytest
 from experiments.generate.decoding import BatchSettings, Measured, decode_batch
 from experiments.harness.interrupts import deferred_interrupts, no_interrupt_lost
 from experiments.sampling import MOST_TEMPERATURE, MOST_TOP_K
-from jax_chunkattn import SamplingParams
+from jax_chunkattn import InvalidRequest, PoolExhausted, RequestFailed, SamplingParams
 
 SETTINGS = BatchSettings(
     chunk_size=16,
@@ -26,13 +26,55 @@ SETTINGS = BatchSettings(
 def decode(**callbacks: Any) -> Measured:
     prompts = [(1, 2, 3), (1, 2, 4), (1, 2, 5)]
     sampling = [SamplingParams(max_tokens=8)] * 3
-    return decode_batch(None, prompts, sampling, SETTINGS, **callbacks)
+    names = [f"q.txt:{line}" for line in (1, 3, 4)]
+    return decode_batch(None, prompts, sampling, SETTINGS, names=names, **callbacks)
 
 
 def test_each_request_is_told_as_it_finishes(fake_engine: type) -> None:
     told = []
     decode(on_finished=lambda index, request: told.append((index, len(request.tokens))))
     assert told == [(0, 1), (1, 2), (2, 3)]
+
+
+@pytest.mark.parametrize("kind", [InvalidRequest, PoolExhausted])
+def test_a_prompt_that_the_engine_refuses_is_named(
+    fake_engine: Any, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    submit = fake_engine.submit
+
+    def refuse(engine: Any, prompt: tuple[int, ...], params: SamplingParams) -> Any:
+        if prompt == (1, 2, 4):
+            raise kind("it never fits")
+        return submit(engine, prompt, params)
+
+    monkeypatch.setattr(fake_engine, "submit", refuse)
+    with pytest.raises(kind, match=r"^prompt q.txt:3: it never fits$"):
+        decode()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (PoolExhausted("no room"), PoolExhausted, "no room"),
+        (ZeroDivisionError("zero"), RequestFailed, "the request failed: zero"),
+    ],
+)
+def test_a_request_that_an_error_ended_is_no_answer(
+    fake_engine: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    kind: type[Exception],
+    message: str,
+) -> None:
+    step = fake_engine.step
+
+    def fail(engine: Any) -> None:
+        step(engine)
+        engine.handles[2].finish_reason, engine.handles[2].error = "error", error
+
+    monkeypatch.setattr(fake_engine, "step", fail)
+    with pytest.raises(kind, match=rf"^prompt q.txt:4: {message}$"):
+        decode()
 
 
 def test_interrupted_requests_are_told_with_what_they_have(fake_engine: Any) -> None:
