@@ -31,6 +31,7 @@ from experiments.harness.interrupts import no_interrupt_lost
 from experiments.harness.invocation import (
     Running,
     Showing,
+    check_texts,
     expand,
     tell_changes,
     without_option,
@@ -132,6 +133,7 @@ def _give_up_standard_output() -> None:
 
 
 def _run(arguments: list[str]) -> dict[str, Any]:
+    check_texts(arguments)
     name = next((one for one in arguments if not one.startswith("-")), None)
     if name in EXPERIMENTS:
         return _run_experiment(name, arguments)
@@ -143,6 +145,7 @@ def _run_experiment(name: str, arguments: list[str]) -> dict[str, Any]:
     config_class = EXPERIMENTS[name]
     at = arguments.index(name) + 1
     arguments = [*arguments[:at], *expand(config_class, name, arguments[at:])]
+    check_texts(arguments)
     given = _parse(arguments)
     config, options = given.experiment, given.run
     tell_changes(config, arguments)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from experiments.harness.errors import UserError
+from experiments.harness.json_text import is_half_a_pair
 
 if TYPE_CHECKING:
     from models import LoadedModel
@@ -135,6 +136,8 @@ def _parse_json_line(line: str, where: str) -> PromptLine:
         text = record["text"]
         if not isinstance(text, str) or not text.strip():
             raise UserError(f'prompts file {where}: "text" must be a string that is not blank')
+        if is_half_a_pair(text):
+            raise UserError(f'prompts file {where}: "text" has half a surrogate pair: no text')
         return PromptLine(where, text=text.strip())
     tokens = record["tokens"]
     if not isinstance(tokens, list) or not tokens or not all(map(_is_token_id, tokens)):

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.harness.errors import UserError
+from experiments.harness.json_text import is_half_a_pair
+
 _OBTAINED = "/jax/core/compile/backend_compile_duration"
 _FROM_CACHE = "/jax/compilation_cache/cache_hits"
 
@@ -25,14 +28,23 @@ def compilation_cache(folder: Path | None = None) -> Iterator[None]:
 
     In `folder`, else in the project's cache; or where the user chose to, through JAX's own setting.
     JAX's settings are left as they were.
+
+    Raises:
+        UserError: the project's cache is at a path that is no text, which JAX does not take.
     """
     import jax
     from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
     import models
+    from models.download import CACHE_VARIABLE
 
     folder = folder or models.cache_dir() / "jax"
     chosen = jax.config.values[_CACHE_FOLDER]
+    if not chosen and is_half_a_pair(str(folder)):
+        raise UserError(
+            f"the cache folder {str(folder)!a} is no text in UTF-8, which JAX needs; choose "
+            f"another with {CACHE_VARIABLE}"
+        )
     wanted = {_CACHE_FOLDER: chosen or str(folder), **_KEEP_ALL}
     before = {name: jax.config.values[name] for name in wanted}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ import tyro
 
 from experiments.harness.errors import UserError
 from experiments.harness.inputs import changed_since
+from experiments.harness.json_text import is_half_a_pair
 from experiments.harness.options import boolean_option, option
 from experiments.harness.reading import SWEEP, read_result
 from experiments.harness.results import config_record
@@ -76,6 +78,27 @@ class Showing(Generic[C]):
 
     experiment: C
     run: ShowOptions
+
+
+def check_texts(arguments: Sequence[str]) -> None:
+    """Raise `UserError` for what was typed, or is in a file of options, and is no text.
+
+    A path of other bytes than UTF-8 (in Python, with half surrogate pairs) could stand in no
+    result, page or table; nor does any system take paths with a zero byte.
+    """
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if "\0" in argument or is_half_a_pair(argument):
+            named = before.startswith("--") and "=" not in before and not argument.startswith("--")
+            shown = f"{before} {_in_bytes(argument)}" if named else _in_bytes(argument)
+            encoding = sys.getfilesystemencoding().upper()
+            what = "it has a zero byte" if "\0" in argument else f"it is no text in {encoding}"
+            raise UserError(f"{shown} cannot be used: {what}")
+
+
+def _in_bytes(argument: str) -> str:
+    """With `\\xff` for a byte that is no text, and what else is not shown escaped as well."""
+    bytes_shown = re.sub("[\udc80-\udcff]", lambda found: f"\\x{ord(found[0]) & 0xFF:x}", argument)
+    return bytes_shown.replace("\0", "\\0").encode(errors="backslashreplace").decode()
 
 
 def expand(config_class: Any, name: str, arguments: Sequence[str]) -> list[str]:

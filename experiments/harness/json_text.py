@@ -28,6 +28,11 @@ def to_json(value: Any, *, indent: int | None = None, ascii_only: bool = False) 
     return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
+def is_half_a_pair(text: str) -> bool:
+    """Whether a text has half a surrogate pair, which makes it no text."""
+    return _SURROGATE.search(text) is not None
+
+
 def from_json(text: str | bytes) -> Any:
     """The value whose text that is; also of what was written with bare NaN and Infinity.
 

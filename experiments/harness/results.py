@@ -77,8 +77,8 @@ class ResultFolder:
         self._earlier: Result | None = None
         self._records: TextIO | None = None
         self._count = 0
-        self._made_here = not path.exists()
         try:
+            self._made_here = not path.exists()
             path.mkdir(parents=True, exist_ok=not new)
             with tempfile.TemporaryFile(dir=path):
                 pass

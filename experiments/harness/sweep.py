@@ -18,6 +18,8 @@ from experiments.harness.results import ResultFolder, config_record, open_result
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
 
+_LONGEST_NAME = 255
+
 Values = dict[str, tuple[str, ...]]
 
 
@@ -82,6 +84,11 @@ def make_points(
     for values in itertools.product(*fields.values()):
         chosen = dict(zip(fields, values, strict=True))
         points.append(Point(chosen, parse([_argument(n, v, switches) for n, v in chosen.items()])))
+        if len(points[-1].name.encode()) > _LONGEST_NAME:
+            raise UserError(
+                f"--sweep: a folder cannot be named {points[-1].name:.60}... after its point, in "
+                f"more than {_LONGEST_NAME} bytes; give files shorter names"
+            )
     return points
 
 

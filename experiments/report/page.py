@@ -10,6 +10,7 @@ from typing import Any
 
 from experiments.harness.console import make_console
 from experiments.harness.errors import UserError
+from experiments.harness.json_text import is_half_a_pair
 from experiments.harness.plotting import save_figures
 from experiments.harness.reading import RESULTS, Result, folder_of, read_result
 from experiments.harness.results import new_run_path
@@ -48,6 +49,8 @@ def _read_all(paths: list[Path]) -> tuple[dict[Path, Result], list[str]]:
     problems: list[str] = []
     for path in paths:
         try:
+            if is_half_a_pair(str(path)):
+                raise UserError(f"{str(path)!a} is no text in UTF-8, so that no page can name it")
             result = read_result(path)
             if result.experiment not in VIEWS:
                 raise UserError(f"{path} is of {result.experiment!r}, which is no experiment here")
@@ -70,8 +73,11 @@ def find_results(given: Iterable[Path]) -> list[Path]:
     found: dict[Path, Path] = {}
     for path in given:
         folder = folder_of(path)
-        if not folder.is_dir():
-            raise UserError(f"{path} is no folder")
+        try:
+            if not folder.is_dir():
+                raise UserError(f"{path} is no folder")
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
         below = sorted(one.parent for one in folder.rglob(RESULTS))
         # The points of a sweep are in its own table.
         below = [one for one in below if one == folder or not (one.parent / RESULTS).exists()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -14,6 +15,8 @@ import pytest
 from experiments.cli import COMMANDS, DEBUG_VARIABLE, EXPERIMENTS, main, run_and_report
 from experiments.harness.console import make_console
 from experiments.harness.errors import CheckFailed, UserError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 HEAVY = ("jax", "numpy", "flax", "rich", "matplotlib", "models", "jax_chunkattn", "pallas_kernels")
 
@@ -115,6 +118,9 @@ BAD_INPUT = {
     "malformed prompts": (["--prompts", "bad.jsonl"], "bad.jsonl:2: not valid JSON"),
     "missing system prompt": (["--system-prompt", "absent.md"], "absent.md: No such file"),
     "empty system prompt": (["--system-prompt", "empty.txt"], "empty.txt: the file is empty"),
+    "half a character": (["--prompts", "half.jsonl"], '"text" has half a surrogate pair'),
+    "zero byte": (["--config", "zero.toml"], "--prompts=a\\0b cannot be used: it has a zero byte"),
+    "long output": (["--output", "a" * 300], "cannot be written (File name too long)"),
     "output below a file": (["--output", "text.gguf/out"], "text.gguf/out cannot be written"),
 }
 
@@ -131,6 +137,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
     monkeypatch.delenv(DEBUG_VARIABLE, raising=False)
     Path("empty.txt").write_text("\n \n")
     Path("text.gguf").write_text("not a model")
+    Path("half.jsonl").write_text('{"text": "\\ud800"}\n')
+    Path("zero.toml").write_text('prompts = "a\\u0000b"\n')
     Path("bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
 
     model = [] if "--model" in arguments else ["--model", "random:tiny"]
@@ -232,3 +240,68 @@ def test_a_prompt_that_the_engine_refuses_is_told_in_one_line_with_its_place(
     told = capsys.readouterr().err
     assert told.startswith("error: prompt q.jsonl:3: a request of 200 tokens that asks for 4 more")
     assert told.count("\n") == 1
+
+
+NO_TEXT = os.fsdecode(b"runs/\xff")
+
+
+def path_options() -> list[list[str]]:
+    """Every option of every command that takes a path or a text, given one that is not UTF-8."""
+    given = []
+    for name, config_class in {**EXPERIMENTS, **COMMANDS}.items():
+        texts = [
+            field.name.replace("_", "-")
+            for field in dataclasses.fields(config_class)
+            if "Path" in str(field.type) or "str" in str(field.type)
+        ]
+        shared = ["config", "from", "sweep"] if name in EXPERIMENTS else []
+        given += [[name, f"--{option}", NO_TEXT] for option in (*texts, *shared)]
+    return [*given, ["report", NO_TEXT], [NO_TEXT], ["generate", f"--output={NO_TEXT}"]]
+
+
+@pytest.mark.parametrize("arguments", path_options(), ids=lambda given: " ".join(given[:2])[:20])
+def test_what_is_not_utf8_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert told.endswith("runs/\\xff cannot be used: it is no text in UTF-8\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_not_utf8_and_a_locale_of_ascii_are_in_nobodys_way(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+    def run(*arguments: str | bytes) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "experiments", *arguments],
+            cwd=folder,
+            env={**os.environ, **ascii_only, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            check=False,
+        )
+
+    assert run("tree", "--smoke", "--output", "out").returncode == 0
+    assert run("report", "out", "--output", "page").returncode == 0
+    assert "tree" in (folder / "page" / "report.md").read_text()
+    refused = run("generate", "--bogus", "\N{LATIN SMALL LETTER E WITH ACUTE}".encode())
+    assert refused.returncode == 2
+    assert refused.stderr == b"error: --bogus \\xc3\\xa9 cannot be used: it is no text in ASCII\n"
+
+
+def test_no_page_is_made_of_a_folder_that_it_cannot_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    (folder / "results.jsonl").touch()
+    assert main(["report", "."]) == 2
+    assert capsys.readouterr().err.startswith("error: '\\udcff' is no text in UTF-8")

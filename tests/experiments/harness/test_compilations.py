@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from experiments.harness.compilations import compilation_cache, count_compilations
+from experiments.harness.errors import UserError
 
 
 def test_compilations_are_counted_once_a_program() -> None:
@@ -43,3 +46,9 @@ def test_a_folder_that_the_user_chose_is_left_in_place(tmp_path: Path) -> None:
         jax.jit(lambda x: x * 5.0 - 0.75)(jnp.ones(7))
     assert list((tmp_path / "chosen").iterdir())
     assert not (tmp_path / "ours").exists()
+
+
+def test_a_cache_folder_that_jax_cannot_name_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff")
+    with pytest.raises(UserError, match="udcff' is no text in UTF-8"), compilation_cache(folder):
+        pass

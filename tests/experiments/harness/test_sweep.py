@@ -203,6 +203,7 @@ def test_points_may_have_headlines_of_their_own_and_below_zero():
         (["--sweep", "batch=2", "--sweep", "batch=3"], "--sweep names --batch twice"),
         (["--sweep", "batch=2,0"], "--batch must be at least 1, got 0"),
         (["--sweep", "output=a,b"], "unknown option 'output'"),
+        (["--sweep", "prompts=a," + "b" * 250], "--sweep: a folder cannot be named prompts=bbb"),
         (["--sweep", "sharing=yes"], "--sweep sharing=yes: expected true or false"),
     ],
 )
