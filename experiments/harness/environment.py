@@ -5,6 +5,7 @@ JAX is imported inside the functions that need it, so that checks of the user's 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import resource
@@ -14,7 +15,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("jax-chunkattn", "jax", "jaxlib", "flax", "numpy")
+_PACKAGES = ("jax-chunkattn", "jax", "jaxlib", "flax", "numpy", "tokenizers", "jinja2")
+_SETTINGS = ("JAX_", "XLA_", "NVIDIA_TF32_OVERRIDE", "NPROC", "OMP_NUM_THREADS")
+_NO_SETTINGS = (  # of where things are kept, what is shown, and which device, which is told itself
+    "JAX_CHUNKATTN_",
+    "JAX_COMPILATION_CACHE",
+    "JAX_LOGGING_LEVEL",
+    "JAX_PERSISTENT_CACHE",
+    "JAX_PLATFORMS",
+    "JAX_TRACEBACK_FILTERING",
+    "XLA_PYTHON_CLIENT_",
+)
 _STATM = Path("/proc/self/statm")
 
 
@@ -43,6 +54,7 @@ def describe_host() -> dict[str, Any]:
         "machine": platform.platform(),
         "python": platform.python_version(),
         "versions": package_versions(),
+        "settings": settings(),
         "commit": git_commit(),
         "command": ["python", "-m", "experiments", *sys.argv[1:]],
     }
@@ -51,6 +63,15 @@ def describe_host() -> dict[str, Any]:
 def package_versions() -> dict[str, str | None]:
     """Installed versions of what the numbers depend on; None for what is not installed."""
     return {name: package_version(name) for name in _PACKAGES}
+
+
+def settings() -> dict[str, str]:
+    """Environment variables that change what JAX computes, and on how many threads."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_SETTINGS) and not name.startswith(_NO_SETTINGS)
+    }
 
 
 def package_version(name: str) -> str | None:
@@ -62,22 +83,25 @@ def package_version(name: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """The commit this code is at, with `+` when tracked files differ from it; None outside git."""
+    """The commit this code is at; None outside git.
+
+    Where tracked files differ from it, `+` and a digest of how: two states are not taken for one.
+    """
     root = Path(__file__).resolve().parents[2]
 
-    def git(*arguments: str) -> str:
+    def git(*arguments: str) -> bytes:
         return subprocess.run(
             ["git", "-C", str(root), *arguments],
             check=True,
             capture_output=True,
-            text=True,
             timeout=10,
         ).stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", "experiments/harness/environment.py")
-        commit = git("rev-parse", "HEAD")
-        return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        commit = git("rev-parse", "HEAD").decode()
+        difference = git("diff", "HEAD", "--binary", "--no-ext-diff", "--no-textconv")
+        return f"{commit}+{hashlib.sha256(difference).hexdigest()[:12]}" if difference else commit
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -33,8 +33,8 @@ from experiments.harness.reading import (
 RUNS = Path("runs")
 
 _NOT_PART = ("output",)  # of what makes two configs the same
-_SAME_HOST = ("versions", "commit")
-_SAME_WHERE = ("device", "device_count", *_SAME_HOST)
+_SAME_HOST = ("python", "versions", "settings", "cpu_count", "commit")
+_SAME_WHERE = ("device", "device_count", "torch", *_SAME_HOST)
 
 
 class ResultFolder:
@@ -110,8 +110,8 @@ class ResultFolder:
         """Write the header, with what the config does not tell; first of all that is written.
 
         Raises:
-            UserError: the run that is gone on with was on another device, version or commit; or
-                what was loaded meanwhile is not what it was when the folder was opened.
+            UserError: the run that is gone on with was on another device, version, setting or
+                commit; or what was loaded meanwhile is not what it was when the folder was opened.
         """
         check_unchanged(self.inputs, self._given)
         header = {
@@ -296,12 +296,12 @@ def _unfinished(experiment: str) -> Iterator[Path]:
     from experiments.harness.environment import describe_host
 
     host = describe_host()
-    if (host["commit"] or "").endswith("+"):  # nobody knows what has changed since
+    if "+" in (host["commit"] or ""):  # nobody knows what has changed since
         return
     for path in broken_off:
         with suppress(UserError):
             result = read_result(path)
-            same = all(result.environment.get(name) == host[name] for name in _SAME_HOST)
+            same = all(result.environment.get(name) == host.get(name) for name in _SAME_HOST)
             if same and (result.finished or (experiment == SWEEP and _has_points(path))):
                 yield path
 

@@ -116,8 +116,9 @@ def _origin(result: Result) -> str:
     versions = ", ".join(f"{name} {one}" for name, one in where["versions"].items() if one)
     device = where["device"] or "no device used"
     commit = where["commit"] or "unknown commit"
+    settings = "".join(f", {name}={one}" for name, one in where.get("settings", {}).items())
     return (
         f"`{shlex.join(where['command'])}`\n\n"
         f"{result.header['date']}, {device}, {where['cpu_count']} CPUs, {where['machine']}, "
-        f"Python {where['python']}, {versions}; commit {commit}"
+        f"Python {where['python']}, {versions}{settings}; commit {commit}"
     )

@@ -206,7 +206,9 @@ def test_an_interrupt_after_the_summary_says_that_the_run_has_ended(tmp_path: Pa
         end_and_interrupt()
 
 
-@pytest.mark.parametrize("name", ["device", "versions", "commit"])
+@pytest.mark.parametrize(
+    "name", ["device", "torch", "python", "versions", "settings", "cpu_count", "commit"]
+)
 def test_a_run_somewhere_else_is_not_gone_on_with(tmp_path: Path, name: str) -> None:
     break_off(tmp_path / "out")
     with (
@@ -230,7 +232,7 @@ def test_the_same_command_finds_what_was_broken_off(
     assert open_results("serve", ServeConfig(seed=1)).path == Path("runs/serve-1")
     assert open_results("serve", ServeConfig(seed=2)).path == Path("runs/serve-2")
     assert open_results("serve", ServeConfig(seed=3)).finished == {}
-    changed = WHERE | {"commit": "abc+"}  # nobody knows what has changed since
+    changed = WHERE | {"commit": "abc+123"}  # nobody knows what has changed since
     monkeypatch.setattr(environment, "describe_host", lambda: changed)
     assert open_results("serve", ServeConfig(seed=1)).finished == {}
 

@@ -20,7 +20,7 @@ from experiments.harness.results import ResultFolder
 from experiments.harness.sweep_views import figures, tables
 from tests.experiments.results import ENVIRONMENT, make_result, summary_in
 
-HOST = {"versions": ENVIRONMENT["versions"], "commit": ENVIRONMENT["commit"]}
+HOST = ENVIRONMENT
 
 SWEEP = ["generate", "--sweep", "batch=2,4,8", "--sweep", "dtype=float32,bfloat16", "--output", "s"]
 
