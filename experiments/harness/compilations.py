@@ -6,20 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from experiments.harness.errors import UserError
 from experiments.harness.json_text import is_half_a_pair
 
 _OBTAINED = "/jax/core/compile/backend_compile_duration"
 _FROM_CACHE = "/jax/compilation_cache/cache_hits"
-
-
-_CACHE_FOLDER = "jax_compilation_cache_dir"
-_KEEP_ALL = {
-    "jax_persistent_cache_min_compile_time_secs": 0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-}
+_SETTINGS = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+)
 
 
 @contextmanager
@@ -35,29 +32,22 @@ def compilation_cache(folder: Path | None = None) -> Iterator[None]:
     import jax
     from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-    import models
-    from models.download import CACHE_VARIABLE
+    from jax_chunkattn.compilation_cache import CACHE_VARIABLE, cache_dir, use_compilation_cache
 
-    folder = folder or models.cache_dir() / "jax"
-    chosen = jax.config.values[_CACHE_FOLDER]
-    if not chosen and is_half_a_pair(str(folder)):
+    before = {name: jax.config.values[name] for name in _SETTINGS}
+    wanted = before[_SETTINGS[0]] or folder or cache_dir() / "jax"
+    if is_half_a_pair(str(wanted)):
         raise UserError(
-            f"the cache folder {str(folder)!a} is no text in UTF-8, which JAX needs; choose "
+            f"the cache folder {str(wanted)!a} is no text in UTF-8, which JAX needs; choose "
             f"another with {CACHE_VARIABLE}"
         )
-    wanted = {_CACHE_FOLDER: chosen or str(folder), **_KEEP_ALL}
-    before = {name: jax.config.values[name] for name in wanted}
-
-    def apply(settings: dict[str, Any]) -> None:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        reset_cache()  # JAX reads the folder once, at the first compilation
-
-    apply(wanted)
+    use_compilation_cache(wanted)
     try:
         yield
     finally:
-        apply(before)
+        for name, value in before.items():
+            jax.config.update(name, value)
+        reset_cache()
 
 
 @dataclass

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 
 from models.gguf_file import read_gguf
@@ -107,3 +110,28 @@ def test_templates_that_fail_or_escape_their_sandbox_are_value_errors(tmp_path, 
     tokenizer = make_tokenizer(tmp_path, template=template)
     with pytest.raises(ValueError, match="chat template"):
         tokenizer.render_chat([{"role": "user", "content": "he"}])
+
+
+def test_other_threads_go_on_while_a_long_text_is_tokenised(tmp_path):
+    """A second of it would stall everybody who is served by the same process."""
+    tokenizer = make_tokenizer(tmp_path)
+    text = "he said hello, and then some more. " * 40_000
+    begun, ended, ticks = threading.Event(), threading.Event(), []
+
+    def tick():
+        begun.wait()
+        while not ended.is_set():
+            ticks.append(time.monotonic())
+            time.sleep(1e-3)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    began = time.monotonic()
+    begun.set()
+    ids = tokenizer.encode(text)
+    seconds = time.monotonic() - began
+    ended.set()
+    thread.join()
+    assert tokenizer.decode(ids) == text
+    assert seconds > 0.1, "too short a text to tell"
+    assert sum(began < at < began + seconds for at in ticks) > 10
