@@ -47,6 +47,23 @@ class Windows:
 
 
 @dataclass(frozen=True)
+class Scalings:
+    """How an architecture reads rotary embedding's keys of config.json, where not as Llama.
+
+    Attributes:
+      turns_part: whether `partial_rotary_factor` counts; heads of others turn whole, whatever it
+        says.
+      original_positions: `original_max_position_embeddings` where config.json has none; None: as
+        many as the model has, or what stands beside the scaling.
+      names: the scalings that it has, by the names that mean them; None is all, by their own.
+    """
+
+    turns_part: bool = False
+    original_positions: int | None = None
+    names: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One architecture.
 
@@ -57,6 +74,7 @@ class Architecture:
       layout: of its checkpoints' tensors.
       rotates: whether positions are told by rotary embedding.
       theta, local_theta: the base where config.json has none, and that of layers with a window.
+      scalings: which scalings of rotary embedding it has, and how they are read.
       nope_interval: layers `interval - 1`, `2 interval - 1`, ... do not rotate, unless config.json
         says which.
       windows: what it does with sliding windows.
@@ -71,6 +89,7 @@ class Architecture:
     rotates: bool = True
     theta: float = 10_000.0
     local_theta: float | None = None
+    scalings: Scalings = Scalings()
     nope_interval: int | None = None
     windows: Windows = Windows(if_used=True)
     must_be: Mapping[str, Any] = field(default_factory=dict)
@@ -222,6 +241,11 @@ PHI3 = Architecture(
             "model.layers.{}.mlp.gate_up_proj": ("gate", "up"),
             "model.layers.{}.mlp.down_proj": ("down",),
         },
+    ),
+    scalings=Scalings(
+        turns_part=True,
+        original_positions=4096,
+        names={"default": "default"} | dict.fromkeys(("longrope", "su", "yarn"), "longrope"),
     ),
     windows=Windows(),
 )

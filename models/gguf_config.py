@@ -7,10 +7,20 @@ GPT-2's matrices.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from models.architectures import GEMMA2, GEMMA3, GPT2, LLAMA, PHI3, QWEN2, QWEN3, Architecture
+from models.architectures import (
+    GEMMA2,
+    GEMMA3,
+    GPT2,
+    LLAMA,
+    PHI3,
+    QWEN2,
+    QWEN3,
+    Architecture,
+    Scalings,
+)
 from models.errors import CheckpointError
 from models.gguf_file import GGUFFile
 from models.layout import Layout
@@ -100,6 +110,10 @@ _WORDS = {
     "rope.freq_base": ("rope_theta",),
 }
 """For each key of GGUF, after the architecture's name, the keys of config.json that mean it."""
+_SCALING_WORDS = {
+    "factor": "factor",
+    "original_context_length": "original_max_position_embeddings",
+}
 _REQUIRED = {
     "embedding_length",
     "feed_forward_length",
@@ -117,7 +131,8 @@ def gguf_architecture(file: GGUFFile) -> tuple[Architecture, Layout]:
             f"{file.path}: architecture {name!r} is not supported in GGUF files, only "
             f"{', '.join(KINDS)}"
         )
-    return KINDS[name].architecture, KINDS[name].layout
+    architecture = replace(KINDS[name].architecture, scalings=Scalings(turns_part=True))
+    return architecture, KINDS[name].layout
 
 
 def hf_words(file: GGUFFile) -> dict[str, Any]:
@@ -161,12 +176,10 @@ def _rope_words(file: GGUFFile, name: str, head_dim: int) -> dict[str, Any]:
         words["partial_rotary_factor"] = rotated / max(head_dim, 1)
     kind = file.metadata.get(f"{name}.rope.scaling.type", "none")
     if kind != "none":
-        words["rope_scaling"] = {
-            "rope_type": kind,
-            "factor": file.metadata.get(f"{name}.rope.scaling.factor"),
-            "original_max_position_embeddings": file.metadata.get(
-                f"{name}.rope.scaling.original_context_length"
-            ),
+        words["rope_scaling"] = {"rope_type": kind} | {
+            word: file.metadata[f"{name}.rope.scaling.{key}"]
+            for key, word in _SCALING_WORDS.items()
+            if f"{name}.rope.scaling.{key}" in file.metadata
         }
     if _ROPE_FACTORS in file.shapes:
         if kind != "none":
@@ -175,6 +188,7 @@ def _rope_words(file: GGUFFile, name: str, head_dim: int) -> dict[str, Any]:
             words["rope_scaling"] = {
                 "rope_type": "longrope",
                 "short_factor": factors.tolist(),
+                "long_factor": factors.tolist(),
                 "attention_factor": 1.0,
             }
     return words

@@ -1,14 +1,18 @@
 """Which layers rotate how, by config.json: in transformers' words from version 5 on, and before.
 
 From version 5 on `rope_parameters` has it all, for all layers or by type of layer; before, the base
-was `rope_theta`, and what scales it `rope_scaling`.
+was `rope_theta`, and what scales it `rope_scaling`. Words are read as transformers 5.24 reads them
+(modeling_rope_utils.py, and the configuration of each architecture), also where it passes some over
+in silence. What it raises over is refused, and a scaling that it warns of and leaves out.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
+
+import numpy as np
 
 from models.architectures import Architecture
 from models.config import DecoderConfig
@@ -24,12 +28,15 @@ from models.rope import (
     yarn_attention_factor,
 )
 
-LAYER_TYPES = ("full_attention", "sliding_attention")
+FULL, SLIDING = LAYER_TYPES = ("full_attention", "sliding_attention")
+ORIGINAL = "original_max_position_embeddings"
+BESIDE = f"{ORIGINAL} beside the scaling"
+PART = "partial_rotary_factor"
+
+Words = Mapping[str, Any]
 
 
-def layer_types(
-    config: Mapping[str, Any], architecture: Architecture, num_layers: int
-) -> list[str]:
+def layer_types(config: Words, architecture: Architecture, num_layers: int) -> list[str]:
     """Of each layer, whether it sees everything or a window.
 
     Raises:
@@ -44,7 +51,7 @@ def layer_types(
         return kinds
     windows = architecture.windows
     if windows.if_used and not config.get("use_sliding_window", False):
-        return ["full_attention"] * num_layers
+        return [FULL] * num_layers
     if windows.pattern is not None:
         pattern = config.get("sliding_window_pattern") or windows.pattern
         return [LAYER_TYPES[(layer + 1) % pattern != 0] for layer in range(num_layers)]
@@ -53,7 +60,7 @@ def layer_types(
 
 
 def read_ropes(
-    config: Mapping[str, Any],
+    config: Words,
     architecture: Architecture,
     decoder: DecoderConfig,
     max_positions: int | None,
@@ -63,105 +70,174 @@ def read_ropes(
     Raises:
       CheckpointError: an unknown scaling, a key that it lacks, or one that a cache cannot follow.
     """
-    params = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if any(kind in params for kind in LAYER_TYPES):
-        by_type = {kind: params.get(kind) or {} for kind in LAYER_TYPES}
-    else:
-        by_type = {"full_attention": params, "sliding_attention": params}
-        if architecture.local_theta is not None:
-            by_type["sliding_attention"] = {"rope_theta": config.get("rope_local_base_freq")}
-    theta = config.get("rope_theta") or architecture.theta
-    thetas = {"full_attention": theta, "sliding_attention": architecture.local_theta or theta}
     limit = max_positions or decoder.max_positions
-    ropes: dict[str, Rope] = {}
-    for kind in LAYER_TYPES:
-        reader = _Reader(config, by_type[kind], decoder, limit)
-        ropes[kind] = reader.rope(thetas[kind])
+    ropes = {
+        kind: _Reader(words, architecture, decoder, limit).rope()
+        for kind, words in _words_by_type(config, architecture).items()
+    }
     kinds = layer_types(config, architecture, decoder.num_layers)
     rotates = _rotating_layers(config, architecture, decoder.num_layers)
     layers = tuple(
-        ropes[kind] if rotating else None for kind, rotating in zip(kinds, rotates, strict=True)
+        ropes.get(kind, ropes[FULL]) if rotating else None
+        for kind, rotating in zip(kinds, rotates, strict=True)
     )
     return layers[0] if len(set(layers)) == 1 and layers[0] is not None else layers
 
 
-def _rotating_layers(
-    config: Mapping[str, Any], architecture: Architecture, num_layers: int
-) -> list[bool]:
+def _rotating_layers(config: Words, architecture: Architecture, num_layers: int) -> list[bool]:
     if architecture.nope_interval is None:
         return [True] * num_layers
     declared = config.get("no_rope_layers")  # whose 1 means that a layer does rotate
-    if declared:
-        return [bool(layer) for layer in declared]
-    interval = config.get("no_rope_layer_interval") or architecture.nope_interval
+    if declared is not None:
+        if not isinstance(declared, list) or len(declared) < num_layers:
+            raise CheckpointError(f"no_rope_layers is no list of {num_layers} layers")
+        return [bool(layer) for layer in declared[:num_layers]]
+    interval = config.get("no_rope_layer_interval", architecture.nope_interval)
+    if type(interval) is not int or interval < 1:
+        raise CheckpointError(f"no_rope_layer_interval is {interval!r}, no number of layers")
     return [(layer + 1) % interval != 0 for layer in range(num_layers)]
 
 
+def _words_by_type(config: Words, architecture: Architecture) -> dict[str, dict[str, Any]]:
+    """What config.json says of each type of layer; of all, where there is but one entry.
+
+    Where it says a thing twice, `rope_scaling` wins over `rope_parameters`, and both over what
+    stands beside them; but for the original context, which is the one that stands beside them.
+    """
+    scaling, params = _object(config, "rope_scaling"), _object(config, "rope_parameters")
+    theta = config.get("rope_theta", architecture.theta)
+    beside = {PART: config[PART]} if PART in config else {}
+    if not architecture.scalings.turns_part and config.get(PART) is None:
+        beside = {}
+    if architecture.local_theta is None:
+        words = scaling or params or {}
+        if by_type := [kind for kind in LAYER_TYPES if kind in words]:
+            raise CheckpointError(
+                f"rotary embedding for layers of {by_type[0]}: {architecture.class_name} has one "
+                "for all layers"
+            )
+        words = {"rope_theta": theta, **beside, **words}
+        original = config.get(ORIGINAL, architecture.scalings.original_positions)
+        if original is not None or ORIGINAL in config:
+            words[BESIDE] = original
+        return {FULL: words}
+    local = config.get("rope_local_base_freq", architecture.local_theta)
+    if scaling is not None and params is not None and params.get(FULL) is None:
+        raise CheckpointError(f"rope_scaling beside rope_parameters without {FULL!r}")
+    outer = params or {}
+    # YaRN's `truncate` is looked up beside the types of layers, and not in them.
+    truncate = {"truncate": outer.get("truncate", True)}
+    full = (_object(outer, FULL) or {"rope_type": "default"}) | (scaling or {})
+    sliding = _object(outer, SLIDING) or {}
+    return {
+        FULL: {"rope_theta": theta, **beside, **full, **truncate},
+        SLIDING: {"rope_theta": local, **beside, **sliding, **truncate},
+    }
+
+
+def _object(words: Words, name: str) -> dict[str, Any] | None:
+    value = words.get(name)
+    if value is not None and not isinstance(value, Mapping):
+        raise CheckpointError(f"{name} is {value!r}, expected an object")
+    return value if value is None else dict(value)
+
+
 class _Reader:
-    """Reads one set of rope parameters."""
+    """Reads the words for one type of layer."""
 
     def __init__(
-        self,
-        config: Mapping[str, Any],
-        params: Mapping[str, Any],
-        decoder: DecoderConfig,
-        limit: int,
+        self, words: Words, architecture: Architecture, decoder: DecoderConfig, limit: int
     ) -> None:
-        self._config = config
-        self._params = params
+        self._words = words
+        self._architecture = architecture
         self._decoder = decoder
         self._limit = limit
-        self.kind = params.get("rope_type") or params.get("type") or "default"
+        self._named = words["rope_type"] if "rope_type" in words else words.get("type", "default")
+        self._names = architecture.scalings.names or {name: name for name in SCALINGS}
+        self.kind = self._names.get(self._named) if isinstance(self._named, str) else None
 
-    def rope(self, theta: float) -> Rope:
-        known = SCALINGS.get(self.kind)
-        if known is None:
+    def rope(self) -> Rope:
+        if self.kind is None:
             raise CheckpointError(
-                f"rotary scaling {self.kind!r} is not supported; supported are "
-                f"{', '.join(SCALINGS)}"
+                f"rotary scaling {self._named!r} is not supported; supported are "
+                f"{', '.join(self._names)}"
             )
+        scaling = SCALINGS[self.kind](self)
+        rope = Rope(self._number("rope_theta", "rotary embedding"), scaling, self._dims())
+        with np.errstate(all="ignore"):
+            frequencies, _ = rope.frequencies(self._decoder.head_dim)
+        if not np.isfinite(frequencies).all():
+            raise CheckpointError(f"rotary scaling {self.kind!r} makes frequencies that are none")
+        return rope
+
+    def _dims(self) -> int | None:
+        """How many dimensions turn, where not all do."""
+        if not self._architecture.scalings.turns_part and self.kind == "default":
+            return None
+        if PART not in self._words:
+            return None
         head_dim = self._decoder.head_dim
-        part = self._get("partial_rotary_factor") or self._config.get("partial_rotary_factor")
-        dims = None if part in (None, 1, 1.0) else int(head_dim * part)
-        return Rope(float(self._get("rope_theta") or theta), known(self), dims)
+        dims = int(head_dim * self._number(PART, "rotary embedding"))
+        if dims == head_dim:
+            return None
+        if dims > head_dim:
+            raise CheckpointError(f"of a head_dim of {head_dim}, {dims} cannot rotate")
+        if not self._architecture.scalings.turns_part:
+            raise CheckpointError(
+                f"{PART} is {self._words[PART]!r}; heads of {self._architecture.class_name} turn "
+                "whole"
+            )
+        return dims
 
     def unscaled(self) -> None:
-        """`default`; and `dynamic`, which scales only sequences longer than the model's positions.
+        if self._words.get("factor") not in (None, 1):
+            raise CheckpointError(
+                f"rotary scaling 'default' has a factor of {self._words['factor']!r}; expected a "
+                f"rope_type that scales by it: {', '.join(self._names)}"
+            )
+
+    def dynamic(self) -> None:
+        """Scales only sequences longer than the model's positions.
 
         As they grow, all keys would have to be turned anew; none is that long here.
         """
+        self._number("factor")
 
     def linear(self) -> Scaling:
         return LinearScaling(self._number("factor"))
 
     def llama3(self) -> Scaling:
-        return Llama3Scaling(
-            self._number("factor"),
-            self._number("low_freq_factor"),
-            self._number("high_freq_factor"),
-            self._original_positions(),
-        )
+        low, high = self._number("low_freq_factor"), self._number("high_freq_factor")
+        if low >= high:
+            raise CheckpointError(
+                f"rotary scaling 'llama3' has a low_freq_factor of {low} and a high_freq_factor "
+                f"of {high}, which must be more"
+            )
+        return Llama3Scaling(self._number("factor"), low, high, self._original_positions())
 
     def yarn(self) -> Scaling:
         original = self._original_positions()
-        factor = self._get("factor") or self._decoder.max_positions / original
-        attention_factor = self._get("attention_factor")
-        mscale, all_dims = self._get("mscale"), self._get("mscale_all_dim")
+        factor = self._factor(original)
+        attention_factor = self._option("attention_factor", least=0)
+        mscale, all_dims = self._option("mscale"), self._option("mscale_all_dim")
         if attention_factor is None and mscale and all_dims:
             attention_factor = yarn_attention_factor(factor, mscale) / yarn_attention_factor(
                 factor, all_dims
             )
         return YarnScaling(
-            float(factor),
+            factor,
             original,
-            self._get("beta_fast") or 32.0,
-            self._get("beta_slow") or 1.0,
+            self._option("beta_fast") or 32.0,
+            self._option("beta_slow") or 1.0,
             attention_factor,
-            self._params.get("truncate", True),
+            bool(self._words.get("truncate", True)),
         )
 
     def longrope(self) -> Scaling:
         """LongRoPE has other frequencies for sequences longer than the original context."""
+        if self._named == "su" and ORIGINAL not in self._words:
+            raise CheckpointError(f"rotary scaling 'su' has no {ORIGINAL!r}")
+        factors, _ = self._factors("short_factor"), self._factors("long_factor")
         original = self._original_positions()
         if self._limit > original:
             raise CheckpointError(
@@ -169,34 +245,81 @@ class _Reader:
                 "another way, which cached keys cannot follow; load with "
                 f"max_positions={original} (--max-positions {original})"
             )
-        factor = self._get("factor") or self._decoder.max_positions / original
-        attention_factor = self._get("attention_factor")
+        factor = self._factor(original, optional=True)
+        attention_factor = self._option("attention_factor", least=0)
         if attention_factor is None:
             warmer = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
             attention_factor = warmer
-        factors = self._params.get("short_factor")
-        if not isinstance(factors, list):
-            raise CheckpointError("rotary scaling 'longrope' has no list 'short_factor'")
-        return FactorScaling(tuple(map(float, factors)), float(attention_factor))
+        return FactorScaling(factors, attention_factor)
 
-    def _get(self, name: str) -> Any:
-        return self._params.get(name)
+    def _factor(self, original: int, optional: bool = False) -> float:
+        """`factor`; where it is null, or absent and `optional`, by how much the context grew."""
+        if self._words.get("factor") is None and (optional or "factor" in self._words):
+            return self._decoder.max_positions / original
+        return self._number("factor")
 
-    def _number(self, name: str) -> float:
-        value = self._get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise CheckpointError(f"rotary scaling {self.kind!r} has no number {name!r}")
+    def _factors(self, name: str) -> tuple[float, ...]:
+        """One for each pair of dimensions, more than 0."""
+        values = self._words.get(name)
+        if not isinstance(values, list):
+            raise CheckpointError(f"rotary scaling {self.kind!r} has no list {name!r}")
+        pairs = (self._dims() or self._decoder.head_dim) // 2
+        if len(values) != pairs:
+            raise CheckpointError(
+                f"rotary scaling {self.kind!r} has a {name} of {len(values)} numbers for {pairs} "
+                "pairs of dimensions"
+            )
+        if not all(map(_is_positive, values)):
+            raise CheckpointError(f"rotary scaling {self.kind!r}: {name} is not all numbers over 0")
+        return tuple(map(float, values))
+
+    def _option(self, name: str, least: float = -math.inf) -> float | None:
+        """A number that may be absent or null."""
+        value = self._words.get(name)
+        if value is None:
+            return None
+        if not _is_number(value) or value < least:
+            raise CheckpointError(f"rotary scaling {self.kind!r}: {name} is {value!r}, no number")
+        return float(value)
+
+    def _number(self, name: str, what: str | None = None) -> float:
+        """A number more than 0."""
+        value = self._words.get(name)
+        what = what or f"rotary scaling {self.kind!r}"
+        if name not in self._words:
+            raise CheckpointError(f"{what} has no number {name!r}")
+        if not _is_positive(value):
+            raise CheckpointError(f"{what}: {name} is {value!r}, no number over 0")
         return float(value)
 
     def _original_positions(self) -> int:
-        name = "original_max_position_embeddings"
-        value = self._get(name) or self._config.get(name)
-        return int(value or self._decoder.max_positions)
+        value = self._words.get(ORIGINAL, self._decoder.max_positions)
+        if value is not None:
+            value = self._words.get(BESIDE, value)
+        if not _is_positive(value) or value != int(value):
+            raise CheckpointError(
+                f"rotary scaling {self.kind!r}: {ORIGINAL} is {value!r}, no number of tokens"
+            )
+        return int(value)
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether it is one that a float can be."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _is_positive(value: Any) -> TypeGuard[int | float]:
+    return _is_number(value) and value > 0
 
 
 SCALINGS: dict[str, Callable[[_Reader], Scaling | None]] = {
     "default": _Reader.unscaled,
-    "dynamic": _Reader.unscaled,
+    "dynamic": _Reader.dynamic,
     "linear": _Reader.linear,
     "llama3": _Reader.llama3,
     "yarn": _Reader.yarn,

@@ -247,7 +247,7 @@ def test_scalings_are_read_with_their_parameters():
             4.0, 1024, 16, 1.0, (0.1 * np.log(4) + 1) / (0.05 * np.log(4) + 1), True
         )
     )
-    unsaid = rope(rope_type="yarn", original_max_position_embeddings=512)
+    unsaid = rope(rope_type="yarn", factor=None, original_max_position_embeddings=512)
     assert unsaid == Rope(scaling=YarnScaling(8.0, 512))
     assert read(LLAMA_3_1_8B).rope == Rope(500_000.0, Llama3Scaling(8.0, 1.0, 4.0, 8192))
 
@@ -301,6 +301,45 @@ def test_a_window_that_is_not_used_is_no_window():
         (LLAMA_2_7B | {"rope_scaling": {"type": "su"}}, "scaling 'su' is not supported; supported"),
         (LLAMA_2_7B | {"rope_scaling": {"type": "linear"}}, "'linear' has no number 'factor'"),
         (LLAMA_2_7B | {"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "low_freq_factor"),
+        (
+            LLAMA_3_1_8B
+            | {"rope_scaling": LLAMA_3_1_8B["rope_scaling"] | {"high_freq_factor": 1.0}},
+            "a low_freq_factor of 1.0 and a high_freq_factor of 1.0, which must be more",
+        ),
+        (LLAMA_2_7B | {"rope_scaling": {"rope_type": "yarn"}}, "'yarn' has no number 'factor'"),
+        (LLAMA_2_7B | {"rope_scaling": {"type": "linear", "factor": True}}, "factor is True"),
+        (LLAMA_2_7B | {"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0, no number"),
+        (LLAMA_2_7B | {"rope_scaling": {"factor": 4.0}}, "'default' has a factor of 4.0"),
+        (LLAMA_2_7B | {"rope_scaling": [8.0]}, r"rope_scaling is \[8.0\], expected an object"),
+        (LLAMA_2_7B | {"rope_theta": None}, "rope_theta is None, no number"),
+        (
+            LLAMA_2_7B | {"rope_scaling": {"full_attention": {"rope_theta": 5.0}}},
+            "for layers of full_attention: LlamaForCausalLM has one for all layers",
+        ),
+        (
+            LLAMA_2_7B
+            | {"partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 2}},
+            "partial_rotary_factor is 0.5; heads of LlamaForCausalLM turn whole",
+        ),
+        (
+            PHI_3_MINI_128K | {"rope_scaling": {"type": "linear", "factor": 2}},
+            "scaling 'linear' is not supported; supported are default, longrope, su, yarn",
+        ),
+        (
+            PHI_3_MINI_128K
+            | {"rope_scaling": PHI_3_MINI_128K["rope_scaling"] | {"long_factor": [1.5] * 47}},
+            "a long_factor of 47 numbers for 48 pairs",
+        ),
+        (
+            PHI_3_MINI_128K | {"rope_scaling": PHI_3_MINI_128K["rope_scaling"] | {"type": "su"}},
+            "'su' has no 'original_max_position_embeddings'",
+        ),
+        (PHI_3_MINI_128K | {"partial_rotary_factor": 2}, "head_dim of 96, 192 cannot rotate"),
+        (SMOLLM3_3B | {"no_rope_layers": [1, 0]}, "no_rope_layers is no list of 36 layers"),
+        (
+            SMOLLM3_3B | {"no_rope_layers": None, "no_rope_layer_interval": 0},
+            "no_rope_layer_interval is 0",
+        ),
         (OPT_6_7B | {"do_layer_norm_before": False}, "do_layer_norm_before is False"),
         (OPT_6_7B | {"word_embed_proj_dim": 512}, "word_embed_proj_dim"),
         (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
