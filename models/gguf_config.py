@@ -8,6 +8,7 @@ GPT-2's matrices.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from models.architectures import (
@@ -161,8 +162,8 @@ def hf_words(file: GGUFFile) -> dict[str, Any]:
     return config | _rope_words(file, name, head_dim)
 
 
-def _number(file: GGUFFile, key: str, integer: bool) -> int | float:
-    value = file.metadata[key]
+def _number(file: GGUFFile, key: str, integer: bool) -> Any:
+    value: Any = file.metadata[key]
     if not isinstance(value, int if integer else (int, float)) or isinstance(value, bool):
         kind = "integer" if integer else "number"
         raise CheckpointError(f"{file.path}: metadata {key!r} is not one {kind}")
@@ -173,7 +174,7 @@ def _rope_words(file: GGUFFile, name: str, head_dim: int) -> dict[str, Any]:
     words: dict[str, Any] = {}
     key = f"{name}.rope.dimension_count"
     if key in file.metadata and (rotated := _number(file, key, integer=True)) != head_dim:
-        words["partial_rotary_factor"] = rotated / max(head_dim, 1)
+        words["partial_rotary_factor"] = Fraction(rotated, max(head_dim, 1))
     kind = file.metadata.get(f"{name}.rope.scaling.type", "none")
     if kind != "none":
         words["rope_scaling"] = {"rope_type": kind} | {

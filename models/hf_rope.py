@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -177,7 +178,8 @@ class _Reader:
         if PART not in self._words:
             return None
         head_dim = self._decoder.head_dim
-        dims = int(head_dim * self._number(PART, "rotary embedding"))
+        self._number(PART, "rotary embedding")
+        dims = int(head_dim * self._words[PART])  # which loses nothing of a fraction of integers
         if dims == head_dim:
             return None
         if dims > head_dim:
@@ -303,9 +305,9 @@ class _Reader:
         return int(value)
 
 
-def _is_number(value: Any) -> TypeGuard[int | float]:
+def _is_number(value: Any) -> TypeGuard[int | float | Fraction]:
     """Whether it is one that a float can be."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not isinstance(value, int | float | Fraction) or isinstance(value, bool):
         return False
     try:
         return math.isfinite(value)
@@ -313,7 +315,7 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
         return False
 
 
-def _is_positive(value: Any) -> TypeGuard[int | float]:
+def _is_positive(value: Any) -> TypeGuard[int | float | Fraction]:
     return _is_number(value) and value > 0
 
 

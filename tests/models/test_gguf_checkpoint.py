@@ -51,6 +51,16 @@ def test_config_survives_the_file(path, config):
     assert dataclasses.replace(read, norm_epsilon=config.norm_epsilon) == config
 
 
+@pytest.mark.parametrize("dims", [22, 30, 44])
+def test_as_many_dimensions_turn_as_the_file_says(path, dims):
+    """int(44 * (30 / 44)) is 29."""
+    config = dataclasses.replace(CONFIG, hidden_size=4 * 44, head_dim=44)
+    write_checkpoint(path, config=config, metadata={"llama.rope.dimension_count": dims})
+    rope = open_checkpoint(path, None).config.layer_ropes[0]
+    assert rope is not None
+    assert rope.turning(44) == dims
+
+
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_1", "F16", "BF16"])
 def test_quantised_tensors_are_decoded(path, name):
     kind = gguf.GGMLQuantizationType[name]
