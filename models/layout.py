@@ -146,7 +146,8 @@ def place(
     values = stored.T if layout.is_transposed(piece.part, piece.inputs) else stored
     values = values[piece.rows]
     if layout.interleaved and piece.part in ("q", "k"):
-        values = rotate_half_rows(values, config.head_dim)
+        dims = max(rope.turning(config.head_dim) for rope in config.layer_ropes if rope)
+        values = rotate_half_rows(values, config.head_dim, dims)
     if piece.part == "position_embedding":
         values = values[layout.position_offset :]
     target = weight[piece.index]
@@ -174,11 +175,13 @@ def _write_transposed(target: np.ndarray, values: np.ndarray, inputs: int) -> No
             target[(..., *index, slice(begin, end))] = rows.T.reshape(*read, end - begin)
 
 
-def rotate_half_rows(values: np.ndarray, head_dim: int) -> np.ndarray:
+def rotate_half_rows(values: np.ndarray, head_dim: int, dims: int) -> np.ndarray:
     """Reorder the rows of a query or key projection `[H*D, ...]` from llama.cpp's order.
 
-    llama.cpp turns neighbours (2i, 2i + 1), and its converter permutes the rows so that this equals
-    turning (i, i + D/2); here the permutation is undone.
+    llama.cpp turns neighbours (2i, 2i + 1) of the first R = `dims` of a head, and its converter
+    permutes the rows so that this equals turning (i, i + R/2); here the permutation is undone.
     """
-    pairs = values.reshape(-1, head_dim // 2, 2, *values.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(values.shape)
+    heads = values.reshape(-1, head_dim, *values.shape[1:])
+    halves = heads.copy()
+    halves[:, : dims // 2], halves[:, dims // 2 : dims] = heads[:, :dims:2], heads[:, 1:dims:2]
+    return halves.reshape(values.shape)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import gguf
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from models.errors import CheckpointError
 from models.gguf_file import read_gguf
+from models.layout import rotate_half_rows
+from models.rope import rotate
 from models.sources import open_checkpoint
 from models.weights import block_weights, decoder_weights
 from tests.models.tiny_checkpoint import CONFIG, checkpoint_tensors, write_checkpoint
@@ -59,6 +62,21 @@ def test_as_many_dimensions_turn_as_the_file_says(path, dims):
     rope = open_checkpoint(path, None).config.layer_ropes[0]
     assert rope is not None
     assert rope.turning(44) == dims
+
+
+@pytest.mark.parametrize("dims", [4, 8])
+def test_neighbours_that_turn_in_llama_cpp_turn_as_halves(dims):
+    """Also where the last dimensions of a head do not turn, and must stay where they are."""
+    rows = np.random.default_rng(0).normal(size=(2 * 8, 1)).astype(np.float32)
+    angles = np.arange(1, dims // 2 + 1, dtype=np.float32)
+    pairs = rows.reshape(2, 4, 2)[:, : dims // 2]
+    numbers = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angles)
+    turned = rows.reshape(2, 8).copy()
+    turned[:, :dims:2], turned[:, 1:dims:2] = numbers.real, numbers.imag
+    heads = rotate_half_rows(rows, 8, dims).reshape(1, 2, 8)
+    actual = rotate(jnp.asarray(heads), (jnp.cos(angles)[None, None], jnp.sin(angles)[None, None]))
+    expected = rotate_half_rows(turned.reshape(16, 1), 8, dims).reshape(1, 2, 8)
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_1", "F16", "BF16"])
