@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -113,14 +114,22 @@ class DecoderConfig:
         return sum(math.prod(weight.shape) for weight in decoder_weights(self).values())
 
 
+@functools.cache
+def field_kinds() -> dict[str, tuple[Any, ...]]:
+    """The types that each field of `DecoderConfig` is declared with."""
+    return {
+        name: (declared,) if get_origin(declared) is Literal else get_args(declared) or (declared,)
+        for name, declared in get_type_hints(DecoderConfig).items()
+    }
+
+
 def _check_values(config: DecoderConfig) -> None:
     """Raises ValueError for a field of another kind than is declared, or a number not above 0."""
-    for name, declared in get_type_hints(DecoderConfig).items():
+    for name, kinds in field_kinds().items():
         value: Any = getattr(config, name)
-        kinds = get_args(declared) or (declared,)
         if name == "rope" or (value is None and type(None) in kinds):
             continue
-        choices: tuple[Any, ...] = _choices(declared)
+        choices: tuple[Any, ...] = _choices(kinds)
         if choices:
             wanted, good = f"one of {', '.join(choices)}", value in choices
         elif bool in kinds:
@@ -138,7 +147,6 @@ def _is_positive(value: Any, numbers: tuple[type, ...]) -> bool:
     return is_number and 0 < value < math.inf
 
 
-def _choices(declared: Any) -> tuple[Any, ...]:
+def _choices(kinds: tuple[Any, ...]) -> tuple[Any, ...]:
     """The strings that a declared type allows; empty for any other type."""
-    found = (each for each in (declared, *get_args(declared)) if get_origin(each) is Literal)
-    return next(map(get_args, found), ())
+    return next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())

@@ -25,6 +25,14 @@ from models.architectures import (
 from models.errors import CheckpointError
 from models.gguf_file import GGUFFile
 from models.layout import Layout
+from models.sizes import (
+    MOST_HEAD_DIM,
+    MOST_HEADS,
+    MOST_LAYERS,
+    MOST_SIZE,
+    is_size,
+    size_error,
+)
 
 _ENDS = {
     "token_embd": ("embedding",),
@@ -115,6 +123,18 @@ _SCALING_WORDS = {
     "factor": "factor",
     "original_context_length": "original_max_position_embeddings",
 }
+_SIZES = {
+    "embedding_length": MOST_SIZE,
+    "feed_forward_length": MOST_SIZE,
+    "block_count": MOST_LAYERS,
+    "attention.head_count": MOST_HEADS,
+    "attention.head_count_kv": MOST_HEADS,
+    "attention.key_length": MOST_HEAD_DIM,
+    "context_length": MOST_SIZE,
+    "attention.sliding_window": MOST_SIZE,
+    "rope.dimension_count": MOST_HEAD_DIM,
+}
+"""Keys that are integers, from 1 to this."""
 _REQUIRED = {
     "embedding_length",
     "feed_forward_length",
@@ -145,11 +165,11 @@ def hf_words(file: GGUFFile) -> dict[str, Any]:
         if value is None and key in _REQUIRED:
             raise CheckpointError(f"{file.path}: metadata '{name}.{key}' is missing")
         if value is not None:
-            config |= dict.fromkeys(words, _number(file, f"{name}.{key}", key in _REQUIRED))
+            config |= dict.fromkeys(words, _number(file, name, key))
     if "token_embd.weight" not in file.shapes:
         raise CheckpointError(f"{file.path}: missing tensor token_embd.weight")
     config["vocab_size"] = file.shapes["token_embd.weight"][0]
-    by_heads = config["hidden_size"] // max(config["num_attention_heads"], 1)
+    by_heads = config["hidden_size"] // config["num_attention_heads"]
     head_dim = config.setdefault("head_dim", by_heads)
     values = file.metadata.get(f"{name}.attention.value_length", head_dim)
     if values != head_dim:
@@ -162,18 +182,21 @@ def hf_words(file: GGUFFile) -> dict[str, Any]:
     return config | _rope_words(file, name, head_dim)
 
 
-def _number(file: GGUFFile, key: str, integer: bool) -> Any:
-    value: Any = file.metadata[key]
-    if not isinstance(value, int if integer else (int, float)) or isinstance(value, bool):
-        kind = "integer" if integer else "number"
-        raise CheckpointError(f"{file.path}: metadata {key!r} is not one {kind}")
+def _number(file: GGUFFile, name: str, key: str) -> Any:
+    where, most = f"{file.path}: metadata '{name}.{key}'", _SIZES.get(key)
+    value = file.metadata[f"{name}.{key}"]
+    kinds = (int, float) if most is None else (int,)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise CheckpointError(f"{where} is not one {'number' if most is None else 'integer'}")
+    if most is not None and not is_size(value, most=most):
+        raise CheckpointError(size_error(where, value, most=most))
     return value
 
 
 def _rope_words(file: GGUFFile, name: str, head_dim: int) -> dict[str, Any]:
     words: dict[str, Any] = {}
-    key = f"{name}.rope.dimension_count"
-    if key in file.metadata and (rotated := _number(file, key, integer=True)) != head_dim:
+    key = "rope.dimension_count"
+    if f"{name}.{key}" in file.metadata and (rotated := _number(file, name, key)) != head_dim:
         words["partial_rotary_factor"] = Fraction(rotated, max(head_dim, 1))
     kind = file.metadata.get(f"{name}.rope.scaling.type", "none")
     if kind != "none":

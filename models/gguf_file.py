@@ -25,6 +25,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 VALUES_AT_ONCE = 1 << 20
+MOST_VALUES = 1 << 59  # of a tensor; NumPy counts so where a dimension is 0
 STRING, ARRAY = 8, 9
 SCALAR_DTYPES = {
     0: np.dtype("u1"),
@@ -232,6 +233,8 @@ class _Header:
         if not 1 <= rank <= 4:
             raise CheckpointError(f"{self.path}: tensor {name} has {rank} dimensions")
         shape = struct.unpack(f"<{rank}Q", self.take(8 * rank, what))[::-1]
+        if 0 in shape and math.prod(size or 1 for size in shape) > MOST_VALUES:
+            raise CheckpointError(f"{self.path}: tensor {name} has the impossible shape {shape}")
         return _TensorEntry(name, shape, self.integer("<I", what), self.integer("<Q", what))
 
 

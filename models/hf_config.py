@@ -8,11 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from models.architectures import ARCHITECTURES, REQUIRED, Architecture, Key
-from models.config import DecoderConfig
+from models.config import DecoderConfig, field_kinds
 from models.errors import CheckpointError
 from models.hf_rope import layer_types, read_ropes
+from models.sizes import (
+    MOST_HEAD_DIM,
+    MOST_HEADS,
+    MOST_LAYERS,
+    MOST_PARAMETERS,
+    MOST_SIZE,
+    is_positive,
+    is_size,
+    shown,
+    size_error,
+)
 
-MOST_LAYERS = 10_000  # of a damaged number, memory would be used up before tensors are missed
+MOST = {"num_layers": MOST_LAYERS, "head_dim": MOST_HEAD_DIM} | dict.fromkeys(
+    ("num_heads", "num_kv_heads"), MOST_HEADS
+)
+"""Of sizes that are bounded more narrowly than others."""
 
 
 def find_architecture(config: Mapping[str, Any], where: Path) -> Architecture:
@@ -61,15 +75,13 @@ def read_config(
             supported = config.get(supported.name)
         if value is not None and value != supported:
             raise CheckpointError(
-                f"{where}: {key} is {value!r}; of {architecture.class_name}, only "
-                f"{supported!r} is supported"
+                f"{where}: {key} is {shown(value)}; of {architecture.class_name}, only "
+                f"{shown(supported)} is supported"
             )
-    fields = {name: _value(config, source, where) for name, source in architecture.fields.items()}
     try:
-        if fields["num_layers"] > MOST_LAYERS:
-            raise CheckpointError(
-                f"{fields['num_layers']:,} layers; at most {MOST_LAYERS:,} are read"
-            )
+        fields = {
+            name: _value(config, name, source) for name, source in architecture.fields.items()
+        }
         if fields["num_kv_heads"] is None:
             fields["num_kv_heads"] = fields["num_heads"]
         if fields["intermediate_size"] is None:
@@ -77,6 +89,10 @@ def read_config(
         if fields["head_dim"] is None:
             fields["head_dim"] = fields["hidden_size"] // fields["num_heads"]
         decoder = DecoderConfig(**fields)
+        if decoder.num_parameters > MOST_PARAMETERS:
+            raise CheckpointError(
+                f"{decoder.num_parameters:,} parameters; at most {MOST_PARAMETERS:,} are read"
+            )
         if architecture.rotates:
             ropes = read_ropes(config, architecture, decoder, max_positions)
             decoder = replace(decoder, rope=ropes)
@@ -88,20 +104,28 @@ def read_config(
         raise CheckpointError(f"{where}: makes no decoder: {error}") from error
 
 
-def _value(config: Mapping[str, Any], source: Any, where: Path) -> Any:
+def _value(config: Mapping[str, Any], field: str, source: Any) -> Any:
+    """Of a field of `DecoderConfig`."""
     if not isinstance(source, Key):
         return source
     value = config.get(source.name, source.default)
     if value is None and not source.nullable:
         value = source.default
     if value is REQUIRED:
-        raise CheckpointError(f"{where}: {source.name!r} is missing")
-    if value is None or source.convert is None:
+        raise CheckpointError(f"{source.name!r} is missing")
+    if value is None:
         return value
+    kinds = field_kinds()[field]
+    if int in kinds and not is_size(value, most=MOST.get(field, MOST_SIZE)):
+        raise CheckpointError(size_error(source.name, value, most=MOST.get(field, MOST_SIZE)))
+    if float in kinds and not is_positive(value):
+        raise CheckpointError(f"{source.name} is {shown(value)}, no number over 0")
+    if bool in kinds and not isinstance(value, bool):
+        raise CheckpointError(f"{source.name} is {shown(value)}, expected true or false")
     try:
-        return source.convert(value)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        raise CheckpointError(f"{where}: {source.name} {value!r} is not supported") from None
+        return value if source.convert is None else source.convert(value)
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{source.name} {shown(value)} is not supported") from None
 
 
 def _check_windows(
@@ -114,6 +138,8 @@ def _check_windows(
     kinds = layer_types(config, architecture, decoder.num_layers)
     if window is None or "sliding_attention" not in kinds:
         return
+    if not is_size(window):
+        raise CheckpointError(size_error("sliding_window", window))
     if window < (max_positions or decoder.max_positions):
         count = kinds.count("sliding_attention")
         raise CheckpointError(

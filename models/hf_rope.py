@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from fractions import Fraction
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 
 from models.architectures import Architecture
 from models.config import DecoderConfig
 from models.errors import CheckpointError
+from models.messages import listed
 from models.rope import (
     FactorScaling,
     LayerRopes,
@@ -28,6 +28,7 @@ from models.rope import (
     YarnScaling,
     yarn_attention_factor,
 )
+from models.sizes import is_number, is_positive, is_size, shown, size_error
 
 FULL, SLIDING = LAYER_TYPES = ("full_attention", "sliding_attention")
 ORIGINAL = "original_max_position_embeddings"
@@ -44,9 +45,11 @@ def layer_types(config: Words, architecture: Architecture, num_layers: int) -> l
       CheckpointError: config.json says something else.
     """
     if (declared := config.get("layer_types")) is not None:
-        kinds = list(declared)
-        if unknown := sorted({str(kind) for kind in kinds if kind not in LAYER_TYPES}):
-            raise CheckpointError(f"layers of type {', '.join(unknown)} are not supported")
+        if not isinstance(declared, list):
+            raise CheckpointError(f"layer_types is {shown(declared)}, expected a list")
+        kinds = declared
+        if unknown := sorted({shown(kind) for kind in kinds if kind not in LAYER_TYPES}):
+            raise CheckpointError(f"layers of type {listed(unknown)} are not supported")
         if len(kinds) != num_layers:
             raise CheckpointError(f"layer_types names {len(kinds)} layers of {num_layers}")
         return kinds
@@ -54,9 +57,13 @@ def layer_types(config: Words, architecture: Architecture, num_layers: int) -> l
     if windows.if_used and not config.get("use_sliding_window", False):
         return [FULL] * num_layers
     if windows.pattern is not None:
-        pattern = config.get("sliding_window_pattern") or windows.pattern
+        pattern = config.get("sliding_window_pattern", windows.pattern)
+        if not is_size(pattern):
+            raise CheckpointError(size_error("sliding_window_pattern", pattern))
         return [LAYER_TYPES[(layer + 1) % pattern != 0] for layer in range(num_layers)]
     first = config.get("max_window_layers", 0)
+    if not is_size(first, least=0):
+        raise CheckpointError(size_error("max_window_layers", first, least=0))
     return [LAYER_TYPES[layer >= first] for layer in range(num_layers)]
 
 
@@ -94,8 +101,8 @@ def _rotating_layers(config: Words, architecture: Architecture, num_layers: int)
             raise CheckpointError(f"no_rope_layers is no list of {num_layers} layers")
         return [bool(layer) for layer in declared[:num_layers]]
     interval = config.get("no_rope_layer_interval", architecture.nope_interval)
-    if type(interval) is not int or interval < 1:
-        raise CheckpointError(f"no_rope_layer_interval is {interval!r}, no number of layers")
+    if not is_size(interval):
+        raise CheckpointError(size_error("no_rope_layer_interval", interval))
     return [(layer + 1) % interval != 0 for layer in range(num_layers)]
 
 
@@ -139,7 +146,7 @@ def _words_by_type(config: Words, architecture: Architecture) -> dict[str, dict[
 def _object(words: Words, name: str) -> dict[str, Any] | None:
     value = words.get(name)
     if value is not None and not isinstance(value, Mapping):
-        raise CheckpointError(f"{name} is {value!r}, expected an object")
+        raise CheckpointError(f"{name} is {shown(value)}, expected an object")
     return value if value is None else dict(value)
 
 
@@ -160,7 +167,7 @@ class _Reader:
     def rope(self) -> Rope:
         if self.kind is None:
             raise CheckpointError(
-                f"rotary scaling {self._named!r} is not supported; supported are "
+                f"rotary scaling {shown(self._named)} is not supported; supported are "
                 f"{', '.join(self._names)}"
             )
         scaling = SCALINGS[self.kind](self)
@@ -186,16 +193,16 @@ class _Reader:
             raise CheckpointError(f"of a head_dim of {head_dim}, {dims} cannot rotate")
         if not self._architecture.scalings.turns_part:
             raise CheckpointError(
-                f"{PART} is {self._words[PART]!r}; heads of {self._architecture.class_name} turn "
-                "whole"
+                f"{PART} is {shown(self._words[PART])}; heads of "
+                f"{self._architecture.class_name} turn whole"
             )
         return dims
 
     def unscaled(self) -> None:
         if self._words.get("factor") not in (None, 1):
             raise CheckpointError(
-                f"rotary scaling 'default' has a factor of {self._words['factor']!r}; expected a "
-                f"rope_type that scales by it: {', '.join(self._names)}"
+                f"rotary scaling 'default' has a factor of {shown(self._words['factor'])}; "
+                f"expected a rope_type that scales by it: {', '.join(self._names)}"
             )
 
     def dynamic(self) -> None:
@@ -271,7 +278,7 @@ class _Reader:
                 f"rotary scaling {self.kind!r} has a {name} of {len(values)} numbers for {pairs} "
                 "pairs of dimensions"
             )
-        if not all(map(_is_positive, values)):
+        if not all(map(is_positive, values)):
             raise CheckpointError(f"rotary scaling {self.kind!r}: {name} is not all numbers over 0")
         return tuple(map(float, values))
 
@@ -280,8 +287,10 @@ class _Reader:
         value = self._words.get(name)
         if value is None:
             return None
-        if not _is_number(value) or value < least:
-            raise CheckpointError(f"rotary scaling {self.kind!r}: {name} is {value!r}, no number")
+        if not is_number(value) or value < least:
+            raise CheckpointError(
+                f"rotary scaling {self.kind!r}: {name} is {shown(value)}, no number"
+            )
         return float(value)
 
     def _number(self, name: str, what: str | None = None) -> float:
@@ -290,33 +299,18 @@ class _Reader:
         what = what or f"rotary scaling {self.kind!r}"
         if name not in self._words:
             raise CheckpointError(f"{what} has no number {name!r}")
-        if not _is_positive(value):
-            raise CheckpointError(f"{what}: {name} is {value!r}, no number over 0")
+        if not is_positive(value):
+            raise CheckpointError(f"{what}: {name} is {shown(value)}, no number over 0")
         return float(value)
 
     def _original_positions(self) -> int:
         value = self._words.get(ORIGINAL, self._decoder.max_positions)
         if value is not None:
             value = self._words.get(BESIDE, value)
-        if not _is_positive(value) or value != int(value):
-            raise CheckpointError(
-                f"rotary scaling {self.kind!r}: {ORIGINAL} is {value!r}, no number of tokens"
-            )
-        return int(value)
-
-
-def _is_number(value: Any) -> TypeGuard[int | float | Fraction]:
-    """Whether it is one that a float can be."""
-    if not isinstance(value, int | float | Fraction) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-def _is_positive(value: Any) -> TypeGuard[int | float | Fraction]:
-    return _is_number(value) and value > 0
+        tokens = int(value) if is_number(value) and value == int(value) else value
+        if not is_size(tokens):
+            raise CheckpointError(f"rotary scaling {self.kind!r}: {size_error(ORIGINAL, value)}")
+        return tokens
 
 
 SCALINGS: dict[str, Callable[[_Reader], Scaling | None]] = {

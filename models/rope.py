@@ -118,7 +118,7 @@ class Rope:
     dims: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.theta > 0:
+        if not 0 < self.theta < math.inf:
             raise ValueError(f"theta must be positive, got {self.theta}")
         if self.dims is not None and (self.dims < 2 or self.dims % 2):
             raise ValueError(f"an even number of dimensions turns, got {self.dims}")

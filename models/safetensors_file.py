@@ -24,10 +24,14 @@ import ml_dtypes
 import numpy as np
 
 from models.errors import CheckpointError
+from models.sizes import is_size
 from models.tensors import drop_pages
 
 LENGTH_BYTES = 8
 MOST_HEADER_BYTES = 100_000_000
+MOST_DIMENSIONS = 64  # of NumPy's arrays
+MOST_NUMBER = 2**100  # of a shape or an offset; Python refuses to write very many digits
+MOST_VALUES = 2**59  # of a tensor; NumPy counts so where a dimension is 0
 LFS_POINTER = b"version https://git-lfs"
 FLOATING = {
     "F64": np.dtype("<f8"),
@@ -171,9 +175,9 @@ def _stored(path: Path, name: str, entry: Any, data_begin: int) -> StoredTensor:
         numbers = [*shape, begin, end]
     except (KeyError, TypeError, ValueError):
         raise senseless from None
-    if not isinstance(dtype_name, str) or any(
-        type(number) is not int or number < 0 for number in numbers
-    ):
+    if not isinstance(dtype_name, str) or len(numbers) > MOST_DIMENSIONS + 2:
+        raise senseless
+    if not all(is_size(number, least=0, most=MOST_NUMBER) for number in numbers):
         raise senseless
     if dtype_name in FLOATING:
         item_bytes = FLOATING[dtype_name].itemsize
@@ -181,6 +185,8 @@ def _stored(path: Path, name: str, entry: Any, data_begin: int) -> StoredTensor:
         item_bytes = OTHER_ITEM_BYTES[dtype_name]
     else:
         raise CheckpointError(_unsupported(path, name, dtype_name))
+    if 0 in shape and math.prod(number or 1 for number in shape) > MOST_VALUES:
+        raise senseless
     if end - begin != math.prod(shape) * item_bytes:
         raise CheckpointError(
             f"{path}: corrupt header: tensor {name} is {dtype_name} of shape {tuple(shape)} and "

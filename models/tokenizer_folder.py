@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.chat_template import DEFAULT, ChatTemplates
 from models.errors import CheckpointError
+from models.sizes import is_size, shown
 from models.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ CONFIG = "config.json"
 TEMPLATE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
 PROCESSOR_TEMPLATE = "chat_template.json"
+
+MOST_DIGITS = 10  # of an id; Python refuses to read very many
 
 OTHER_LAYOUTS = ("tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json")
 """Files that tokenizers come in without a tokenizer.json."""
@@ -179,8 +182,8 @@ def _declared_tokens(
     if not isinstance(declared, Mapping):
         raise CheckpointError(f"{path}: added_tokens_decoder must be an object")
     for key, entry in declared.items():
-        if not key.isdecimal() or not isinstance(entry, Mapping):
-            raise CheckpointError(f"{path}: added token {key!r} must be an object by its id")
+        if not key.isdecimal() or len(key) > MOST_DIGITS or not isinstance(entry, Mapping):
+            raise CheckpointError(f"{path}: added token {shown(key)} must be an object by its id")
         _content(entry, f"{path}: added token {key}")
     yield from sorted((int(key), entry) for key, entry in declared.items())
 
@@ -196,9 +199,10 @@ def _stop_ids(
             value = declared["text_config"].get("eos_token_id")
         if value is not None:
             ids = value if isinstance(value, list) else [value]
-            if not ids or not all(type(index) is int and index >= 0 for index in ids):
+            if not ids or not all(is_size(index, least=0) for index in ids):
                 raise CheckpointError(
-                    f"{folder / name}: eos_token_id must be an id or a list of ids, got {value!r}"
+                    f"{folder / name}: eos_token_id must be an id or a list of ids, got "
+                    f"{shown(value)}"
                 )
             return ids
     end = special_tokens.get("eos_token")

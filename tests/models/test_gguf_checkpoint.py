@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
 
 import gguf
 import jax.numpy as jnp
@@ -15,7 +16,12 @@ from models.layout import rotate_half_rows
 from models.rope import rotate
 from models.sources import open_checkpoint
 from models.weights import block_weights, decoder_weights
-from tests.models.tiny_checkpoint import CONFIG, checkpoint_tensors, write_checkpoint
+from tests.models.tiny_checkpoint import (
+    CONFIG,
+    checkpoint_tensors,
+    config_metadata,
+    write_checkpoint,
+)
 
 TIED = dataclasses.replace(CONFIG, tie_embeddings=True)
 
@@ -124,6 +130,13 @@ def test_a_damaged_header_is_refused_or_read_but_never_crashes(path):
     assert refused > 100
 
 
+def test_an_empty_tensor_of_an_impossible_shape_is_refused(path):
+    whole = write_checkpoint(path, tensors={"rope_freqs.weight": np.ones((1, 1), np.float32)})
+    before, name, after = whole.read_bytes().partition(b"rope_freqs.weight" + b"\x02\0\0\0")
+    path.write_bytes(before + name + struct.pack("<2Q", 0, 2**63) + after[16:])
+    assert "tensor rope_freqs.weight has the impossible shape" in refusal(path)
+
+
 @pytest.mark.parametrize("content", [b"", b"GG", b"PK\x03\x04 a zip file", b"\x89PNG" * 100])
 def test_other_files_are_not_gguf(path, content):
     path.write_bytes(content)
@@ -171,14 +184,18 @@ def test_a_whole_missing_layer_is_summarised(path):
     [
         ({"llama.block_count": None}, "'llama.block_count' is missing"),
         ({"llama.block_count": "two"}, "'llama.block_count' is not one integer"),
-        ({"llama.attention.head_count_kv": [2, 2]}, "head_count_kv' is not one number"),
+        ({"llama.attention.head_count_kv": [2, 2]}, "head_count_kv' is not one integer"),
+        ({"llama.attention.head_count": 0}, "head_count' is 0; expected an integer from 1 to"),
+        ({"llama.context_length": 2**31}, "context_length' is 2147483648; expected an integer"),
+        ({"llama.rope.freq_base": float("inf")}, "rope_theta is inf, no number over 0"),
+        ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "rms_norm_eps is nan, no num"),
         ({"llama.attention.head_count_kv": 3}, "multiple of num_kv_heads"),
         ({"llama.rope.scaling.type": "sparkling"}, "'sparkling' is not supported"),
         ({"llama.rope.scaling.type": "linear"}, "no number 'factor'"),
         ({"llama.rope.dimension_count": 12}, "of a head_dim of 8, 12 cannot rotate"),
         ({"llama.rope.dimension_count": "all"}, "dimension_count' is not one integer"),
         ({"llama.rope.dimension_count": [8, 8]}, "dimension_count' is not one integer"),
-        ({"llama.block_count": 2**31}, "2,147,483,648 layers; at most 10,000"),
+        ({"llama.block_count": 2**31}, "is 2147483648; expected an integer from 1 to 10,000"),
         ({"llama.attention.value_length": 16}, "values 16"),
         ({"tokenizer.ggml.model": "t5"}, "tokenizer 't5' is not supported"),
         ({"tokenizer.ggml.pre": "poro"}, "pre-tokenizer 'poro' is not supported"),

@@ -15,6 +15,7 @@ import models
 from models.errors import CheckpointError
 from models.hf_config import find_architecture, read_config
 from models.rope import FactorScaling, LinearScaling, Llama3Scaling, Rope, YarnScaling
+from models.sizes import MOST_PARAMETERS
 
 WHERE = Path("folder/config.json")
 LLAMA_3_1_8B: dict[str, Any] = {
@@ -296,8 +297,23 @@ def test_a_window_that_is_not_used_is_no_window():
         ({"architectures": ["LlamaForCausalLM"]}, "'vocab_size' is missing"),
         (LLAMA_2_7B | {"hidden_act": "xielu"}, "hidden_act 'xielu' is not supported"),
         (LLAMA_2_7B | {"num_key_value_heads": 5}, "multiple of num_kv_heads"),
-        (LLAMA_2_7B | {"num_hidden_layers": "many"}, "makes no decoder"),
-        (LLAMA_2_7B | {"num_hidden_layers": 2**31}, "2,147,483,648 layers; at most 10,000"),
+        (LLAMA_2_7B | {"num_hidden_layers": "many"}, "num_hidden_layers is 'many'; expected an"),
+        (LLAMA_2_7B | {"num_hidden_layers": 10_001}, "is 10001; expected .* from 1 to 10,000"),
+        (LLAMA_2_7B | {"vocab_size": 2**31}, "vocab_size is 2147483648.* to 2,147,483,647"),
+        (LLAMA_2_7B | {"hidden_size": 10**400}, r"hidden_size is 10+\.\.\.; expected an integer"),
+        (LLAMA_2_7B | {"hidden_size": 2**30, "head_dim": 2**16}, "parameters; at most"),
+        (LLAMA_2_7B | {"rms_norm_eps": 1e39}, r"rms_norm_eps is 1e\+39, no number over 0"),
+        (LLAMA_2_7B | {"mlp_bias": 7}, "mlp_bias is 7, expected true or false"),
+        (LLAMA_2_7B | {"rope_theta": float("inf")}, "rope_theta is inf, no number over 0"),
+        (LLAMA_2_7B | {"layer_types": 32}, "layer_types is 32, expected a list"),
+        (GEMMA_2_2B | {"query_pre_attn_scalar": 10**400}, "query_pre_attn_scalar is 10+"),
+        (GEMMA_2_2B | {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar is -1, no number"),
+        (GEMMA_2_2B | {"sliding_window": float("nan")}, "sliding_window is nan; expected an"),
+        (GEMMA_3_1B | {"sliding_window_pattern": 0}, "sliding_window_pattern is 0; expected"),
+        (
+            QWEN_2_5_05B | {"use_sliding_window": True, "max_window_layers": 2**63},
+            "max_window_layers is 9223372036854775808; expected an integer from 0",
+        ),
         (LLAMA_2_7B | {"rope_scaling": {"type": "su"}}, "scaling 'su' is not supported; supported"),
         (LLAMA_2_7B | {"rope_scaling": {"type": "linear"}}, "'linear' has no number 'factor'"),
         (LLAMA_2_7B | {"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "low_freq_factor"),
@@ -358,6 +374,32 @@ def test_positions_can_be_limited_and_not_added():
         read(LLAMA_2_7B, 5000)
     with pytest.raises(CheckpointError, match="learned, and cannot be limited"):
         read(GPT2, 100)
+
+
+PUBLISHED = [LLAMA_3_1_8B, QWEN_2_5_05B, GEMMA_2_2B, GEMMA_3_1B, PHI_3_MINI_128K, SMOLLM3_3B]
+PUBLISHED += [MISTRAL_V1, OPT_6_7B, GPT2]
+STRANGE: list[Any] = [2**31, 2**31 - 1, 2**63, 2**64, 10**30, 10**4000, -1, 0, 1, True, 0.5]
+STRANGE += [1e30, 1e308, -1e308, float("nan"), float("inf"), "7", "", None, [], [2**63], {}]
+
+
+@pytest.mark.parametrize("config", PUBLISHED, ids=lambda config: config["architectures"][0])
+def test_absurd_numbers_are_refused_or_read(config):
+    """None escapes as an error of Python's or NumPy's, and none makes an array of its size."""
+    more = {"layer_types": [], "head_dim": 64, "rope_parameters": {}, "num_key_value_heads": 2}
+    scaling = config.get("rope_scaling") or {"rope_type": "yarn", "factor": 4.0}
+    for key in [*config, *more]:
+        for value in STRANGE:
+            read_or_refuse(config | {key: value})
+    for key in [*scaling, "partial_rotary_factor", "rope_theta", "attention_factor", "beta_fast"]:
+        for value in STRANGE:
+            read_or_refuse(config | {"rope_scaling": scaling | {key: value}})
+
+
+def read_or_refuse(config: dict[str, Any]) -> None:
+    with contextlib.suppress(CheckpointError):
+        decoder = read(config, 512)
+        assert decoder.num_parameters <= MOST_PARAMETERS
+        assert decoder.rotary_tables is None or np.isfinite(decoder.rotary_tables.frequencies).all()
 
 
 JUNK = st.sampled_from(

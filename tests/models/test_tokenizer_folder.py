@@ -322,6 +322,13 @@ def test_other_layouts_are_refused_with_the_way_to_convert_them(tmp_path, name):
         ("generation_config.json", '{"eos_token_id": []}', "eos_token_id must be an id"),
         ("generation_config.json", '{"eos_token_id": [true]}', "eos_token_id must be an id"),
         ("config.json", '{"eos_token_id": -1}', "eos_token_id must be an id"),
+        ("config.json", f'{{"eos_token_id": {2**31}}}', "eos_token_id must be an id"),
+        ("config.json", f'{{"eos_token_id": [1, {10**30}]}}', "eos_token_id must be an id"),
+        (
+            "tokenizer_config.json",
+            f'{{"added_tokens_decoder": {{"{"9" * 5000}": {{"content": "x"}}}}}}',
+            "must be an object by its id",
+        ),
         ("chat_template.jinja", "\xff", "not UTF-8"),
         ("chat_template.json", '{"chat_template": [5]}', "chat_template must be text"),
     ],
