@@ -164,6 +164,8 @@ def hf_words(file: GGUFFile) -> dict[str, Any]:
         value = file.metadata.get(f"{name}.{key}")
         if value is None and key in _REQUIRED:
             raise CheckpointError(f"{file.path}: metadata '{name}.{key}' is missing")
+        if value == 0 and key == "attention.sliding_window":
+            continue  # as llama.cpp's converter writes Phi-4, which has none
         if value is not None:
             config |= dict.fromkeys(words, _number(file, name, key))
     if "token_embd.weight" not in file.shapes:

@@ -137,6 +137,14 @@ def test_an_empty_tensor_of_an_impossible_shape_is_refused(path):
     assert "tensor rope_freqs.weight has the impossible shape" in refusal(path)
 
 
+def test_a_sliding_window_of_none_is_none(path):
+    """As llama.cpp's converter writes Phi-4."""
+    zero = {"phi3.attention.sliding_window": 0}
+    metadata = {key.replace("llama.", "phi3."): v for key, v in config_metadata(CONFIG).items()}
+    write_checkpoint(path, architecture="phi3", metadata=metadata | zero)
+    assert open_checkpoint(path, None).config.max_positions == CONFIG.max_positions
+
+
 @pytest.mark.parametrize("content", [b"", b"GG", b"PK\x03\x04 a zip file", b"\x89PNG" * 100])
 def test_other_files_are_not_gguf(path, content):
     path.write_bytes(content)
