@@ -2,7 +2,8 @@
 
 They see what `transformers` shows them in `apply_chat_template` (5.23, `chat_template_utils.py`):
 the same globals, filters, tags and treatment of messages. A template comes with a checkpoint and is
-not trusted: it runs in Jinja's sandbox, and is given plain data only.
+not trusted: it runs in Jinja's sandbox, within the bounds of `models.template_limits` on time and
+memory, and is given plain data only.
 """
 
 from __future__ import annotations
@@ -29,11 +30,16 @@ TEMPLATE_ERRORS = (
     ArithmeticError,
     AttributeError,
     LookupError,
+    MemoryError,
     RecursionError,
+    SyntaxError,
     TypeError,
     ValueError,
 )
-"""What a template can raise besides Jinja's own errors."""
+"""What a template can raise besides Jinja's own errors, also when Python compiles it."""
+
+MOST_SOURCE = 100_000  # characters, which take seconds to compile; published ones have 30,000
+MOST_TIME_FORMAT = 1000
 
 
 class ChatTemplates:
@@ -72,9 +78,12 @@ class ChatTemplates:
         Without a name it is "tool_use" when there are `tools` and such a template, else "default".
         Keys of a message whose value is None are left out. `variables` win over special tokens.
         Raises ValueError when there is no such template, when something given is not text, numbers,
-        lists and mappings of them, and when the template refuses it.
+        lists and mappings of them, when the template refuses it, and when it takes more time or
+        memory than `models.template_limits` allows.
         """
         import jinja2
+
+        from models.template_limits import limited
 
         name = self._choose(name, tools)
         if not messages:
@@ -91,7 +100,8 @@ class ChatTemplates:
         except RecursionError as error:
             raise ValueError("the messages are nested too deeply for a chat template") from error
         try:
-            return self._compile(name).render(visible)
+            with limited(visible):
+                return self._compile(name).render(visible)
         except (jinja2.TemplateError, *TEMPLATE_ERRORS) as error:
             raise ValueError(f"the chat template cannot render these messages: {error}") from error
 
@@ -107,7 +117,10 @@ class ChatTemplates:
 
     def _compile(self, name: str) -> jinja2.Template:
         if name not in self._compiled:
-            self._compiled[name] = _environment().from_string(self._sources[name])
+            source = self._sources[name]
+            if len(source) > MOST_SOURCE:
+                raise ValueError(f"it has {len(source):,} characters; {MOST_SOURCE:,} are read")
+            self._compiled[name] = _environment().from_string(source)
         return self._compiled[name]
 
 
@@ -115,7 +128,8 @@ class ChatTemplates:
 def _environment() -> jinja2.Environment:
     import jinja2.ext
     import jinja2.nodes
-    import jinja2.sandbox
+
+    from models.template_limits import LimitedEnvironment
 
     class GenerationTag(jinja2.ext.Extension):
         """`{% generation %}` marks an answer for training; here it only groups."""
@@ -127,12 +141,13 @@ def _environment() -> jinja2.Environment:
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return jinja2.nodes.Scope(body, lineno=line)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = LimitedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[GenerationTag, jinja2.ext.loopcontrols],
     )
     environment.filters["tojson"] = _to_json
+    environment.limit_filters()
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment
@@ -158,6 +173,8 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def _strftime_now(format: str) -> str:
+    if len(format) > MOST_TIME_FORMAT:
+        raise ValueError(f"strftime_now takes {MOST_TIME_FORMAT} characters, got {len(format):,}")
     return datetime.datetime.now().strftime(format)
 
 
