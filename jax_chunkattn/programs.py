@@ -66,7 +66,7 @@ def _signature(array: Any) -> Hashable:
 class Invocation:
     """A call of `function(model, *args, **static)`, or without a model of `function(*args, ...)`.
 
-    The first of `args` is donated. Arguments may be abstract.
+    The first of `args`, if there is one, is donated. Arguments may be abstract.
     """
 
     function: Callable
@@ -84,7 +84,9 @@ class Invocation:
         model = self.model.signature if self.model is not None else None
         leaves, treedef = jax.tree.flatten(self.args)
         arrays = tuple(map(_signature, leaves))
-        return self.function, model, treedef, arrays, tuple(sorted(self.static.items()))
+        static = tuple(sorted(self.static.items()))
+        device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+        return self.function, model, treedef, arrays, static, device
 
     def lower(self) -> jax.stages.Lowered:
         """Traces it, by JAX's 32-bit types whatever jax_enable_x64 says."""
@@ -96,7 +98,8 @@ class Invocation:
 
         run.__name__ = self.function.__name__
         with jax.enable_x64(False):
-            return jax.jit(run, donate_argnums=1).lower(self.leaves, *self.args)
+            donated = 1 if self.args else ()
+            return jax.jit(run, donate_argnums=donated).lower(self.leaves, *self.args)
 
 
 class Programs:

@@ -20,7 +20,7 @@ from jax_chunkattn.backend import Backend
 from jax_chunkattn.decode_loop import Chosen, decode_steps
 from jax_chunkattn.engine.requests import EngineClosed, Request, TokenLogprobs, Work
 from jax_chunkattn.engine.stats import EngineStats
-from jax_chunkattn.model_interface import DecoderModel
+from jax_chunkattn.model_interface import CacheSpec, DecoderModel
 from jax_chunkattn.planner import PlanShape, plan_decode
 from jax_chunkattn.pool import CacheConfig, allocate_pool
 from jax_chunkattn.prefill import (
@@ -138,6 +138,11 @@ class Device:
         if backend.planner.gpu is None:  # room costs nothing on a CPU
             self._fix_prefill_shapes()
         self._last_ready = 0.0
+        sizes = (model.cache_spec, cache, num_slots, model.vocab_size)
+        empty = Invocation(_empty_state, None, (), {"sizes": sizes})
+        # Compiled, since Ctrl-C in an operation that JAX runs by itself may leave JAX without the
+        # trace it works in, for good; and so that it lies where it lay, whoever resets.
+        self._empty, _ = PROGRAMS.compiled(empty)
         self.reset()
 
     def reset(self) -> None:
@@ -146,9 +151,10 @@ class Device:
         if old is not None:
             _settle(old)
             del old
-        pool = allocate_pool(self._model.cache_spec, self._cache)
-        table = RequestTable.empty(self._num_slots, self._model.vocab_size)
-        self._state = DeviceState(pool, table)
+        self._state = self._allocate()
+
+    def _allocate(self) -> DeviceState:
+        return self._empty([])
 
     def close(self) -> None:
         """Gives up pool, table and programs."""
@@ -361,6 +367,11 @@ class Device:
         slots = np.full(rows, self._num_slots, np.int32)
         slots[: len(requests)] = [request.placed_slot for request in requests]
         return slots
+
+
+def _empty_state(*, sizes: tuple[CacheSpec, CacheConfig, int, int]) -> DeviceState:
+    spec, cache, num_slots, vocab_size = sizes
+    return DeviceState(allocate_pool(spec, cache), RequestTable.empty(num_slots, vocab_size))
 
 
 def _settle(state: DeviceState) -> None:

@@ -137,7 +137,7 @@ def test_a_pool_that_cannot_be_rebuilt_fails_everyone_at_once(monkeypatch):
         def out_of_memory(*_, **__):
             raise MemoryError("no room for a pool")
 
-        patch.setattr(device, "allocate_pool", out_of_memory)
+        patch.setattr(device.Device, "_allocate", out_of_memory)
         with pytest.raises(RequestFailed, match="could not be rebuilt"):
             engine.run()
         for handle in handles:
