@@ -332,7 +332,7 @@ class PrefixTree:
         return max(evicted, 0)
 
     def reset(self) -> int:
-        """Forgets all that is stored, for instance after the model's weights changed.
+        """Forgets all that is stored.
 
         Frees every cached chunk and returns how many. Active sequences go on as they are, but
         nothing inserted later matches what they hold, and it is freed, not cached, when they leave.

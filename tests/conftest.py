@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,26 @@ install_import_hook(
 )
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gc-threshold",
+        type=int,
+        metavar="N",
+        help="collect garbage after N allocations while a test runs: 1 has finalisers run anywhere",
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    before = gc.get_threshold()
+    gc.set_threshold(item.config.getoption("--gc-threshold") or before[0], *before[1:])
+    try:
+        return (yield)
+    finally:
+        gc.set_threshold(*before)
+
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell started this in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
