@@ -76,7 +76,7 @@ def _kernels(device: str, records: Sequence[Record]) -> ResultTable:
         "registers: of a thread; per SM: programs that a multiprocessor can hold at a time; "
         "compile s: of the variant's kernels together"
     )
-    return table_of(f"Kernels on {device}", columns, rows, notes=[note])
+    return table_of(f"Kernels compiled for {device}", columns, rows, notes=[note])
 
 
 def _programs(device: str, records: Sequence[Record]) -> ResultTable:
@@ -106,5 +106,5 @@ def _programs(device: str, records: Sequence[Record]) -> ResultTable:
         "in place: bytes of arguments that results are written over, of each device; captured: "
         "kernel launches inside command buffers"
     )
-    title = f"Programs of an 8B model, bfloat16, on {device}"
+    title = f"Programs of an 8B model, bfloat16, compiled for {device}"
     return table_of(title, columns, rows, notes=[note])

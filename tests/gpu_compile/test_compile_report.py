@@ -55,6 +55,7 @@ def test_tables_show_every_case():
     printed = text_of(tables(result))
     for part in ("192", "64 B", "80.0", "does not compile", "1 of 1", "YES", "1.00 GiB"):
         assert part in printed
+    assert printed.count("compiled for H200") == 2
     backwards = make_result("compile-report", [*kernels, *programs][::-1], {"device_kind": "H200"})
     assert text_of(tables(backwards)) == printed
 
