@@ -27,6 +27,17 @@ warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", Dep
 LOG2_E = math.log2(math.e)
 SMALL_TILE = 16  # query rows; the least that tensor cores take
 
+# Warps and stages of the float32 kernels, by name and padded head_dim, where (8, 1) spills. ptxas
+# spills a register or two of a kernel that needs few more than 64, 72, 80... of them, to fit one
+# more program on an SM, and with each version of JAX a kernel needs a few more or less. With these
+# no chunk size and group spills with jax 0.10.2, 0.11.2 or 0.12.0, for sm_90a; after a change,
+# `compile-report --backends pallas_triton --variants every` tells, with the oldest and the newest.
+_FLOAT32_WARPS_AND_STAGES = {
+    ("sequence_first", 32): (4, 1),
+    ("chunk_first", 64): (8, 3),
+    ("prefill_causal", 128): (8, 2),
+}
+
 
 @dataclass(frozen=True)
 class KernelShape:
@@ -43,7 +54,8 @@ class KernelShape:
     num_stages: int
 
     @classmethod
-    def of(cls, q: jax.Array, keys: jax.Array) -> KernelShape:
+    def of(cls, kernel: str, q: jax.Array, keys: jax.Array) -> KernelShape:
+        """The sizes of the kernel of that name."""
         _, kv_heads, num_chunks, chunk_size, head_dim = keys.shape
         padded_dim = _padded(head_dim)
         sizes = {
@@ -54,10 +66,12 @@ class KernelShape:
             "num_chunks": num_chunks,
         }
         if keys.dtype.itemsize == 4:
-            # Full float32 products have no tensor cores: registers bound the tile, not memory. In
-            # two stages ptxas spills a register or two of some shapes.
+            # Full float32 products have no tensor cores: registers bound the tile, not memory.
             key_tile = max(16, min(32, 2048 // padded_dim))
-            return cls(**sizes, query_tile=32, key_tile=key_tile, num_warps=8, num_stages=1)
+            warps, stages = _FLOAT32_WARPS_AND_STAGES.get((kernel, padded_dim), (8, 1))
+            return cls(
+                **sizes, query_tile=32, key_tile=key_tile, num_warps=warps, num_stages=stages
+            )
         # Keys and values of all stages stay within 96 KiB, so that two programs fit an SM.
         key_tile = min(64, 8192 // padded_dim)
         return cls(**sizes, query_tile=64, key_tile=key_tile, num_warps=4, num_stages=3)

@@ -72,7 +72,7 @@ def chunk_first(
     The query rows of an item are consecutive, from its slot times G on. D is padded to a power of
     two, Dp. What no item owns is left as it was in memory.
     """
-    shape = KernelShape.of(q, keys)
+    shape = KernelShape.of("chunk_first", q, keys)
     kv_heads = keys.shape[1]
     rows = partials.slots.shape[0] * shape.group
     return Partial(
@@ -169,7 +169,7 @@ def sequence_first(
     interpret: bool = False,
 ):
     """Attention to each row's private chunks, merged with its partials: [B, Hq, D]."""
-    shape = KernelShape.of(q, keys)
+    shape = KernelShape.of("sequence_first", q, keys)
     partials = require_partials(plan)
     return pl.pallas_call(
         partial(_sequence_first_kernel, shape=shape, scale=scale, softcap=softcap),

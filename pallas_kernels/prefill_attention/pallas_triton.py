@@ -48,7 +48,7 @@ def prefill_attention(
     partials = require_partials(plan)
     how = {"layer": layer, "scale": scale, "softcap": softcap, "interpret": interpret}
     shared = chunk_first(q, keys, values, plan.items, partials, **how)
-    shape = _causal_shape(KernelShape.of(q, keys))
+    shape = _causal_shape(KernelShape.of("prefill_causal", q, keys))
     tokens = q.shape[0]
     tiles = plan.tile_begin.shape[0]
     parts = pl.cdiv(min(query_tile, tokens) * shape.group, shape.query_tile)

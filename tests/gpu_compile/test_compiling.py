@@ -16,6 +16,12 @@ from experiments.harness.errors import UserError
 from tests.gpu_compile.toy_cases import cases
 
 ROOT = Path(__file__).parents[2]
+TIGHT = (
+    "pallas_triton float32 d32 c32 g3",
+    "pallas_triton float32 d64 c256 g8",
+    "pallas_triton prefill float32 d128 c64 g16",
+)
+"""Spilled once with jax 0.10.2 but not 0.12, and are none of those `compile-report` compiles."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,9 +95,8 @@ def test_launches_are_found_and_loops_are_captured(records):
 
 @pytest.mark.parametrize("backend", available_backends())
 def test_kernels_of_the_project_do_not_spill(backend):
-    """One of each dtype, the smallest and largest head and chunk sizes, odd groups, a softcap."""
-    parts = ("d128 c64 g4", "d256", "d32 ", "c16 ", "c256 ", "g3", "g16", "softcap")
-    names = [name for name in variant_names((backend,)) if any(part in name for part in parts)]
+    """All that `compile-report` compiles unless told otherwise, and others that came near."""
+    names = [*variant_names((backend,)), *(name for name in TIGHT if name.startswith(backend))]
     table = "experiments.compile_report.variants:kernel_variants"
     assert failures_of(compile_cases(table, names, TARGETS["h200"])) == []
 
