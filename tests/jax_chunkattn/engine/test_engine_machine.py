@@ -514,10 +514,12 @@ class EngineMachine(RuleBasedStateMachine):
         assert stats.running + stats.waiting == len(self.open())
         assert stats.pinned == len(self.pins)
         held = [tracked for tracked in self.requests if tracked.verified and tracked.hold]
-        for tracked in held[: len(held) - stats.held]:
-            self.saw("held lost")
-            tracked.hold = False
-        assert stats.held <= len(held)
+        still_held = self.engine._core.scheduler.held
+        for tracked in held:
+            if tracked.handle._request not in still_held:
+                self.saw("held lost")
+                tracked.hold = False
+        assert stats.held == sum(tracked.hold for tracked in held)
         total = stats.chunks_free + stats.chunks_cached + stats.chunks_in_use
         assert total == self.num_chunks
         self.saw("preempted", stats.preemptions - before.preemptions)
