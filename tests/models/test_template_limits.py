@@ -9,8 +9,8 @@ from pathlib import Path
 import jinja2.sandbox
 import pytest
 
-from models import template_limits
 from models.chat_template import MOST_SOURCE, ChatTemplates, _to_json
+from models.template_limits import budget
 
 CHAT = [{"role": "user", "content": "x y\nz", "parts": [1, 2.5, None, {"a": "b"}]}]
 REFUSED = "takes more than|integer of more than|nests values|recursion depth|nested blocks"
@@ -200,7 +200,7 @@ ORDINARY = [
 
 @pytest.mark.parametrize("source", ATTACKS)
 def test_attacks_are_refused(source, monkeypatch):
-    monkeypatch.setattr(template_limits, "BASE_UNITS", 1_000_000)
+    monkeypatch.setattr(budget, "BASE_UNITS", 1_000_000)
     with pytest.raises(ValueError, match=REFUSED):
         render(source)
 
