@@ -143,6 +143,8 @@ def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         if name not in NO_ITEMS:
             if _is_lazy(value):
                 value = _counted(value, given)
+                if name == "sum":  # to which it matters how many there are
+                    value = list(value)
             elif name in PER_ITEM:
                 charge(breadth(value) * (ITEM + given))
             if name not in SHALLOW:  # and some compare all with all

@@ -73,7 +73,7 @@ class Metering(NodeTransformer):
         super().generic_visit(node, *args, **kwargs)
         for field in BODIES.get(type(node), ()):
             body, line = getattr(node, field), node.lineno
-            if not body:
+            if not body and field != "body":
                 continue
             units = NODE + sum(map(_syntax_units, body if isinstance(body, list) else [body]))
             enter = _filtered(nodes.Const(units, lineno=line), ENTER)
@@ -93,8 +93,8 @@ class Metering(NodeTransformer):
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self.generic_visit(node)
         operands = [node.expr, *(each.expr for each in node.ops)]
-        in_all = all(each.op in ("eq", "ne") for each in node.ops)
-        if in_all and any(isinstance(each, nodes.Const) for each in operands):
+        is_pair = len(node.ops) == 1 and node.ops[0].op in ("eq", "ne")
+        if is_pair and any(isinstance(each, nodes.Const) for each in operands):
             return node  # as long as the shorter takes
         node.expr = _read(node.expr)
         for each in node.ops:

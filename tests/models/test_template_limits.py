@@ -135,6 +135,17 @@ ATTACKS = [
     *("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "{{ 1" + " + 1" * 9000 + " }}"),
     "{% for a in [1] %}" * 30 + "{% endfor %}" * 30,
     "{% if zero %}" + "{% elif zero %}" * 5000 + "{% endif %}",
+    "{% set r = range(20000) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
+    growing("[]", "[ns.x, ns.x]").replace("60", "24")
+    + "{% set a = ns.x %}"
+    + growing("[]", "[ns.x, ns.x]", "{{ ns.x == a == 1 }}").replace("60", "24"),
+    "{{ ([[1]] * 3000) | map('list') | sum(start=[]) | length }}",
+    "{{ [-10**9] | map('enter:') | list }}{{ 'a' * 10**7 }}",
+    *("{{ '%(a(b))10000000000d' % {'a(b)': 5} }}", "{{ ['%10000000000d'] | format(5) }}"),
+    "{{ '%." + "0" * 30 + "1999999999f' % 5 }}",
+    "{{ '{:" + "0" * 30 + "1999999999}'.format(5) }}",
+    f"{{{{ ('a\\r' * 10000) | indent({LONG}) }}}}",
+    "{{ ('\u1e69' * 100000).encode('ascii', 'namereplace') }}",
 ]
 
 ORDINARY = [
