@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from array import array
+from typing import Any
 
 import chex
 import numpy as np
@@ -157,6 +158,15 @@ def test_bucket(size, expected):
     assert bucket(size, 8) == max(8, expected)
 
 
+KINDS: list[Any] = [
+    list,
+    np.array,
+    lambda row: array("i", row),
+    lambda row: np.array(row, np.int32),
+    lambda row: np.array(row, np.uint32),
+]
+
+
 @pytest.mark.parametrize(
     ("tables", "lengths", "message"),
     [
@@ -178,22 +188,22 @@ def test_bucket(size, expected):
 def test_chunks_that_are_not_in_the_pool_and_lengths_that_are_none_are_refused(
     tables, lengths, message
 ):
-    """As lists, as NumPy's integers and as buffers."""
-    kinds = [lambda row: row, lambda row: array("i", row), lambda row: np.array(row, np.int32)]
-    for kind in (
-        kinds
-        if all(isinstance(i, int) and i < 2**31 for row in tables for i in row)
-        else [kinds[0]]
-    ):
-        with pytest.raises(ValueError, match=message):
-            plan_decode([kind(row) for row in tables], lengths, chunk_size=16, num_chunks=9)
+    with pytest.raises(ValueError, match=message):
+        plan_decode(tables, lengths, chunk_size=16, num_chunks=9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_outside_the_pool_are_refused_whatever_the_rows_are(kind):
+    for bad in (9, 2**31 - 1):
+        with pytest.raises(ValueError, match=f"row 1 has chunk id {bad} at position 0"):
+            plan_decode([kind([0]), kind([bad, 1])], [9, 20], chunk_size=16, num_chunks=9)
 
 
 def test_tables_may_be_lists_numpys_integers_or_buffers():
     tables, lengths = [[0, 1, 2], [0, 1, 8]], [40, 48]
     plans = [
-        plan_decode([kind(row) for row in tables], lengths, chunk_size=16, num_chunks=9)[0]
-        for kind in (list, np.array, lambda row: array("i", row), lambda row: np.array(row, "u4"))
+        plan_decode(list(map(kind, tables)), lengths, chunk_size=16, num_chunks=9)[0]
+        for kind in KINDS
     ]
     for plan in plans[1:]:
         chex.assert_trees_all_equal(plan, plans[0])
