@@ -26,8 +26,7 @@ class RequestLimits:
     The model's and the pool's own limits come on top of these.
 
     Attributes:
-      samples: answers to one prompt, `SamplingParams.n`. Each takes up to 1.4 KB while it waits, and
-        40 us to be made.
+      samples: answers to one prompt, `SamplingParams.n`. Each takes up to 1.4 KB while it waits.
       stop_strings: strings in `SamplingParams.stop`. The text of each call is searched for all.
       stop_characters: of any of these. As much of the answer is searched again with each call.
 

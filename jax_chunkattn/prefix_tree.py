@@ -301,6 +301,10 @@ class PrefixTree:
         sources = sequence.private_chunk_ids[:needed]
         return copy, list(zip(sources, destinations, strict=True))
 
+    def is_active(self, sequence: SequenceHandle) -> bool:
+        """Whether it is one of this tree's, and not released."""
+        return sequence in self._sequences
+
     def release(self, sequence: SequenceHandle, *, keep: int | None = None) -> None:
         """Ends a sequence, finished or aborted; its handle is dead afterwards.
 
@@ -385,7 +389,7 @@ class PrefixTree:
         return count
 
     def _require_active(self, sequence: SequenceHandle) -> None:
-        if sequence not in self._sequences:
+        if not self.is_active(sequence):
             raise ValueError("the sequence is not active in this tree (released before?)")
 
     def _require_available(self, needed: int, keeping: list[Node] | None = None) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -102,12 +102,17 @@ class Core:
 
     @property
     def has_work(self) -> bool:
+        return self._computes or bool(self._news and self.closed is None)
+
+    @property
+    def _computes(self) -> bool:
         return bool(self.scheduler.active or self.scheduler.waiting or self._in_flight)
 
     def mend(self) -> None:
         """Puts right what a broken off change has left; nothing to do if there was none."""
         if self.torn:
-            self.recover(None)
+            with suppress(RequestFailed):  # they all have, and know; the pool is tried for again
+                self.recover(None)
             if self.closed is not None:
                 self.shut_down(self.closed)
             self.torn = False
@@ -118,8 +123,9 @@ class Core:
         Returns whether there is more to do. An error costs a rebuilt pool: all that is needed is
         computed again from the tokens.
         """
-        if self.has_work:
+        if self._computes:
             self._advance_or_recover()
+        self._notify_all()
         return self.has_work
 
     @whole
@@ -133,7 +139,6 @@ class Core:
         finally:
             not_ours -= self.stats.compile_seconds + self.device.blocked_seconds
             self.stats.host_seconds += time.perf_counter() - began + not_ours
-        self._notify_all()
 
     def warm_up(self, threads: int) -> int:
         """Compiles all programs that any work can need, and returns how many were not there."""
@@ -190,11 +195,13 @@ class Core:
                 self._collect(self._in_flight.popleft())
         except Exception as error:
             self.recover(error)
+            self._notify_all()
 
+    @whole
     def fail(self, request: Request, error: BaseException, *, discard: bool = False) -> None:
         """Ends a request by an error; `discard` caches nothing of what was computed for it."""
         if request.phase is not Phase.DONE:
-            request.finish_reason, request.error = "error", error
+            request.error, request.finish_reason = error, "error"
             self.stats.failed += 1
             self.scheduler.finish(request, discard=discard)
             self._orphan(request)
@@ -225,7 +232,9 @@ class Core:
         Without one the child takes what the cache has, like any request.
         """
         sequence = parent.sequence
-        if sequence is None or self.tree.computed_tokens(sequence) < len(parent.history):
+        if sequence is None or not self.tree.is_active(sequence):
+            return  # or of a tree before Ctrl-C
+        if self.tree.computed_tokens(sequence) < len(parent.history):
             return
         try:
             copy, copies = self.tree.fork(sequence)
@@ -259,7 +268,7 @@ class Core:
         for work in (*scheduler.accepted, *scheduler.held):
             if isinstance(work, Request):
                 work.finish_adding()
-                self._news.append(work)
+                self._note_news(work)
         scheduler.restart(PrefixTree(old.num_chunks, old.chunk_size, retain=old.retain))
         if error is not None:
             for work in blamed:
@@ -271,7 +280,8 @@ class Core:
         except Exception as fatal:
             for work in list(scheduler.accepted):
                 self._give_up(work, fatal)
-            raise RequestFailed(f"the pool could not be rebuilt after an error: {error}") from fatal
+            cause = "Ctrl-C" if error is None else f"an error: {error}"
+            raise RequestFailed(f"the pool could not be rebuilt after {cause}") from fatal
 
     @whole
     def shut_down(self, error: EngineClosed) -> None:
@@ -484,14 +494,12 @@ class Core:
 
     def _collect(self, call: Call) -> None:
         results = self.device.fetch(call)
-        try:
-            for request, row, most in zip(call.requests, call.rows, call.most_tokens, strict=True):
-                request.in_flight -= most
-                request.writes_in_flight -= most * call.decoded
-                if request.phase is not Phase.DONE and not request.dropped:
-                    self._record(request, results, row, decoded=call.decoded)
-        finally:
-            self._notify_all()
+        for request, row, most in zip(call.requests, call.rows, call.most_tokens, strict=True):
+            request.in_flight -= most
+            request.writes_in_flight -= most * call.decoded
+            if request.phase is not Phase.DONE and not request.dropped:
+                self._record(request, results, row, decoded=call.decoded)
+        self._notify_all()
 
     def _record(self, request: Request, results: Results, row: int, *, decoded: bool) -> None:
         """Takes over what a call chose for a row: all of it, or nothing if an error occurs."""
@@ -547,8 +555,12 @@ class Core:
         self.memory.remember(request.history, request.salt, from_chunk=generated_from)
 
     def _add(self, request: Request, *args, **kwargs) -> None:
-        self._news.append(request)
+        self._note_news(request)
         request.add(*args, **kwargs)
+
+    def _note_news(self, request: Request) -> None:
+        if request.on_event is not None:
+            self._news.append(request)
 
     def _notify_all(self) -> None:
         """Calls back about all that is new, in its order.
@@ -556,21 +568,23 @@ class Core:
         Only now that a call's results are taken over as a whole: a callback may take over the next.
         """
         while self._news:
-            self._notify(self._news.popleft())
+            request = self._news[0]
+            self._tell_all_of(request)
+            if self._news and self._news[0] is request:  # else a callback has seen to it
+                self._news.popleft()
 
-    def _notify(self, request: Request) -> None:
+    def _tell_all_of(self, request: Request) -> None:
         """Calls back; a callback that raises ends its own request and no other."""
-        if request.on_event is None:
-            return
-        event = request.next_to_tell()
-        if event is None:
-            return
-        calling, self.calling_back = self.calling_back, True
-        try:
-            request.on_event(event)
-        except Exception as error:
-            request.on_event = None
-            request.error = error
-            self.fail(request, error)
-        finally:
-            self.calling_back = calling
+        while request.on_event is not None and (event := request.untold) is not None:
+            failure = None
+            calling, self.calling_back = self.calling_back, True
+            try:
+                request.num_told += 1
+                request.on_event(event)
+            except Exception as error:
+                failure = error
+            finally:
+                self.calling_back = calling
+            if failure is not None:
+                request.on_event, request.error = None, failure
+                self.fail(request, failure)

@@ -194,8 +194,9 @@ class Engine:
         if len(samples) != 1:
             raise InvalidRequest(f"submit starts one, n is {params.n}: use submit_samples")
         samples[0].on_event = on_event
+        handle = RequestHandle(self, samples[0])
         self._queue([samples])
-        return RequestHandle(self, samples[0])
+        return handle
 
     def submit_samples(
         self, prompt: Prompt, params: SamplingParams, *, salt: str = "", priority: int = 0
@@ -207,8 +208,9 @@ class Engine:
         """
         self._require_open()
         samples = self._incoming.samples(prompt, params, salt, priority=priority)
+        handles = [RequestHandle(self, sample) for sample in samples]
         self._queue([samples])
-        return [RequestHandle(self, sample) for sample in samples]
+        return handles
 
     def generate(
         self,
@@ -247,9 +249,15 @@ class Engine:
           EngineClosed: after `close`.
         """
         self._require_open()
-        pinned = self._incoming.pinned(prompt, salt, self.cache.chunk_size)
-        self._pin(pinned)
-        return PinnedPrefix(self, pinned)
+        prefix = PinnedPrefix(self, self._incoming.pinned(prompt, salt, self.cache.chunk_size))
+        try:
+            self._pin(prefix._pinned)
+        except Exception:
+            raise
+        except BaseException:  # Ctrl-C keeps it from who has asked for it
+            self._turns.leave(prefix.release)
+            raise
+        return prefix
 
     # Running.
 
@@ -333,6 +341,8 @@ class Engine:
         """
         try:
             self._accept(requests, numbered)
+        except Exception:
+            raise
         except BaseException:
             for samples in requests:
                 self._drop(samples)
@@ -369,6 +379,8 @@ class Engine:
     def _fork_into(self, made: list[Request], parent: Request, *how) -> None:
         self._require_open()
         self._core.drain()
+        self._core.mend()  # a callback may have kept Ctrl-C to itself
+        self._require_open()  # and another may have closed it
         child = self._incoming.fork(parent, *how)
         self._core.scheduler.require_fit(child)
         made.append(child)

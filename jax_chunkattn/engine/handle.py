@@ -40,6 +40,7 @@ class Reading(Iterator[Item]):
     def __next__(self) -> Item:
         if self._reader.over or self._reader.left:
             raise StopIteration
+        self._engine._turns.refuse_handlers()
         try:
             item = self._read()
         except BaseException:
@@ -149,8 +150,8 @@ class RequestHandle:
         """Events as they come, those not read yet first; the last one has a `finish_reason`.
 
         Leaving the iteration early, by `break`, an exception or closing or dropping the iterator,
-        aborts the request, be it before the first event. What it holds is given back then, or, but
-        for closing, when the engine is next used.
+        aborts the request, be it before the first event: at once, or, but for closing, when the
+        engine is next used.
 
         Raises:
           RequestFailed: when an error ended the request, or the engine was closed.

@@ -62,7 +62,8 @@ class StreamEvent:
 class Completion:
     """A request's whole answer, as `StreamEvent` has it in pieces.
 
-    `seed` is what its tokens were drawn with: given again, alone, it draws them again.
+    `seed` is what its tokens were drawn with: given again, alone, it draws them again; those apart
+    that a fork has of its parent.
     """
 
     tokens: tuple[int, ...]
@@ -164,9 +165,12 @@ class Reader(ref):
             request.readers.append(self)
 
     def end(self) -> None:
-        """The iteration is over, and no longer refers to the requests, which refer to this."""
+        """The iteration is over: it and the requests refer to one another no longer."""
         self.over = True
-        self.requests = ()
+        requests, self.requests = self.requests, ()
+        for request in requests:
+            if self in request.readers:
+                request.readers.remove(self)
 
     @property
     def was_dropped(self) -> bool:
@@ -315,15 +319,14 @@ class Request(Work):
         """The next event for a stream; None when all there is has been read."""
         if self.num_read == len(self.ends):
             return None
+        event = self._event(self.num_read)
         self.num_read += 1
-        return self._event(self.num_read - 1)
+        return event
 
-    def next_to_tell(self) -> StreamEvent | None:
+    @property
+    def untold(self) -> StreamEvent | None:
         """The next event for the callback; None when it knows all there is."""
-        if self.num_told == len(self.ends):
-            return None
-        self.num_told += 1
-        return self._event(self.num_told - 1)
+        return self._event(self.num_told) if self.num_told < len(self.ends) else None
 
     def _event(self, number: int) -> StreamEvent:
         """What addition `number` was."""

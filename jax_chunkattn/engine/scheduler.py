@@ -16,6 +16,7 @@ from jax_chunkattn.allocator import PoolExhausted
 from jax_chunkattn.engine.misses import prefix_hashes
 from jax_chunkattn.engine.requests import Phase, Pinned, Request, Work
 from jax_chunkattn.prefix_tree import PrefixTree
+from jax_chunkattn.tree_nodes import Node
 
 Chunk = tuple[bytes, int]  # the salt, and the hash of all tokens to the chunk's end
 
@@ -235,7 +236,16 @@ class Scheduler:
         if work.sequence is not None:
             sequence, work.sequence = work.sequence, None
             keep = work.found // self.tree.chunk_size if discard else None
+            if keep is not None and keep < len(sequence.nodes):
+                self._let_find(keep, sequence.nodes[keep])
             self.tree.release(sequence, keep=keep)
+
+    def _let_find(self, chunks: int, node: Node) -> None:
+        """Has those who have found the node behind so many chunks found no more than these."""
+        for other in (*self.accepted, *self.held):
+            nodes = other.sequence.nodes if other.sequence is not None else []
+            if len(nodes) > chunks and nodes[chunks] is node:
+                other.found = min(other.found, chunks * self.tree.chunk_size)
 
     def _chunks(self, work: Work) -> set[Chunk]:
         """What names each whole chunk of its prompt, the same for all that share the chunk."""

@@ -84,9 +84,10 @@ def beam_search(
         return logprob / len(tokens) ** length_penalty
 
     done: list[Hypothesis] = []
-    live = [_Beam((), 0.0, engine.submit(prompt, one_more(()), salt=salt, hold=True))]
-    handles = [live[0].handle]
+    handles: list[RequestHandle] = []
     try:
+        handles.append(engine.submit(prompt, one_more(()), salt=salt, hold=True))
+        live = [_Beam((), 0.0, handles[0])]
         while live:
             candidates = sorted(
                 (

@@ -32,7 +32,7 @@ class Turns:
 
     @property
     def interrupted(self) -> bool:
-        """Whether this thread is in a turn, in which no callback has called it."""
+        """Whether this thread is in a turn, and not in a callback: a handler or finaliser asks."""
         return self._lock.is_mine and not self._core.calling_back
 
     @property
@@ -46,12 +46,16 @@ class Turns:
         Raises:
           RuntimeError: in a handler or finaliser that has interrupted a turn.
         """
+        self.refuse_handlers()
+        return self._lock.run(partial(self._turn, work))
+
+    def refuse_handlers(self) -> None:
+        """Raises RuntimeError in a handler or finaliser that has interrupted a turn."""
         if self.interrupted:
             raise RuntimeError(
                 "the engine was called by a signal's handler or a finaliser that interrupted it at "
                 "work: only stats, close, abort and release can be used there"
             )
-        return self._lock.run(partial(self._turn, work))
 
     def change(self, change: Callable[[], None]) -> None:
         """Makes a change in a turn, the next one if a handler has interrupted this one.
@@ -73,8 +77,8 @@ class Turns:
 
     def drop(self, reader: Reader) -> None:
         """As if its iteration had died."""
-        reader.left = True
         self._dropped.append(reader)
+        reader.left = True
 
     def _turn(self, work: Callable[[], Result]) -> Result:
         core = self._core
@@ -93,9 +97,8 @@ class Turns:
     # done it too.
 
     def _abort(self, reader: Reader) -> None:
-        if reader.was_dropped:
-            for request in reader.requests:
-                self._core.abort(request)
+        for request in reader.requests:
+            self._core.abort(request)
         reader.end()
         if reader in self._dropped:
             self._dropped.remove(reader)

@@ -59,7 +59,7 @@ def pad_tables(tables: Sequence[Sequence[int]], fill: int) -> tuple[np.ndarray, 
     """
     used = np.fromiter(map(len, tables), np.int32, len(tables))
     flat = _flatten(tables, int(used.sum()))
-    if flat.view(np.uint32).max(initial=0) >= fill:  # ids below 0 are the largest of all
+    if flat.size and flat.view(np.uint32).max() >= fill:  # ids below 0 are the largest of all
         outside = int(np.argmax((flat < 0) | (flat >= fill)))
         row = int(np.searchsorted(used.cumsum(), outside, side="right"))
         raise ValueError(

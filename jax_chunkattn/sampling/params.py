@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from dataclasses import KW_ONLY, dataclass, field
 from math import nextafter
@@ -117,6 +118,15 @@ class SamplingParams:
     def has_penalties(self) -> bool:
         """Whether the tokens of the prompt, or those generated so far, change the logits."""
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
+
+    def for_one_answer(self, seed: int) -> SamplingParams:
+        """These with `n` 1 and this seed; all else is as it was checked."""
+        if (self.n, self.seed) == (1, seed):
+            return self
+        one = copy.copy(self)
+        object.__setattr__(one, "n", 1)
+        object.__setattr__(one, "seed", seed)
+        return one
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises ValueError when a token named here is not one of V = `vocab_size`."""

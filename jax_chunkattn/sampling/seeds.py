@@ -9,7 +9,6 @@ as 8 bytes each, little endian, personalised by what it is for. A sum would not 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from hashlib import blake2b
 from secrets import randbits
 
@@ -23,7 +22,7 @@ def each_sample(params: SamplingParams) -> Sequence[SamplingParams]:
     """
     seed = randbits(32) if params.seed is None else params.seed
     return [
-        replace(params, n=1, seed=sample_seed(seed, index) if index else seed)
+        params.for_one_answer(sample_seed(seed, index) if index else seed)
         for index in range(params.n)
     ]
 

@@ -207,3 +207,10 @@ def test_tables_may_be_lists_numpys_integers_or_buffers():
     ]
     for plan in plans[1:]:
         chex.assert_trees_all_equal(plan, plans[0])
+
+
+def test_a_pool_of_nothing_holds_rows_of_nothing():
+    plan, _ = plan_decode([[]], [0], chunk_size=16, num_chunks=0)
+    assert PlanShape.of(plan).rows == 1
+    with pytest.raises(ValueError, match="row 0 has chunk id 0 at position 0"):
+        plan_decode([[0]], [1], chunk_size=16, num_chunks=0)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
-from jax_chunkattn import RequestFailed, SamplingParams
+from jax_chunkattn import EngineClosed, RequestFailed, SamplingParams
+from jax_chunkattn.engine.core import Core
 from tests.jax_chunkattn.engine.engines import assert_all_returned, make_engine
 from tests.jax_chunkattn.toy import greedy_without_cache, token_tree
+
+
+class Interrupt(BaseException):
+    """As KeyboardInterrupt, but that pytest does not end for it."""
+
 
 PROMPTS = token_tree((1, 20), (3, 5))
 EXPECTED = [greedy_without_cache(prompt, 24) for prompt in PROMPTS]
@@ -73,6 +81,76 @@ def test_a_callback_may_abort_anyone(victim):
         assert tokens_of(index, seen) == list(handle.tokens)
         assert events[-1].finish_reason == ("abort" if index == victim else "length")
         assert list(handle.tokens) == EXPECTED[index][: len(handle.tokens)]
+    assert_all_returned(engine)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, Interrupt])
+@pytest.mark.parametrize("act", ["step", "check", "fork"])
+def test_no_callback_comes_between_an_error_and_its_repair(monkeypatch, error, act):
+    """Of a call whose results were taken over for one row and not for the next."""
+    engine = make_engine(num_chunks=10, prefill_tokens=32, max_running=3)
+    record, failed = Core._record, []
+
+    def fail_once(core, request, *args, **kwargs):
+        if request is handles[1]._request and len(request.tokens) > 6 and not failed:
+            failed.append(len(seen))
+            raise error
+        record(core, request, *args, **kwargs)
+
+    def on_event(event):
+        seen.append(event)
+        if failed:
+            acts[act]()
+
+    acts = {
+        "step": lambda: engine.step(),
+        "check": lambda: engine.check(),
+        "fork": lambda: handles[0].fork(SamplingParams(30)),
+    }
+
+    seen = []
+    monkeypatch.setattr(Core, "_record", fail_once)
+    params = SamplingParams(24)
+    handles = [engine.submit(PROMPTS[0], params, on_event=on_event)]
+    handles += [engine.submit(prompt, params) for prompt in PROMPTS[1:]]
+    with contextlib.suppress(Interrupt):
+        engine.run()
+    engine.run()
+    assert failed
+    assert [list(handle.result().tokens) for handle in handles] == EXPECTED
+    assert engine.stats.recoveries == 1
+    assert_all_returned(engine)
+
+
+def test_a_callback_that_was_interrupted_costs_no_other_its_events():
+    engine = make_engine(num_chunks=10, prefill_tokens=32, max_running=3)
+    told = [[], []]
+
+    def interrupted(event):
+        told[0].append(event)
+        raise Interrupt
+
+    for prompt, on_event in zip(PROMPTS, (interrupted, told[1].append), strict=False):
+        engine.submit(prompt, SamplingParams(1), on_event=on_event)
+    with pytest.raises(Interrupt):
+        engine.run()
+    assert engine.has_work
+    engine.run()
+    assert [[event.finish_reason for event in each] for each in told] == [["length"]] * 2
+    assert_all_returned(engine)
+
+
+def test_a_fork_that_a_callback_closes_the_engine_for_is_refused():
+    engine = make_engine(num_chunks=10, prefill_tokens=32, max_running=3)
+    armed = []
+    handle = engine.submit(
+        PROMPTS[0], SamplingParams(60), on_event=lambda _: engine.close() if armed else None
+    )
+    while len(handle.tokens) < 4:
+        engine.step()
+    armed.append(1)
+    with pytest.raises(EngineClosed):
+        handle.fork()
     assert_all_returned(engine)
 
 

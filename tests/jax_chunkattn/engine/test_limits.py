@@ -17,6 +17,7 @@ from tests.jax_chunkattn.toy import toy_model
 def ways(engine, prompt, params):
     """All by which parameters come into an engine."""
     held = engine.submit([1, 2, 3], SamplingParams(1))
+    held.result()
     return {
         "submit": lambda: engine.submit(prompt, params),
         "submit_samples": lambda: engine.submit_samples(prompt, params),
@@ -46,6 +47,7 @@ def test_more_than_the_limits_is_refused_whichever_way_it_comes(params, message)
         assert "RequestLimits" in str(refused.value)
         assert ("prompt 1 asks" in str(refused.value)) == (name == "generate")
         assert engine.stats == before
+        assert not engine.has_work
     engine.run()
     assert_all_returned(engine)
 
@@ -144,6 +146,7 @@ def test_generate_names_the_prompt_that_the_pool_cannot_hold():
     with pytest.raises(PoolExhausted, match=r"^a request of 199 tokens"):
         engine.submit(list(range(1, 200)), SamplingParams(4))
     assert engine.stats.submitted == 0
+    assert not engine.has_work
     assert_all_returned(engine)
 
 

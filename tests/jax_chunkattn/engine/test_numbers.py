@@ -84,6 +84,19 @@ def test_samples_of_such_a_prompt_all_end(model):
     assert_all_returned(engine)
 
 
+def test_what_such_a_request_computed_is_not_cached_for_who_found_it_half_way(model):
+    engine = make_engine(model=model, prefill_tokens=32)
+    bad = [7, *range(100, 179)]
+    handles = [engine.submit(bad, params())]
+    engine.step()
+    handles.append(engine.submit([*bad, 9], params()))
+    for handle in handles:
+        with pytest.raises(RequestFailed, match="NaN"):
+            handle.result()
+    assert engine.stats.chunks_cached == 0
+    assert_all_returned(engine)
+
+
 def test_what_such_a_request_computed_is_not_cached_and_what_it_found_is(model):
     engine = make_engine(model=model)
     engine.submit(GOOD, params()).result()
