@@ -80,9 +80,8 @@ class Results:
 
     def tokens_of(self, row: int) -> tuple[list[int], bool]:
         """Tokens chosen for a row, and whether behind them there was none to choose."""
-        column = self.chosen.tokens[:, row]
-        tokens = column[column >= 0].tolist()
-        return tokens, bool((column == NO_CHOICE).any())
+        column = self.chosen.tokens[:, row].tolist()
+        return [token for token in column if token >= 0], NO_CHOICE in column
 
     def logprobs_of(self, row: int, number: int | None, count: int) -> tuple[TokenLogprobs, ...]:
         """Of the first `count` tokens, with `number` likeliest or all that the vocabulary has;

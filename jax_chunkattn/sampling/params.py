@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from dataclasses import KW_ONLY, dataclass, field
 from math import nextafter
@@ -123,9 +122,8 @@ class SamplingParams:
         """These with `n` 1 and this seed; all else is as it was checked."""
         if (self.n, self.seed) == (1, seed):
             return self
-        one = copy.copy(self)
-        object.__setattr__(one, "n", 1)
-        object.__setattr__(one, "seed", seed)
+        one = object.__new__(SamplingParams)
+        vars(one).update(vars(self), n=1, seed=seed)
         return one
 
     def check_vocabulary(self, vocab_size: int) -> None:
