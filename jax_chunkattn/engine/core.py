@@ -569,11 +569,11 @@ class Core:
         """
         while self._news:
             request = self._news[0]
-            self._tell_all_of(request)
+            self._notify(request)
             if self._news and self._news[0] is request:  # else a callback has seen to it
                 self._news.popleft()
 
-    def _tell_all_of(self, request: Request) -> None:
+    def _notify(self, request: Request) -> None:
         """Calls back; a callback that raises ends its own request and no other."""
         while request.on_event is not None and (event := request.untold) is not None:
             failure = None

@@ -55,7 +55,7 @@ HOST_FUNCTIONS = [
         ),
         core.Core: (
             "_dispatch", "_dispatch_prefill", "_dispatch_decode", "_admitted", "_add_segment",
-            "_prefilled", "_send", "_collect", "_record", "_finish", "_notify", "_note_memory",
+            "_prefilled", "_send", "_collect", "_record", "_finish", "_add", "_note_memory",
         ),
         rows.PlannedRows: ("plan",),
         rows: ("plan_decode",),
