@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 CACHE_VARIABLE = "JAX_CHUNKATTN_CACHE"
+FOLDER_SETTING = "jax_compilation_cache_dir"
+KEEP_ALL = {
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
 
 
 def cache_dir() -> Path:
@@ -34,13 +39,9 @@ def use_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path:
     import jax
     from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-    chosen = folder or jax.config.values["jax_compilation_cache_dir"] or cache_dir() / "jax"
+    chosen = folder or jax.config.values[FOLDER_SETTING] or cache_dir() / "jax"
     path = Path(chosen).expanduser()
-    for name, value in {
-        "jax_compilation_cache_dir": str(path),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }.items():
+    for name, value in {FOLDER_SETTING: str(path), **KEEP_ALL}.items():
         jax.config.update(name, value)
     reset_cache()  # JAX reads the folder once, at the first compilation
     return path

@@ -12,11 +12,6 @@ from experiments.harness.json_text import is_half_a_pair
 
 _OBTAINED = "/jax/core/compile/backend_compile_duration"
 _FROM_CACHE = "/jax/compilation_cache/cache_hits"
-_SETTINGS = (
-    "jax_compilation_cache_dir",
-    "jax_persistent_cache_min_compile_time_secs",
-    "jax_persistent_cache_min_entry_size_bytes",
-)
 
 
 @contextmanager
@@ -32,10 +27,16 @@ def compilation_cache(folder: Path | None = None) -> Iterator[None]:
     import jax
     from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-    from jax_chunkattn.compilation_cache import CACHE_VARIABLE, cache_dir, use_compilation_cache
+    from jax_chunkattn.compilation_cache import (
+        CACHE_VARIABLE,
+        FOLDER_SETTING,
+        KEEP_ALL,
+        cache_dir,
+        use_compilation_cache,
+    )
 
-    before = {name: jax.config.values[name] for name in _SETTINGS}
-    wanted = before[_SETTINGS[0]] or folder or cache_dir() / "jax"
+    before = {name: jax.config.values[name] for name in (FOLDER_SETTING, *KEEP_ALL)}
+    wanted = before[FOLDER_SETTING] or folder or cache_dir() / "jax"
     if is_half_a_pair(str(wanted)):
         raise UserError(
             f"the cache folder {str(wanted)!a} is no text in UTF-8, which JAX needs; choose "
