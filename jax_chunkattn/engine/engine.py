@@ -372,6 +372,8 @@ class Engine:
         try:
             self._turns.run(partial(self._fork_into, made, parent, params, next_token, hold))
             return RequestHandle(self, made[0])
+        except Exception:
+            raise
         except BaseException:
             self._drop(made)
             raise
