@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_chunkattn import CacheSpec, ChunkPool, PlanSummary, plan_decode
-from jax_chunkattn.backend import Backend
-from jax_chunkattn.decode_loop import decode_steps
+from jax_chunkattn.device.backend import Backend
+from jax_chunkattn.device.decode_loop import decode_steps
+from jax_chunkattn.device.programs import PROGRAMS, Invocation, SplitModel
+from jax_chunkattn.device.request_table import DeviceState, RequestTable, RowState
 from jax_chunkattn.engine.engine import MIN_SLOTS
-from jax_chunkattn.planner import PlanShape, bucket
-from jax_chunkattn.programs import PROGRAMS, Invocation, SplitModel
-from jax_chunkattn.request_table import DeviceState, RequestTable, RowState
+from jax_chunkattn.planning.planner import PlanShape, bucket
 from models import LoadedModel
 from pallas_kernels import DecodePlan
 

@@ -1,8 +1,9 @@
 """Prefix-aware attention for LLM decoding: a chunk pool, a prefix tree, and decoding over them."""
 
-from jax_chunkattn.admission import InvalidRequest, RequestLimits, chunks_needed
-from jax_chunkattn.allocator import ChunkAllocator, PoolExhausted
-from jax_chunkattn.compilation_cache import use_compilation_cache
+from jax_chunkattn.device.compilation_cache import use_compilation_cache
+from jax_chunkattn.device.model_interface import CacheSpec, DecoderModel
+from jax_chunkattn.device.pool import CacheConfig, ChunkPool, allocate_pool
+from jax_chunkattn.engine.admission import InvalidRequest, RequestLimits, chunks_needed
 from jax_chunkattn.engine.engine import Engine
 from jax_chunkattn.engine.handle import PinnedPrefix, RequestHandle
 from jax_chunkattn.engine.requests import (
@@ -15,11 +16,10 @@ from jax_chunkattn.engine.requests import (
 )
 from jax_chunkattn.engine.search import Hypothesis, beam_search
 from jax_chunkattn.engine.stats import EngineStats, WarmUp
-from jax_chunkattn.model_interface import CacheSpec, DecoderModel
-from jax_chunkattn.planner import PlannerOptions, PlanSummary, plan_decode
-from jax_chunkattn.pool import CacheConfig, ChunkPool, allocate_pool
-from jax_chunkattn.prefix_tree import PrefixTree
+from jax_chunkattn.planning.planner import PlannerOptions, PlanSummary, plan_decode
 from jax_chunkattn.sampling import SamplingParams
+from jax_chunkattn.tree.allocator import ChunkAllocator, PoolExhausted
+from jax_chunkattn.tree.prefix_tree import PrefixTree
 from pallas_kernels import DecodePlan, chunk_attention, prefill_attention
 
 __all__ = [

@@ -7,7 +7,7 @@ import functools
 import math
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from jax_chunkattn.model_interface import CacheSpec
+from jax_chunkattn.device.model_interface import CacheSpec
 from models.rope import LayerRopes, Rope, RotaryTables
 from models.weights import decoder_weights
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jax_chunkattn.model_interface import Attend, Pool
+from jax_chunkattn.device.model_interface import Attend, Pool
 from models.config import DecoderConfig
 from models.rope import Angles, rotate
 from models.weights import BLOCKS, Weight, block_weights, decoder_weights
@@ -141,7 +141,7 @@ def norm(module: Any, name: str, x: jax.Array) -> jax.Array:
 
 
 class Decoder(nnx.Module):
-    """A `jax_chunkattn.model_interface.DecoderModel` with weights and activations in `dtype`.
+    """A `jax_chunkattn.DecoderModel` with weights and activations in `dtype`.
 
     Norms and rotary angles are computed in float32 whatever `dtype` is, and logits are float32.
     `Decoder(config, rngs=...)` draws random weights; `models.load` reads them from a checkpoint.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jax_chunkattn.model_interface import Attend, CacheSpec
+from jax_chunkattn.device.model_interface import Attend, CacheSpec
 from pallas_kernels.softcap import cap_scores
 
 PRECISION = jax.lax.Precision.HIGHEST

@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from jax_chunkattn.compilation_cache import CACHE_VARIABLE, cache_dir
+from jax_chunkattn.device.compilation_cache import CACHE_VARIABLE, cache_dir
 from models.errors import DownloadError
 from models.messages import tell
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from jax.sharding import Mesh, Sharding
 
-from jax_chunkattn.logical_axes import AXIS_RULES, logical_sharding
+from jax_chunkattn.device.logical_axes import AXIS_RULES, logical_sharding
 from models.building import OnProgress, abstract_decoder, build
 from models.config import DecoderConfig
 from models.decoder import Decoder

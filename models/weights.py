@@ -1,8 +1,8 @@
 """Every weight of a decoder, declared once: shape, logical axes, and random values.
 
 Logical axes name what a dimension counts. How a decoder is laid out over a mesh of devices is then
-a mapping from these names to the mesh's (`jax_chunkattn.logical_axes`), and the weights need not
-be listed again.
+a mapping from these names to the mesh's (`jax_chunkattn.device.logical_axes`), and the weights
+need not be listed again.
 
 Layout: projections are stored input first, which on a CPU is up to a quarter faster than output
 first for 8 to 32 tokens. Products that read the same input are one: a KV head's group of query

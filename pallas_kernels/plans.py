@@ -1,8 +1,8 @@
 """What the kernels read: block tables flattened into int32 arrays of static shape.
 
-A plan is made on the host (`jax_chunkattn.planner`, `jax_chunkattn.prefill`) and passed to jitted
-functions as a pytree. Every array is padded to a bucketed size, so that only the sizes decide which
-compiled program runs. Padding names the chunk `num_chunks` ("nowhere"): never -1, which wraps.
+A plan is made on the host (`jax_chunkattn.planning`) and passed to jitted functions as a pytree.
+Every array is padded to a bucketed size, so that only the sizes decide which compiled program runs.
+Padding names the chunk `num_chunks` ("nowhere"): never -1, which wraps.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the engine's own policies find, computed without a cache.
 
-Both give exactly what `jax_chunkattn.prefix_tree.PrefixTree` does with the same requests.
+Both give exactly what `jax_chunkattn.tree.prefix_tree.PrefixTree` does with the same requests.
 """
 
 from __future__ import annotations

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 from experiments.compile_report.cases import Case, CaseTable, abstract, abstract_plan
 from experiments.compile_report.target import GpuTarget
 from experiments.compile_report.tensor_parallel import tensor_parallel_case
-from jax_chunkattn.decode_loop import decode_steps
-from jax_chunkattn.planner import PlannerOptions
-from jax_chunkattn.pool import CacheConfig, ChunkPool, allocate_pool
-from jax_chunkattn.prefill import Segment, max_segments, pack_segments, prefill_step
-from jax_chunkattn.programs import SplitModel
-from jax_chunkattn.request_table import DeviceState, RequestTable
+from jax_chunkattn.device.decode_loop import decode_steps
+from jax_chunkattn.device.pool import CacheConfig, ChunkPool, allocate_pool
+from jax_chunkattn.device.prefill import prefill_step
+from jax_chunkattn.device.programs import SplitModel
+from jax_chunkattn.device.request_table import DeviceState, RequestTable
+from jax_chunkattn.planning.planner import PlannerOptions
+from jax_chunkattn.planning.prefill import Segment, max_segments, pack_segments
 from models.building import abstract_decoder
 from models.config import DecoderConfig
 from models.presets import PRESETS

@@ -17,10 +17,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.compile_report.cases import Case, abstract
 from experiments.compile_report.target import GpuTarget, device_mesh
-from jax_chunkattn.decode_loop import decode_steps
-from jax_chunkattn.model_interface import CacheSpec
-from jax_chunkattn.pool import ChunkPool
-from jax_chunkattn.request_table import DeviceState
+from jax_chunkattn.device.decode_loop import decode_steps
+from jax_chunkattn.device.model_interface import CacheSpec
+from jax_chunkattn.device.pool import ChunkPool
+from jax_chunkattn.device.request_table import DeviceState
 
 if TYPE_CHECKING:
     from experiments.compile_report.programs import ProgramSize

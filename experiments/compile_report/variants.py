@@ -14,8 +14,8 @@ import jax
 
 from experiments.compile_report.cases import Case, CaseTable, abstract, abstract_plan
 from experiments.compile_report.target import GpuTarget
-from jax_chunkattn.planner import PlannerOptions
-from jax_chunkattn.prefill import QUERY_TILE, Segment, pack_segments
+from jax_chunkattn.planning.planner import PlannerOptions
+from jax_chunkattn.planning.prefill import QUERY_TILE, Segment, pack_segments
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
 from pallas_kernels.implementations import AttentionShapes, Operation
 from pallas_kernels.plans import PrefillPlan

@@ -25,8 +25,8 @@ from experiments.harness.views import finish
 from experiments.loading import LoadOptions, ModelSource, load_model
 from experiments.prompts import PromptSet, make_prompts, read_prompts, read_system_prompt
 from jax_chunkattn import CacheConfig, ChunkPool, Engine, SamplingParams, chunks_needed
-from jax_chunkattn.backend import choose_backend
-from jax_chunkattn.prefill import CALL_TOKENS
+from jax_chunkattn.device.backend import choose_backend
+from jax_chunkattn.planning.prefill import CALL_TOKENS
 from models import LoadedModel
 
 CHECKED_PROMPTS = 4

@@ -27,7 +27,7 @@ from jax_chunkattn import (
     SamplingParams,
     chunks_needed,
 )
-from jax_chunkattn.backend import choose_backend
+from jax_chunkattn.device.backend import choose_backend
 from models import LoadedModel
 
 Prompts = Sequence[Sequence[int]]

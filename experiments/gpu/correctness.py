@@ -22,9 +22,9 @@ from experiments.gpu import prefill_cases
 from experiments.gpu.bench import Bench, Program
 from experiments.gpu.loops import planner_options
 from experiments.gpu.oracle import Expected, expected
-from jax_chunkattn.planner import PlannerOptions, PlanShape, plan_decode
 from jax_chunkattn.planning.options import PACKINGS
-from jax_chunkattn.workloads import AttentionInputs, case_inputs
+from jax_chunkattn.planning.planner import PlannerOptions, PlanShape, plan_decode
+from jax_chunkattn.planning.workloads import AttentionInputs, case_inputs
 from pallas_kernels import chunk_attention, specs
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
 from pallas_kernels.implementations import AttentionShapes

@@ -23,12 +23,12 @@ from experiments.gpu.bench import Bench, Program
 from experiments.gpu.clock import Side, Timing, time_sides
 from experiments.gpu.pools import random_buffer
 from experiments.gpu.record import significant
-from jax_chunkattn.backend import choose_backend
-from jax_chunkattn.decode_loop import decode_steps
-from jax_chunkattn.planner import plan_decode
-from jax_chunkattn.pool import CacheConfig, ChunkPool
-from jax_chunkattn.programs import SplitModel
-from jax_chunkattn.request_table import DeviceState, RequestTable, RowState
+from jax_chunkattn.device.backend import choose_backend
+from jax_chunkattn.device.decode_loop import decode_steps
+from jax_chunkattn.device.pool import CacheConfig, ChunkPool
+from jax_chunkattn.device.programs import SplitModel
+from jax_chunkattn.device.request_table import DeviceState, RequestTable, RowState
+from jax_chunkattn.planning.planner import plan_decode
 from models.building import abstract_decoder
 from models.config import DecoderConfig
 from models.presets import preset

@@ -119,7 +119,7 @@ def hydragen_jobs() -> list[Job]:
 
 def tune_jobs() -> list[Job]:
     """The planner's constants and a kernel's tile, one at a time, on three cases of the paper."""
-    from jax_chunkattn.planner import GpuCosts
+    from jax_chunkattn.planning.planner import GpuCosts
 
     variants = [OwnSide(MOSAIC)]
     for tokens in (128, 512, 1024):

@@ -19,7 +19,7 @@ from experiments.gpu.bench import Bench, Program
 from experiments.gpu.clock import Side
 from experiments.gpu.pools import Buffers, PoolShape
 from experiments.gpu.tables import CaseTables
-from jax_chunkattn.planner import PlannerOptions, PlanShape, PlanSummary, plan_decode
+from jax_chunkattn.planning.planner import PlannerOptions, PlanShape, PlanSummary, plan_decode
 from pallas_kernels import DecodePlan, chunk_attention
 from pallas_kernels.implementations import needs_partials
 from pallas_kernels.specs import AttentionCase

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.gpu.oracle import Expected, expected
-from jax_chunkattn.planner import PlannerOptions
-from jax_chunkattn.prefill import QUERY_TILE, Segment, pack_segments
+from jax_chunkattn.planning.planner import PlannerOptions
+from jax_chunkattn.planning.prefill import QUERY_TILE, Segment, pack_segments
 from pallas_kernels import prefill_attention
 from pallas_kernels.targets import current_target
 

@@ -27,7 +27,7 @@ def compilation_cache(folder: Path | None = None) -> Iterator[None]:
     import jax
     from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-    from jax_chunkattn.compilation_cache import (
+    from jax_chunkattn.device.compilation_cache import (
         CACHE_VARIABLE,
         FOLDER_SETTING,
         KEEP_ALL,

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.baselines import dense_copies, exact_attention
-from jax_chunkattn.planner import PlannerOptions, PlanSummary, plan_decode
-from jax_chunkattn.workloads import case_inputs
+from jax_chunkattn.planning.planner import PlannerOptions, PlanSummary, plan_decode
+from jax_chunkattn.planning.workloads import case_inputs
 from pallas_kernels import DecodePlan
 from pallas_kernels.specs import AttentionCase
 

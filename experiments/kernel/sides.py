@@ -20,7 +20,7 @@ from experiments.baselines import (
 )
 from experiments.kernel.command import Implementation
 from experiments.kernel.operands import CaseOperands, shares
-from jax_chunkattn.planner import PlannerOptions
+from jax_chunkattn.planning.planner import PlannerOptions
 from pallas_kernels import chunk_attention
 from pallas_kernels.targets import current_target
 

@@ -18,9 +18,10 @@ from flax import nnx
 from jax import lax
 
 from jax_chunkattn import CacheConfig, ChunkPool, allocate_pool, plan_decode
-from jax_chunkattn.backend import choose_backend
-from jax_chunkattn.decode_loop import decode_attend
-from jax_chunkattn.prefill import CALL_TOKENS, Segment, next_call, pack_segments, prefill_attend
+from jax_chunkattn.device.backend import choose_backend
+from jax_chunkattn.device.decode_loop import decode_attend
+from jax_chunkattn.device.prefill import prefill_attend
+from jax_chunkattn.planning.prefill import CALL_TOKENS, Segment, next_call, pack_segments
 from models import Decoder
 from models.dense_attention import dense_attend, empty_pool
 

@@ -26,7 +26,7 @@ from jax_chunkattn import (
     RequestHandle,
     SamplingParams,
 )
-from jax_chunkattn.admission import chunks_to_finish
+from jax_chunkattn.engine.admission import chunks_to_finish
 from models import LoadedModel
 from models.tokenizer import ChatTokenizer
 

@@ -10,8 +10,8 @@ from experiments.serve.command import ServeConfig, Side
 from experiments.serve.replay import Replayed, Served, replay
 from experiments.serve.workload import Workload
 from jax_chunkattn import CacheConfig, Engine
-from jax_chunkattn.admission import chunks_to_finish
-from jax_chunkattn.planner import bucket
+from jax_chunkattn.engine.admission import chunks_to_finish
+from jax_chunkattn.planning.planner import bucket
 from models import LoadedModel
 
 DEFAULT_MEMORY = "1GiB"

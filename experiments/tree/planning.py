@@ -9,10 +9,10 @@ import numpy as np
 
 from experiments.tree.command import TreeConfig
 from experiments.tree.synthetic import quantiles
-from jax_chunkattn.planner import GpuWork, PlannerOptions, plan_decode
 from jax_chunkattn.planning.options import PACKINGS
-from jax_chunkattn.prefix_tree import PrefixTree
-from jax_chunkattn.tree_nodes import SequenceHandle
+from jax_chunkattn.planning.planner import GpuWork, PlannerOptions, plan_decode
+from jax_chunkattn.tree.nodes import SequenceHandle
+from jax_chunkattn.tree.prefix_tree import PrefixTree
 
 ROWS = 256
 GROUPS = 16

@@ -10,8 +10,8 @@ import numpy as np
 
 from experiments.harness.environment import max_rss_bytes, resident_bytes
 from experiments.tree.command import TreeConfig
-from jax_chunkattn.prefix_tree import PrefixTree
-from jax_chunkattn.tree_nodes import SequenceHandle
+from jax_chunkattn.tree.nodes import SequenceHandle
+from jax_chunkattn.tree.prefix_tree import PrefixTree
 
 _VOCABULARY = 50_000
 

@@ -18,15 +18,15 @@ from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
-from jax_chunkattn.allocator import PoolExhausted
-from jax_chunkattn.engine.device import Call, Device, Results
+from jax_chunkattn.device.device import Call, Device, Results
 from jax_chunkattn.engine.misses import PrefixMemory
 from jax_chunkattn.engine.requests import EngineClosed, Phase, Pinned, Request, RequestFailed, Work
 from jax_chunkattn.engine.rows import PlannedRows
 from jax_chunkattn.engine.scheduler import Scheduler
 from jax_chunkattn.engine.stats import EngineStats
-from jax_chunkattn.prefill import Segment, next_call
-from jax_chunkattn.prefix_tree import PrefixTree
+from jax_chunkattn.planning.prefill import Segment, next_call
+from jax_chunkattn.tree.allocator import PoolExhausted
+from jax_chunkattn.tree.prefix_tree import PrefixTree
 
 MAX_ROUNDS = 2
 MAX_FAILURES = 3

@@ -8,10 +8,17 @@ from dataclasses import replace
 from functools import partial, wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
-from jax_chunkattn.admission import InvalidRequest, RequestLimits, check_stop_tokens, each_request
-from jax_chunkattn.backend import Backend, choose_backend
+from jax_chunkattn.device.backend import Backend, choose_backend
+from jax_chunkattn.device.device import Device
+from jax_chunkattn.device.model_interface import DecoderModel
+from jax_chunkattn.device.pool import CacheConfig
+from jax_chunkattn.engine.admission import (
+    InvalidRequest,
+    RequestLimits,
+    check_stop_tokens,
+    each_request,
+)
 from jax_chunkattn.engine.core import Core
-from jax_chunkattn.engine.device import Device
 from jax_chunkattn.engine.handle import Outputs, PinnedPrefix, RequestHandle
 from jax_chunkattn.engine.incoming import Incoming, Prompt
 from jax_chunkattn.engine.misses import PrefixMemory
@@ -28,12 +35,10 @@ from jax_chunkattn.engine.scheduler import Scheduler
 from jax_chunkattn.engine.stats import EngineStats, WarmUp
 from jax_chunkattn.engine.text import Tokenizer
 from jax_chunkattn.engine.turns import Turns
-from jax_chunkattn.model_interface import DecoderModel
-from jax_chunkattn.planner import PlannerOptions, bucket
-from jax_chunkattn.pool import CacheConfig
-from jax_chunkattn.prefill import CALL_TOKENS
-from jax_chunkattn.prefix_tree import PrefixTree
+from jax_chunkattn.planning.planner import PlannerOptions, bucket
+from jax_chunkattn.planning.prefill import CALL_TOKENS
 from jax_chunkattn.sampling import SamplingParams
+from jax_chunkattn.tree.prefix_tree import PrefixTree
 
 MIN_SLOTS = 16  # on the device: engines that run fewer at once can use one another's programs
 REMEMBERED_POOLS = 4  # pools' worth of prefixes whose eviction is remembered, for the statistics
@@ -76,8 +81,8 @@ class Engine:
     engine, with an error that says so.
 
     Args:
-      model: any decoder with the interface of `jax_chunkattn.model_interface`; its weights as they
-        are now.
+      model: any decoder with the interface of `jax_chunkattn.DecoderModel`; its weights as they are
+        now.
       cache: size and dtype of the pool.
       tokenizer: anything with `encode` and `decode`; needed for text in streams, for prompts that
         are strings, and for stop strings.
@@ -85,7 +90,7 @@ class Engine:
       max_running: most requests decoded at once.
       steps_per_call: tokens decoded for each row in one call to the device, K.
       prefill_tokens: most prompt tokens computed between two decode calls: one of
-        `jax_chunkattn.prefill.CALL_TOKENS`. Fewer disturb running rows less.
+        `jax_chunkattn.planning.prefill.CALL_TOKENS`. Fewer disturb running rows less.
       prefill_first: True lets nobody decode while there are prompts to compute and there is room
         for them. Best for a batch that is there as a whole; where requests keep coming, running
         rows would wait for all that come.

@@ -10,7 +10,8 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
-from jax_chunkattn.admission import (
+from jax_chunkattn.device.model_interface import DecoderModel
+from jax_chunkattn.engine.admission import (
     InvalidRequest,
     RequestLimits,
     check_params,
@@ -22,7 +23,6 @@ from jax_chunkattn.admission import (
 )
 from jax_chunkattn.engine.requests import Pinned, Request
 from jax_chunkattn.engine.text import TextStream, Tokenizer, open_stream
-from jax_chunkattn.model_interface import DecoderModel
 from jax_chunkattn.sampling import SamplingParams, each_sample, fork_seed
 
 Prompt = Sequence[int] | str

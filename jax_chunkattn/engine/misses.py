@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jax_chunkattn.tree_nodes import TOKEN_BYTES, encode_tokens
+from jax_chunkattn.tree.nodes import TOKEN_BYTES, encode_tokens
 
 
 @dataclass(frozen=True)

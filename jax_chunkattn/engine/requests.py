@@ -11,7 +11,7 @@ from weakref import ref
 
 from jax_chunkattn.engine.text import TextStream
 from jax_chunkattn.sampling import SamplingParams
-from jax_chunkattn.tree_nodes import SequenceHandle
+from jax_chunkattn.tree.nodes import SequenceHandle
 
 
 class RequestFailed(RuntimeError):

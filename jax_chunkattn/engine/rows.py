@@ -7,8 +7,14 @@ from dataclasses import replace
 
 from jax_chunkattn.engine.requests import Request
 from jax_chunkattn.engine.stats import EngineStats
-from jax_chunkattn.planner import PlannerOptions, PlanShape, PlanSummary, bucket, plan_decode
-from jax_chunkattn.prefix_tree import PrefixTree
+from jax_chunkattn.planning.planner import (
+    PlannerOptions,
+    PlanShape,
+    PlanSummary,
+    bucket,
+    plan_decode,
+)
+from jax_chunkattn.tree.prefix_tree import PrefixTree
 from pallas_kernels import DecodePlan
 
 TOO_MANY_ITEMS = "the plan that shares has more work items than the compiled programs have room for"

@@ -11,12 +11,12 @@ import bisect
 from collections import Counter
 from collections.abc import Set
 
-from jax_chunkattn.admission import chunks_to_finish
-from jax_chunkattn.allocator import PoolExhausted
+from jax_chunkattn.engine.admission import chunks_to_finish
 from jax_chunkattn.engine.misses import prefix_hashes
 from jax_chunkattn.engine.requests import Phase, Pinned, Request, Work
-from jax_chunkattn.prefix_tree import PrefixTree
-from jax_chunkattn.tree_nodes import Node
+from jax_chunkattn.tree.allocator import PoolExhausted
+from jax_chunkattn.tree.nodes import Node
+from jax_chunkattn.tree.prefix_tree import PrefixTree
 
 Chunk = tuple[bytes, int]  # the salt, and the hash of all tokens to the chunk's end
 

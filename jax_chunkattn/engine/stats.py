@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from jax_chunkattn.engine.misses import PromptUse
-from jax_chunkattn.planner import PlanSummary
+from jax_chunkattn.planning.planner import PlanSummary
 
 
 @dataclass(frozen=True)

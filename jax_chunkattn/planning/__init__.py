@@ -1,1 +1,1 @@
-"""Inside the planner: options, runs of the block table, packing, the time model, work items."""
+"""From block tables to what the kernels read: shared runs, packing, work items, batches."""

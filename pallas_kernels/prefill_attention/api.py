@@ -42,7 +42,7 @@ def prefill_attention(
     Args:
       q: queries of T packed tokens; padding gives zeros.
       keys, values: the pool of all layers.
-      plan: the tiles and block tables, as `jax_chunkattn.prefill.pack_segments` makes them.
+      plan: the tiles and block tables, as `jax_chunkattn.planning.prefill` makes them.
       query_tile: most tokens a tile of the plan has.
       layer: which layer of the pool to read; may be traced.
       scale: multiplies the scores; `1 / sqrt(D)` by default.

@@ -24,7 +24,7 @@ from experiments.baselines import (
     torch_attention,
     torch_missing,
 )
-from jax_chunkattn.workloads import AttentionInputs, case_inputs
+from jax_chunkattn.planning.workloads import AttentionInputs, case_inputs
 from pallas_kernels.specs import NUMERICS, AttentionCase
 from tests import oracle
 

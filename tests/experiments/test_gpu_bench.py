@@ -18,7 +18,7 @@ from experiments.gpu.peer_torch import FLASHINFER
 from experiments.gpu.pools import Buffers, PoolShape
 from experiments.gpu.tables import case_tables
 from experiments.harness.errors import UserError
-from jax_chunkattn.workloads import case_inputs
+from jax_chunkattn.planning.workloads import case_inputs
 from pallas_kernels.specs import GPU_NUMERICS, PAT_HEADS, PAT_TREES, AttentionCase
 from tests import oracle as dense
 

@@ -20,8 +20,8 @@ from experiments.models import sizes as models_sizes
 from experiments.models.command import ModelsConfig, check
 from experiments.models.sizes import Batch, describe_model, weight_bytes
 from jax_chunkattn import CacheConfig
-from jax_chunkattn.pool import allocate_pool
-from jax_chunkattn.prefix_tree import PrefixTree
+from jax_chunkattn.device.pool import allocate_pool
+from jax_chunkattn.tree.prefix_tree import PrefixTree
 from models.architectures import ARCHITECTURES
 from models.parity import Parity, ParityCase
 from tests.models.tiny_checkpoint import CONFIG, write_checkpoint

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from jax_chunkattn import CacheConfig, Engine, PlannerOptions, SamplingParams, allocate_pool
-from jax_chunkattn.decode_loop import decode_attend
-from jax_chunkattn.planner import plan_decode
-from jax_chunkattn.prefill import Segment, pack_segments, prefill_attend
-from jax_chunkattn.programs import SplitModel
+from jax_chunkattn.device.decode_loop import decode_attend
+from jax_chunkattn.device.prefill import prefill_attend
+from jax_chunkattn.device.programs import SplitModel
+from jax_chunkattn.planning.planner import plan_decode
+from jax_chunkattn.planning.prefill import Segment, pack_segments
 
 GOLDEN = Path(__file__).parents[1] / "models" / "golden_smollm2.npz"
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 import models
-from jax_chunkattn.planner import bucket
+from jax_chunkattn.planning.planner import bucket
 from models.decoder import Decoder
 from models.dense_attention import empty_pool, run_dense
 

@@ -13,15 +13,15 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import models
-from jax_chunkattn.logical_axes import AXIS_RULES, logical_sharding
-from jax_chunkattn.pool import ChunkPool
+from jax_chunkattn.device.logical_axes import AXIS_RULES, logical_sharding
+from jax_chunkattn.device.pool import ChunkPool
 from models.weights import decoder_weights
 
 ON_TWO_DEVICES = """
 import jax, numpy as np
 from flax import nnx
 import models
-from jax_chunkattn.programs import Invocation, Programs
+from jax_chunkattn.device.programs import Invocation, Programs
 from models.dense_attention import empty_pool, run_dense
 
 def logits(model):

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_chunkattn.planner import PlannerOptions
-from jax_chunkattn.workloads import case_inputs
+from jax_chunkattn.planning.planner import PlannerOptions
+from jax_chunkattn.planning.workloads import case_inputs
 from pallas_kernels import chunk_attention, write_kv
 from pallas_kernels.implementations import needs_partials
 from pallas_kernels.specs import NUMERICS, AttentionCase

@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jax_chunkattn.planner import PlannerOptions, PlanShape, plan_decode
 from jax_chunkattn.planning.options import PACKINGS
-from jax_chunkattn.prefix_tree import PrefixTree
+from jax_chunkattn.planning.planner import PlannerOptions, PlanShape, plan_decode
+from jax_chunkattn.tree.prefix_tree import PrefixTree
 from pallas_kernels import chunk_attention
 from pallas_kernels.implementations import needs_partials
 from tests import oracle

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_chunkattn.planner import PlannerOptions
-from jax_chunkattn.workloads import case_inputs
+from jax_chunkattn.planning.planner import PlannerOptions
+from jax_chunkattn.planning.workloads import case_inputs
 from pallas_kernels.chunk_attention.mosaic_shape import interpreter
 from pallas_kernels.implementations import AttentionShapes
 from pallas_kernels.plans import PartialSlots

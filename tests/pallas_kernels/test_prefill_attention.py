@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from jax_chunkattn.planner import PlannerOptions
-from jax_chunkattn.prefill import QUERY_TILE, Segment, pack_segments
+from jax_chunkattn.planning.planner import PlannerOptions
+from jax_chunkattn.planning.prefill import QUERY_TILE, Segment, pack_segments
 from pallas_kernels import prefill_attention
 from pallas_kernels.implementations import needs_partials
 from tests import oracle

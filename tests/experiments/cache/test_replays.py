@@ -14,8 +14,8 @@ from experiments.cache.simulation import simulate
 from experiments.cache.touches import Replay, find_touches
 from experiments.cache.workload import Workload, make_workload
 from experiments.trace import BLOCK_TOKENS
-from jax_chunkattn.allocator import PoolExhausted
-from jax_chunkattn.prefix_tree import PrefixTree
+from jax_chunkattn.tree.allocator import PoolExhausted
+from jax_chunkattn.tree.prefix_tree import PrefixTree
 
 SEEDS = range(24)
 CHUNK_SIZES = (1, 2, 3, 8)

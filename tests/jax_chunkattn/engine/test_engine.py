@@ -20,12 +20,12 @@ from jax_chunkattn import (
     SamplingParams,
     chunks_needed,
 )
-from jax_chunkattn.decode_loop import Chosen
-from jax_chunkattn.engine.device import Results
+from jax_chunkattn.device.decode_loop import Chosen
+from jax_chunkattn.device.device import Results
 from jax_chunkattn.engine.requests import Pinned
 from jax_chunkattn.engine.scheduler import Scheduler
-from jax_chunkattn.prefix_tree import PrefixTree
 from jax_chunkattn.sampling import RowSampling, log_probabilities, sample_seed
+from jax_chunkattn.tree.prefix_tree import PrefixTree
 from tests.interpreted import implementations
 from tests.jax_chunkattn.engine.engines import BytePairs, assert_all_returned, make_engine, run
 from tests.jax_chunkattn.toy import greedy_without_cache, token_tree, toy_model

@@ -27,7 +27,7 @@ from hypothesis.stateful import (
 )
 
 from jax_chunkattn import InvalidRequest, PoolExhausted, RequestFailed, SamplingParams
-from jax_chunkattn.admission import chunks_to_finish
+from jax_chunkattn.engine.admission import chunks_to_finish
 from jax_chunkattn.sampling import each_sample, fork_seed
 from tests.jax_chunkattn.engine.engines import BytePairs, assert_all_returned, make_engine
 from tests.jax_chunkattn.engine.machine_requests import (

@@ -10,9 +10,10 @@ import pytest
 
 import models
 from jax_chunkattn import RequestFailed, SamplingParams
-from jax_chunkattn.allocator import ChunkAllocator, PoolExhausted
-from jax_chunkattn.engine import core, device, rows, scheduler
-from jax_chunkattn.prefix_tree import PrefixTree
+from jax_chunkattn.device import device
+from jax_chunkattn.engine import core, rows, scheduler
+from jax_chunkattn.tree.allocator import ChunkAllocator, PoolExhausted
+from jax_chunkattn.tree.prefix_tree import PrefixTree
 from tests.jax_chunkattn.engine.engines import BytePairs, assert_all_returned, make_engine, run
 from tests.jax_chunkattn.toy import greedy_without_cache, token_tree
 

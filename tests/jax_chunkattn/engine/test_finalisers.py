@@ -15,7 +15,7 @@ import pytest
 
 from jax_chunkattn import SamplingParams
 from jax_chunkattn.engine.lock import FairLock
-from jax_chunkattn.prefix_tree import PrefixTree
+from jax_chunkattn.tree.prefix_tree import PrefixTree
 from tests.jax_chunkattn.engine.engines import assert_all_returned, make_engine, run
 from tests.jax_chunkattn.engine.test_threads import TIMEOUT, start
 from tests.jax_chunkattn.toy import greedy_without_cache, token_tree

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 import pytest
 
 from jax_chunkattn import EngineClosed, RequestFailed, SamplingParams
-from jax_chunkattn.allocator import ChunkAllocator
-from jax_chunkattn.engine.device import Device
+from jax_chunkattn.device.device import Device
 from jax_chunkattn.engine.lock import FairLock
 from jax_chunkattn.engine.scheduler import Scheduler
-from jax_chunkattn.prefix_tree import PrefixTree
+from jax_chunkattn.tree.allocator import ChunkAllocator
+from jax_chunkattn.tree.prefix_tree import PrefixTree
 from tests.jax_chunkattn.engine.engines import BytePairs, assert_all_returned, make_engine, run
 from tests.jax_chunkattn.engine.test_threads import start
 from tests.jax_chunkattn.toy import greedy_without_cache, token_tree

@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 
 from jax_chunkattn import CacheConfig, Engine, SamplingParams
-from jax_chunkattn.model_interface import CacheSpec
+from jax_chunkattn.device.model_interface import CacheSpec
 from tests import oracle
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16

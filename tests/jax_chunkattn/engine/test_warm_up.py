@@ -12,9 +12,15 @@ from jax_chunkattn import EngineClosed, PlannerOptions, PrefixTree, SamplingPara
 from jax_chunkattn.engine.requests import Request
 from jax_chunkattn.engine.rows import TOO_MANY_ITEMS, PlannedRows
 from jax_chunkattn.engine.stats import EngineStats
-from jax_chunkattn.planner import PlanShape
 from jax_chunkattn.planning.options import PACKINGS
-from jax_chunkattn.prefill import CALL_TOKENS, PrefillShape, Segment, max_segments, pack_segments
+from jax_chunkattn.planning.planner import PlanShape
+from jax_chunkattn.planning.prefill import (
+    CALL_TOKENS,
+    PrefillShape,
+    Segment,
+    max_segments,
+    pack_segments,
+)
 from tests.jax_chunkattn.engine.engines import SHARE_ALL, assert_all_returned, make_engine, run
 from tests.jax_chunkattn.toy import greedy_without_cache, token_tree
 

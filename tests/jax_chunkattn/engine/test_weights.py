@@ -10,9 +10,9 @@ from flax import nnx
 
 import models
 from jax_chunkattn import EngineClosed, RequestFailed, SamplingParams
-from jax_chunkattn import programs as programs_module
-from jax_chunkattn.engine import device as device_module
-from jax_chunkattn.programs import Programs
+from jax_chunkattn.device import device as device_module
+from jax_chunkattn.device import programs as programs_module
+from jax_chunkattn.device.programs import Programs
 from tests.jax_chunkattn.engine.engines import make_engine, run
 from tests.jax_chunkattn.toy import greedy_without_cache
 

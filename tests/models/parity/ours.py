@@ -16,10 +16,11 @@ import numpy as np
 from flax import nnx
 
 from jax_chunkattn import CacheConfig, PlannerOptions, plan_decode
-from jax_chunkattn.decode_loop import decode_steps
-from jax_chunkattn.pool import ChunkPool, allocate_pool
-from jax_chunkattn.prefill import Segment, pack_segments, prefill_attend
-from jax_chunkattn.request_table import DeviceState, RequestTable, RowState
+from jax_chunkattn.device.decode_loop import decode_steps
+from jax_chunkattn.device.pool import ChunkPool, allocate_pool
+from jax_chunkattn.device.prefill import prefill_attend
+from jax_chunkattn.device.request_table import DeviceState, RequestTable, RowState
+from jax_chunkattn.planning.prefill import Segment, pack_segments
 from models import LoadedModel
 from tests.models.parity.cases import CHUNK_SIZE, GREEDY_TOKENS, PROMPTS, SHARED
 

@@ -1,0 +1,66 @@
+"""Which kernels an engine runs, and how work is planned for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from jax_chunkattn.device.model_interface import CacheSpec
+from jax_chunkattn.device.pool import CacheConfig
+from jax_chunkattn.planning.planner import PlannerOptions
+from pallas_kernels.chunk_attention import CHUNK_ATTENTION
+from pallas_kernels.implementations import AttentionShapes, needs_partials
+from pallas_kernels.prefill_attention import PREFILL_ATTENTION
+from pallas_kernels.targets import current_target
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Implementations of attention by name, and the planner's options that suit them."""
+
+    decode: str
+    prefill: str
+    planner: PlannerOptions
+
+
+def choose_backend(
+    spec: CacheSpec,
+    cache: CacheConfig,
+    *,
+    implementation: str | None = None,
+    planner: PlannerOptions | None = None,
+) -> Backend:
+    """The backend for a model's attention on this device.
+
+    Args:
+      implementation: of decoding; prefill uses the same if it has it, else the best it has here.
+      planner: overrides how work is planned.
+
+    Raises:
+      ImplementationError: for an implementation that is unknown or cannot run here.
+      ValueError: for a planner without the slots for partials that the implementation needs.
+    """
+    group = spec.num_heads // spec.num_kv_heads
+    shapes = AttentionShapes(cache.dtype, group, spec.head_dim, cache.chunk_size)
+    decode = CHUNK_ATTENTION.resolve(implementation, shapes)
+    has_prefill = decode in PREFILL_ATTENTION.implementations
+    prefill = PREFILL_ATTENTION.resolve(decode if has_prefill else None, shapes)
+    if planner is None:
+        planner = _planner_for(decode, spec, cache)
+    elif planner.gpu is None and needs_partials(decode):
+        raise ValueError(f"{decode} needs plans for a GPU: PlannerOptions.for_gpu(...)")
+    return Backend(decode, prefill, planner)
+
+
+def _planner_for(implementation: str, spec: CacheSpec, cache: CacheConfig) -> PlannerOptions:
+    if not needs_partials(implementation):
+        return PlannerOptions()
+    return PlannerOptions.for_gpu(
+        num_sms=current_target().num_sms,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        chunk_size=cache.chunk_size,
+        dtype_bytes=jnp.dtype(cache.dtype).itemsize,
+    )

@@ -1,0 +1,122 @@
+"""The decode loop: many tokens for every row in one call to the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int32
+
+from jax_chunkattn.device.model_interface import CacheSpec, DecoderModel
+from jax_chunkattn.device.pool import ChunkPool
+from jax_chunkattn.device.request_table import DeviceState, count_tokens
+from jax_chunkattn.sampling import Logprobs, log_probabilities, sample
+from pallas_kernels import DecodePlan, chunk_attention, write_kv
+from pallas_kernels.plans import HostOrDevice
+
+NOTHING = -1  # in place of a token, where a row emitted none
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Chosen:
+    """What a call chose: `NOTHING` where a row was frozen, `NO_CHOICE` where its logits were no
+    numbers, which freezes it."""
+
+    tokens: Int32[HostOrDevice, "*K B"]
+    logprobs: Logprobs  # *K B
+
+
+def decode_steps(
+    model: DecoderModel,
+    state: DeviceState,
+    slots: Int32[HostOrDevice, " B"],
+    plan: DecodePlan,
+    *,
+    num_steps: int,
+    implementation: str | None = None,
+) -> tuple[DeviceState, Chosen]:
+    """Up to K = `num_steps` tokens for each row that is not frozen.
+
+    Each step feeds every row's chosen token at position `lengths`, writes its keys and values into
+    the row's private chunks (the plan must reach K tokens ahead), attends, and chooses the next. A
+    row freezes after a stop token or when `remaining` is used up; the loop ends early when all
+    rows are frozen. Donate the state: it is then updated in place.
+
+    Args:
+      slots: of the rows, in the plan's order; S for padding.
+
+    Returns:
+      The new state, and what was chosen at each step.
+    """
+    table = state.table
+    slots = jnp.asarray(slots)
+    rows, sampling = table.take(slots)
+
+    def unfinished(carry):
+        step, _, _, rows, _ = carry
+        return (step < num_steps) & jnp.any(rows.remaining > 0)
+
+    def advance(carry):
+        step, pool, counts, rows, chosen = carry
+        active = rows.remaining > 0
+        attend = decode_attend(model.cache_spec, plan, rows.lengths, active, implementation)
+        hidden, pool = model(rows.tokens, rows.lengths, pool, attend)
+        logits = model.logits(hidden)
+        following = sample(logits, sampling, rows.lengths + 1, lambda: counts.take(slots))
+        emitted = Chosen(
+            jnp.where(active, following, NOTHING), log_probabilities(logits, following, sampling)
+        )
+        chosen = jax.tree.map(lambda all, one: all.at[step].set(one), chosen, emitted)
+        counts = count_tokens(counts, slots, following, active)
+        rows = rows.choose(following, sampling.stop_tokens)
+        rows = replace(rows, lengths=rows.lengths + active.astype(jnp.int32))
+        return step + 1, pool, counts, rows, chosen
+
+    start = (jnp.int32(0), state.pool, table.counts, rows, _nothing(num_steps, len(slots)))
+    _, pool, counts, rows, chosen = lax.while_loop(unfinished, advance, start)
+    table = replace(table.put(slots, rows), counts=counts)
+    return DeviceState(pool, table), chosen
+
+
+def _nothing(num_steps: int, batch: int) -> Chosen:
+    empty = Logprobs.empty(batch)
+    logprobs = jax.tree.map(lambda one: jnp.broadcast_to(one, (num_steps, *one.shape)), empty)
+    return Chosen(jnp.full((num_steps, batch), NOTHING, jnp.int32), logprobs)
+
+
+def decode_attend(
+    spec: CacheSpec,
+    plan: DecodePlan,
+    lengths: Int32[Array, " B"],
+    active: Bool[Array, " B"],
+    implementation: str | None,
+):
+    """The `attend` a model is given while decoding: write one token a row, attend by the plan."""
+
+    def attend(pool: ChunkPool, layer, q, k, v):
+        slot = lengths - plan.covered_tokens
+        index = jnp.minimum(slot // pool.chunk_size, plan.private_chunks.shape[1] - 1)
+        chunks = jnp.take_along_axis(plan.private_chunks, index[:, None], axis=1)[:, 0]
+        chunks = jnp.where(active, chunks, pool.num_chunks)
+        keys, values = write_kv(
+            pool.keys, pool.values, k, v, chunks, slot % pool.chunk_size, layer=layer
+        )
+        # Of frozen rows only padding gives zeros; what the others get is thrown away.
+        visible = jnp.where(active, lengths + 1, 0)
+        output = chunk_attention(
+            q,
+            keys,
+            values,
+            plan,
+            visible,
+            layer=layer,
+            scale=spec.scale,
+            softcap=spec.softcap,
+            implementation=implementation,
+        )
+        return output, ChunkPool(keys, values)
+
+    return attend

@@ -1,0 +1,75 @@
+"""Prefill, on the device: computing packed tokens, and the tokens that follow them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+from jaxtyping import Int32
+
+from jax_chunkattn.device.decode_loop import NOTHING, Chosen
+from jax_chunkattn.device.model_interface import CacheSpec, DecoderModel
+from jax_chunkattn.device.pool import ChunkPool
+from jax_chunkattn.device.request_table import DeviceState, count_tokens
+from jax_chunkattn.planning.prefill import QUERY_TILE, PrefillBatch
+from jax_chunkattn.sampling import log_probabilities, sample
+from pallas_kernels import PrefillPlan, prefill_attention, write_kv
+from pallas_kernels.plans import HostOrDevice
+
+
+def prefill_step(
+    model: DecoderModel,
+    state: DeviceState,
+    slots: Int32[HostOrDevice, " S"],
+    batch: PrefillBatch,
+    *,
+    implementation: str | None = None,
+) -> tuple[DeviceState, Chosen]:
+    """Computes the packed tokens, and the token that follows each segment.
+
+    Keys and values are written layer by layer before they are attended to, so a segment may build
+    on another one of the same call.
+
+    Args:
+      slots: of the rows that the segments complete the prompts of; the number of slots for others.
+
+    Returns:
+      The new state, those rows ready to decode, and what was chosen, `NOTHING` for other segments.
+    """
+    attend = prefill_attend(model.cache_spec, batch.plan, implementation)
+    tokens, positions = jnp.asarray(batch.tokens), jnp.asarray(batch.positions)
+    slots = jnp.asarray(slots)
+    table = state.table
+    rows, sampling = table.take(slots)
+    hidden, pool = model(tokens, positions, state.pool, attend)
+    following = jnp.take(positions, batch.last_token) + 1
+    logits = model.logits(jnp.take(hidden, batch.last_token, axis=0))
+    drawn = sample(logits, sampling, following, lambda: table.counts.take(slots))
+    active = rows.remaining > 0
+    chosen = Chosen(jnp.where(active, drawn, NOTHING), log_probabilities(logits, drawn, sampling))
+    counts = count_tokens(table.counts, slots, drawn, active)
+    table = replace(table.put(slots, rows.choose(drawn, sampling.stop_tokens)), counts=counts)
+    return DeviceState(pool, table), chosen
+
+
+def prefill_attend(spec: CacheSpec, plan: PrefillPlan, implementation: str | None):
+    """The `attend` a model is given while prefilling: write all new tokens, attend by the plan."""
+
+    def attend(pool: ChunkPool, layer, q, k, v):
+        keys, values = write_kv(
+            pool.keys, pool.values, k, v, plan.write_chunks, plan.write_offsets, layer=layer
+        )
+        output = prefill_attention(
+            q,
+            keys,
+            values,
+            plan,
+            query_tile=QUERY_TILE,
+            layer=layer,
+            scale=spec.scale,
+            softcap=spec.softcap,
+            implementation=implementation,
+        )
+        return output, ChunkPool(keys, values)
+
+    return attend

@@ -1,0 +1,247 @@
+"""Prefill, on the host: tokens of new sequences that are not cached yet, packed into few calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jaxtyping import Int32
+
+from jax_chunkattn.planning.block_table import bucket, common_runs, pad_tables
+from jax_chunkattn.planning.gpu_division import cut_for_gpu
+from jax_chunkattn.planning.gpu_time import choose_pieces, most_items_alone
+from jax_chunkattn.planning.options import GpuWork, PlannerOptions
+from jax_chunkattn.planning.packing import single_rows
+from jax_chunkattn.planning.work_items import flatten_items, items_of, partial_slots
+from pallas_kernels import PrefillPlan
+from pallas_kernels.plans import HostOrDevice, PartialSlots, WorkItems
+
+Owner = TypeVar("Owner")
+
+CALL_TOKENS = (32, 128, 512)  # of a call: the smallest that holds what is left, or the largest
+QUERY_TILE = 64  # tokens of one sequence that share a pass over their context
+TOKENS_PER_SEQUENCE = 16  # a call of T tokens takes at most T / 16 sequences
+MIN_TABLE_WIDTH = 32
+MIN_ITEM_CHUNKS = 256
+ITEMS_PER_TOKEN = 4  # on a GPU: levels of sharing times pieces; more make a call's shape larger
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens of one sequence to compute, at positions `[begin, end)`.
+
+    `write_from` is the first position whose keys and values are not in the pool yet: a prompt that
+    is cached as a whole still computes its last token, for the logits, and writes nothing.
+    """
+
+    tokens: Sequence[int]  # those of the positions [begin, end)
+    chunk_ids: list[int]  # of the whole sequence
+    begin: int
+    end: int
+    write_from: int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PrefillBatch:
+    """One call's tokens, packed one segment after another."""
+
+    tokens: Int32[HostOrDevice, " T"]
+    positions: Int32[HostOrDevice, " T"]
+    last_token: Int32[HostOrDevice, " S"]  # where each segment's last token is packed
+    plan: PrefillPlan
+
+
+@dataclass(frozen=True)
+class PrefillShape:
+    """The padded sizes of a call that decide, beside its tokens, which compiled program runs it.
+
+    `slots` is 0 in plans without partials. Calls of T tokens start from larger sizes than 0.
+    """
+
+    table_width: int = 0
+    items: int = 0
+    item_chunks: int = 0
+    slots: int = 0
+
+    @classmethod
+    def of(cls, batch: PrefillBatch) -> PrefillShape:
+        plan = batch.plan
+        return cls(
+            plan.block_tables.shape[1],
+            plan.items.row_begin.shape[0],
+            plan.items.chunks.shape[0],
+            plan.partials.slots.shape[0] if plan.partials is not None else 0,
+        )
+
+    @classmethod
+    def largest(cls, num_tokens: int, columns: int, options: PlannerOptions) -> PrefillShape:
+        """A shape that holds every call of `num_tokens` for sequences of at most `columns` chunks.
+
+        On a GPU, where every program of the grid costs something even if it has no work, not every
+        call: all that share nothing, and those that share unless they have unusually many items.
+        """
+        least = cls._least(num_tokens, options.gpu)
+        items = slots = 0
+        segments = max_segments(num_tokens)
+        if options.gpu is not None:
+            tiles = -(-num_tokens // options.gpu.tile_rows) + segments
+            items, slots = most_items_alone(tiles, segments, columns, options.gpu)
+        return cls(
+            table_width=bucket(columns, least.table_width),
+            items=bucket(items, least.items),
+            item_chunks=bucket(segments * columns, least.item_chunks),
+            slots=bucket(slots, least.slots) if least.slots else 0,
+        )
+
+    @classmethod
+    def _least(cls, num_tokens: int, gpu: GpuWork | None) -> PrefillShape:
+        """What calls of T tokens are padded to at least, so that nearly all have one shape."""
+        items = 2 * max_segments(num_tokens)  # a tree with S leaves has fewer than 2 S runs
+        slots = 0
+        if gpu is not None:
+            items += ITEMS_PER_TOKEN * -(-num_tokens // gpu.tile_rows)
+            slots = bucket(ITEMS_PER_TOKEN * num_tokens)
+        return cls(MIN_TABLE_WIDTH, bucket(items), MIN_ITEM_CHUNKS, slots)
+
+    def _and(self, other: PrefillShape) -> PrefillShape:
+        return PrefillShape(*map(max, vars(self).values(), vars(other).values()))
+
+
+def pack_segments(
+    segments: Sequence[Segment],
+    *,
+    num_tokens: int,
+    chunk_size: int,
+    num_chunks: int,
+    options: PlannerOptions = PlannerOptions(),
+    at_least: PrefillShape = PrefillShape(),
+) -> PrefillBatch:
+    """Packs segments into arrays of T = `num_tokens`; at most T / 16 of them, T tokens in all.
+
+    Segments whose sequences begin with the same chunks read them once if they are neighbours and
+    the options share. Options for a GPU cut the items and give the plan slots for partials; no
+    other option counts. All calls of T tokens have one shape, that of `at_least` or a smaller one,
+    unless their sequences have very long prefixes or, on a GPU, their tokens more than four items
+    each: then some sizes double, and another program is compiled.
+
+    Raises:
+      ValueError: when they do not fit.
+    """
+    lengths = [segment.end - segment.begin for segment in segments]
+    most = max_segments(num_tokens)
+    if sum(lengths) > num_tokens or len(segments) > most:
+        raise ValueError(
+            f"{len(segments)} segments of {sum(lengths)} tokens do not fit a call of "
+            f"{num_tokens} tokens and {most} segments"
+        )
+    least = PrefillShape._least(num_tokens, options.gpu)._and(at_least)
+    width = bucket(max(len(segment.chunk_ids) for segment in segments), least.table_width)
+    tokens = np.zeros(num_tokens, np.int32)
+    positions = np.zeros(num_tokens, np.int32)
+    chunks = np.full(num_tokens, num_chunks, np.int32)
+    tables = np.full((most, width), num_chunks, np.int32)
+    last_token = np.zeros(most, np.int32)
+    own_chunk = np.zeros(most, np.int32)
+    tiles = []
+    start = 0
+    for index, (segment, length) in enumerate(zip(segments, lengths, strict=True)):
+        packed = slice(start, start + length)
+        position = np.arange(segment.begin, segment.end, dtype=np.int32)
+        own = np.asarray(segment.chunk_ids, np.int32)
+        tokens[packed] = segment.tokens
+        positions[packed] = position
+        written = position >= segment.write_from
+        chunks[packed] = np.where(written, own[position // chunk_size], num_chunks)
+        tables[index, : len(own)] = own
+        last_token[index] = start + length - 1
+        own_chunk[index] = segment.begin // chunk_size
+        for first in range(0, length, QUERY_TILE):
+            size = min(QUERY_TILE, length - first)
+            tiles.append((start + first, size, segment.begin + first, index))
+        start += length
+    padded_tiles = np.zeros((4, -(-num_tokens // QUERY_TILE) + most), np.int32)
+    padded_tiles[:, : len(tiles)] = np.array(tiles, np.int32).T
+    tile_begin, tile_count, tile_position, tile_sequence = padded_tiles
+    items, partials = _items_before(segments, num_tokens, chunk_size, num_chunks, options, least)
+    plan = PrefillPlan(
+        chunks,
+        positions % chunk_size,
+        items,
+        tile_begin,
+        tile_count,
+        tile_position,
+        tile_sequence,
+        np.asarray(len(tiles), np.int32),
+        block_tables=tables,
+        own_chunk=own_chunk,
+        partials=partials,
+    )
+    return PrefillBatch(tokens, positions, last_token, plan)
+
+
+def _items_before(
+    segments: Sequence[Segment],
+    num_tokens: int,
+    chunk_size: int,
+    num_chunks: int,
+    options: PlannerOptions,
+    least: PrefillShape,
+) -> tuple[WorkItems, PartialSlots | None]:
+    """The chunks wholly before each segment, once for all segments behind them; rows are tokens."""
+    first_token = np.cumsum([0, *(segment.end - segment.begin for segment in segments)])
+    table, _ = pad_tables([segment.chunk_ids for segment in segments], num_chunks)
+    before = np.array([segment.begin // chunk_size for segment in segments])
+    runs = common_runs(table, before) if options.sharing else single_rows(before)
+    begin = first_token[runs.row_begin]
+    items = replace(
+        items_of(table, runs), row_begin=begin, row_count=first_token[runs.row_end] - begin
+    )
+    gpu = options.gpu
+    if gpu is not None:
+        items = cut_for_gpu(items, choose_pieces(items.row_count, items.chunk_count, gpu), gpu)
+    padded = flatten_items(items, num_chunks, least.items, least.item_chunks)
+    if gpu is None:
+        return padded, None
+    partials = partial_slots(
+        items,
+        rows=num_tokens,
+        num_items=padded.row_begin.shape[0],
+        group=gpu.group,
+        align=gpu.align,
+        min_slots=least.slots,
+    )
+    return padded, partials
+
+
+def next_call(
+    work: Sequence[tuple[Owner, Segment]], most_tokens: int = CALL_TOKENS[-1]
+) -> tuple[list[tuple[Owner, Segment]], int]:
+    """The segments of the next prefill call, and the call's tokens, at most `most_tokens`.
+
+    The smallest call that holds all the work, or else the largest. Segments stay with their owners
+    and in their order; one that does not fit is cut, and what is behind it left out.
+    """
+    wanted = max(
+        sum(segment.end - segment.begin for _, segment in work), len(work) * TOKENS_PER_SEQUENCE
+    )
+    num_tokens = next((size for size in CALL_TOKENS if size >= wanted), most_tokens)
+    num_tokens = min(num_tokens, most_tokens)
+    call: list[tuple[Owner, Segment]] = []
+    room = num_tokens
+    for owner, segment in work[: max_segments(num_tokens)]:
+        fits = min(segment.end - segment.begin, room)
+        if not fits:
+            break
+        room -= fits
+        cut = segment.begin + fits
+        call.append((owner, replace(segment, tokens=segment.tokens[:fits], end=cut)))
+    return call, num_tokens
+
+
+def max_segments(num_tokens: int) -> int:
+    """Segments that a call of `num_tokens` tokens can take."""
+    return max(1, num_tokens // TOKENS_PER_SEQUENCE)
