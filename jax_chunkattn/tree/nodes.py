@@ -74,7 +74,7 @@ class Node:
         self.parent = parent
         self.references = 0  # sequences whose path goes through here; 0 means cached
         self.computed = False  # False: pending, keys and values are not in the pool yet
-        self.computed_children: Node | list[Node] | None = None  # see tree_children
+        self.computed_children: Node | list[Node] | None = None  # see `tree.children`
         self.previous: Node | None = None  # neighbours in the eviction order while cached
         self.next: Node | None = None
 
@@ -182,3 +182,15 @@ class SequenceHandle:
 def encode_path(chunk_ids: Iterable[int]) -> bytes:
     """Chunk ids as bytes that sort as the ids do: a parent before its children, by id."""
     return np.fromiter(chunk_ids, ">u4").tobytes()
+
+
+def computed_tokens(sequence: SequenceHandle, chunk_size: int) -> int:
+    """Tokens from the start of a sequence that are computed now, or brought by its own copy."""
+    nodes, copy = sequence.nodes, sequence.copy
+    computed = num_computed(nodes)
+    num_tokens = computed * chunk_size
+    if computed == len(nodes):
+        return num_tokens + sequence.num_computed_tail_tokens
+    if copy is not None and copy.destination_chunk == nodes[computed].chunk_id:
+        return num_tokens + copy.num_tokens
+    return num_tokens

@@ -11,20 +11,18 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from jax_chunkattn.tree.allocator import ChunkAllocator, PoolExhausted
-from jax_chunkattn.tree.children import children_of, closest_child, remove_child, set_computed
-from jax_chunkattn.tree.eviction import RecencyList
+from jax_chunkattn.tree.children import set_computed
 from jax_chunkattn.tree.invariants import check_tree
 from jax_chunkattn.tree.nodes import (
     TOKEN_BYTES,
     Match,
-    Node,
     PartialCopy,
-    Root,
     SequenceHandle,
+    computed_tokens,
     encode_tokens,
     num_computed,
 )
+from jax_chunkattn.tree.stored_chunks import StoredChunks
 
 
 class PrefixTree:
@@ -54,19 +52,11 @@ class PrefixTree:
 
     def __init__(self, num_chunks: int, chunk_size: int, *, retain: bool = True):
         """Raises ValueError when ``num_chunks`` or ``chunk_size`` is below 1."""
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        self._stored = StoredChunks(num_chunks, chunk_size, retain=retain)
         self.num_chunks = num_chunks
         self.chunk_size = chunk_size
         self.retain = retain
         self.version = 0
-        self.num_evicted = 0  # chunks evicted since the tree was made
-        self._allocator = ChunkAllocator(num_chunks)
-        self._chunk_bytes = chunk_size * TOKEN_BYTES
-        self._nodes: dict[bytes, Node] = {}
-        self._cached = RecencyList()
-        self._roots: dict[bytes, Root] = {}
-        self._next_root_id = num_chunks
         self._sequences: dict[SequenceHandle, None] = {}
         self._rows: list[SequenceHandle] | None = None
 
@@ -75,12 +65,12 @@ class PrefixTree:
     @property
     def free_count(self) -> int:
         """Chunks that hold nothing."""
-        return self._allocator.free_count
+        return self._stored.free_count
 
     @property
     def cached_count(self) -> int:
         """Chunks in no sequence, kept to be matched; all of them can be evicted."""
-        return len(self._cached)
+        return len(self._stored.cached)
 
     @property
     def in_use_count(self) -> int:
@@ -90,7 +80,12 @@ class PrefixTree:
     @property
     def num_nodes(self) -> int:
         """Sealed chunks, in use or cached."""
-        return len(self._nodes)
+        return len(self._stored.nodes)
+
+    @property
+    def num_evicted(self) -> int:
+        """Chunks evicted since the tree was made."""
+        return self._stored.num_evicted
 
     # Reading.
 
@@ -99,13 +94,14 @@ class PrefixTree:
 
         Changes nothing, the eviction order included. Raises ValueError on bad tokens.
         """
-        encoded, root = encode_tokens(tokens), self._roots.get(salt)
-        nodes = self._walk(root, encoded)
+        stored = self._stored
+        encoded, root = encode_tokens(tokens), stored.roots.get(salt)
+        nodes = stored.walk(root, encoded)
         return Match(
             chunk_ids=tuple(node.chunk_id for node in nodes),
             num_tokens=len(nodes) * self.chunk_size,
             num_computed_tokens=num_computed(nodes) * self.chunk_size,
-            num_copyable_tokens=self._find_donor(root, nodes, encoded)[1],
+            num_copyable_tokens=stored.find_donor(root, nodes, encoded)[1],
         )
 
     def room_after_insert(self, tokens: Iterable[int] | np.ndarray, salt: bytes = b"") -> int:
@@ -113,10 +109,10 @@ class PrefixTree:
 
         Negative when that would be refused. Changes nothing. Raises ValueError on bad tokens.
         """
-        encoded = encode_tokens(tokens)
-        nodes = self._walk(self._roots.get(salt), encoded)
-        needed = -(-len(encoded) // self._chunk_bytes) - len(nodes)
-        return self.free_count + self._num_evictable(nodes) - needed
+        stored, encoded = self._stored, encode_tokens(tokens)
+        nodes = stored.walk(stored.roots.get(salt), encoded)
+        needed = -(-len(encoded) // stored.chunk_bytes) - len(nodes)
+        return self.free_count + stored.num_evictable(nodes) - needed
 
     def computed_tokens(self, sequence: SequenceHandle) -> int:
         """Tokens from the start of ``sequence`` whose keys and values are in the pool *now*.
@@ -128,14 +124,7 @@ class PrefixTree:
         all of it, since the copy is dropped if this one is released first.
         """
         self._require_active(sequence)
-        nodes, copy = sequence.nodes, sequence.copy
-        computed = num_computed(nodes)
-        num_tokens = computed * self.chunk_size
-        if computed == len(nodes):
-            return num_tokens + sequence.num_computed_tail_tokens
-        if copy is not None and copy.destination_chunk == nodes[computed].chunk_id:
-            return num_tokens + copy.num_tokens
-        return num_tokens
+        return computed_tokens(sequence, self.chunk_size)
 
     def rows(self) -> list[SequenceHandle]:
         """Active sequences in depth-first order: those under any node are one contiguous range.
@@ -169,39 +158,36 @@ class PrefixTree:
         Raises ValueError on bad tokens and PoolExhausted when the pool is too small or too much of
         it is in use; nothing has changed then.
         """
-        encoded = encode_tokens(tokens)
+        stored, encoded = self._stored, encode_tokens(tokens)
         num_tokens = len(encoded) // TOKEN_BYTES
-        root = self._roots.get(salt)
-        nodes = self._walk(root, encoded)
-        needed = self._num_chunks_for(num_tokens) - len(nodes)
-        self._require_available(needed, keeping=nodes)
+        matched = stored.walk(stored.roots.get(salt), encoded)
+        needed = stored.num_chunks_for(num_tokens) - len(matched)
+        stored.require_available(needed, keeping=matched)
 
-        donor, num_copied = self._find_donor(root, nodes, encoded) if copy_partial else (None, 0)
-        if root is None:
-            root = self._roots[salt] = Root(self._next_root_id, salt)
-            self._next_root_id += 1
+        donor, num_copied = None, 0
+        if copy_partial:
+            donor, num_copied = stored.find_donor(stored.roots.get(salt), matched, encoded)
+        root = stored.open_root(salt)
         root.references += 1  # before anything is evicted: an emptied root would be dropped
-        num_matched = len(nodes)
-        for node in nodes:
-            self._take(node)
+        for node in matched:
+            stored.take(node)
         try:
-            chunk_ids = self._allocate(needed)
+            chunk_ids = stored.allocate(needed)
         except BaseException:
-            self._leave(nodes, root)
+            stored.leave(matched, root)
             raise
-        sealed_bytes = num_tokens // self.chunk_size * self._chunk_bytes
-        first_new = num_matched * self._chunk_bytes
-        for index, begin in enumerate(range(first_new, sealed_bytes, self._chunk_bytes)):
+        nodes, size = list(matched), stored.chunk_bytes
+        num_sealed = num_tokens // self.chunk_size
+        for index, chunk_id in zip(range(len(matched), num_sealed), chunk_ids, strict=False):
             parent = nodes[-1] if nodes else root
-            chunk = encoded[begin : begin + self._chunk_bytes]
-            nodes.append(self._add_node(parent, chunk, chunk_ids[index]))
-        sequence = SequenceHandle(root, nodes, tail=encoded[sealed_bytes:])
-        sequence.add_chunks(chunk_ids[len(nodes) - num_matched :])
+            nodes.append(stored.add(parent, encoded[index * size : (index + 1) * size], chunk_id))
+        sequence = SequenceHandle(root, nodes, tail=encoded[num_sealed * size :])
+        sequence.add_chunks(chunk_ids[num_sealed - len(matched) :])
         sequence.num_tokens = num_tokens
-        sequence.num_cached_tokens = num_matched * self.chunk_size + num_copied
+        sequence.num_cached_tokens = len(matched) * self.chunk_size + num_copied
         if donor is not None:
             sequence.copy = PartialCopy(donor.chunk_id, chunk_ids[0], num_copied)
-            if len(nodes) == num_matched:
+            if len(nodes) == len(matched):
                 sequence.num_computed_tail_tokens = num_copied
         self._activate(sequence)
         return sequence
@@ -230,11 +216,13 @@ class PrefixTree:
         self._require_active(sequence)
         if num_tokens < 0:
             raise ValueError(f"cannot reserve {num_tokens} tokens")
-        needed = self._num_chunks_for(sequence.num_tokens + num_tokens) - len(sequence.chunk_ids)
+        needed = self._stored.num_chunks_for(sequence.num_tokens + num_tokens) - len(
+            sequence.chunk_ids
+        )
         if needed <= 0:
             return False
-        self._require_available(needed)
-        sequence.add_chunks(self._allocate(needed))
+        self._stored.require_available(needed)
+        sequence.add_chunks(self._stored.allocate(needed))
         self.version += 1
         return True
 
@@ -266,7 +254,7 @@ class PrefixTree:
         sequence.tail += encoded
         sequence.num_tokens = num_tokens
         sealed = False
-        while len(sequence.tail) >= self._chunk_bytes and self._seal(sequence):
+        while len(sequence.tail) >= self._stored.chunk_bytes and self._seal(sequence):
             sealed = True
         sequence.num_computed_tail_tokens = sequence.num_tail_tokens
         if sealed:
@@ -284,11 +272,11 @@ class PrefixTree:
         then.
         """
         self._require_active(sequence)
-        needed = self._num_chunks_for(sequence.num_tail_tokens)
-        self._require_available(needed)
-        destinations = self._allocate(needed)
+        needed = self._stored.num_chunks_for(sequence.num_tail_tokens)
+        self._stored.require_available(needed)
+        destinations = self._stored.allocate(needed)
         for node in sequence.nodes:
-            self._take(node)
+            self._stored.take(node)
         sequence.root.references += 1
         copy = SequenceHandle(sequence.root, list(sequence.nodes), sequence.tail)
         copy.add_chunks(destinations)
@@ -317,8 +305,8 @@ class PrefixTree:
         del self._sequences[sequence]
         self._rows = None
         self.version += 1
-        self._allocator.free(sequence.private_chunk_ids)
-        self._leave(sequence.nodes, sequence.root, keep)
+        self._stored.allocator.free(sequence.private_chunk_ids)
+        self._stored.leave(sequence.nodes, sequence.root, keep)
 
     # Cached chunks.
 
@@ -327,13 +315,7 @@ class PrefixTree:
 
         Returns how many. Chunks in use are never touched.
         """
-        evicted = min(count, len(self._cached))
-        for _ in range(evicted):
-            node = self._cached.oldest
-            self._cached.remove(node)
-            self._remove_node(node)
-        self.num_evicted += max(evicted, 0)
-        return max(evicted, 0)
+        return self._stored.evict(count)
 
     def reset(self) -> int:
         """Forgets all that is stored.
@@ -341,145 +323,42 @@ class PrefixTree:
         Frees every cached chunk and returns how many. Active sequences go on as they are, but
         nothing inserted later matches what they hold, and it is freed, not cached, when they leave.
         """
-        freed = self.evict(len(self._cached))
-        for root in self._roots.values():
-            root.retired = True
-        self._roots.clear()
+        freed = self.evict(self.cached_count)
+        self._stored.retire_roots()
         return freed
 
     def check(self) -> None:
         """Verifies every invariant; raises AssertionError naming the first one broken."""
-        check_tree(self)
+        check_tree(self._stored, self._sequences.keys(), self.rows())
 
     # Inside.
-
-    def _walk(self, root: Root | None, encoded: bytes) -> list[Node]:
-        nodes: list[Node] = []
-        if root is None:
-            return nodes
-        parent: Node | Root = root
-        size = self._chunk_bytes
-        for begin in range(0, len(encoded) - size + 1, size):
-            key = parent.chunk_id.to_bytes(8, "little") + encoded[begin : begin + size]
-            node = self._nodes.get(key)
-            if node is None:
-                break
-            nodes.append(node)
-            parent = node
-        return nodes
-
-    def _find_donor(
-        self, root: Root | None, nodes: list[Node], encoded: bytes
-    ) -> tuple[Node | None, int]:
-        """The computed node that begins most like the chunk behind ``nodes``; shared tokens."""
-        parent = nodes[-1] if nodes else root
-        if parent is None:
-            return None, 0
-        begin = len(nodes) * self._chunk_bytes
-        return closest_child(parent, encoded[begin : begin + self._chunk_bytes])
-
-    def _num_chunks_for(self, num_tokens: int) -> int:
-        """Chunks that ``num_tokens`` tokens take; PoolExhausted if the pool is smaller."""
-        count = -(-num_tokens // self.chunk_size)
-        if count > self.num_chunks:
-            raise PoolExhausted(
-                f"{num_tokens} tokens take {count} chunks of {self.chunk_size} and can never fit "
-                f"in a pool of {self.num_chunks}"
-            )
-        return count
 
     def _require_active(self, sequence: SequenceHandle) -> None:
         if not self.is_active(sequence):
             raise ValueError("the sequence is not active in this tree (released before?)")
-
-    def _require_available(self, needed: int, keeping: list[Node] | None = None) -> None:
-        """Raises PoolExhausted unless that many are free, or evictable and not in ``keeping``."""
-        evictable = self._num_evictable(keeping or [])
-        if needed > self.free_count + evictable:
-            raise PoolExhausted(
-                f"{needed} more chunks of {self.chunk_size} tokens are needed; of the pool's "
-                f"{self.num_chunks}, {self.free_count} are free and {evictable} can be evicted"
-            )
-
-    def _num_evictable(self, keeping: list[Node]) -> int:
-        return self.cached_count - sum(node.references == 0 for node in keeping)
-
-    def _allocate(self, count: int) -> list[int]:
-        self.evict(count - self.free_count)
-        return self._allocator.allocate(count)
 
     def _activate(self, sequence: SequenceHandle) -> None:
         self._sequences[sequence] = None
         self._rows = None
         self.version += 1
 
-    def _take(self, node: Node) -> None:
-        if node.references == 0:
-            self._cached.remove(node)
-        node.references += 1
-
-    def _leave(self, nodes: list[Node], root: Root, keep: int | None = None) -> None:
-        """Takes back what `_take` and a sequence's reference to its root were."""
-        if not self.retain or root.retired:
-            keep = 0
-        for index, node in reversed(list(enumerate(nodes))):
-            node.references -= 1
-            if node.references:
-                continue
-            if node.computed and (keep is None or index < keep):
-                self._cached.push(node)
-            else:
-                self._evict_below(node)
-                self._remove_node(node)
-        self._drop_root_reference(root)
-
-    def _evict_below(self, node: Node) -> None:
-        """Frees what is cached below a node that nobody uses."""
-        below = children_of(node)
-        for descendant in below:
-            below.extend(children_of(descendant))  # grows as it is walked
-        for descendant in reversed(below):
-            self._cached.remove(descendant)
-            self._remove_node(descendant)
-
-    def _add_node(self, parent: Node | Root, chunk: bytes, chunk_id: int) -> Node:
-        node = Node(chunk_id, parent.chunk_id.to_bytes(8, "little") + chunk, parent)
-        node.references = 1
-        self._nodes[node.key] = node
-        if isinstance(parent, Root):
-            parent.references += 1
-        return node
-
-    def _remove_node(self, node: Node) -> None:
-        del self._nodes[node.key]
-        if node.computed:
-            remove_child(node)
-        self._allocator.free((node.chunk_id,))
-        if isinstance(node.parent, Root):
-            self._drop_root_reference(node.parent)
-
-    def _drop_root_reference(self, root: Root) -> None:
-        root.references -= 1
-        if root.references == 0 and not root.retired:
-            del self._roots[root.salt]
-
     def _seal(self, sequence: SequenceHandle) -> bool:
         """Makes the first private chunk, full, a node; False if a pending node is in its place."""
         parent = sequence.nodes[-1] if sequence.nodes else sequence.root
-        chunk = sequence.tail[: self._chunk_bytes]
+        chunk = sequence.tail[: self._stored.chunk_bytes]
         position = len(sequence.nodes)
         own_chunk_id = sequence.chunk_ids[position]
-        node = self._nodes.get(parent.chunk_id.to_bytes(8, "little") + chunk)
+        node = self._stored.child(parent, chunk)
         if node is None:
-            node = self._add_node(parent, chunk, own_chunk_id)
+            node = self._stored.add(parent, chunk, own_chunk_id)
             set_computed(node)
         elif node.computed:
-            self._take(node)
-            self._allocator.free((own_chunk_id,))
+            self._stored.take(node)
+            self._stored.allocator.free((own_chunk_id,))
             sequence.replace_chunk(position, node.chunk_id)
         else:
             return False
         sequence.nodes.append(node)
         sequence.path += node.chunk_id.to_bytes(4, "big")
-        sequence.tail = sequence.tail[self._chunk_bytes :]
+        sequence.tail = sequence.tail[self._stored.chunk_bytes :]
         return True

@@ -71,9 +71,9 @@ def test_a_salt_leaves_nothing_behind():
     tree = PrefixTree(16, 4)
     for number in range(5):
         cache(tree, A + B + [number], salt=b"%d" % number)
-    assert len(tree._roots) == 5
+    assert len(tree._stored.roots) == 5
     tree.evict(16)
-    assert not tree._roots
+    assert not tree._stored.roots
     assert sizes(tree) == (16, 0, 0)
 
 

@@ -69,7 +69,7 @@ def _break_references(tree: PrefixTree, sequence: SequenceHandle) -> None:
 
 
 def _break_count(tree: PrefixTree, sequence: SequenceHandle) -> None:
-    tree._allocator.allocate(1)
+    tree._stored.allocator.allocate(1)
 
 
 def _break_chunk_ids(tree: PrefixTree, sequence: SequenceHandle) -> None:
@@ -81,17 +81,17 @@ def _break_two_places(tree: PrefixTree, sequence: SequenceHandle) -> None:
 
 
 def _break_tree_key(tree: PrefixTree, sequence: SequenceHandle) -> None:
-    tree._nodes[b"elsewhere"] = tree._nodes.pop(sequence.nodes[1].key)
+    tree._stored.nodes[b"elsewhere"] = tree._stored.nodes.pop(sequence.nodes[1].key)
 
 
 def _break_eviction_list(tree: PrefixTree, sequence: SequenceHandle) -> None:
-    tree._cached.remove(tree._cached.oldest)
+    tree._stored.cached.remove(tree._stored.cached.oldest)
 
 
 def _break_eviction_order(tree: PrefixTree, sequence: SequenceHandle) -> None:
-    leaf = tree._cached.oldest
-    tree._cached.remove(leaf)
-    tree._cached.push(leaf)
+    leaf = tree._stored.cached.oldest
+    tree._stored.cached.remove(leaf)
+    tree._stored.cached.push(leaf)
 
 
 def _break_computed(tree: PrefixTree, sequence: SequenceHandle) -> None:
@@ -117,7 +117,7 @@ def _break_order_of_children(tree: PrefixTree, sequence: SequenceHandle) -> None
 
 
 def _break_single_child(tree: PrefixTree, sequence: SequenceHandle) -> None:
-    parent = tree._cached.oldest.parent
+    parent = tree._stored.cached.oldest.parent
     assert parent is not None
     parent.computed_children = children_of(parent)
 
@@ -192,7 +192,7 @@ def test_an_allocation_that_fails_unforeseen_changes_nothing_that_is_in_use(monk
         raise PoolExhausted("unforeseen")
 
     before = state(tree)
-    monkeypatch.setattr(tree._allocator, "allocate", fails)
+    monkeypatch.setattr(tree._stored.allocator, "allocate", fails)
     for operation in (
         lambda: tree.insert([*A, *B, *D]),
         lambda: tree.insert([*D, *D], b"a salt of its own"),

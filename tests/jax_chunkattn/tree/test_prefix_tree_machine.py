@@ -163,7 +163,7 @@ class PrefixTreeMachine(RuleBasedStateMachine):
         self.saw("copied into a tail" if into_tail else "copied into a node")
         if handle.num_cached_tokens == handle.num_tokens:
             self.saw("copied a whole tail")
-        stored = {node.chunk_id for node in self.tree._nodes.values() if node.computed}
+        stored = {node.chunk_id for node in self.tree._stored.nodes.values() if node.computed}
         if copy.source_chunk not in stored:
             self.saw("copied from a chunk that the insert evicted")
         if copy.source_chunk == copy.destination_chunk:
@@ -226,7 +226,9 @@ class PrefixTreeMachine(RuleBasedStateMachine):
         self.serve([[*shared, 0, 1, 0], *suffixes], salt)
         first = self.insert(shared + suffixes[0], salt, True)
         if then == "the donor leaves" and first in self.waiting:
-            while self.waiting[first].source_chunk in {node.chunk_id for node in self.tree._cached}:
+            while self.waiting[first].source_chunk in {
+                node.chunk_id for node in self.tree._stored.cached
+            }:
                 self.evict(1)
         for suffix in suffixes:
             self.insert(suffix[:2] + shared, salt, True)
@@ -439,7 +441,7 @@ class PrefixTreeMachine(RuleBasedStateMachine):
     def nodes_are_the_models(self) -> None:
         """The same prefixes are stored, computed or pending alike, with the right content."""
         stored = {}
-        for node in self.tree._nodes.values():
+        for node in self.tree._stored.nodes.values():
             namespace, tokens = self.prefix_of(node)
             stored[namespace, tokens] = node.computed
             if node.computed:

@@ -38,9 +38,16 @@ def sizes(tree: PrefixTree) -> tuple[int, int, int]:
 def state(tree: PrefixTree):
     """All that a refused operation must leave as it was."""
     tree.check()
-    eviction_order = [node.chunk_id for node in tree._cached]
+    eviction_order = [node.chunk_id for node in tree._stored.cached]
     rows = [(tuple(row.chunk_ids), row.num_tokens, row.tail) for row in tree.rows()]
-    return sizes(tree), eviction_order, rows, tree.version, sorted(tree._roots), tree.num_nodes
+    return (
+        sizes(tree),
+        eviction_order,
+        rows,
+        tree.version,
+        sorted(tree._stored.roots),
+        tree.num_nodes,
+    )
 
 
 class SlotPool:
