@@ -6,21 +6,22 @@ from jax_chunkattn.device.pool import CacheConfig, ChunkPool, allocate_pool
 from jax_chunkattn.engine.admission import InvalidRequest, RequestLimits, chunks_needed
 from jax_chunkattn.engine.engine import Engine
 from jax_chunkattn.engine.handle import PinnedPrefix, RequestHandle
-from jax_chunkattn.engine.requests import (
+from jax_chunkattn.engine.outputs import (
     Completion,
     EngineClosed,
     Output,
     RequestFailed,
     StreamEvent,
-    TokenLogprobs,
 )
 from jax_chunkattn.engine.search import Hypothesis, beam_search
 from jax_chunkattn.engine.stats import EngineStats, WarmUp
 from jax_chunkattn.planning.planner import PlannerOptions, PlanSummary, plan_decode
-from jax_chunkattn.sampling import SamplingParams
+from jax_chunkattn.sampling import SamplingParams, TokenLogprobs
 from jax_chunkattn.tree.allocator import ChunkAllocator, PoolExhausted
 from jax_chunkattn.tree.prefix_tree import PrefixTree
 from pallas_kernels import DecodePlan, chunk_attention, prefill_attention
+
+__version__ = "0.1.0"
 
 __all__ = [
     "CacheConfig",
@@ -48,6 +49,7 @@ __all__ = [
     "StreamEvent",
     "TokenLogprobs",
     "WarmUp",
+    "__version__",
     "allocate_pool",
     "beam_search",
     "chunk_attention",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial, wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
 from jax_chunkattn.device.backend import Backend, choose_backend
 from jax_chunkattn.device.device import Device
+from jax_chunkattn.device.invocations import Invocations
 from jax_chunkattn.device.model_interface import DecoderModel
 from jax_chunkattn.device.pool import CacheConfig
 from jax_chunkattn.engine.admission import (
@@ -22,19 +23,13 @@ from jax_chunkattn.engine.core import Core
 from jax_chunkattn.engine.handle import Outputs, PinnedPrefix, RequestHandle
 from jax_chunkattn.engine.incoming import Incoming, Prompt
 from jax_chunkattn.engine.misses import PrefixMemory
-from jax_chunkattn.engine.requests import (
-    Completion,
-    EngineClosed,
-    Phase,
-    Pinned,
-    Request,
-    StreamEvent,
-)
+from jax_chunkattn.engine.outputs import StreamEvent
+from jax_chunkattn.engine.requests import Request
 from jax_chunkattn.engine.rows import PlannedRows
 from jax_chunkattn.engine.scheduler import Scheduler
+from jax_chunkattn.engine.service import Service
 from jax_chunkattn.engine.stats import EngineStats, WarmUp
 from jax_chunkattn.engine.text import Tokenizer
-from jax_chunkattn.engine.turns import Turns
 from jax_chunkattn.planning.planner import PlannerOptions, bucket
 from jax_chunkattn.planning.prefill import CALL_TOKENS
 from jax_chunkattn.sampling import SamplingParams
@@ -54,7 +49,7 @@ def in_turn(
 
     @wraps(method)
     def run(engine: Engine, *args: Params.args, **kwargs: Params.kwargs) -> Result:
-        return engine._turns.run(partial(method, engine, *args, **kwargs))
+        return engine._service.turns.run(partial(method, engine, *args, **kwargs))
 
     return run
 
@@ -133,22 +128,19 @@ class Engine:
             model.cache_spec, cache, implementation=implementation, planner=planner
         )
         self.limits = limits
-        self._sharing = sharing
-        self._incoming = Incoming(model, tokenizer, limits, sharing=sharing)
         self._stats = EngineStats(bytes_per_chunk=cache.bytes_per_chunk(model.cache_spec))
         chunk_size, num_chunks = cache.chunk_size, cache.chunks_for(model.cache_spec)
-        device = Device(
+        invocations = Invocations(
             model,
             cache,
             self.backend,
-            self._stats,
             num_slots=bucket(max_running, MIN_SLOTS),
             stop_tokens=stop_tokens,
         )
         self._core = Core(
-            device,
+            Device(invocations),
             Scheduler(PrefixTree(num_chunks, chunk_size, retain=retain), max_running=max_running),
-            PlannedRows(self.backend.planner, self._stats, device.most_columns),
+            PlannedRows(self.backend.planner, self._stats, invocations.most_columns),
             PrefixMemory(chunk_size, REMEMBERED_POOLS * num_chunks),
             self._stats,
             steps_per_call=steps_per_call,
@@ -156,7 +148,8 @@ class Engine:
             prefill_first=prefill_first,
             stop_tokens=stop_tokens,
         )
-        self._turns = Turns(self._core)
+        incoming = Incoming(model, tokenizer, limits, sharing=sharing)
+        self._service = Service(self._core, incoming, sharing=sharing)
 
     def __enter__(self) -> Engine:
         return self
@@ -194,13 +187,13 @@ class Engine:
           PoolExhausted: when the pool can never hold it.
           EngineClosed: after `close`. Nothing has changed in all three cases.
         """
-        self._require_open()
-        samples = self._incoming.samples(prompt, params, salt, priority=priority, hold=hold)
+        self._service.require_open()
+        samples = self._service.incoming.samples(prompt, params, salt, priority=priority, hold=hold)
         if len(samples) != 1:
             raise InvalidRequest(f"submit starts one, n is {params.n}: use submit_samples")
         samples[0].on_event = on_event
-        handle = RequestHandle(self, samples[0])
-        self._queue([samples])
+        handle = RequestHandle(self._service, samples[0])
+        self._service.queue([samples])
         return handle
 
     def submit_samples(
@@ -211,10 +204,10 @@ class Engine:
         The prompt is computed once; the others are forked from the first when it is. Raises what
         `submit` raises.
         """
-        self._require_open()
-        samples = self._incoming.samples(prompt, params, salt, priority=priority)
-        handles = [RequestHandle(self, sample) for sample in samples]
-        self._queue([samples])
+        self._service.require_open()
+        samples = self._service.incoming.samples(prompt, params, salt, priority=priority)
+        handles = [RequestHandle(self._service, sample) for sample in samples]
+        self._service.queue([samples])
         return handles
 
     def generate(
@@ -233,13 +226,13 @@ class Engine:
           InvalidRequest, PoolExhausted: as `submit`, naming the prompt; none has been queued then.
           RequestFailed: from the iterator, when an error ended a request.
         """
-        self._require_open()
+        self._service.require_open()
         requests = [
-            self._incoming.samples(prompt, one, salt, name=f"prompt {index}")
+            self._service.incoming.samples(prompt, one, salt, name=f"prompt {index}")
             for index, (prompt, one) in enumerate(each_request(prompts, params))
         ]
-        outputs = Outputs(self, requests)  # if it never gets to the caller, it aborts them
-        self._queue(requests, numbered=True)
+        outputs = Outputs(self._service, requests)  # if it never gets to the caller, it aborts them
+        self._service.queue(requests, numbered=True)
         return outputs
 
     def pin(self, prompt: Prompt, *, salt: str = "") -> PinnedPrefix:
@@ -253,16 +246,17 @@ class Engine:
           PoolExhausted: when the pool can never hold it beside what has been accepted and pinned.
           EngineClosed: after `close`.
         """
-        self._require_open()
-        prefix = PinnedPrefix(self, self._incoming.pinned(prompt, salt, self.cache.chunk_size))
-        try:
-            self._pin(prefix._pinned)
-        except Exception:
-            raise
-        except BaseException:  # Ctrl-C keeps it from who has asked for it
-            self._turns.leave(prefix.release)
-            raise
-        return prefix
+        self._service.require_open()
+        pinned = self._service.incoming.pinned(prompt, salt, self.cache.chunk_size)
+        self._service.pin(pinned)
+        return PinnedPrefix(self._service, pinned)
+
+    def check_request(
+        self, prompt: Prompt, params: SamplingParams = SamplingParams(), *, salt: str = ""
+    ) -> None:
+        """Raises what `submit` or `submit_samples` would, and changes nothing."""
+        self._service.require_open()
+        self._service.require_room([self._service.incoming.samples(prompt, params, salt)])
 
     # Running.
 
@@ -283,7 +277,7 @@ class Engine:
         """
         if threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
-        self._require_open()
+        self._service.require_open()
         began = time.perf_counter()
         compiled = self._core.warm_up(threads)
         return WarmUp(compiled, time.perf_counter() - began)
@@ -291,7 +285,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return self._turns.has_left or self._core.has_work
+        return self._service.turns.has_left or self._core.has_work
 
     @in_turn
     def step(self) -> bool:
@@ -301,7 +295,7 @@ class Engine:
           RequestFailed: when the pool could not be rebuilt after an error: all requests fail then.
           EngineClosed: after `close`.
         """
-        self._require_open()
+        self._service.require_open()
         return self._core.advance()
 
     def run(self) -> None:
@@ -320,137 +314,30 @@ class Engine:
 
     def close(self) -> None:
         """Ends everything: streams that wait raise `RequestFailed`. Harmless when done twice."""
-        self._turns.change(partial(self._core.shut_down, EngineClosed("the engine was closed")))
+        self._service.close()
 
     @property
     def stats(self) -> EngineStats:
         """A copy of the counters, with the sizes as they are now."""
-        return self._read_stats() if self._turns.interrupted else self._turns.run(self._read_stats)
+        turns = self._service.turns
+        return self._read_stats() if turns.interrupted else turns.run(self._read_stats)
 
     @in_turn
     def check(self) -> None:
         """Verifies every invariant of tree and scheduler; AssertionError names the first broken."""
         self._core.check()
 
-    # Inside, for handles and searches.
-
-    def _require_servable(self, prompt: Prompt, params: SamplingParams, salt: str) -> None:
-        """Raises what `submit` would."""
-        self._require_open()
-        self._require_room([self._incoming.samples(prompt, params, salt)], numbered=False)
-
-    def _queue(self, requests: list[list[Request]], *, numbered: bool = False) -> None:
-        """Queues the samples of each prompt, all or none; `numbered` has errors name the prompt.
-
-        If Ctrl-C keeps them from who has asked for them, nothing is left to run.
-        """
-        try:
-            self._accept(requests, numbered)
-        except Exception:
-            raise
-        except BaseException:
-            for samples in requests:
-                self._drop(samples)
-            raise
-
-    @in_turn
-    def _accept(self, requests: list[list[Request]], numbered: bool) -> None:
-        self._require_open()
-        self._require_room(requests, numbered)
-        for samples in requests:
-            self._core.accept(samples, forking=self._sharing)
-
-    def _require_room(self, requests: list[list[Request]], numbered: bool) -> None:
-        for index, (first, *_) in enumerate(requests):
-            self._core.scheduler.require_fit(first, f"prompt {index}: " if numbered else "")
-
-    @in_turn
-    def _pin(self, pinned: Pinned) -> None:
-        self._require_open()
-        self._core.scheduler.require_fit(pinned)
-        self._core.pin(pinned)
-
-    def _fork(
-        self, parent: Request, params: SamplingParams | None, next_token: int | None, hold: bool
-    ) -> RequestHandle:
-        made: list[Request] = []
-        try:
-            self._turns.run(partial(self._fork_into, made, parent, params, next_token, hold))
-            return RequestHandle(self, made[0])
-        except Exception:
-            raise
-        except BaseException:
-            self._drop(made)
-            raise
-
-    def _fork_into(self, made: list[Request], parent: Request, *how) -> None:
-        self._require_open()
-        self._core.drain()
-        self._core.mend()  # a callback may have kept Ctrl-C to itself
-        self._require_open()  # and another may have closed it
-        child = self._incoming.fork(parent, *how)
-        self._core.scheduler.require_fit(child)
-        made.append(child)
-        self._core.fork(parent, child)
-
-    def _next_event(self, request: Request) -> StreamEvent | None:
-        """The next unread event; None when the last has been read."""
-        while True:
-            event, over = self._read_or_advance(request, request.next_event)
-            if event is not None or over:
-                return event
-
-    def _wait(self, request: Request) -> Completion:
-        while True:
-            answer, _ = self._read_or_advance(request, request.answer)
-            if answer is not None:
-                return answer
-
-    @in_turn
-    def _read_or_advance(
-        self, request: Request, read: Callable[[], Result | None]
-    ) -> tuple[Result | None, bool]:
-        """What there is to read, and whether there will be no more; if neither, after a turn.
-
-        Raises RequestFailed when all is read and an error ended it.
-        """
-        found = read()
-        if found is not None:
-            return found, False
-        if request.phase is Phase.DONE:
-            request.raise_error()
-            return None, True
-        if not self._core.advance() and request.phase is not Phase.DONE:
-            raise RuntimeError("a request is unfinished and the engine has nothing to do")
-        return None, False
-
-    def _abort(self, request: Request) -> None:
-        self._turns.change(partial(self._core.abort, request))
-
-    def _drop(self, requests: Iterable[Request]) -> None:
-        """Aborts what nobody has a handle of, at the next turn."""
-        for request in requests:
-            self._turns.leave(partial(self._core.abort, request))
-
-    def _let_go(self, request: Request) -> None:
-        self._turns.change(partial(self._core.let_go, request))
-
-    def _unpin(self, pinned: Pinned) -> None:
-        self._turns.change(partial(self._core.unpin, pinned))
-
-    def _is_computed(self, pinned: Pinned) -> bool:
-        return self._turns.run(lambda: pinned.phase is Phase.DONE and pinned.sequence is not None)
-
-    def _require_open(self) -> None:
-        closed = self._core.closed
-        if closed is not None:
-            raise EngineClosed(*closed.args) from closed.__cause__
-
     def _read_stats(self) -> EngineStats:
         scheduler = self._core.scheduler
         tree = scheduler.tree
+        counters = self._core.device.counters
         return replace(
             self._stats,
+            calls=counters.calls,
+            compilations=counters.compilations,
+            compile_seconds=counters.compile_seconds,
+            prefill_seconds=counters.prefill_seconds,
+            decode_seconds=counters.decode_seconds,
             running=len(scheduler.running),
             waiting=sum(isinstance(work, Request) for work in scheduler.accepted)
             - len(scheduler.running),

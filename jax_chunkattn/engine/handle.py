@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-from jax_chunkattn.engine.requests import (
-    Completion,
-    Output,
-    Pinned,
-    Request,
-    StreamEvent,
-    TokenLogprobs,
-)
-from jax_chunkattn.sampling import SamplingParams
-
-if TYPE_CHECKING:
-    from jax_chunkattn.engine.engine import Engine
+from jax_chunkattn.engine.outputs import Completion, Output, StreamEvent
+from jax_chunkattn.engine.requests import Pinned, Request
+from jax_chunkattn.engine.service import Service
+from jax_chunkattn.sampling import SamplingParams, TokenLogprobs
 
 Item = TypeVar("Item")
 
@@ -29,10 +21,10 @@ class Reading(Iterator[Item]):
     any more, in the midst of the engine's work too, and could not tell that from being closed.
     """
 
-    def __init__(self, engine: Engine, requests: Iterable[Request]):
-        self._engine = engine
+    def __init__(self, service: Service, requests: Iterable[Request]):
+        self._service = service
         self._requests = tuple(requests)
-        self._reader = engine._turns.reader(self, self._requests)
+        self._reader = service.turns.reader(self, self._requests)
 
     def __iter__(self) -> Reading[Item]:
         return self
@@ -40,11 +32,11 @@ class Reading(Iterator[Item]):
     def __next__(self) -> Item:
         if self._reader.over or self._reader.left:
             raise StopIteration
-        self._engine._turns.refuse_handlers()
+        self._service.turns.refuse_handlers()
         try:
             item = self._read()
         except BaseException:
-            self._engine._turns.drop(self._reader)
+            self._service.turns.drop(self._reader)
             raise
         if item is None:
             self._reader.end()
@@ -55,7 +47,7 @@ class Reading(Iterator[Item]):
         """Ends the iteration, and aborts the requests at once. Harmless at any time."""
         if not self._reader.over:
             for request in self._requests:
-                self._engine._abort(request)
+                self._service.abort(request)
             self._reader.end()
 
     @abstractmethod
@@ -67,7 +59,7 @@ class Stream(Reading[StreamEvent]):
     """One request's events; see `RequestHandle.stream`."""
 
     def _read(self) -> StreamEvent | None:
-        event = self._engine._next_event(self._requests[0])
+        event = self._service.next_event(self._requests[0])
         if event is not None and event.finish_reason is not None:
             self._reader.end()
         return event
@@ -76,13 +68,13 @@ class Stream(Reading[StreamEvent]):
 class Outputs(Reading[Output]):
     """The answers to prompts in their order; see `Engine.generate`."""
 
-    def __init__(self, engine: Engine, samples: list[list[Request]]):
-        super().__init__(engine, (request for each in samples for request in each))
+    def __init__(self, service: Service, samples: list[list[Request]]):
+        super().__init__(service, (request for each in samples for request in each))
         self._samples = iter(enumerate(samples))
 
     def _read(self) -> Output | None:
         for index, samples in self._samples:
-            answers = tuple(self._engine._wait(request) for request in samples)
+            answers = tuple(self._service.wait(request) for request in samples)
             return Output(index, samples[0].prompt, answers)
         return None
 
@@ -94,8 +86,8 @@ class RequestHandle:
     All requests advance together then, this one or not.
     """
 
-    def __init__(self, engine: Engine, request: Request):
-        self._engine = engine
+    def __init__(self, service: Service, request: Request):
+        self._service = service
         self._request = request
 
     def __repr__(self) -> str:
@@ -156,7 +148,7 @@ class RequestHandle:
         Raises:
           RequestFailed: when an error ended the request, or the engine was closed.
         """
-        return Stream(self._engine, [self._request])
+        return Stream(self._service, [self._request])
 
     def result(self) -> Completion:
         """The whole answer, when it is there.
@@ -164,11 +156,11 @@ class RequestHandle:
         Raises:
           RequestFailed: when an error ended the request, or the engine was closed.
         """
-        return self._engine._wait(self._request)
+        return self._service.wait(self._request)
 
     def abort(self) -> None:
         """Ends the request at once, wherever it stands. Harmless when it has ended already."""
-        self._engine._abort(self._request)
+        self._service.abort(self._request)
 
     def fork(
         self,
@@ -194,18 +186,19 @@ class RequestHandle:
             parameters ask for more than one answer.
           PoolExhausted: when the pool can never hold it.
         """
-        return self._engine._fork(self._request, params, next_token, hold)
+        child = self._service.fork(self._request, params, next_token, hold)
+        return RequestHandle(self._service, child)
 
     def release(self) -> None:
         """Gives up what `hold` keeps; the tokens stay readable. Harmless at any time."""
-        self._engine._let_go(self._request)
+        self._service.let_go(self._request)
 
 
 class PinnedPrefix:
     """A prefix kept in the pool; see `Engine.pin`."""
 
-    def __init__(self, engine: Engine, pinned: Pinned):
-        self._engine = engine
+    def __init__(self, service: Service, pinned: Pinned):
+        self._service = service
         self._pinned = pinned
 
     @property
@@ -216,8 +209,8 @@ class PinnedPrefix:
     @property
     def computed(self) -> bool:
         """Whether all of it is in the pool."""
-        return self._engine._is_computed(self._pinned)
+        return self._service.is_computed(self._pinned)
 
     def release(self) -> None:
         """Lets it be evicted like any other cached prefix. Harmless when it was released before."""
-        self._engine._unpin(self._pinned)
+        self._service.unpin(self._pinned)

@@ -1,4 +1,4 @@
-"""What the engine knows of each request: its tokens, where it stands, and what it hands out."""
+"""What the engine knows of each request: its tokens, and where it stands."""
 
 from __future__ import annotations
 
@@ -9,77 +9,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 from weakref import ref
 
+from jax_chunkattn.engine.outputs import Completion, RequestFailed, StreamEvent
 from jax_chunkattn.engine.text import TextStream
-from jax_chunkattn.sampling import SamplingParams
+from jax_chunkattn.sampling import SamplingParams, TokenLogprobs
 from jax_chunkattn.tree.nodes import SequenceHandle
-
-
-class RequestFailed(RuntimeError):
-    """A request ended by an error, which is this one's cause."""
-
-
-class EngineClosed(RuntimeError):
-    """The engine has been closed."""
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Natural logarithms of the model's own probabilities, at one position.
-
-    Attributes:
-      chosen: of the token that was chosen. NaN where a fork begins with tokens for which its parent
-        did not ask, or with another one that its parent did not list.
-      top: the likeliest tokens and theirs, the likeliest first; as many as were asked for, or
-        all when the vocabulary has fewer.
-    """
-
-    chosen: float
-    top: tuple[tuple[int, float], ...] = ()
-
-    def of(self, token: int) -> TokenLogprobs:
-        """As if `token` had been chosen; NaN when it is not among the likeliest that are known."""
-        return TokenLogprobs(dict(self.top).get(token, math.nan), self.top)
-
-
-@dataclass(frozen=True)
-class StreamEvent:
-    """What one call to the device added to a request.
-
-    Attributes:
-      tokens: chosen tokens.
-      text: text that is now final; empty without a tokenizer.
-      logprobs: one for each token, when asked for.
-      finish_reason: None while the request runs; "stop", "length" or "abort" in its last event.
-    """
-
-    tokens: tuple[int, ...] = ()
-    text: str = ""
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    finish_reason: str | None = None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A request's whole answer, as `StreamEvent` has it in pieces.
-
-    `seed` is what its tokens were drawn with: given again, alone, it draws them again; those apart
-    that a fork has of its parent.
-    """
-
-    tokens: tuple[int, ...]
-    text: str
-    logprobs: tuple[TokenLogprobs, ...]
-    finish_reason: str
-    seed: int
-
-
-@dataclass(frozen=True)
-class Output:
-    """The answers to one prompt: `samples` has `SamplingParams.n` of them."""
-
-    index: int
-    prompt: tuple[int, ...]
-    samples: tuple[Completion, ...]
 
 
 class Phase(enum.Enum):

@@ -73,7 +73,7 @@ def beam_search(
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
 
-    engine._require_servable(prompt, SamplingParams(max_tokens), salt)
+    engine.check_request(prompt, SamplingParams(max_tokens), salt=salt)
     # Whichever stop tokens are among them, as many as there are beams go on from each hypothesis.
     num_likeliest = max(2 * beams, beams + len(stops))
 

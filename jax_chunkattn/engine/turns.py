@@ -33,7 +33,7 @@ class Turns:
     @property
     def interrupted(self) -> bool:
         """Whether this thread is in a turn, and not in a callback: a handler or finaliser asks."""
-        return self._lock.is_mine and not self._core.calling_back
+        return self._lock.is_mine and not self._core.callbacks.running
 
     @property
     def has_left(self) -> bool:
@@ -48,6 +48,17 @@ class Turns:
         """
         self.refuse_handlers()
         return self._lock.run(partial(self._turn, work))
+
+    def run_or_undo(self, work: Callable[[], Result], undo: Callable[[], None]) -> Result:
+        """As `run`; if Ctrl-C keeps the result from the caller, `undo` leaves word for the next
+        turn. An ordinary error leaves nothing to undo."""
+        try:
+            return self.run(work)
+        except Exception:
+            raise
+        except BaseException:
+            undo()
+            raise
 
     def refuse_handlers(self) -> None:
         """Raises RuntimeError in a handler or finaliser that has interrupted a turn."""
@@ -81,8 +92,8 @@ class Turns:
         reader.left = True
 
     def _turn(self, work: Callable[[], Result]) -> Result:
-        core = self._core
-        calling_back, core.calling_back = core.calling_back, False
+        core, callbacks = self._core, self._core.callbacks
+        calling_back, callbacks.running = callbacks.running, False
         try:
             core.mend()
             while self._dropped:
@@ -91,7 +102,7 @@ class Turns:
                 self._make(self._left[0])
             return work()
         finally:
-            core.calling_back = calling_back
+            callbacks.running = calling_back
 
     # What is done is taken away only then, lest Ctrl-C lose it; the turn of a callback may have
     # done it too.

@@ -1,6 +1,11 @@
 """Choosing tokens on the device, every row by its own rules and its own seed."""
 
-from jax_chunkattn.sampling.log_probabilities import NO_TOKEN, Logprobs, log_probabilities
+from jax_chunkattn.sampling.log_probabilities import (
+    NO_TOKEN,
+    Logprobs,
+    TokenLogprobs,
+    log_probabilities,
+)
 from jax_chunkattn.sampling.params import (
     MAX_BIASED_TOKENS,
     MAX_LOGPROBS,
@@ -22,6 +27,7 @@ __all__ = [
     "RowSampling",
     "SamplingParams",
     "TokenCounts",
+    "TokenLogprobs",
     "each_sample",
     "fork_seed",
     "log_probabilities",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
@@ -37,6 +39,36 @@ class Logprobs:
             jnp.full((rows, MAX_LOGPROBS), NO_TOKEN, jnp.int32),
             jnp.zeros((rows, MAX_LOGPROBS), jnp.float32),
         )
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of the model's own probabilities, at one position.
+
+    Attributes:
+      chosen: of the token that was chosen. NaN where a fork begins with tokens for which its parent
+        did not ask, or with another one that its parent did not list.
+      top: the likeliest tokens and theirs, the likeliest first; as many as were asked for, or
+        all when the vocabulary has fewer.
+    """
+
+    chosen: float
+    top: tuple[tuple[int, float], ...] = ()
+
+    @classmethod
+    def at(cls, values: Logprobs, step: int, row: int, number: int) -> TokenLogprobs:
+        """Of the token that step `step` of a call chose for a row, with the `number` likeliest.
+
+        values: of the call, on the host, [K, B].
+        """
+        tokens, logprobs = values.top_tokens[step, row], values.top_values[step, row]
+        number = min(number, int(np.count_nonzero(tokens != NO_TOKEN)))
+        top = zip(tokens[:number].tolist(), logprobs[:number].tolist(), strict=True)
+        return cls(float(values.chosen[step, row]), tuple(top))
+
+    def of(self, token: int) -> TokenLogprobs:
+        """As if `token` had been chosen; NaN when it is not among the likeliest that are known."""
+        return TokenLogprobs(dict(self.top).get(token, math.nan), self.top)
 
 
 def log_probabilities(

@@ -7,7 +7,7 @@ import contextlib
 import pytest
 
 from jax_chunkattn import EngineClosed, RequestFailed, SamplingParams
-from jax_chunkattn.engine.core import Core
+from jax_chunkattn.engine.recording import Recorder
 from tests.jax_chunkattn.engine.engines import assert_all_returned, make_engine
 from tests.jax_chunkattn.toy import greedy_without_cache, token_tree
 
@@ -89,7 +89,7 @@ def test_a_callback_may_abort_anyone(victim):
 def test_no_callback_comes_between_an_error_and_its_repair(monkeypatch, error, act):
     """Of a call whose results were taken over for one row and not for the next."""
     engine = make_engine(num_chunks=10, prefill_tokens=32, max_running=3)
-    record, failed = Core._record, []
+    record, failed = Recorder.record, []
 
     def fail_once(core, request, *args, **kwargs):
         if request is handles[1]._request and len(request.tokens) > 6 and not failed:
@@ -109,7 +109,7 @@ def test_no_callback_comes_between_an_error_and_its_repair(monkeypatch, error, a
     }
 
     seen = []
-    monkeypatch.setattr(Core, "_record", fail_once)
+    monkeypatch.setattr(Recorder, "record", fail_once)
     params = SamplingParams(24)
     handles = [engine.submit(PROMPTS[0], params, on_event=on_event)]
     handles += [engine.submit(prompt, params) for prompt in PROMPTS[1:]]

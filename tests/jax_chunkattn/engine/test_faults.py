@@ -10,8 +10,16 @@ import pytest
 
 import models
 from jax_chunkattn import RequestFailed, SamplingParams
-from jax_chunkattn.device import device
-from jax_chunkattn.engine import core, rows, scheduler
+from jax_chunkattn.device import device, invocations
+from jax_chunkattn.engine import (
+    core,
+    in_flight,
+    lifecycle,
+    prompts,
+    recording,
+    rows,
+    scheduler,
+)
 from jax_chunkattn.tree.allocator import ChunkAllocator, PoolExhausted
 from jax_chunkattn.tree.prefix_tree import PrefixTree
 from tests.jax_chunkattn.engine.engines import BytePairs, assert_all_returned, make_engine, run
@@ -55,14 +63,17 @@ HOST_FUNCTIONS = [
             "_release",
         ),
         core.Core: (
-            "_dispatch", "_dispatch_prefill", "_dispatch_decode", "_admitted", "_add_segment",
-            "_prefilled", "_send", "_collect", "_record", "_finish", "_add", "_note_memory",
+            "_turn", "_reserve_rows", "_send_prefill", "_send_decode", "_collect", "_note_memory",
         ),
+        prompts.Prompts: ("next_call", "sent", "_admitted", "_add_segment"),
+        lifecycle.Lifecycle: ("prefilled", "finish", "add"),
+        recording.Recorder: ("record",),
+        in_flight.CallsInFlight: ("add", "take_oldest"),
         rows.PlannedRows: ("plan",),
         rows: ("plan_decode",),
         device.Device: ("copy_chunks", "place", "prefill", "decode", "fetch", "_update"),
-        device: ("pack_segments",),
-        core: ("next_call",),
+        invocations: ("pack_segments",),
+        prompts: ("next_call",),
     }.items()
     for name in names
 ]  # fmt: skip
@@ -268,7 +279,7 @@ def test_ctrl_c_while_a_fork_waits_for_the_device_loses_nothing(monkeypatch):
         engine.step()
     with monkeypatch.context() as patch:
 
-        def interrupted(*_):
+        def interrupted(*_, **__):
             raise KeyboardInterrupt
 
         patch.setattr(device.Device, "fetch", interrupted)

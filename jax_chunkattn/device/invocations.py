@@ -1,0 +1,200 @@
+"""What each call to the device is made with: padded arrays and the function that takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from jax_chunkattn.device.backend import Backend
+from jax_chunkattn.device.decode_loop import decode_steps
+from jax_chunkattn.device.model_interface import CacheSpec, DecoderModel
+from jax_chunkattn.device.pool import CacheConfig, allocate_pool
+from jax_chunkattn.device.prefill import prefill_step
+from jax_chunkattn.device.programs import Invocation, SplitModel
+from jax_chunkattn.device.request_table import (
+    DeviceState,
+    RequestTable,
+    RowState,
+    copy_chunks,
+    place_counts,
+    place_rows,
+)
+from jax_chunkattn.planning.planner import PlanShape, plan_decode
+from jax_chunkattn.planning.prefill import (
+    CALL_TOKENS,
+    PrefillBatch,
+    PrefillShape,
+    Segment,
+    max_segments,
+    pack_segments,
+)
+from jax_chunkattn.sampling import RowSampling, SamplingParams
+from pallas_kernels import DecodePlan
+
+ROWS_PER_PLACEMENT = 8
+COPIES_PER_CALL = 8
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A request put into a slot: where it stands, and how its tokens are chosen.
+
+    `tokens` are those it has chosen; the last of them is not in the pool yet.
+    """
+
+    slot: int
+    prompt: Sequence[int]
+    tokens: Sequence[int]
+    params: SamplingParams
+
+    @property
+    def state(self) -> tuple[int, int, int]:
+        """As `RowState` has it: the token to feed next, tokens in the pool, tokens to choose."""
+        last = self.tokens[-1] if self.tokens else 0
+        length = len(self.prompt) + max(0, len(self.tokens) - 1)
+        return last, length, self.params.max_tokens - len(self.tokens)
+
+
+class Invocations:
+    """Makes the calls of one engine, padded so that few programs serve all of them.
+
+    A slot of S, and a chunk of N, stands for nothing.
+
+    Attributes:
+      most_columns: most chunks of a sequence.
+    """
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        cache: CacheConfig,
+        backend: Backend,
+        *,
+        num_slots: int,
+        stop_tokens: Sequence[int],
+    ):
+        self.split = SplitModel.of(model)
+        self._spec = model.cache_spec
+        self._cache = cache
+        self._backend = backend
+        self._vocab_size = model.vocab_size
+        self._num_slots = num_slots
+        self._stop_tokens = tuple(stop_tokens)
+        self._num_chunks = cache.chunks_for(model.cache_spec)
+        self.most_columns = min(-(-model.max_positions // cache.chunk_size), self._num_chunks)
+        self._prefill_shapes: dict[int, PrefillShape] = {}
+        if backend.planner.gpu is None:  # room costs nothing on a CPU
+            self.fix_prefill_shapes()
+
+    def fix_prefill_shapes(self) -> None:
+        """From now on prefill calls of one size have one shape.
+
+        What shares more than that has room for is computed without sharing.
+        """
+        for size in CALL_TOKENS:
+            shape = PrefillShape.largest(size, self.most_columns, self._backend.planner)
+            self._prefill_shapes[size] = shape
+
+    def of_all_shapes(
+        self,
+        state: DeviceState,
+        decode_shapes: Sequence[PlanShape],
+        num_steps: int,
+        prefill_tokens: int,
+    ) -> Iterator[Invocation]:
+        """A call of each kind and shape, with nothing to do; those that take longest to compile
+        come first."""
+        sizes = {"chunk_size": self._cache.chunk_size, "num_chunks": self._num_chunks}
+        for shape in reversed(decode_shapes):
+            plan, _ = plan_decode([], [], **sizes, options=self._backend.planner, at_least=shape)
+            yield self.decoding(state, [], plan, num_steps)
+        for num_tokens in CALL_TOKENS:
+            if num_tokens <= prefill_tokens:
+                yield self.prefilling(state, [Segment([0], [0], 0, 1, 0)], [None], num_tokens)
+        yield self.placing(state, [])
+        yield self.counting(state, 0, (), [])
+        yield self.copying(state, [])
+
+    def allocating(self) -> Invocation:
+        """An empty pool and table."""
+        sizes = (self._spec, self._cache, self._num_slots, self._vocab_size)
+        return Invocation(_empty_state, None, (), {"sizes": sizes})
+
+    def decoding(
+        self, state: DeviceState | None, slots: Sequence[int], plan: DecodePlan, num_steps: int
+    ) -> Invocation:
+        """K steps for the rows of these slots, which are the plan's."""
+        padded = self._pad_slots(slots, plan.private_chunks.shape[0])
+        static = {"num_steps": num_steps, "implementation": self._backend.decode}
+        return Invocation(decode_steps, self.split, (state, padded, plan), static)
+
+    def prefilling(
+        self,
+        state: DeviceState | None,
+        segments: Sequence[Segment],
+        slots: Sequence[int | None],
+        num_tokens: int,
+    ) -> Invocation:
+        """Segments, each with the slot whose prompt it completes."""
+        nowhere = self._num_slots
+        padded = self._pad_slots(
+            [nowhere if slot is None else slot for slot in slots], max_segments(num_tokens)
+        )
+        batch = self._pack(list(segments), num_tokens)
+        static = {"implementation": self._backend.prefill}
+        return Invocation(prefill_step, self.split, (state, padded, batch), static)
+
+    def placing(self, state: DeviceState | None, placements: Sequence[Placement]) -> Invocation:
+        """At most `ROWS_PER_PLACEMENT` requests put into their slots."""
+        rows = np.zeros((3, ROWS_PER_PLACEMENT), np.int32)
+        for row, placement in enumerate(placements):
+            rows[:, row] = placement.state
+        params = [placement.params for placement in placements]
+        sampling = RowSampling.stack(params, ROWS_PER_PLACEMENT, self._stop_tokens)
+        slots = self._pad_slots([placement.slot for placement in placements], ROWS_PER_PLACEMENT)
+        return Invocation(place_rows, None, (state, slots, RowState(*rows), sampling))
+
+    def counting(
+        self, state: DeviceState | None, slot: int, prompt: Sequence[int], tokens: Sequence[int]
+    ) -> Invocation:
+        """What a placed request has seen, for its penalties."""
+        in_prompt = np.zeros(self._vocab_size, np.bool_)
+        in_prompt[list(prompt)] = True
+        generated = np.bincount(tokens, minlength=self._vocab_size).astype(np.int32)
+        args = (state, np.asarray(slot, np.int32), in_prompt, generated)
+        return Invocation(place_counts, None, args)
+
+    def copying(self, state: DeviceState | None, copies: Sequence[tuple[int, int]]) -> Invocation:
+        """At most `COPIES_PER_CALL` chunks copied, given as (source, destination)."""
+        ids = np.full((2, COPIES_PER_CALL), self._num_chunks, np.int32)
+        ids[0] = 0
+        ids[:, : len(copies)] = np.array(copies, np.int32).reshape(-1, 2).T
+        return Invocation(copy_chunks, None, (state, ids[0], ids[1]))
+
+    def _pack(self, segments: list[Segment], num_tokens: int) -> PrefillBatch:
+        shape = self._prefill_shapes.get(num_tokens)
+        pack = partial(
+            pack_segments,
+            segments,
+            num_tokens=num_tokens,
+            chunk_size=self._cache.chunk_size,
+            num_chunks=self._num_chunks,
+            at_least=shape or PrefillShape(),
+        )
+        batch = pack(options=self._backend.planner)
+        if shape is not None and PrefillShape.of(batch) != shape:
+            batch = pack(options=replace(self._backend.planner, sharing=False))
+        return batch
+
+    def _pad_slots(self, slots: Sequence[int], rows: int) -> np.ndarray:
+        padded = np.full(rows, self._num_slots, np.int32)
+        padded[: len(slots)] = slots
+        return padded
+
+
+def _empty_state(*, sizes: tuple[CacheSpec, CacheConfig, int, int]) -> DeviceState:
+    spec, cache, num_slots, vocab_size = sizes
+    return DeviceState(allocate_pool(spec, cache), RequestTable.empty(num_slots, vocab_size))

@@ -1,0 +1,77 @@
+"""Taking over what a call has chosen for a request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jax_chunkattn.device.device import Results
+from jax_chunkattn.engine.lifecycle import Lifecycle
+from jax_chunkattn.engine.requests import Request
+from jax_chunkattn.engine.scheduler import Scheduler
+from jax_chunkattn.engine.stats import EngineStats
+
+
+class Recorder:
+    """Adds chosen tokens to requests, and finds out which of them end."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        lifecycle: Lifecycle,
+        stats: EngineStats,
+        stop_tokens: Sequence[int],
+    ):
+        self._scheduler = scheduler
+        self._lifecycle = lifecycle
+        self._stats = stats
+        self._stop_tokens = frozenset(stop_tokens)
+
+    def record(self, request: Request, results: Results, row: int, *, decoded: bool) -> None:
+        """Takes over what a call chose for a row: all of it, or nothing if an error occurs."""
+        new, no_choice = results.tokens_of(row)
+        if not new:
+            if no_choice:
+                return self._fail_by_numbers(request)
+            raise RuntimeError(f"a call chose no token for {request}")
+        stopped = new[-1] in self._stop_tokens_of(request)
+        stream, text = request.text_stream, ""
+        if stream is not None:
+            try:
+                stream = stream.copy()
+                piece = stream.push(new[:-1] if stopped else new)
+                text = piece.text
+                if piece.stopped_after is not None:
+                    stopped, new = True, new[: piece.stopped_after]
+                elif stopped or len(request.tokens) + len(new) == request.params.max_tokens:
+                    text += stream.finish()
+            except Exception as error:
+                return self._lifecycle.fail(request, error)
+        logprobs = results.logprobs_of(row, request.params.logprobs, len(new))
+        if decoded:
+            self._scheduler.tree.append(request.placed, [request.tokens[-1], *new[:-1]])
+            self._stats.decode_tokens += len(new)
+        request.failures = 0
+        reason = None
+        if stopped:
+            reason = "stop"
+        elif len(request.tokens) + len(new) == request.params.max_tokens:
+            reason = "length"
+        self._lifecycle.add(request, new, logprobs, text, stream=stream, finish_reason=reason)
+        if reason is not None:
+            self._lifecycle.finish(request)
+        elif no_choice:
+            self._fail_by_numbers(request)
+
+    def _stop_tokens_of(self, request: Request) -> frozenset[int]:
+        own = frozenset(request.params.stop_token_ids)
+        return own if request.params.ignore_eos else own | self._stop_tokens
+
+    def _fail_by_numbers(self, request: Request) -> None:
+        """Ends a request for which the model gave no numbers; what it computed serves nobody."""
+        position = len(request.prompt) + len(request.tokens)
+        error = FloatingPointError(
+            f"the model's logits for the token at position {position} are NaN or infinite: "
+            "its weights are broken, or these tokens overflow in this dtype"
+        )
+        self._stats.not_finite += 1
+        self._lifecycle.fail(request, error, discard=True)

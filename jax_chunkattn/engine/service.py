@@ -1,0 +1,159 @@
+"""What engines, handles and iterations do with requests, from any thread and at any moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import TypeVar
+
+from jax_chunkattn.engine.core import Core
+from jax_chunkattn.engine.incoming import Incoming
+from jax_chunkattn.engine.outputs import Completion, EngineClosed, StreamEvent
+from jax_chunkattn.engine.requests import Phase, Pinned, Request
+from jax_chunkattn.engine.turns import Turns
+from jax_chunkattn.sampling import SamplingParams
+
+Result = TypeVar("Result")
+
+
+class Service:
+    """One engine's core, used in turns.
+
+    Attributes:
+      incoming: makes the requests that are queued here.
+      turns: in which all of it happens.
+    """
+
+    def __init__(self, core: Core, incoming: Incoming, *, sharing: bool):
+        self.incoming = incoming
+        self.turns = Turns(core)
+        self._core = core
+        self._sharing = sharing
+
+    def require_open(self) -> None:
+        """Raises EngineClosed after the engine's end."""
+        closed = self._core.closed
+        if closed is not None:
+            raise EngineClosed(*closed.args) from closed.__cause__
+
+    # Requests and prefixes that come. If Ctrl-C keeps one from who has asked for it, nothing is
+    # left to run.
+
+    def require_room(self, requests: Sequence[Sequence[Request]]) -> None:
+        """Raises PoolExhausted when the pool can never hold one of these samples' prompts."""
+
+        def check() -> None:
+            self.require_open()
+            self._require_room(requests, numbered=False)
+
+        self.turns.run(check)
+
+    def queue(self, requests: Sequence[Sequence[Request]], *, numbered: bool = False) -> None:
+        """Queues the samples of each prompt, all or none; `numbered` has errors name the prompt."""
+
+        def accept() -> None:
+            self.require_open()
+            self._require_room(requests, numbered=numbered)
+            for samples in requests:
+                self._core.accept(samples, forking=self._sharing)
+
+        every = [request for samples in requests for request in samples]
+        self.turns.run_or_undo(accept, partial(self.drop, every))
+
+    def fork(
+        self, parent: Request, params: SamplingParams | None, next_token: int | None, hold: bool
+    ) -> Request:
+        """Queues a request that goes on from where `parent` stands."""
+        made: list[Request] = []
+
+        def make() -> Request:
+            self.require_open()
+            self._core.drain()
+            self._core.mend()  # a callback may have kept Ctrl-C to itself
+            self.require_open()  # and another may have closed it
+            child = self.incoming.fork(parent, params, next_token, hold)
+            self._core.scheduler.require_fit(child)
+            made.append(child)
+            self._core.fork(parent, child)
+            return child
+
+        return self.turns.run_or_undo(make, partial(self.drop, made))
+
+    def pin(self, pinned: Pinned) -> None:
+        """Queues a prefix, to be computed and kept."""
+
+        def accept() -> None:
+            self.require_open()
+            self._core.scheduler.require_fit(pinned)
+            self._core.pin(pinned)
+
+        undo = partial(self.turns.leave, partial(self._core.unpin, pinned))
+        self.turns.run_or_undo(accept, undo)
+
+    # Results.
+
+    def next_event(self, request: Request) -> StreamEvent | None:
+        """The next unread event; None when the last has been read."""
+        while True:
+            event, over = self._read_or_advance(request, request.next_event)
+            if event is not None or over:
+                return event
+
+    def wait(self, request: Request) -> Completion:
+        """The whole answer, when it is there."""
+        while True:
+            answer, _ = self._read_or_advance(request, request.answer)
+            if answer is not None:
+                return answer
+
+    def is_computed(self, pinned: Pinned) -> bool:
+        """Whether all of a prefix is in the pool."""
+        return self.turns.run(lambda: pinned.phase is Phase.DONE and pinned.sequence is not None)
+
+    # Requests and prefixes that go; each may be made twice.
+
+    def abort(self, request: Request) -> None:
+        """Ends a request at once, wherever it stands."""
+        self.turns.change(partial(self._core.abort, request))
+
+    def drop(self, requests: Iterable[Request]) -> None:
+        """Aborts what nobody has a handle of, at the next turn."""
+        for request in requests:
+            self.turns.leave(partial(self._core.abort, request))
+
+    def let_go(self, request: Request) -> None:
+        """A request's chunks need not be kept for forks any longer."""
+        self.turns.change(partial(self._core.let_go, request))
+
+    def unpin(self, pinned: Pinned) -> None:
+        """A prefix need not stay any longer."""
+        self.turns.change(partial(self._core.unpin, pinned))
+
+    def close(self) -> None:
+        """Ends everything."""
+        self.turns.change(partial(self._core.shut_down, EngineClosed("the engine was closed")))
+
+    def _require_room(self, requests: Sequence[Sequence[Request]], *, numbered: bool) -> None:
+        for index, (first, *_) in enumerate(requests):
+            self._core.scheduler.require_fit(first, f"prompt {index}: " if numbered else "")
+
+    def _read_or_advance(
+        self, request: Request, read: Callable[[], Result | None]
+    ) -> tuple[Result | None, bool]:
+        """What there is to read, and whether there will be no more; if neither, after a turn.
+
+        Raises RequestFailed when all is read and an error ended it.
+        """
+
+        def turn() -> tuple[Result | None, bool]:
+            found = read()
+            if found is not None:
+                return found, False
+            if request.phase is Phase.DONE:
+                request.raise_error()
+                return None, True
+            if not self._core.advance() and request.phase is not Phase.DONE:
+                raise RuntimeError("a request is unfinished and the engine has nothing to do")
+            return None, False
+
+        return self.turns.run(turn)
