@@ -1,0 +1,154 @@
+"""Ways in which the same tokens can come to be decoded.
+
+Each gives the greedy tokens that follow `PROMPT`, after whatever happened before or beside it, and
+asserts that it did happen. Chunks hold 16 tokens, and `PROMPT` fills four of them and a half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from jax_chunkattn import Engine, SamplingParams
+from tests.jax_chunkattn.rule.features import Feature
+from tests.jax_chunkattn.toy import token_tree
+
+NUM_TOKENS = 40  # of the answer: it goes on over two chunks' ends
+[PROMPT, *OTHERS] = token_tree((1, 37), (2, 17), (2, 18), seed=5)  # they begin alike
+[STRANGER] = token_tree((1, 90), seed=6)
+
+Answers = Iterator[tuple[str, tuple[int, ...]]]
+"""What happened, in words, and the tokens."""
+
+
+def _answer(engine: Engine, params: SamplingParams | None = None) -> tuple[int, ...]:
+    return engine.submit(PROMPT, params or SamplingParams(NUM_TOKENS)).result().tokens
+
+
+def cold(feature: Feature) -> Answers:
+    """Nothing is cached, and nobody else is there."""
+    yield "alone", _answer(feature.engine())
+
+
+def warm_at_every_split(feature: Feature) -> Answers:
+    """Its first tokens were computed for another request, in whole chunks and in part of one."""
+    engine = feature.engine()
+    for split in range(1, len(PROMPT)):
+        engine.reset()
+        another = [*PROMPT[:split], *[PROMPT[split] ^ 1] * 16]
+        engine.submit(another, SamplingParams(1)).result()
+        before = engine.stats.prompts
+        tokens = _answer(engine)
+        after = engine.stats.prompts
+        assert after.hit + after.copied - before.hit - before.copied == split
+        yield f"behind {split} tokens", tokens
+
+
+def after_its_own_answer(feature: Feature) -> Answers:
+    """The answer is cached too, and decoding moves onto its chunks."""
+    engine = feature.engine()
+    first = _answer(engine)
+    yield "again", _answer(engine)
+    history = [*PROMPT, *first]
+    for split in (len(PROMPT) + 1, len(PROMPT) + 17, len(history) - 1):
+        rest = SamplingParams(len(history) - split)
+        answer = engine.submit(history[:split], rest).result().tokens
+        yield f"as a prompt of {split} tokens", (*first[: split - len(PROMPT)], *answer)
+
+
+def under_other_prefixes(feature: Feature) -> Answers:
+    """What begins like it, and what does not, was computed before, in either order."""
+    for others in (OTHERS, [*OTHERS, STRANGER], [STRANGER, *reversed(OTHERS)]):
+        engine = feature.engine()
+        for other in others:
+            engine.submit(other, SamplingParams(5)).result()
+        yield f"after {len(others)} others", _answer(engine)
+
+
+def in_pieces(feature: Feature) -> Answers:
+    """Prefill is cut into calls of other sizes, and at other places by what it shares them with."""
+    for prefill_tokens in (32, 128):
+        for ahead in ([], [STRANGER[:23]], [STRANGER[:7], STRANGER]):
+            engine = feature.engine(prefill_tokens=prefill_tokens)
+            for other in ahead:
+                engine.submit(other, SamplingParams(2))
+            yield f"{prefill_tokens} tokens a call behind {len(ahead)}", _answer(engine)
+
+
+def among_mates(feature: Feature) -> Answers:
+    """Others decode in the same calls: few, many, alike or not, come before it or after."""
+    for before, after in (
+        ([], OTHERS[:1]),
+        (OTHERS[:1], []),
+        (OTHERS, [STRANGER]),
+        ([STRANGER, STRANGER[:50]], OTHERS),
+        ([STRANGER[: 30 + index] for index in range(9)], OTHERS),
+    ):
+        engine = feature.engine()
+        for other in before:
+            engine.submit(other, SamplingParams(30))
+        handle = engine.submit(PROMPT, SamplingParams(NUM_TOKENS))
+        for other in after:
+            engine.submit(other, SamplingParams(50))
+        yield f"among {len(before)} and {len(after)}", handle.result().tokens
+
+
+def joined_at_any_step(feature: Feature) -> Answers:
+    """Others come while it decodes, so that it changes its row and its place in the loop."""
+    for turns in (1, 2, 5):
+        engine = feature.engine()
+        handle = engine.submit(PROMPT, SamplingParams(NUM_TOKENS))
+        for other in (*OTHERS, STRANGER):
+            for _ in range(turns):
+                engine.step()
+            engine.submit(other, SamplingParams(9))
+        yield f"every {turns} turns", handle.result().tokens
+
+
+def forked(feature: Feature) -> Answers:
+    """It goes on from another request's tail: before the first token, in a chunk, at its end."""
+    for held in range(0, 33, 4):
+        engine = feature.engine()
+        parent = engine.submit(PROMPT, SamplingParams(NUM_TOKENS), hold=True)
+        while len(parent.tokens) < held:
+            engine.step()
+        child = parent.fork(SamplingParams(NUM_TOKENS))
+        yield f"forked after {held} tokens", child.result().tokens
+        yield f"its parent after {held} tokens", parent.result().tokens
+        assert engine.stats.forks == (1 if held else 0)
+    samples = feature.engine().submit_samples(PROMPT, SamplingParams(NUM_TOKENS, n=3))
+    for number, sample in enumerate(samples):
+        yield f"sample {number}", sample.result().tokens
+
+
+def preempted(feature: Feature) -> Answers:
+    """The pool runs short: it gives way to older ones, and is computed again from its tokens."""
+    engine = feature.engine(num_chunks=10, max_running=3)
+    older = engine.submit(STRANGER[:40], SamplingParams(100))
+    engine.step()
+    handle = engine.submit(PROMPT, SamplingParams(NUM_TOKENS))
+    yield "behind an older one", handle.result().tokens
+    assert engine.stats.preemptions
+    older.result()
+
+
+def evicted(feature: Feature) -> Answers:
+    """What it left in the cache is given up for others, and computed again."""
+    engine = feature.engine(num_chunks=10, max_running=3)
+    _answer(engine)
+    engine.submit(STRANGER, SamplingParams(60)).result()
+    assert engine.stats.evictions
+    yield "after others took its chunks", _answer(engine)
+
+
+HISTORIES: tuple[Callable[[Feature], Answers], ...] = (
+    cold,
+    warm_at_every_split,
+    after_its_own_answer,
+    under_other_prefixes,
+    in_pieces,
+    among_mates,
+    joined_at_any_step,
+    forked,
+    preempted,
+    evicted,
+)
