@@ -5,6 +5,7 @@ import zipfile
 
 PACKAGES = {"pallas_kernels", "jax_chunkattn", "models", "experiments"}
 NEEDED = {
+    *(f"{package}/py.typed" for package in PACKAGES),
     "experiments/assets/system_prompt.md",
     "experiments/assets/questions.txt",
     "models/parity.json",

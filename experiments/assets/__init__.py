@@ -1,0 +1,1 @@
+"""What the experiments ask a model unless they are told otherwise."""
