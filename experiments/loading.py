@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experiments.harness.digests import digest
 from experiments.harness.errors import UserError
 
 if TYPE_CHECKING:
@@ -154,7 +155,6 @@ def model_inputs(name: str) -> dict[str, str]:
 
 def _digests(path: Path) -> dict[str, str]:
     """Of all files that decide what is loaded; shows how far it is."""
-    from experiments.harness.inputs import digest
     from experiments.harness.progress import phase_display
     from models.sources import checkpoint_files
 

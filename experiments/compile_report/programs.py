@@ -6,44 +6,33 @@ Nothing is allocated, so a 16 GB model with a 34 GB pool compiles on a laptop.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from experiments.compile_report.cases import Case, CaseTable, abstract, abstract_plan
+from experiments.compile_report.cases import Case, CaseTable, abstract
+from experiments.compile_report.program_sizes import (
+    ProgramSize,
+    abstract_pool,
+    abstract_state,
+    decode_arguments,
+    pool_sizes,
+)
 from experiments.compile_report.target import GpuTarget
 from experiments.compile_report.tensor_parallel import tensor_parallel_case
 from jax_chunkattn.device.decode_loop import decode_steps
-from jax_chunkattn.device.pool import CacheConfig, ChunkPool, allocate_pool
 from jax_chunkattn.device.prefill import prefill_step
 from jax_chunkattn.device.programs import SplitModel
-from jax_chunkattn.device.request_table import DeviceState, RequestTable
 from jax_chunkattn.planning.planner import PlannerOptions
 from jax_chunkattn.planning.prefill import Segment, max_segments, pack_segments
 from models.building import abstract_decoder
-from models.config import DecoderConfig
-from models.presets import PRESETS
 from pallas_kernels.chunk_attention.api import IMPLEMENTATIONS as DECODE_IMPLEMENTATIONS
 from pallas_kernels.implementations import needs_partials
 from pallas_kernels.prefill_attention.api import IMPLEMENTATIONS as PREFILL_IMPLEMENTATIONS
 
 REFERENCE = "reference"  # for numbers on a CPU, not made to be compiled at this size
-
-
-@dataclass(frozen=True)
-class ProgramSize:
-    """How large a program's model, batch and pool are."""
-
-    config: DecoderConfig = PRESETS["llama-3-8b"]
-    rows: int = 64
-    num_chunks: int = 4096
-    chunk_size: int = 64
-    dtype: str = "bfloat16"
-    steps: int = 8
-    prefill_tokens: int = 512
 
 
 def whole_programs(
@@ -102,28 +91,6 @@ def prefill_case(size: ProgramSize, implementation: str, target: GpuTarget) -> C
 
     arguments = (model.leaves, state, abstract((max_segments(tokens),)), *_shapes((batch,)))
     return Case(prefill, arguments, (1,), *pool_sizes(pool))
-
-
-def decode_arguments(size: ProgramSize, pool: ChunkPool) -> tuple:
-    """State, slots and plan of `size.rows` rows."""
-    return abstract_state(size, pool), abstract((size.rows,)), abstract_plan(size.rows)
-
-
-def abstract_state(size: ProgramSize, pool: ChunkPool) -> DeviceState:
-    """A pool, and a table with a slot for each row."""
-    empty = partial(RequestTable.empty, size.rows, size.config.vocab_size)
-    return DeviceState(pool, jax.eval_shape(empty))
-
-
-def abstract_pool(size: ProgramSize) -> ChunkPool:
-    cache = CacheConfig(size.num_chunks, size.chunk_size, size.dtype)
-    return jax.eval_shape(partial(allocate_pool, size.config.cache_spec, cache))
-
-
-def pool_sizes(pool: ChunkPool, num_devices: int = 1) -> tuple[int, int]:
-    """Bytes of the pool, and of one layer's keys, on each of the devices that share it."""
-    keys = pool.keys.size * pool.keys.dtype.itemsize // num_devices
-    return 2 * keys, keys // pool.keys.shape[0]
 
 
 def _planner_options(size: ProgramSize, implementation: str) -> PlannerOptions:

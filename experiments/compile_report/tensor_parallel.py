@@ -8,7 +8,7 @@ attention are the project's own, run under `shard_map` on each device's heads.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,17 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.compile_report.cases import Case, abstract
+from experiments.compile_report.program_sizes import (
+    ProgramSize,
+    abstract_pool,
+    decode_arguments,
+    pool_sizes,
+)
 from experiments.compile_report.target import GpuTarget, device_mesh
 from jax_chunkattn.device.decode_loop import decode_steps
 from jax_chunkattn.device.model_interface import CacheSpec
 from jax_chunkattn.device.pool import ChunkPool
 from jax_chunkattn.device.request_table import DeviceState
-
-if TYPE_CHECKING:
-    from experiments.compile_report.programs import ProgramSize
 
 AXIS = "tp"
 NUM_DEVICES = 4
@@ -69,8 +72,6 @@ def tensor_parallel_case(size: ProgramSize, implementation: str, target: GpuTarg
     The pool has four times the chunks: as many bytes on each GPU as it has on one alone, where a
     layer of it dwarfs the logits.
     """
-    from experiments.compile_report.programs import abstract_pool, decode_arguments, pool_sizes
-
     size = replace(size, num_chunks=NUM_DEVICES * size.num_chunks)
     config = size.config
     mesh = device_mesh(target, NUM_DEVICES, AXIS)

@@ -21,7 +21,8 @@ _PALLAS = ("__gpu$xla.gpu.triton", "mosaic_gpu")
 
 
 def run(bench: Bench) -> None:
-    from experiments.compile_report.programs import ProgramSize, decode_case
+    from experiments.compile_report.program_sizes import ProgramSize
+    from experiments.compile_report.programs import decode_case
 
     size = ProgramSize(small_model.config(bench.small), rows=16, num_chunks=256)
     if bench.small:

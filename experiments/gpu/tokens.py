@@ -90,7 +90,8 @@ def generate(
 
 def _compile(bench: Bench) -> None:
     """Decode and prefill programs of the same model."""
-    from experiments.compile_report.programs import ProgramSize, decode_case, prefill_case
+    from experiments.compile_report.program_sizes import ProgramSize
+    from experiments.compile_report.programs import decode_case, prefill_case
     from experiments.compile_report.target import target_named
 
     target = target_named("h200")

@@ -1,28 +1,18 @@
-"""What a run reads: its files and its model, told apart by what is in them.
-
-Files are known by their SHA-256, which `sha256sum` and the Hugging Face hub tell as well. Sizes and
-times would not do: training writes weights of one size again and again, and `cp -p` and `rsync` set
-times. It takes 1.2 seconds a GiB on the two cores where loading takes 2 (bfloat16) to 6 (float32),
-and is done once in a process, until the file system says that a file was written to: of that it
-keeps a time of its own (ctime), which nobody can set.
-"""
+"""What a run reads: its files and its model, told apart by what is in them."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.harness.digests import digest
 from experiments.harness.errors import UserError
+from experiments.loading import model_inputs
 
 NO_FILE = "not a file"
 """What stands for a pipe, say: what came out of it is gone."""
-
-_BLOCK = 1 << 20
-_digests: dict[tuple[int, ...], str] = {}
 
 
 def inputs_of(config: Any, fields: Sequence[str] | None = None) -> dict[str, str]:
@@ -43,8 +33,6 @@ def inputs_of(config: Any, fields: Sequence[str] | None = None) -> dict[str, str
         value = getattr(config, name)
         try:
             if name == "model" and isinstance(value, str):
-                from experiments.loading import model_inputs
-
                 inputs |= model_inputs(value)
             elif isinstance(value, Path) and value.exists() and not value.is_dir():
                 inputs[str(value)] = digest(value) if value.is_file() else NO_FILE
@@ -80,17 +68,3 @@ def changed_since(then: Mapping[str, str], config: Any, fields: Sequence[str]) -
         if known:
             changed += [name for name in {**known, **now} if known.get(name) != now.get(name)]
     return changed
-
-
-def digest(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:
-    """SHA-256 of a file, in hexadecimal; `on_bytes` hears of each block that is read."""
-    with path.open("rb", buffering=0) as file:
-        stat = os.fstat(file.fileno())
-        identity = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-        if identity not in _digests:
-            state, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
-            while count := file.readinto(block):
-                state.update(block[:count])
-                on_bytes(count)
-            _digests[identity] = state.hexdigest()
-    return _digests[identity]

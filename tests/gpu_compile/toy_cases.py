@@ -11,7 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from experiments.compile_report.cases import Case, CaseTable, abstract
-from experiments.compile_report.programs import ProgramSize, decode_case, prefill_case
+from experiments.compile_report.program_sizes import ProgramSize
+from experiments.compile_report.programs import decode_case, prefill_case
 from experiments.compile_report.target import GpuTarget
 from experiments.compile_report.tensor_parallel import tensor_parallel_case
 from models.config import DecoderConfig

@@ -16,7 +16,7 @@ import models.hub
 from experiments.cli import main
 from experiments.generate import command as generate
 from experiments.generate.command import GenerateConfig
-from experiments.harness import environment, inputs
+from experiments.harness import digests, environment
 from experiments.harness.errors import UserError
 from experiments.harness.inputs import changed_since, check_unchanged, inputs_of
 from experiments.harness.reading import read_result
@@ -169,7 +169,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         def hexdigest(self) -> str:
             return self._state.hexdigest()
 
-    monkeypatch.setattr(inputs, "hashlib", SimpleNamespace(sha256=Counted))
+    monkeypatch.setattr(digests, "hashlib", SimpleNamespace(sha256=Counted))
     return sizes
 
 
