@@ -1,7 +1,7 @@
 """Parse the command line, run the experiment, and tell how it went.
 
-Nothing heavy is imported before the arguments are parsed: an experiment's module holds its config
-and imports what it needs only when it runs.
+Nothing heavy is imported before the arguments are parsed: what a command needs to run is imported
+when it runs.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib import import_module
 from typing import Annotated, Any, Union
 
 import tyro
 
-from experiments.cache.command import CacheConfig
-from experiments.compile_report.command import CompileReportConfig
-from experiments.decode.command import DecodeConfig
-from experiments.doctor.command import DoctorConfig
-from experiments.engine.command import EngineConfig
-from experiments.generate.command import GenerateConfig
-from experiments.gpu.command import GpuConfig
+from experiments.cache.command import CACHE
+from experiments.compile_report.command import COMPILE_REPORT
+from experiments.decode.command import DECODE
+from experiments.doctor.command import DOCTOR
+from experiments.engine.command import ENGINE
+from experiments.generate.command import GENERATE
+from experiments.gpu.command import GPU
+from experiments.harness.commands import Command, Experiment
 from experiments.harness.console import quiet_consoles
 from experiments.harness.errors import CheckFailed, user_errors
 from experiments.harness.interrupts import no_interrupt_lost
@@ -38,14 +38,14 @@ from experiments.harness.invocation import (
 )
 from experiments.harness.json_text import to_json
 from experiments.harness.results import begin_anew, new_run_path
-from experiments.kernel.command import KernelConfig
-from experiments.models.command import ModelsConfig
-from experiments.quality.command import QualityConfig
-from experiments.report.command import ReportConfig
-from experiments.search.command import SearchConfig
-from experiments.serve.command import ServeConfig
-from experiments.soak.command import SoakConfig
-from experiments.tree.command import TreeConfig
+from experiments.kernel.command import KERNEL
+from experiments.models.command import MODELS
+from experiments.quality.command import QUALITY
+from experiments.report.command import REPORT
+from experiments.search.command import SEARCH
+from experiments.serve.command import SERVE
+from experiments.soak.command import SOAK
+from experiments.tree.command import TREE
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -53,27 +53,26 @@ EXIT_INTERRUPTED = 130
 DEBUG_VARIABLE = "JAX_CHUNKATTN_DEBUG"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
-EXPERIMENTS: dict[str, Any] = {
-    "generate": GenerateConfig,
-    "kernel": KernelConfig,
-    "decode": DecodeConfig,
-    "serve": ServeConfig,
-    "quality": QualityConfig,
-    "cache": CacheConfig,
-    "search": SearchConfig,
-    "engine": EngineConfig,
-    "soak": SoakConfig,
-    "tree": TreeConfig,
-    "compile-report": CompileReportConfig,
-    "gpu": GpuConfig,
+EXPERIMENTS: dict[str, Experiment[Any]] = {
+    one.name: one
+    for one in (
+        GENERATE,
+        KERNEL,
+        DECODE,
+        SERVE,
+        QUALITY,
+        CACHE,
+        SEARCH,
+        ENGINE,
+        SOAK,
+        TREE,
+        COMPILE_REPORT,
+        GPU,
+    )
 }
 """Those that leave a folder of results."""
 
-COMMANDS: dict[str, Any] = {
-    "doctor": DoctorConfig,
-    "models": ModelsConfig,
-    "report": ReportConfig,
-}
+COMMANDS: dict[str, Command[Any]] = {one.name: one for one in (DOCTOR, MODELS, REPORT)}
 """Those that only tell something."""
 
 _DESCRIPTION = (
@@ -136,15 +135,16 @@ def _run(arguments: list[str]) -> dict[str, Any]:
     check_texts(arguments)
     name = next((one for one in arguments if not one.startswith("-")), None)
     if name in EXPERIMENTS:
-        return _run_experiment(name, arguments)
+        return _run_experiment(EXPERIMENTS[name], arguments)
     given = _parse(arguments)
-    return _module(given).run(given.experiment)
+    [command] = [one for one in COMMANDS.values() if isinstance(given.experiment, one.config)]
+    return command.run(given.experiment)
 
 
-def _run_experiment(name: str, arguments: list[str]) -> dict[str, Any]:
-    config_class = EXPERIMENTS[name]
+def _run_experiment(experiment: Experiment[Any], arguments: list[str]) -> dict[str, Any]:
+    name = experiment.name
     at = arguments.index(name) + 1
-    arguments = [*arguments[:at], *expand(config_class, name, arguments[at:])]
+    arguments = [*arguments[:at], *expand(experiment.config, name, arguments[at:])]
     check_texts(arguments)
     given = _parse(arguments)
     config, options = given.experiment, given.run
@@ -153,21 +153,16 @@ def _run_experiment(name: str, arguments: list[str]) -> dict[str, Any]:
         folder = config.output or new_run_path("sweep" if options.sweep else name)
         begin_anew(folder)
         config = dataclasses.replace(config, output=folder)
-    module = _module(given)
     if not options.sweep:
-        return module.run(config)
+        return experiment.run(config)
     from experiments.harness.sweep import make_points, parse_sweep, run_sweep
 
-    fields = parse_sweep(options.sweep, config_class)
+    fields = parse_sweep(options.sweep, experiment.config)
     plain = without_option("--sweep", arguments)
-    points = make_points(fields, config_class, lambda more: _parse([*plain, *more]).experiment)
+    points = make_points(fields, experiment.config, lambda more: _parse([*plain, *more]).experiment)
     for point in points:
-        module.check(point.config)
-    return run_sweep(name, config, fields, points, module.run, module.headline)
-
-
-def _module(given: Any) -> Any:
-    return import_module(type(given.experiment).__module__)
+        experiment.check(point.config)
+    return run_sweep(experiment, config, fields, points)
 
 
 def _parse(arguments: Sequence[str]) -> Any:
@@ -182,12 +177,11 @@ def _parse(arguments: Sequence[str]) -> Any:
 
 def _every_command() -> Any:
     """The union that tyro takes for subcommands."""
-    named: list[tuple[str, Any, Any]] = [
-        (name, Running, config) for name, config in EXPERIMENTS.items()
-    ]
-    named += [(name, Showing, config) for name, config in COMMANDS.items()]
     commands = [
-        Annotated[how[config], tyro.conf.subcommand(name, description=config.__doc__)]
-        for name, how, config in named
+        Annotated[
+            (Running if one.name in EXPERIMENTS else Showing)[one.config],
+            tyro.conf.subcommand(one.name, description=one.config.__doc__),
+        ]
+        for one in (*EXPERIMENTS.values(), *COMMANDS.values())
     ]
     return Union[tuple(commands)]  # noqa: UP007 -- of a list

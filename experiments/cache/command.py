@@ -23,6 +23,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import tyro
 
+from experiments.harness.commands import Experiment
 from experiments.harness.errors import UserError
 from experiments.harness.options import (
     by_default,
@@ -186,3 +187,6 @@ def headline(summary: dict[str, Any]) -> dict[str, float | str | None]:
         "hit rate, optimal, smallest pool": rate("optimal", least),
         "hit rate, no bound": rates["no bound"],
     }
+
+
+CACHE = Experiment("cache", CacheConfig, run, check, headline)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from experiments.harness.commands import Experiment
 from experiments.harness.errors import CheckFailed, UserError
 from experiments.harness.options import by_default, check_at_least_one
 from experiments.harness.results import ResultFolder, open_results
@@ -167,3 +168,6 @@ def _cases(config: CompileReportConfig, target: GpuTarget) -> list[tuple[str, st
         names = list(whole_programs(implementations=("xla", *backends)))
         cases.append(("program", _PROGRAMS, names, 1))
     return cases
+
+
+COMPILE_REPORT = Experiment("compile-report", CompileReportConfig, run, check, headline)

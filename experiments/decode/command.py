@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from experiments.decode.points import points_of
+from experiments.harness.commands import Experiment
 from experiments.harness.errors import UserError
 from experiments.harness.options import (
     AttentionImplementation,
@@ -182,3 +183,6 @@ def headline(summary: dict[str, Any]) -> dict[str, float | str | None]:
         "tokens/s, unshared": summary["unshared_tokens_per_second"],
         "times as fast": summary["ratio"],
     }
+
+
+DECODE = Experiment("decode", DecodeConfig, run, check, headline)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from experiments.harness.commands import Command
 from experiments.harness.errors import CheckFailed
 
 
@@ -35,3 +36,6 @@ def run(config: DoctorConfig) -> dict[str, Any]:
     if not summary["devices"]:
         raise CheckFailed("JAX finds no device; see what it says above", summary)
     return summary
+
+
+DOCTOR = Command("doctor", DoctorConfig, run)

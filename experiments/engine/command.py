@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from experiments.harness.commands import Experiment
 from experiments.harness.errors import UserError
 from experiments.harness.options import (
     MaxPositions,
@@ -111,3 +112,6 @@ def check(config: EngineConfig) -> None:
             f"{config.steps_per_call}, got {config.tokens}"
         )
     check_seed(config.seed)
+
+
+ENGINE = Experiment("engine", EngineConfig, run, check, headline)

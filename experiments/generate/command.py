@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from experiments.harness.commands import Experiment
 from experiments.harness.errors import UserError
 from experiments.harness.options import (
     AttentionImplementation,
@@ -164,3 +165,6 @@ def check(config: GenerateConfig) -> None:
     if not 0 < config.top_p <= 1:
         raise UserError(f"--top-p must be above 0 and at most 1, got {config.top_p}")
     check_seed(config.seed)
+
+
+GENERATE = Experiment("generate", GenerateConfig, run, check, headline)

@@ -50,6 +50,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import tyro
 
+from experiments.harness.commands import Experiment
 from experiments.harness.errors import UserError
 from experiments.harness.options import check_above_zero, check_seed
 from experiments.harness.reading import SUMMARY
@@ -172,3 +173,6 @@ def default_folder(config: GpuConfig) -> Path:
         count += 1
         path = stem.with_name(f"gpu-{count}")
     return path
+
+
+GPU = Experiment("gpu", GpuConfig, run, check, headline)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.harness.commands import Experiment
 from experiments.harness.console import quiet_consoles
 from experiments.harness.environment import describe_environment
 from experiments.harness.errors import CheckFailed, UserError
@@ -101,12 +102,7 @@ def _argument(name: str, value: str, switches: Collection[str]) -> str:
 
 
 def run_sweep(
-    name: str,
-    base: Any,
-    fields: Values,
-    points: Sequence[Point],
-    run: Callable[[Any], Record],
-    headline: Callable[[Record], Record],
+    experiment: Experiment[Any], base: Any, fields: Values, points: Sequence[Point]
 ) -> Record:
     """Run every point into a folder of its own; one that a broken sweep has finished is kept.
 
@@ -119,27 +115,27 @@ def run_sweep(
     for field in (*fields, "output"):
         del shown[field]
     listed = {field: list(values) for field, values in fields.items()}
-    config = SweepConfig(name, listed, shown, base.output)
+    config = SweepConfig(experiment.name, listed, shown, base.output)
     inputs = {name: one for point in points for name, one in inputs_of(point.config).items()}
     with open_results(SWEEP, config, inputs=inputs) as folder:
         environment = describe_environment()
         folder.begin(environment)
 
         def measure(point: Point) -> Record:
-            summary, failure = _run_point(point, folder, run)
+            summary, failure = _run_point(point, folder, experiment.run)
             return {
                 "kind": "point",
                 "fields": point.fields,
                 "folder": point.name,
-                "headline": headline(summary),
+                "headline": experiment.headline(summary),
                 "failure": failure,
             }
 
         units = {point.name: lambda point=point: measure(point) for point in points}
-        records = measure_units(folder, units, f"{name} sweep")
+        records = measure_units(folder, units, f"{experiment.name} sweep")
         summary = {
             "experiment": SWEEP,
-            "of": name,
+            "of": experiment.name,
             "fields": listed,
             "points": [
                 {"fields": record["fields"], "headline": record["headline"]} for record in records

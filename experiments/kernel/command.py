@@ -28,6 +28,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import tyro
 
+from experiments.harness.commands import Experiment
 from experiments.harness.errors import UserError
 from experiments.harness.options import by_default, check_above_zero, check_at_least_one, check_seed
 from experiments.harness.results import open_results
@@ -186,3 +187,6 @@ def _check_known(option: str, values: tuple[str, ...], known: tuple[str, ...]) -
     for value in values:
         if value not in known:
             raise UserError(f"--{option}: unknown {value!r}; known: {', '.join(known)}")
+
+
+KERNEL = Experiment("kernel", KernelConfig, run, check, headline)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from experiments.harness.commands import Command
 from experiments.harness.errors import UserError
 from experiments.harness.options import by_default, check_at_least_one
 from experiments.loading import parse_model
@@ -69,3 +70,6 @@ def check(config: ModelsConfig) -> None:
         raise UserError(f"--shared-tokens must be from 0 up, got {config.shared_tokens}")
     if config.max_positions is not None and config.model is None:
         raise UserError("--max-positions is of one model: name it with --model")
+
+
+MODELS = Command("models", ModelsConfig, run)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from experiments.harness.commands import Experiment
 from experiments.harness.errors import UserError
 from experiments.harness.options import (
     AttentionImplementation,
@@ -128,3 +129,6 @@ def headline(summary: dict[str, Any]) -> dict[str, float | str | None]:
         "largest difference of log-probabilities": decode["largest_difference"],
         "same likeliest token": decode["greedy_agreement"],
     }
+
+
+QUALITY = Experiment("quality", QualityConfig, run, check, headline)

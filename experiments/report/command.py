@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from experiments.harness.commands import Command
 from experiments.harness.errors import UserError
 from experiments.harness.options import by_default
 
@@ -45,3 +46,6 @@ def run(config: ReportConfig) -> dict[str, Any]:
     from experiments.report.page import write_page
 
     return write_page(config)
+
+
+REPORT = Command("report", ReportConfig, run)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from experiments.harness.commands import Experiment
 from experiments.harness.errors import UserError
 from experiments.harness.options import (
     MaxPositions,
@@ -111,3 +112,6 @@ def check(config: SearchConfig) -> None:
     check_seed(config.seed)
     if not config.question.strip():
         raise UserError("--question is empty")
+
+
+SEARCH = Experiment("search", SearchConfig, run, check, headline)

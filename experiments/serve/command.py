@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from experiments.harness.commands import Experiment
 from experiments.harness.errors import UserError
 from experiments.harness.options import (
     AttentionImplementation,
@@ -264,3 +265,6 @@ def _check_together(config: ServeConfig) -> None:
 
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(ServeConfig)}
+
+
+SERVE = Experiment("serve", ServeConfig, run, check, headline)

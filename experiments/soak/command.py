@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from experiments.harness.commands import Experiment
 from experiments.harness.errors import CheckFailed, UserError
 from experiments.harness.options import (
     MaxPositions,
@@ -152,3 +153,6 @@ def sizes_for(config: SoakConfig, source: ModelSource, max_positions: int) -> Si
             f"least {least}"
         )
     return Sizes(context, chunks)
+
+
+SOAK = Experiment("soak", SoakConfig, run, check, headline)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from experiments.harness.commands import Experiment
 from experiments.harness.errors import UserError
 from experiments.harness.options import by_default, check_at_least_one
 from experiments.harness.results import open_results
@@ -80,3 +81,6 @@ def check(config: TreeConfig) -> None:
         )
     if config.seed < 0:
         raise UserError(f"--seed must be at least 0, got {config.seed}")
+
+
+TREE = Experiment("tree", TreeConfig, run, check, headline)

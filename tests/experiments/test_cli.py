@@ -248,10 +248,10 @@ NO_TEXT = os.fsdecode(b"runs/\xff")
 def path_options() -> list[list[str]]:
     """Every option of every command that takes a path or a text, given one that is not UTF-8."""
     given = []
-    for name, config_class in {**EXPERIMENTS, **COMMANDS}.items():
+    for name, command in {**EXPERIMENTS, **COMMANDS}.items():
         texts = [
             field.name.replace("_", "-")
-            for field in dataclasses.fields(config_class)
+            for field in dataclasses.fields(command.config)
             if "Path" in str(field.type) or "str" in str(field.type)
         ]
         shared = ["config", "from", "sweep"] if name in EXPERIMENTS else []

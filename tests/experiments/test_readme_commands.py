@@ -89,10 +89,10 @@ def smoke(command: str) -> list[str]:
     given = {one.split("=")[0].removeprefix("--").replace("-", "_") for one in typed}
     sizes = {
         field: value
-        for field, value in EXPERIMENTS[name].SMOKE.items()
+        for field, value in EXPERIMENTS[name].config.SMOKE.items()
         if field not in OF_THE_USER or field not in given or "smollm2" in typed
     }
-    return [name, *typed, *as_arguments(EXPERIMENTS[name], sizes, "--smoke")]
+    return [name, *typed, *as_arguments(EXPERIMENTS[name].config, sizes, "--smoke")]
 
 
 def test_every_experiment_is_shown():

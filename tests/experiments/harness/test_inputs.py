@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 import models.hub
-from experiments.cli import main
-from experiments.generate import command as generate
+from experiments.cli import EXPERIMENTS, main
 from experiments.generate.command import GenerateConfig
 from experiments.harness import digests, environment
 from experiments.harness.errors import UserError
@@ -25,6 +24,7 @@ from experiments.loading import parse_model
 from experiments.quality.command import QualityConfig
 from experiments.quality.run import _Scoring, shipped_text
 from models.download import SMOLLM2
+from tests.experiments.commands import run_instead
 from tests.experiments.results import ENVIRONMENT
 from tests.models.safetensors_writer import write_safetensors, write_sharded
 from tests.models.tiny_checkpoint import write_checkpoint
@@ -189,7 +189,7 @@ def swept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[GenerateConfi
             folder.write_summary(summary)
         return summary
 
-    monkeypatch.setattr(generate, "run", run)
+    run_instead(monkeypatch, "generate", run)
     return configs
 
 
@@ -207,14 +207,14 @@ def test_a_sweep_digests_its_model_once(swept: list[GenerateConfig], read: list[
 
 def test_a_sweep_is_not_of_two_models(swept: list[GenerateConfig], monkeypatch, capsys):
     write_folder(Path("m"))
-    run = generate.run
+    run = EXPERIMENTS["generate"].run
 
     def run_and_train(config: GenerateConfig) -> dict[str, Any]:
         summary = run(config)
         write_folder(Path("m"), float(config.batch or 0))
         return summary
 
-    monkeypatch.setattr(generate, "run", run_and_train)
+    run_instead(monkeypatch, "generate", run_and_train)
     assert main(SWEEP) == 2
     assert [config.batch for config in swept] == [1, 2]
     assert f"m/{SHARDS[0]} has changed since this run began" in capsys.readouterr().err
@@ -272,10 +272,10 @@ def test_a_file_that_cannot_be_read_is_told_in_one_line(tmp_path: Path, monkeypa
 
 
 def test_all_commands_that_load_a_model_tell_it(tmp_path: Path):
-    from experiments.cli import EXPERIMENTS
-
     path = write_checkpoint(tmp_path / "tiny.gguf")
-    loading = [one for one in EXPERIMENTS.values() if "model" in one.__dataclass_fields__]
+    loading = [
+        one.config for one in EXPERIMENTS.values() if "model" in one.config.__dataclass_fields__
+    ]
     assert len(loading) == 7
     for config_class in loading:
         assert list(inputs_of(dataclasses.replace(config_class(), model=str(path)))) == [str(path)]

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from experiments.cli import EXPERIMENTS, main
-from experiments.generate import command as generate
 from experiments.generate.command import GenerateConfig
 from experiments.harness.errors import UserError
 from experiments.harness.invocation import as_arguments, expand, without_option
 from experiments.harness.results import ResultFolder
 from experiments.harness.sweep import SweepConfig
+from tests.experiments.commands import run_instead
 from tests.experiments.results import ENVIRONMENT
 
 
@@ -28,7 +27,7 @@ def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[GenerateConfig]
         configs.append(config)
         return {}
 
-    monkeypatch.setattr(generate, "run", run)
+    run_instead(monkeypatch, "generate", run)
     return configs
 
 
@@ -91,9 +90,9 @@ def test_smoke_and_files_have_an_order(ran: list[GenerateConfig], tmp_path: Path
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_what_smoke_stands_for_is_accepted(name: str):
-    config_class = EXPERIMENTS[name]
-    assert len(expand(config_class, name, ["--smoke"])) > 1
-    import_module(config_class.__module__).check(config_class(**config_class.SMOKE))
+    experiment = EXPERIMENTS[name]
+    assert len(expand(experiment.config, name, ["--smoke"])) > 1
+    experiment.check(experiment.config(**experiment.config.SMOKE))
 
 
 def test_fresh_begins_in_a_folder_of_its_own(ran: list[GenerateConfig]):

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.cli import main
-from experiments.generate import command as generate
+from experiments.cli import EXPERIMENTS, main
 from experiments.generate.command import GenerateConfig
 from experiments.harness import environment, sweep
 from experiments.harness.errors import CheckFailed
 from experiments.harness.reading import read_result
 from experiments.harness.results import ResultFolder
 from experiments.harness.sweep_views import figures, tables
+from tests.experiments.commands import run_instead
 from tests.experiments.results import ENVIRONMENT, make_result, summary_in
 
 HOST = ENVIRONMENT
@@ -49,7 +49,7 @@ def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[GenerateConfig]
         return summary
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(generate, "run", run)
+    run_instead(monkeypatch, "generate", run)
     return configs
 
 
@@ -132,7 +132,7 @@ def test_a_sweep_broken_off_in_its_first_point_goes_on_there(
             folder.finish_unit("this run", {"kind": "measured"})
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "run", run)
+    run_instead(monkeypatch, "generate", run)
     monkeypatch.setattr(environment, "describe_host", lambda: HOST)
     monkeypatch.setattr(sweep, "describe_environment", lambda: {**ENVIRONMENT, **HOST})
     command = ["generate", "--sweep", "batch=2,4"]
@@ -148,7 +148,7 @@ def test_a_failed_check_is_remembered(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    run = generate.run
+    run = EXPERIMENTS["generate"].run
 
     def run_and_check(config: GenerateConfig) -> dict[str, Any]:
         summary = run(config)
@@ -156,7 +156,7 @@ def test_a_failed_check_is_remembered(
             raise CheckFailed("answers differ", summary)
         return summary
 
-    monkeypatch.setattr(generate, "run", run_and_check)
+    run_instead(monkeypatch, "generate", run_and_check)
     command = ["generate", "--sweep", "batch=2,4", "--output", "s"]
     assert main(command) == 1
     assert "failed: batch=2: answers differ" in capsys.readouterr().err
