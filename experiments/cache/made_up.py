@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from experiments.cache.command import REQUESTS, CacheConfig
+from experiments.cache.config import REQUESTS, CacheConfig
 from experiments.cache.workload import Workload, make_workload
 
 

@@ -6,7 +6,7 @@ import time
 from functools import cached_property, partial
 from typing import Any
 
-from experiments.cache.command import CacheConfig
+from experiments.cache.config import CacheConfig
 from experiments.cache.made_up import make_up
 from experiments.cache.policies import SIMULATED
 from experiments.cache.recency import replay_free_at_once, replay_lru, replay_unbounded

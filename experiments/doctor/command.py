@@ -9,16 +9,11 @@ when JAX finds no device at all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+from experiments.doctor.config import DoctorConfig
 from experiments.harness.commands import Command
 from experiments.harness.errors import CheckFailed
-
-
-@dataclass(frozen=True)
-class DoctorConfig:
-    """Say what this machine can run, and the next command to type."""
 
 
 def run(config: DoctorConfig) -> dict[str, Any]:

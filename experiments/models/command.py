@@ -10,41 +10,11 @@ sharing. Nothing is run and no weights are read; `--model` shows one model, from
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from experiments.harness.commands import Command
-from experiments.harness.errors import UserError
-from experiments.harness.options import by_default, check_at_least_one
 from experiments.loading import parse_model
-
-
-@dataclass(frozen=True)
-class ModelsConfig:
-    """List the architectures and presets that load, and the memory that weights and KV cache
-    take."""
-
-    model: Annotated[str | None, by_default("STR", "all presets")] = None
-    """Show this one only: `smollm2`, `random:PRESET`, a GGUF file, a folder with config.json, or
-    ORG/NAME[@REVISION] if it has been fetched from the hub before."""
-
-    max_positions: Annotated[int | None, by_default("INT", "as many as the model has")] = None
-    """Most tokens of a sequence of that model."""
-
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Type of weights and KV cache."""
-
-    requests: int = 32
-    """Requests whose KV cache is held at once."""
-
-    shared_tokens: int = 2048
-    """Tokens that all of them begin with."""
-
-    own_tokens: int = 256
-    """Tokens of each request behind those, its answer included."""
-
-    chunk_size: int = 64
-    """Tokens in a chunk of the KV cache."""
+from experiments.models.config import ModelsConfig, check
 
 
 def run(config: ModelsConfig) -> dict[str, Any]:
@@ -61,15 +31,6 @@ def run(config: ModelsConfig) -> dict[str, Any]:
     summary = summarise(config, source)
     ModelsReport().print(config, summary)
     return summary
-
-
-def check(config: ModelsConfig) -> None:
-    """Raise `UserError` for a value that makes no sense."""
-    check_at_least_one(config, "requests", "own_tokens", "chunk_size", "max_positions")
-    if config.shared_tokens < 0:
-        raise UserError(f"--shared-tokens must be from 0 up, got {config.shared_tokens}")
-    if config.max_positions is not None and config.model is None:
-        raise UserError("--max-positions is of one model: name it with --model")
 
 
 MODELS = Command("models", ModelsConfig, run)

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from experiments.harness.console import make_console
 from experiments.harness.tables import format_bytes
-from experiments.models.command import ModelsConfig
+from experiments.models.config import ModelsConfig
 from models.parity import NOT_MEASURED, Agreement
 
 _TOO_LONG = "too long"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from experiments.harness.errors import UserError
 from experiments.loading import SMOLLM2, ModelSource, fetch_model
-from experiments.models.command import ModelsConfig
+from experiments.models.config import ModelsConfig
 from models import PRESETS, DecoderConfig
 from models.architectures import ARCHITECTURES
 from models.differences import describe_differences

@@ -10,29 +10,11 @@ versions and commit behind them. Nothing is measured, and no device is needed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from experiments.harness.commands import Command
 from experiments.harness.errors import UserError
-from experiments.harness.options import by_default
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """Write a Markdown page with the tables and pictures of results."""
-
-    results: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FOLDER...")]
-    """Result folders, or folders that hold some."""
-
-    output: Annotated[Path | None, by_default("FOLDER", "runs/report-TIME")] = None
-    """Folder for the page and its pictures; an earlier page there is replaced."""
-
-    title: str = "Results"
-    """Heading of the page."""
+from experiments.report.config import ReportConfig
 
 
 def run(config: ReportConfig) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from experiments.harness.reading import RESULTS, Result, folder_of, read_result
 from experiments.harness.results import new_run_path
 from experiments.harness.tables import to_markdown
 from experiments.harness.views import VIEWS, views_of
-from experiments.report.command import ReportConfig
+from experiments.report.config import ReportConfig
 
 PAGE = "report.md"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.tree.command import TreeConfig
+from experiments.tree.config import TreeConfig
 from experiments.tree.synthetic import quantiles
 from jax_chunkattn.planning.options import PACKINGS
 from jax_chunkattn.planning.planner import GpuWork, PlannerOptions, plan_decode

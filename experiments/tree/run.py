@@ -8,7 +8,7 @@ from experiments.harness.environment import describe_deviceless
 from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
-from experiments.tree.command import TreeConfig
+from experiments.tree.config import TreeConfig
 from experiments.tree.planning import measure_planning
 from experiments.tree.synthetic import measure_children, measure_growth
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.harness.environment import max_rss_bytes, resident_bytes
-from experiments.tree.command import TreeConfig
+from experiments.tree.config import TreeConfig
 from jax_chunkattn.tree.nodes import SequenceHandle
 from jax_chunkattn.tree.prefix_tree import PrefixTree
 

@@ -12,7 +12,8 @@ import pytest
 
 from experiments.cache import run as cache_run
 from experiments.cache import views as cache_views
-from experiments.cache.command import CacheConfig, check, headline, run
+from experiments.cache.command import headline, run
+from experiments.cache.config import CacheConfig, check
 from experiments.cache.made_up import make_up
 from experiments.cache.run import NO_BOUND
 from experiments.cache.workload import read_workload

@@ -17,7 +17,7 @@ import models
 from experiments.cli import main
 from experiments.harness.errors import UserError
 from experiments.models import sizes as models_sizes
-from experiments.models.command import ModelsConfig, check
+from experiments.models.config import ModelsConfig, check
 from experiments.models.sizes import Batch, describe_model, weight_bytes
 from jax_chunkattn import CacheConfig
 from jax_chunkattn.device.pool import allocate_pool

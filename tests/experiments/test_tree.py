@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from experiments.harness.errors import UserError
-from experiments.tree.command import TreeConfig, run
+from experiments.tree.command import run
+from experiments.tree.config import TreeConfig
 
 SMALL = {
     "chunks": 1_200,
