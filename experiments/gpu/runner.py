@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from experiments.gpu.bench import Bench, device_for
 from experiments.gpu.budget import Budget
+from experiments.gpu.config import GpuConfig
 from experiments.gpu.goals import evaluate
 from experiments.gpu.record import ERROR, SKIPPED, Record
 from experiments.gpu.report import print_record
@@ -17,9 +18,6 @@ from experiments.harness.errors import CheckFailed
 from experiments.harness.results import ResultFolder
 from experiments.harness.units import tell_taken_over
 from experiments.harness.views import finish
-
-if TYPE_CHECKING:
-    from experiments.gpu.command import GpuConfig
 
 
 def run_parts(config: GpuConfig, folder: ResultFolder) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 
 from experiments.harness.errors import UserError
-from experiments.kernel.command import KernelConfig, parse_heads
+from experiments.kernel.config import KernelConfig, parse_heads
 from pallas_kernels import specs
 from pallas_kernels.specs import AttentionCase
 

@@ -14,7 +14,7 @@ from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
 from experiments.kernel.cases import SizedCase, scaling_note, suite_cases
-from experiments.kernel.command import Implementation, KernelConfig
+from experiments.kernel.config import Implementation, KernelConfig
 from experiments.kernel.operands import CaseOperands, Checker, bytes_per_token, make_operands
 from experiments.kernel.sides import make_sides
 from experiments.kernel.skips import runnable_implementations, skip_reasons

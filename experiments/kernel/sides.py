@@ -18,7 +18,7 @@ from experiments.baselines import (
     pool_of_copies,
     torch_attention,
 )
-from experiments.kernel.command import Implementation
+from experiments.kernel.config import Implementation
 from experiments.kernel.operands import CaseOperands, shares
 from jax_chunkattn.planning.planner import PlannerOptions
 from pallas_kernels import chunk_attention

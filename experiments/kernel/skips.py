@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import get_args
 
 from experiments.baselines import torch_missing
-from experiments.kernel.command import Implementation
+from experiments.kernel.config import Implementation
 from experiments.kernel.operands import bytes_per_token, copies_bytes, pool_bytes, shares
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
 from pallas_kernels.implementations import AttentionShapes, ImplementationError, needs_partials

@@ -10,15 +10,16 @@ from typing import Any, get_args
 import pytest
 
 from experiments.cli import main
-from experiments.gpu import command as gpu
 from experiments.gpu import floors, grid, oracle
+from experiments.gpu.command import default_folder, headline
+from experiments.gpu.config import RESULTS, GpuConfig, Part
 from experiments.gpu.jobs import XLA, Job, OwnSide, unshared
 from experiments.gpu.views import tables
 from experiments.harness.reading import read_result
 from pallas_kernels.specs import AttentionCase
 from tests.experiments.results import summary_in, text_of
 
-PARTS = tuple(part for part in get_args(gpu.Part) if part != "tune")
+PARTS = tuple(part for part in get_args(Part) if part != "tune")
 CASES = [
     AttentionCase("1,3_32,8", 2, 2, 16, chunk_size=16),
     AttentionCase("2_40", 2, 1, 16, chunk_size=16),
@@ -46,7 +47,7 @@ def test_every_part_rehearses_in_one_go(tmp_path: Path):
     assert code == 0
     assert summary["parts"] == list(PARTS)
     assert list(summary["counts"]) == list(PARTS)
-    assert gpu.headline(summary) == {"failures": 0, "records": len(records)}
+    assert headline(summary) == {"failures": 0, "records": len(records)}
     assert summary["failures"] == summary["errors"] == []
     assert summary["goals"] == []  # nothing is claimed of a rehearsal
     assert all(record["dry_run"] is True for record in records)
@@ -174,7 +175,7 @@ def test_only_what_runs_a_model_needs_flax(tmp_path: Path):
         (["--minutes", "nan"], "--minutes must be a number above 0, got nan"),
         (["--seed", "-1"], "--seed must be from 0"),
         (["--dry-run", "--compile-only"], "--dry-run and --compile-only exclude each other"),
-        (["--dry-run", "--output", str(gpu.RESULTS / "x")], "--output: "),
+        (["--dry-run", "--output", str(RESULTS / "x")], "--output: "),
         ([], "there is no NVIDIA GPU here"),
     ],
 )
@@ -206,7 +207,7 @@ def test_results_of_a_device_have_a_folder_by_its_name(monkeypatch: pytest.Monke
         platform, device_kind = "gpu", "NVIDIA H200"
 
     monkeypatch.setattr("jax.devices", lambda: [Device()])
-    path = gpu.default_folder(gpu.GpuConfig())
-    assert path.parent.parent == gpu.RESULTS
+    path = default_folder(GpuConfig())
+    assert path.parent.parent == RESULTS
     assert path.parent.name.startswith("h200-20")
-    assert gpu.default_folder(gpu.GpuConfig(dry_run=True)).parent == Path("runs")
+    assert default_folder(GpuConfig(dry_run=True)).parent == Path("runs")

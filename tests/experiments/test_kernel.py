@@ -21,7 +21,8 @@ from experiments.kernel import run as kernel_run
 from experiments.kernel import sides as kernel_sides
 from experiments.kernel import skips as kernel_skips
 from experiments.kernel.cases import SizedCase, divided, suite_cases
-from experiments.kernel.command import SCALES, Implementation, KernelConfig, Suite, headline, run
+from experiments.kernel.command import headline, run
+from experiments.kernel.config import SCALES, Implementation, KernelConfig, Suite
 from experiments.kernel.published import published_speedups
 from experiments.kernel.views import figures, tables
 from pallas_kernels import specs

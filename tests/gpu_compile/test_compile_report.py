@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from experiments.cli import main
-from experiments.compile_report import command as compile_report
-from experiments.compile_report import target, worker
+from experiments.compile_report import run as compile_report_run
+from experiments.compile_report import target
+from experiments.compile_report.config import Gpu
 from experiments.compile_report.views import failures_of, tables
 from tests.experiments.results import lines_in, make_result, text_of
 
@@ -70,7 +71,7 @@ def run(
             on_record(record)
         return records
 
-    monkeypatch.setattr(worker, "compile_cases", compile_cases)
+    monkeypatch.setattr(compile_report_run, "compile_cases", compile_cases)
     monkeypatch.setattr(target, "check_installed", lambda: None)
     code = main(["compile-report", "--variants", "none", "--json", "--output", str(folder)])
     return code, lines_in(folder)[1:]
@@ -126,4 +127,4 @@ def test_a_report_on_nothing_is_refused(options, message, tmp_path, monkeypatch,
 
 
 def test_names_in_the_options_are_known_targets():
-    assert set(compile_report.Gpu.__args__) == set(target.TARGETS)
+    assert set(Gpu.__args__) == set(target.TARGETS)
