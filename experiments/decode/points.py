@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from experiments.decode.command import DecodeConfig
+from experiments.decode.config import DecodeConfig
+from experiments.harness.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -155,3 +154,14 @@ def points_of(config: DecodeConfig) -> dict[str, Point]:
         for ns in series(config)
         for value in values
     }
+
+
+def check_points(config: DecodeConfig) -> None:
+    """Raise `UserError` for a point whose tokens no whole number of calls decodes."""
+    for name, point in points_of(config).items():
+        for count in point.completions:
+            if count % point.steps_per_call:
+                raise UserError(
+                    f"{name}: {count} tokens are no multiple of {point.steps_per_call} steps a "
+                    "call; choose others by --tokens, --points or --steps-per-call"
+                )

@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.bare_loop import BareLoop, random_pool
 from experiments.baselines import pool_of_copies
-from experiments.decode.command import DecodeConfig
+from experiments.decode.config import DecodeConfig
 from experiments.decode.measures import Measured, Spread, measured
 from experiments.decode.points import Point, points_of, varied
 from experiments.harness.compilations import compilation_cache

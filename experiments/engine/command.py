@@ -11,68 +11,12 @@ decode the same rows of the same lengths, in turns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
+from experiments.engine.config import EngineConfig, check
 from experiments.harness.commands import Experiment
-from experiments.harness.errors import UserError
-from experiments.harness.options import (
-    MaxPositions,
-    ModelName,
-    by_default,
-    check_at_least_one,
-    check_seed,
-)
 from experiments.harness.results import open_results
 from experiments.loading import parse_model
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Compare the engine's speed with that of the bare decode loop at the same shapes."""
-
-    SMOKE: ClassVar[dict[str, Any]] = {
-        "model": "random:tiny",
-        "rows": 4,
-        "shared_tokens": 64,
-        "tokens": 32,
-        "rounds": 2,
-    }
-
-    model: ModelName = "smollm2"
-
-    rows: int = 32
-    """Requests decoded at once."""
-
-    shared_tokens: int = 2048
-    """Tokens that all prompts begin with."""
-
-    own_tokens: int = 16
-    """Tokens of each prompt behind them."""
-
-    tokens: int = 64
-    """Tokens decoded for each row."""
-
-    steps_per_call: int = 8
-    """Tokens decoded for each row in one call to the device."""
-
-    rounds: int = 5
-    """How often each side is timed, in turns; the medians are reported."""
-
-    chunk_size: int = 64
-    """Tokens in a chunk of the KV cache."""
-
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of weights, activations and KV cache."""
-
-    max_positions: MaxPositions = None
-
-    seed: int = 0
-    """Seed of the prompts, and of random weights."""
-
-    output: Annotated[Path | None, by_default("FOLDER", "runs/engine-TIME")] = None
-    """Folder for the results."""
 
 
 def run(config: EngineConfig) -> dict[str, Any]:
@@ -97,21 +41,6 @@ def headline(summary: dict[str, Any]) -> dict[str, Any]:
         "tokens/s, bare loop": summary["bare_tokens_per_second"],
         "engine / bare loop": summary["ratio"],
     }
-
-
-def check(config: EngineConfig) -> None:
-    """Raise `UserError` for a value that no run could use."""
-    check_at_least_one(
-        config, "rows", "own_tokens", "steps_per_call", "rounds", "chunk_size", "max_positions"
-    )
-    if config.shared_tokens < 0:
-        raise UserError(f"--shared-tokens must be from 0 up, got {config.shared_tokens}")
-    if config.tokens < 4 * config.steps_per_call:
-        raise UserError(
-            f"--tokens must be at least {4 * config.steps_per_call}, four calls of "
-            f"{config.steps_per_call}, got {config.tokens}"
-        )
-    check_seed(config.seed)
 
 
 ENGINE = Experiment("engine", EngineConfig, run, check, headline)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments.bare_loop import BareLoop, random_pool
-from experiments.engine.command import EngineConfig
+from experiments.engine.config import EngineConfig
 from experiments.harness.compilations import compilation_cache
 from experiments.harness.environment import describe_environment
 from experiments.harness.errors import UserError

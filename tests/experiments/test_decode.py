@@ -12,7 +12,8 @@ import pytest
 import models
 from experiments.decode import run as decode_run
 from experiments.decode import views as decode_views
-from experiments.decode.command import DecodeConfig, check, headline, run
+from experiments.decode.command import check, headline, run
+from experiments.decode.config import DecodeConfig
 from experiments.decode.measures import measured
 from experiments.decode.points import Point, points_of, series
 from experiments.harness.errors import UserError

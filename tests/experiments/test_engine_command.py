@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from experiments.engine.command import EngineConfig, check, run
+from experiments.engine.command import run
+from experiments.engine.config import EngineConfig, check
 from experiments.engine.run import Timed
 from experiments.harness.errors import UserError
 from experiments.harness.reading import read_result

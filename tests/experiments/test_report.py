@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments.cli import main
-from experiments.engine.command import EngineConfig
+from experiments.engine.config import EngineConfig
 from experiments.harness.results import ResultFolder
 from tests.experiments.results import ENVIRONMENT
 
