@@ -1,96 +1,14 @@
-"""`python -m experiments generate`: many questions behind one system prompt, answered together.
-
-The config lives here and imports nothing heavy; `run` brings in JAX after the user's input has been
-checked.
-"""
+"""`python -m experiments generate`: many questions behind one system prompt, answered together."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
+from experiments.generate.config import GenerateConfig, check
+from experiments.generate.inputs import read_inputs
 from experiments.harness.commands import Experiment
-from experiments.harness.errors import UserError
-from experiments.harness.options import (
-    AttentionImplementation,
-    MaxPositions,
-    ModelName,
-    by_default,
-    check_at_least_one,
-    check_seed,
-)
 from experiments.harness.results import open_results
-from experiments.loading import ModelSource, parse_model
-from experiments.prompts import PromptLine, read_prompts, read_system_prompt
-from experiments.sampling import MOST_TEMPERATURE, MOST_TOP_K
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """Answer many questions behind one shared system prompt, and show what sharing saves."""
-
-    SMOKE: ClassVar[dict[str, Any]] = {
-        "model": "random:tiny",
-        "batch": 4,
-        "max_tokens": 8,
-        "compare_batch": 2,
-    }
-
-    model: ModelName = "smollm2"
-
-    system_prompt: Annotated[Path | None, by_default("FILE", "the shipped one")] = None
-    """A text file with the system prompt that all requests share."""
-
-    prompts: Annotated[Path | None, by_default("FILE", "the 32 shipped ones")] = None
-    """Questions, one a line, or JSON lines of `text` (a question) or `tokens` (a whole prompt)."""
-
-    batch: Annotated[int | None, by_default("INT", "all")] = None
-    """How many of the prompts to answer, from the first on."""
-
-    max_tokens: int = 48
-    """The most tokens of an answer."""
-
-    ignore_eos: bool = False
-    """Go on to max-tokens even when an answer has ended; for measuring speed."""
-
-    chunk_size: int = 64
-    """Tokens in a chunk of the KV cache; prefixes are shared in whole chunks."""
-
-    temperature: float = 0.0
-    """Randomness of sampling; 0 takes the likeliest token."""
-
-    top_k: int = 0
-    """Sample from the k likeliest tokens only; 0 is off."""
-
-    top_p: float = 1.0
-    """Sample from the likeliest tokens that together have this probability; 1 is off."""
-
-    seed: int = 0
-    """Seed of sampling (request i uses seed + i) and of random weights and prompts."""
-
-    implementation: AttentionImplementation = None
-
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of weights, activations and KV cache."""
-
-    max_positions: MaxPositions = None
-
-    sharing: bool = True
-    """Store and read the KV cache of a shared prefix once."""
-
-    steps_per_call: int = 8
-    """Tokens decoded for each request in one call to the device."""
-
-    compare: bool = True
-    """Afterwards do the same without sharing."""
-
-    compare_batch: Annotated[int | None, by_default("INT", "what half a minute allows")] = None
-    """The most requests to answer without sharing; never more than `batch`."""
-
-    output: Annotated[Path | None, by_default("FOLDER", "runs/generate-TIME")] = None
-    """Folder for the results."""
 
 
 def run(config: GenerateConfig) -> dict[str, Any]:
@@ -118,53 +36,6 @@ def headline(summary: dict[str, Any]) -> dict[str, Any]:
         "KV MiB": summary["kv_bytes_held"] / 2**20,
         "KV MiB, unshared": summary["kv_bytes_unshared"] / 2**20,
     }
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the user's files and names came to."""
-
-    model: ModelSource
-    system_prompt: str
-    lines: tuple[PromptLine, ...]
-
-
-def read_inputs(config: GenerateConfig) -> Inputs:
-    """Read the files `config` names. Raises `UserError`."""
-    lines = read_prompts(config.prompts)
-    batch = len(lines) if config.batch is None else config.batch
-    if batch > len(lines):
-        raise UserError(
-            f"--batch {batch} asks for more prompts than there are: "
-            f"{config.prompts or 'the shipped questions'} has {len(lines)}"
-        )
-    return Inputs(
-        model=parse_model(config.model),
-        system_prompt=read_system_prompt(config.system_prompt),
-        lines=lines[:batch],
-    )
-
-
-def check(config: GenerateConfig) -> None:
-    """Raise `UserError` for a value that no run could use."""
-    check_at_least_one(
-        config,
-        "batch",
-        "max_tokens",
-        "chunk_size",
-        "steps_per_call",
-        "compare_batch",
-        "max_positions",
-    )
-    if not 0 <= config.temperature <= MOST_TEMPERATURE:
-        raise UserError(
-            f"--temperature must be a number from 0 to {MOST_TEMPERATURE}, got {config.temperature}"
-        )
-    if not 0 <= config.top_k <= MOST_TOP_K:
-        raise UserError(f"--top-k must be from 0 (off) to {MOST_TOP_K}, got {config.top_k}")
-    if not 0 < config.top_p <= 1:
-        raise UserError(f"--top-p must be above 0 and at most 1, got {config.top_p}")
-    check_seed(config.seed)
 
 
 GENERATE = Experiment("generate", GenerateConfig, run, check, headline)

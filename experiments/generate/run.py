@@ -7,9 +7,10 @@ import time
 from typing import Any
 
 from experiments.generate import views as generate_views
-from experiments.generate.command import GenerateConfig, Inputs
 from experiments.generate.comparison import PREFILL_SECONDS, affordable_batch
+from experiments.generate.config import GenerateConfig
 from experiments.generate.decoding import BatchSettings, Measured, OnFinished, decode_batch
+from experiments.generate.inputs import Inputs
 from experiments.generate.summary import (
     THIS_RUN,
     UNSHARED,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from experiments.generate.command import GenerateConfig
+from experiments.generate.config import GenerateConfig
 from experiments.generate.decoding import Measured
 from experiments.prompts import PromptSet
 

@@ -18,7 +18,7 @@ from experiments.harness.units import measure_units
 from experiments.harness.views import finish
 from experiments.loading import LoadOptions, ModelSource, load_model
 from experiments.prompts import read_text, shipped_asset
-from experiments.quality.command import QualityConfig
+from experiments.quality.config import QualityConfig
 from experiments.quality.measures import PATHS, measures_of
 from experiments.quality.scoring import Passage, Scores, SharedScorer, passage_tokens, score_plain
 from models import LoadedModel

@@ -9,66 +9,14 @@ copies one chunk at most and computes nothing again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 from experiments.harness.commands import Experiment
 from experiments.harness.errors import UserError
-from experiments.harness.options import (
-    MaxPositions,
-    by_default,
-    check_at_least_one,
-    check_seed,
-)
 from experiments.harness.results import open_results
 from experiments.loading import parse_model
 from experiments.prompts import read_system_prompt
-from experiments.sampling import MOST_TEMPERATURE
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    """Search a tree of answers to one question: fork the best, drop the rest, share all they have
-    in common."""
-
-    SMOKE: ClassVar[dict[str, Any]] = {"width": 2, "keep": 1, "depth": 2, "tokens": 4}
-
-    question: str = "What makes a good friend?"
-    """What is asked."""
-
-    model: str = "smollm2"
-    """`smollm2` (downloaded once), a GGUF file, a folder with a Hugging Face checkpoint, or
-    ORG/NAME[@REVISION] to fetch from the hub."""
-
-    system_prompt: Annotated[Path | None, by_default("FILE", "the shipped one")] = None
-    """A text file with the system prompt."""
-
-    width: int = 3
-    """Branches of each partial answer."""
-
-    keep: int = 2
-    """Partial answers that go on at each depth: those of the highest mean log-probability."""
-
-    depth: int = 4
-    """Rounds of branching."""
-
-    tokens: int = 12
-    """Tokens that a branch adds, two or more."""
-
-    temperature: float = 0.8
-    """Randomness of the branches."""
-
-    chunk_size: int = 64
-    """Tokens in a chunk of the KV cache."""
-
-    max_positions: MaxPositions = None
-
-    seed: int = 0
-    """Seed of the branches."""
-
-    output: Annotated[Path | None, by_default("FOLDER", "runs/search-TIME")] = None
-    """Folder for the results."""
+from experiments.search.config import SearchConfig, check
 
 
 def run(config: SearchConfig) -> dict[str, Any]:
@@ -92,26 +40,6 @@ def run(config: SearchConfig) -> dict[str, Any]:
 def headline(summary: dict[str, Any]) -> dict[str, Any]:
     """What a sweep shows of a run."""
     return {name: summary[name] for name in ("score", "branches", "kv_bytes_held")}
-
-
-def check(config: SearchConfig) -> None:
-    """Raise `UserError` for a value that no run could use."""
-    check_at_least_one(config, "width", "keep", "depth", "chunk_size", "max_positions")
-    if config.tokens < 2:
-        raise UserError(
-            f"--tokens must be at least 2, got {config.tokens}: a first branch begins with one "
-            "that it is given"
-        )
-    if config.width > 20:
-        raise UserError(f"--width must be at most 20, got {config.width}")
-    if not 0 < config.temperature <= MOST_TEMPERATURE:
-        raise UserError(
-            f"--temperature must be a number above 0, at most {MOST_TEMPERATURE}, "
-            f"got {config.temperature}"
-        )
-    check_seed(config.seed)
-    if not config.question.strip():
-        raise UserError("--question is empty")
 
 
 SEARCH = Experiment("search", SearchConfig, run, check, headline)

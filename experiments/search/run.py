@@ -18,7 +18,7 @@ from experiments.harness.tables import format_bytes
 from experiments.harness.views import finish
 from experiments.loading import LoadOptions, ModelSource, load_model
 from experiments.prompts import chat_tokens
-from experiments.search.command import SearchConfig
+from experiments.search.config import SearchConfig
 from jax_chunkattn import (
     CacheConfig,
     Engine,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from experiments.harness.progress import PhaseDisplay
 from experiments.harness.results import ResultFolder
 from experiments.harness.units import tell_taken_over
-from experiments.serve.command import ServeConfig, Side
+from experiments.serve.config import ServeConfig, Side
 from experiments.serve.ideal import ideal_hits
 from experiments.serve.measures import (
     ratios,

@@ -11,7 +11,8 @@ from experiments.harness.progress import phase_display
 from experiments.harness.results import ResultFolder
 from experiments.harness.views import finish
 from experiments.loading import LoadOptions, load_model
-from experiments.serve.command import Inputs, ServeConfig
+from experiments.serve.config import ServeConfig
+from experiments.serve.inputs import Inputs
 from experiments.serve.rounds import Rounds
 from experiments.serve.sides import pool_for
 from experiments.serve.workload import Workload, made_up_workload, trace_workload

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.harness.errors import UserError
-from experiments.serve.command import ServeConfig, Side
+from experiments.serve.config import ServeConfig, Side
 from experiments.serve.replay import Replayed, Served, replay
 from experiments.serve.workload import Workload
 from jax_chunkattn import CacheConfig, Engine

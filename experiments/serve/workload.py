@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from experiments.serve.command import ServeConfig
+from experiments.serve.config import ServeConfig
 from experiments.trace import TraceRequest
 
 _TRACE_BLOCKS, _SYSTEM_PROMPTS, _OWN_TOKENS, _GAPS = range(4)  # streams of random numbers

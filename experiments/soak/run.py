@@ -29,7 +29,7 @@ from experiments.soak.checks import (
     memory_growth,
     recheck,
 )
-from experiments.soak.command import Sizes, SoakConfig, sizes_for
+from experiments.soak.config import Sizes, SoakConfig, sizes_for
 from experiments.soak.driver import Driver
 from experiments.soak.work import Arrivals, Workload
 from jax_chunkattn import CacheConfig, Engine

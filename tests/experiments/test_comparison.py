@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from experiments.generate import run as generate_run
-from experiments.generate.command import GenerateConfig, read_inputs
 from experiments.generate.comparison import affordable_batch
+from experiments.generate.config import GenerateConfig
+from experiments.generate.inputs import read_inputs
 from experiments.prompts import PromptSet
 
 ROOMY: dict[str, Any] = {

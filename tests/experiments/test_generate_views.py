@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from experiments.generate import views as generate_views
-from experiments.generate.command import GenerateConfig
+from experiments.generate.config import GenerateConfig
 from experiments.generate.summary import (
     THIS_RUN,
     measured_of,

@@ -16,7 +16,8 @@ from experiments.harness.errors import UserError
 from experiments.harness.reading import Result, read_result
 from experiments.quality import run as quality_run
 from experiments.quality import views as quality_views
-from experiments.quality.command import QualityConfig, check, headline, run
+from experiments.quality.command import headline, run
+from experiments.quality.config import QualityConfig, check
 from experiments.quality.measures import PATHS, measures_of
 from experiments.quality.scoring import Passage, Scores, SharedScorer, score_plain
 

@@ -10,7 +10,8 @@ import pytest
 import models
 from experiments.harness.errors import UserError
 from experiments.search import run as search_run
-from experiments.search.command import SearchConfig, run
+from experiments.search.command import run
+from experiments.search.config import SearchConfig
 from jax_chunkattn import chunks_needed
 from tests.experiments.results import lines_in
 

@@ -17,7 +17,8 @@ import pytest
 from experiments.cli import DEBUG_VARIABLE, main
 from experiments.harness.errors import UserError
 from experiments.serve import rounds as serving_rounds
-from experiments.serve.command import ServeConfig, check, run
+from experiments.serve.command import run
+from experiments.serve.config import ServeConfig, check
 from experiments.serve.figures import serving_figure
 from experiments.serve.ideal import ideal_hits
 from experiments.serve.measures import percentiles, ratios, spread

@@ -30,7 +30,8 @@ from experiments.soak.checks import (
     memory_growth,
     recheck,
 )
-from experiments.soak.command import SoakConfig, check, run, sizes_for
+from experiments.soak.command import run
+from experiments.soak.config import SoakConfig, check, sizes_for
 from experiments.soak.work import Arrivals, Workload
 from jax_chunkattn import SamplingParams
 from tests.experiments.results import lines_in

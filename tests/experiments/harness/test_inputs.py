@@ -14,14 +14,14 @@ import pytest
 
 import models.hub
 from experiments.cli import EXPERIMENTS, main
-from experiments.generate.command import GenerateConfig
+from experiments.generate.config import GenerateConfig
 from experiments.harness import digests, environment
 from experiments.harness.errors import UserError
 from experiments.harness.inputs import changed_since, check_unchanged, inputs_of
 from experiments.harness.reading import read_result
 from experiments.harness.results import ResultFolder, open_results
 from experiments.loading import parse_model
-from experiments.quality.command import QualityConfig
+from experiments.quality.config import QualityConfig
 from experiments.quality.run import _Scoring, shipped_text
 from models.download import SMOLLM2
 from tests.experiments.commands import run_instead

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from experiments.cli import EXPERIMENTS, main
-from experiments.generate.command import GenerateConfig
+from experiments.generate.config import GenerateConfig
 from experiments.harness.errors import UserError
 from experiments.harness.invocation import as_arguments, expand, without_option
 from experiments.harness.results import ResultFolder

@@ -14,7 +14,7 @@ from experiments.harness.errors import CheckFailed
 from experiments.harness.json_text import as_read, from_json, to_json
 from experiments.harness.reading import read_result
 from experiments.harness.results import ResultFolder
-from experiments.serve.command import ServeConfig
+from experiments.serve.config import ServeConfig
 from tests.experiments.results import ENVIRONMENT
 
 ODD = {"a": math.nan, "b": [math.inf, {"c": (-math.inf, 1.5)}], "text": "NaN", "half": "\udcff é"}

@@ -19,8 +19,8 @@ from experiments.harness.results import (
     new_run_path,
     open_results,
 )
-from experiments.kernel.command import KernelConfig
-from experiments.serve.command import ServeConfig
+from experiments.kernel.config import KernelConfig
+from experiments.serve.config import ServeConfig
 from tests.experiments.results import ENVIRONMENT, lines_in
 
 WHERE: dict[str, Any] = ENVIRONMENT

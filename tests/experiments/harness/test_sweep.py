@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.cli import EXPERIMENTS, main
-from experiments.generate.command import GenerateConfig
+from experiments.generate.config import GenerateConfig
 from experiments.harness import environment, sweep
 from experiments.harness.errors import CheckFailed
 from experiments.harness.reading import read_result
