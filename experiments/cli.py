@@ -37,7 +37,7 @@ from experiments.harness.invocation import (
     without_option,
 )
 from experiments.harness.json_text import to_json
-from experiments.harness.results import begin_anew, new_run_path
+from experiments.harness.runs import begin_anew, new_run_path
 from experiments.kernel.command import KERNEL
 from experiments.models.command import MODELS
 from experiments.quality.command import QUALITY

@@ -21,7 +21,7 @@ from typing import Any
 
 from experiments.cache.config import CacheConfig, check
 from experiments.harness.commands import Experiment
-from experiments.harness.results import open_results
+from experiments.harness.runs import open_results
 
 
 def run(config: CacheConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 from experiments.compile_report.config import CompileReportConfig, check
 from experiments.harness.commands import Experiment
 from experiments.harness.errors import CheckFailed
-from experiments.harness.results import open_results
+from experiments.harness.runs import open_results
 
 
 def run(config: CompileReportConfig) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from typing import Any
 from experiments.decode.config import DecodeConfig, check_options
 from experiments.decode.points import check_points
 from experiments.harness.commands import Experiment
-from experiments.harness.results import open_results
+from experiments.harness.runs import open_results
 from experiments.loading import parse_model
 
 

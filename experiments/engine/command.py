@@ -15,7 +15,7 @@ from typing import Any
 
 from experiments.engine.config import EngineConfig, check
 from experiments.harness.commands import Experiment
-from experiments.harness.results import open_results
+from experiments.harness.runs import open_results
 from experiments.loading import parse_model
 
 

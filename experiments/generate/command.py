@@ -8,7 +8,7 @@ from typing import Any
 from experiments.generate.config import GenerateConfig, check
 from experiments.generate.inputs import read_inputs
 from experiments.harness.commands import Experiment
-from experiments.harness.results import open_results
+from experiments.harness.runs import open_results
 
 
 def run(config: GenerateConfig) -> dict[str, Any]:

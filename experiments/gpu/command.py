@@ -50,7 +50,7 @@ from typing import Any
 from experiments.gpu.config import RESULTS, GpuConfig, check
 from experiments.harness.commands import Experiment
 from experiments.harness.reading import SUMMARY
-from experiments.harness.results import new_run_path, open_results
+from experiments.harness.runs import new_run_path, open_results
 
 _MEMORY_FRACTION = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.7")  # the rest is for peers in PyTorch
 

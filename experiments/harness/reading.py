@@ -98,6 +98,11 @@ def read_result(path: Path) -> Result:
     return Result(folder, header, kept, ended)
 
 
+def has_points(path: Path) -> bool:
+    """Whether a point of the sweep in that folder has written a line."""
+    return any(file.stat().st_size > 0 for file in path.glob(f"*/{RESULTS}"))
+
+
 def _whole_lines(text: str) -> list[Record]:
     *whole, cut_off = text.split("\n")
     del cut_off  # empty, but for a run that was killed while writing

@@ -9,9 +9,9 @@ import dataclasses
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from datetime import date, datetime
+from datetime import date
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -27,14 +27,15 @@ from experiments.harness.reading import (
     SWEEP,
     Record,
     Result,
+    has_points,
     read_result,
 )
 
-RUNS = Path("runs")
+SAME_HOST = ("python", "versions", "settings", "cpu_count", "commit")
+"""What a run must have in common with one that it goes on with, besides the device."""
 
 _NOT_PART = ("output",)  # of what makes two configs the same
-_SAME_HOST = ("python", "versions", "settings", "cpu_count", "commit")
-_SAME_WHERE = ("device", "device_count", "torch", *_SAME_HOST)
+_SAME_WHERE = ("device", "device_count", "torch", *SAME_HOST)
 
 
 class ResultFolder:
@@ -89,7 +90,7 @@ class ResultFolder:
                 f"output folder {path} cannot be written ({error.strerror or error}); "
                 "choose another with --output"
             ) from error
-        self._lock = _lock(path)
+        self._lock = lock_folder(path)
         try:
             self.inputs = dict(inputs_of(config) if inputs is None else inputs)
             if self.results_path.exists() and b"\n" in self.results_path.read_bytes():
@@ -193,7 +194,7 @@ class ResultFolder:
         os.close(self._lock)
 
     def _has_points(self) -> bool:
-        return self.experiment == SWEEP and _has_points(self.path)
+        return self.experiment == SWEEP and has_points(self.path)
 
     def _take_over(self) -> None:
         earlier = read_result(self.path)
@@ -235,83 +236,7 @@ class ResultFolder:
         self._records.flush()
 
 
-def open_results(
-    experiment: str,
-    config: Any,
-    default: Path | None = None,
-    inputs: Mapping[str, str] | None = None,
-) -> ResultFolder:
-    """The folder that `config.output` names, or `default`, or one in `runs`.
-
-    There, an unfinished run of the same config and `inputs` on the same versions and commit is gone
-    on with, the latest of them.
-
-    Raises:
-        UserError: as `ResultFolder`.
-    """
-    chosen = config.output or default
-    if chosen is not None:
-        return ResultFolder(chosen, experiment, config, inputs)
-    for path in _unfinished(experiment):
-        with suppress(UserError):  # it has another config, cannot be read, or is still going on
-            return ResultFolder(path, experiment, config, inputs)
-    while True:
-        with suppress(FileExistsError):  # a run that began in the same second was quicker
-            return ResultFolder(new_run_path(experiment), experiment, config, inputs, new=True)
-
-
-def begin_anew(path: Path) -> None:
-    """Remove the lines that a run which has not ended left in `path`, and its points' in a sweep.
-
-    Whatever else `path` holds is left for `ResultFolder` to refuse.
-
-    Raises:
-        UserError: another run is writing there.
-    """
-    try:
-        earlier = read_result(path)
-    except UserError:
-        return
-    if earlier.summary is not None:
-        return
-    lock = _lock(path)
-    try:
-        (path / RESULTS).unlink()
-        if earlier.experiment == SWEEP:
-            for file in (*path.glob(f"*/{RESULTS}"), *path.glob(f"*/{SUMMARY}")):
-                file.unlink()
-    finally:
-        os.close(lock)
-
-
-def _unfinished(experiment: str) -> Iterator[Path]:
-    """Runs in `runs` that were broken off where this one would take place, the latest first."""
-    broken_off = [
-        path
-        for path in sorted(RUNS.glob(f"{experiment}-*"), reverse=True)
-        if (path / RESULTS).exists() and not (path / SUMMARY).exists()
-    ]
-    if not broken_off:
-        return
-    from experiments.harness.environment import describe_host
-
-    host = describe_host()
-    if "+" in (host["commit"] or ""):  # nobody knows what has changed since
-        return
-    for path in broken_off:
-        with suppress(UserError):
-            result = read_result(path)
-            same = all(result.environment.get(name) == host.get(name) for name in _SAME_HOST)
-            if same and (result.finished or (experiment == SWEEP and _has_points(path))):
-                yield path
-
-
-def _has_points(path: Path) -> bool:
-    """Whether a sweep has begun with one."""
-    return any(file.stat().st_size > 0 for file in path.glob(f"*/{RESULTS}"))
-
-
-def _lock(path: Path) -> int:
+def lock_folder(path: Path) -> int:
     """Keeps other runs out of a folder until what this returns is closed, or the process ends."""
     folder = os.open(path, os.O_RDONLY)
     try:
@@ -333,17 +258,6 @@ def config_record(config: Any) -> Record:
         for name, value in dataclasses.asdict(config).items()
     }
     return as_read(record)
-
-
-def new_run_path(experiment: str, parent: Path = RUNS) -> Path:
-    """A path in `parent` that no earlier run has, named by the experiment and the local time."""
-    stem = f"{experiment}-{datetime.now():%Y%m%d-%H%M%S}"
-    path = parent / stem
-    count = 1
-    while path.exists():
-        count += 1
-        path = parent / f"{stem}-{count}"
-    return path
 
 
 def _differs(one: Record, other: Record) -> list[str]:

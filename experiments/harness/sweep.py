@@ -15,7 +15,8 @@ from experiments.harness.errors import CheckFailed, UserError
 from experiments.harness.inputs import check_unchanged, inputs_of
 from experiments.harness.options import boolean_option, option
 from experiments.harness.reading import RESULTS, SWEEP, Record, read_result
-from experiments.harness.results import ResultFolder, config_record, open_results
+from experiments.harness.results import ResultFolder, config_record
+from experiments.harness.runs import open_results
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
 

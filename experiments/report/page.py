@@ -13,7 +13,7 @@ from experiments.harness.errors import UserError
 from experiments.harness.json_text import is_half_a_pair
 from experiments.harness.plotting import save_figures
 from experiments.harness.reading import RESULTS, Result, folder_of, read_result
-from experiments.harness.results import new_run_path
+from experiments.harness.runs import new_run_path
 from experiments.harness.tables import to_markdown
 from experiments.harness.views import VIEWS, views_of
 from experiments.report.config import ReportConfig

@@ -13,7 +13,7 @@ from typing import Any
 
 from experiments.harness.commands import Experiment
 from experiments.harness.errors import UserError
-from experiments.harness.results import open_results
+from experiments.harness.runs import open_results
 from experiments.loading import parse_model
 from experiments.prompts import read_system_prompt
 from experiments.search.config import SearchConfig, check

@@ -34,7 +34,7 @@ import time
 from typing import Any
 
 from experiments.harness.commands import Experiment
-from experiments.harness.results import open_results
+from experiments.harness.runs import open_results
 from experiments.serve.config import ServeConfig, check
 from experiments.serve.inputs import read_inputs
 

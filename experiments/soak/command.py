@@ -22,7 +22,7 @@ from typing import Any
 
 from experiments.harness.commands import Experiment
 from experiments.harness.errors import CheckFailed
-from experiments.harness.results import open_results
+from experiments.harness.runs import open_results
 from experiments.loading import parse_model
 from experiments.soak.config import SoakConfig, check
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from experiments.harness.commands import Experiment
-from experiments.harness.results import open_results
+from experiments.harness.runs import open_results
 from experiments.tree.config import TreeConfig, check
 
 

@@ -19,7 +19,8 @@ from experiments.harness import digests, environment
 from experiments.harness.errors import UserError
 from experiments.harness.inputs import changed_since, check_unchanged, inputs_of
 from experiments.harness.reading import read_result
-from experiments.harness.results import ResultFolder, open_results
+from experiments.harness.results import ResultFolder
+from experiments.harness.runs import open_results
 from experiments.loading import parse_model
 from experiments.quality.config import QualityConfig
 from experiments.quality.run import _Scoring, shipped_text

@@ -9,16 +9,11 @@ from typing import Any
 
 import pytest
 
-from experiments.harness import results
+from experiments.harness import runs
 from experiments.harness.errors import UserError
 from experiments.harness.reading import SCHEMA, read_result
-from experiments.harness.results import (
-    ResultFolder,
-    begin_anew,
-    config_record,
-    new_run_path,
-    open_results,
-)
+from experiments.harness.results import ResultFolder, config_record
+from experiments.harness.runs import begin_anew, new_run_path, open_results
 from experiments.kernel.config import KernelConfig
 from experiments.serve.config import ServeConfig
 from tests.experiments.results import ENVIRONMENT, lines_in
@@ -164,7 +159,7 @@ def test_two_runs_that_begin_in_one_second_have_folders_of_their_own(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     free = iter(["taken", "taken", "free"])
-    monkeypatch.setattr(results, "new_run_path", lambda _: tmp_path / next(free))
+    monkeypatch.setattr(runs, "new_run_path", lambda _: tmp_path / next(free))
     with open_results("serve", ServeConfig()), open_results("serve", ServeConfig()) as second:
         assert second.path.name == "free"
 
