@@ -23,7 +23,8 @@ Part = Literal[
     "decode",
     "tune",
 ]
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+"""Where results that are committed are."""
 
 
 @dataclass(frozen=True)

@@ -208,6 +208,6 @@ def test_results_of_a_device_have_a_folder_by_its_name(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("jax.devices", lambda: [Device()])
     path = default_folder(GpuConfig())
-    assert path.parent.parent == RESULTS
+    assert path.parent.parent == Path(__file__).parents[2] / "experiments" / "results"
     assert path.parent.name.startswith("h200-20")
     assert default_folder(GpuConfig(dry_run=True)).parent == Path("runs")
