@@ -113,8 +113,8 @@ def decode_batch(
 ) -> Measured:
     """Answer all `prompts` together.
 
-    `on_finished` hears of each request as it finishes; when the run is interrupted, also of those
-    that have not, with what they have so far.
+    `on_finished` gets each request as it finishes; when the run is interrupted, also those that
+    have not finished, with the tokens they have so far.
 
     Args:
         names: what each prompt is called in errors.

@@ -66,7 +66,7 @@ def run(bench: Bench) -> None:
 
 
 def ensure(bench: Bench) -> None:
-    """Measures the rates if nobody has."""
+    """Measures the rates, unless they are known."""
     if bench.runs and not {COPY, MATMUL} <= bench.facts.keys():
         part, bench.record.part = bench.record.part, "floors"
         try:

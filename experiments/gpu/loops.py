@@ -40,7 +40,7 @@ class LoopSize:
 
     @classmethod
     def of(cls, small: bool, seconds: float | None) -> LoopSize:
-        """For calls that are estimated to take `seconds`; None if nobody knows."""
+        """For calls that are estimated to take `seconds`; None if there is no estimate."""
         if small:
             return cls(1, 1)
         quick = seconds is not None and seconds < SLOW_SECONDS

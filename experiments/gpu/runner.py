@@ -1,4 +1,4 @@
-"""The run: part after part, whatever becomes of the one before."""
+"""The run: part after part; when one breaks, the next runs all the same."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Files known by their SHA-256, which `sha256sum` and the Hugging Face hub tell as well.
+"""Digests of files: their SHA-256, as `sha256sum` prints it and the Hugging Face hub lists it.
 
-Sizes and times would not do: training writes weights of one size again and again, and `cp -p` and
-`rsync` set times. It takes 1.2 seconds a GiB on the two cores where loading takes 2 (bfloat16) to 6
-(float32), and is done once in a process, until the file system says that a file was written to: of
-that it keeps a time of its own (ctime), which nobody can set.
+Sizes and modification times do not identify a file: training writes weights of one size again and
+again, and `cp -p` and `rsync` set times. A digest takes 1.2 seconds a GiB on the two cores where
+loading takes 2 (bfloat16) to 6 (float32). It is computed once in a process, and again when the
+file's size, modification time or change time (ctime, which programs cannot set) differ.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _digests: dict[tuple[int, ...], str] = {}
 
 
 def digest(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:
-    """SHA-256 of a file, in hexadecimal; `on_bytes` hears of each block that is read."""
+    """SHA-256 of a file, in hexadecimal; `on_bytes` gets the size of each block read."""
     with path.open("rb", buffering=0) as file:
         stat = os.fstat(file.fileno())
         identity = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)

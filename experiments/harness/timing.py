@@ -35,7 +35,7 @@ def time_in_turns(
     """Time every call `repeats` times, one after another in an order that changes each round.
 
     Each is called once before, to compile. Before each timed call `READ_BYTES` of memory are read,
-    so that nobody finds its operands in a cache. Calls return arrays, which are waited for.
+    so that its operands are in no cache. Calls return arrays, which are waited for.
 
     Returns:
       The timing of each call, and what its first call returned.

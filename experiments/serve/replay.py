@@ -76,7 +76,7 @@ def replay(
     """Serve the requests to their ends, `at_once` of them under way, or each when it is due.
 
     After `for_seconds` what is not served is left as it is.
-    `on_served` hears of each request when it has ended, `on_turn` after every turn how many have.
+    `on_served` gets each request when it has ended; `on_turn` gets how many have, after every turn.
 
     Raises:
         RequestFailed: an error ended a request.

@@ -18,7 +18,7 @@ DEFAULT_MEMORY = "1GiB"
 POLICIES: dict[Side, dict[str, bool]] = {
     "shared": {},
     "free-at-once": {"retain": False},
-    # What nobody can find again is not worth keeping.
+    # No later request can find its chunks, so none are kept.
     "unshared": {"sharing": False, "retain": False},
 }
 

@@ -16,7 +16,7 @@ from experiments.soak.account import Account, Tracked
 from experiments.soak.work import Workload
 from jax_chunkattn import Engine, InvalidRequest, PinnedPrefix, PoolExhausted, RequestHandle
 
-MAX_BACKLOG = 10  # requests that wait for each row; when there are more, nobody comes
+MAX_BACKLOG = 10  # requests that wait for each row; no more come above that
 MOST_PINS = 2
 LONGEST_SLEEP = 0.02
 
