@@ -307,7 +307,7 @@ class Core:
         if isinstance(error, WeightsDeleted):
             return self.shut_down(_closed_by(error))
         scheduler = self.scheduler
-        blamed = self._prompts.admitting or list(scheduler.active) or scheduler.waiting[:1]
+        suspects = self._prompts.admitting or list(scheduler.active) or scheduler.waiting[:1]
         self._prompts.admitting = ()
         self._in_flight.clear()
         self._rows.forget()
@@ -320,7 +320,7 @@ class Core:
                 self.callbacks.note(work)
         scheduler.restart(PrefixTree(old.num_chunks, old.chunk_size, retain=old.retain))
         if error is not None:
-            for work in blamed:
+            for work in suspects:
                 work.failures += 1
                 if work.failures >= MAX_FAILURES:
                     self._lifecycle.give_up(work, error)

@@ -220,7 +220,7 @@ class Engine:
         """The answers to `prompts` in their order, each as soon as it and all before it are there.
 
         A text alone is one prompt. All are queued before this returns. Leaving the iteration early,
-        be it before the first answer, aborts what is not finished: when the engine is next used.
+        even before the first answer, aborts what is not finished when the engine is next used.
 
         Raises:
           InvalidRequest, PoolExhausted: as `submit`, naming the prompt; none has been queued then.

@@ -141,9 +141,9 @@ class RequestHandle:
     def stream(self) -> Stream:
         """Events as they come, those not read yet first; the last one has a `finish_reason`.
 
-        Leaving the iteration early, by `break`, an exception or closing or dropping the iterator,
-        aborts the request, be it before the first event: at once, or, but for closing, when the
-        engine is next used.
+        Leaving the iteration early aborts the request, even before the first event. `close` aborts
+        at once; after `break`, an exception, or when the iterator is dropped, the request is
+        aborted when the engine is next used.
 
         Raises:
           RequestFailed: when an error ended the request, or the engine was closed.

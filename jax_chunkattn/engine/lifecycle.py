@@ -56,7 +56,7 @@ class Lifecycle:
     def prefilled(self, work: Work) -> None:
         """All its tokens are in the pool, or will be before any later call runs."""
         if isinstance(work, Pinned):
-            self._scheduler.settle(work)
+            self._scheduler.keep(work)
         elif isinstance(work, Request):
             work.phase = Phase.DECODE
             for sibling in self._take_siblings(work):
@@ -75,7 +75,7 @@ class Lifecycle:
     ) -> None:
         """What was chosen for a request, or why nothing more will be; see `Request.add`.
 
-        With a `finish_reason` it has ended from here on, come what may: `finish` follows.
+        With a `finish_reason` it has ended, even if an error keeps `finish` from being called.
         """
         self._callbacks.note(request)
         request.add(tokens, logprobs, text, stream=stream, finish_reason=finish_reason)

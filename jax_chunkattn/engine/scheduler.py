@@ -69,7 +69,7 @@ class Scheduler:
         self.enqueue(pinned)
 
     def enqueue(self, work: Work) -> None:
-        """Puts work in its place in the queue, be it new or sent back."""
+        """Puts new work, or work sent back, in its place in the queue."""
         bisect.insort(self.waiting, work, key=lambda work: work.order)
         self.accepted[work] = None
         work.phase = Phase.WAITING
@@ -144,7 +144,7 @@ class Scheduler:
             del self.held[request]
             self._release(request)
 
-    def settle(self, pinned: Pinned) -> None:
+    def keep(self, pinned: Pinned) -> None:
         """A pinned prefix has been computed: it stays, and needs no further work."""
         pinned.phase = Phase.DONE
         del self.accepted[pinned]

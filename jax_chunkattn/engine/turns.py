@@ -104,8 +104,8 @@ class Turns:
         finally:
             callbacks.running = calling_back
 
-    # What is done is taken away only then, lest Ctrl-C lose it; the turn of a callback may have
-    # done it too.
+    # A change is taken away only when it is made, so that Ctrl-C cannot lose it; the turn of a
+    # callback may have made it already.
 
     def _abort(self, reader: Reader) -> None:
         for request in reader.requests:

@@ -92,8 +92,8 @@ class Match:
     """The longest prefix, in whole chunks, that the tree holds of some tokens.
 
     ``num_computed_tokens`` of the ``num_tokens`` have their keys and values in the pool; the rest
-    are pending: owed by a sequence inserted earlier. ``num_copyable_tokens`` more, less than a
-    chunk, could be copied from a computed chunk that begins like the next one.
+    are pending: another sequence, inserted earlier, is to compute them. ``num_copyable_tokens``
+    more, less than a chunk, could be copied from a computed chunk that begins like the next one.
     """
 
     chunk_ids: tuple[int, ...]
@@ -104,7 +104,7 @@ class Match:
 
 @dataclass(frozen=True)
 class PartialCopy:
-    """A copy on the device, owed by the caller of ``insert``: the beginning of a chunk.
+    """A copy that the caller of ``insert`` must make on the device: the beginning of a chunk.
 
     The first ``num_tokens`` tokens of ``source_chunk`` are to be the first of
     ``destination_chunk``; what lands behind them does not matter, so a whole chunk may be copied.
@@ -134,8 +134,8 @@ class SequenceHandle:
     values in the pool. ``chunk_table`` is ``chunk_ids`` again, as int32, for the planner: it would
     spend a third of its time on converting lists.
 
-    ``num_cached_tokens`` counts the tokens that were there when the sequence came: computed, owed
-    by an earlier one, or to be copied; what is left to compute *now* is told by
+    ``num_cached_tokens`` counts the tokens that were there when the sequence came: computed, to be
+    computed by an earlier one, or to be copied; what is left to compute *now* is told by
     ``PrefixTree.computed_tokens``. ``copy`` is what ``insert`` asks to be copied, done or not.
     """
 

@@ -38,11 +38,10 @@ class PrefixTree:
     `computed_tokens` says is missing and reports it with `mark_computed`; then, again and again,
     `reserve` room, let the device write, `append` what it wrote; finally `release`.
 
-    Pending nodes match at once, so that requests arriving together share them. A pending node is
-    owed by all the sequences on it: whichever is computed first, in the order of insertion unless
-    there is a reason, computes it for the others, and if that one is released before, the next
-    finds it missing in its own `computed_tokens`. When its last sequence leaves, a pending node is
-    removed, never cached. So aborting is releasing.
+    Pending nodes match at once, so that requests arriving together share them. Any sequence on a
+    pending node may compute it for the others, normally the one inserted first; if that one is
+    released before, the node is missing in the `computed_tokens` of the next. When its last
+    sequence leaves, a pending node is removed, never cached. So aborting is releasing.
 
     ``retain=False`` is the paper's policy: chunks are freed when their last sequence leaves.
 
@@ -118,10 +117,10 @@ class PrefixTree:
         """Tokens from the start of ``sequence`` whose keys and values are in the pool *now*.
 
         This, read when the prefill starts, is where it starts. It may be less than
-        ``num_cached_tokens``, if a sequence that owed a part was released, or more, if another
-        computed a part meanwhile, and it may equal ``num_tokens``. What ``sequence.copy`` brings
-        counts from the start, for this sequence only: another that shares the pending chunk owes
-        all of it, since the copy is dropped if this one is released first.
+        ``num_cached_tokens``, if a sequence that was to compute a part was released, or more, if
+        another computed a part meanwhile, and it may equal ``num_tokens``. What ``sequence.copy``
+        brings counts from the start, for this sequence only: another that shares the pending chunk
+        must compute all of it, since the copy is dropped if this one is released first.
         """
         self._require_active(sequence)
         return computed_tokens(sequence, self.chunk_size)
