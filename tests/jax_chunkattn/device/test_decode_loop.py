@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jax_chunkattn import CacheConfig, Engine, SamplingParams, allocate_pool, plan_decode
-from jax_chunkattn.device import device as device_module
+from jax_chunkattn.device import device, invocations
 from jax_chunkattn.device.decode_loop import NOTHING, decode_steps
 from jax_chunkattn.device.prefill import prefill_step
 from jax_chunkattn.device.programs import Invocation, Programs, SplitModel
@@ -158,12 +158,12 @@ def test_the_loop_ends_when_all_rows_are_frozen():
 
 def test_200_steps_with_rows_coming_and_going_compile_nothing_new(monkeypatch):
     """Rows finish and join inside one bucket of 8; lengths grow over many chunk boundaries."""
-    monkeypatch.setattr(device_module, "PROGRAMS", Programs())
+    monkeypatch.setattr(device, "PROGRAMS", Programs())
     sizes = len(CALL_TOKENS)
     traced_once = chex.assert_max_traces(decode_steps, n=1)
     traced_by_size = chex.assert_max_traces(prefill_step, n=sizes)
-    monkeypatch.setattr(device_module, "decode_steps", traced_once)
-    monkeypatch.setattr(device_module, "prefill_step", traced_by_size)
+    monkeypatch.setattr(invocations, "decode_steps", traced_once)
+    monkeypatch.setattr(invocations, "prefill_step", traced_by_size)
     engine = Engine(toy_model(), CacheConfig(400, 16), steps_per_call=4)
     prompts = token_tree((1, 160), (2, 20), (20, 11))
     lengths = [30 + 11 * (i % 7) for i in range(len(prompts))]
