@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jax_chunkattn.device.model_interface import CacheSpec
 from models.rope import LayerRopes, Rope, RotaryTables
-from models.weights import decoder_weights
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 Norm = Literal["rms", "layer"]
@@ -107,11 +106,6 @@ class DecoderConfig:
             scale=self.attention_scale,
             softcap=self.attention_softcap,
         )
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of weights, a tied embedding counted once."""
-        return sum(math.prod(weight.shape) for weight in decoder_weights(self).values())
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from models.sizes import (
     shown,
     size_error,
 )
+from models.weights import num_parameters
 
 MOST = {"num_layers": MOST_LAYERS, "head_dim": MOST_HEAD_DIM} | dict.fromkeys(
     ("num_heads", "num_kv_heads"), MOST_HEADS
@@ -89,10 +90,8 @@ def read_config(
         if fields["head_dim"] is None:
             fields["head_dim"] = fields["hidden_size"] // fields["num_heads"]
         decoder = DecoderConfig(**fields)
-        if decoder.num_parameters > MOST_PARAMETERS:
-            raise CheckpointError(
-                f"{decoder.num_parameters:,} parameters; at most {MOST_PARAMETERS:,} are read"
-            )
+        if (count := num_parameters(decoder)) > MOST_PARAMETERS:
+            raise CheckpointError(f"{count:,} parameters; at most {MOST_PARAMETERS:,} are read")
         if architecture.rotates:
             ropes = read_ropes(config, architecture, decoder, max_positions)
             decoder = replace(decoder, rope=ropes)

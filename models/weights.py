@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from models.config import DecoderConfig
+from models.config import DecoderConfig
 
 BLOCKS = "blocks/"
 """Before the name of a weight of which every layer has its own."""
@@ -69,6 +67,11 @@ def decoder_weights(config: DecoderConfig) -> dict[str, Weight]:
     if not config.tie_embeddings:
         weights["unembedding"] = _matrix((hidden, vocab), ("embed", "vocab"))
     return weights
+
+
+def num_parameters(config: DecoderConfig) -> int:
+    """Number of weights, a tied embedding counted once."""
+    return sum(math.prod(weight.shape) for weight in decoder_weights(config).values())
 
 
 def block_weights(config: DecoderConfig) -> dict[str, Weight]:

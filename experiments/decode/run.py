@@ -28,6 +28,7 @@ from jax_chunkattn import CacheConfig, ChunkPool, Engine, SamplingParams, chunks
 from jax_chunkattn.device.backend import choose_backend
 from jax_chunkattn.planning.prefill import CALL_TOKENS
 from models import LoadedModel
+from models.weights import num_parameters
 
 CHECKED_PROMPTS = 4
 CHECKED_SECTIONS = 2  # of the system prompt: its role, and the first facts
@@ -177,7 +178,7 @@ def _operations(loaded: LoadedModel, point: Point) -> dict[str, int]:
     embeddings = config.vocab_size * config.hidden_size * (not config.tie_embeddings)
     heads = config.num_layers * config.num_heads * config.head_dim
     return {
-        "products": 2 * (config.num_parameters - embeddings),
+        "products": 2 * (num_parameters(config) - embeddings),
         "attention": 4 * heads * point.prompt_tokens,
     }
 

@@ -32,6 +32,7 @@ from jax_chunkattn.planning.planner import plan_decode
 from models.building import abstract_decoder
 from models.config import DecoderConfig
 from models.presets import preset
+from models.weights import num_parameters
 from pallas_kernels.targets import current_target
 
 
@@ -98,7 +99,7 @@ def run(bench: Bench) -> None:
     shape = pool_shape(config, size)
     pools = [random_buffer(jax.random.key(index), shape, size.dtype) for index in range(2)]
     holder = _Holder(leaves, ChunkPool(*pools), config.vocab_size)
-    weight_bytes = (config.num_parameters - config.vocab_size * config.hidden_size) * (
+    weight_bytes = (num_parameters(config) - config.vocab_size * config.hidden_size) * (
         jnp.dtype(size.dtype).itemsize
     )
     for rows in size.batches:

@@ -18,7 +18,7 @@ from models.architectures import ARCHITECTURES
 from models.differences import describe_differences
 from models.parity import GGUF_ARCHITECTURES, Parity, read_parity
 from models.sources import open_checkpoint, random_checkpoint
-from models.weights import decoder_weights
+from models.weights import decoder_weights, num_parameters
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def describe_model(name: str, decoder: DecoderConfig, dtype: str, batch: Batch) 
     fits = batch.tokens <= decoder.max_positions
     return {
         "name": name,
-        "parameters": decoder.num_parameters,
+        "parameters": num_parameters(decoder),
         "layers": decoder.num_layers,
         "query_heads": decoder.num_heads,
         "kv_heads": decoder.num_kv_heads,

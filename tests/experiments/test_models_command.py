@@ -24,6 +24,7 @@ from jax_chunkattn.device.pool import allocate_pool
 from jax_chunkattn.tree.prefix_tree import PrefixTree
 from models.architectures import ARCHITECTURES
 from models.parity import Parity, ParityCase
+from models.weights import num_parameters
 from tests.models.tiny_checkpoint import CONFIG, write_checkpoint
 
 BATCH = Batch(requests=4, shared_tokens=40, own_tokens=10, chunk_size=16)
@@ -170,7 +171,7 @@ def test_one_model_of_a_folder_that_has_no_weights(tell, tmp_path):
 def test_one_model_of_a_gguf_file(tell, tmp_path):
     _, summary = tell("--model", str(write_checkpoint(tmp_path / "mine.gguf")))
     [told] = summary["models"]
-    assert told["parameters"] == CONFIG.num_parameters
+    assert told["parameters"] == num_parameters(CONFIG)
     assert told["max_positions"] == CONFIG.max_positions
 
 
