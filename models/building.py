@@ -79,7 +79,7 @@ def _arrays(
     """Each array of the decoder, with its path in the decoder's state."""
     layers = range(config.num_layers)
     with ThreadPoolExecutor(THREADS) as pool:
-        for name, weight in decoder_weights(config).items():
+        for name, weight in decoder_weights(config).by_name().items():
             short = name.removeprefix(BLOCKS)
             if name == short:
                 array = aligned_empty(weight.shape, weight.dtype(dtype))

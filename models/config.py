@@ -119,8 +119,8 @@ def field_kinds() -> dict[str, tuple[Any, ...]]:
 
 def _check_values(config: DecoderConfig) -> None:
     """Raises ValueError for a field of another kind than is declared, or a number not above 0."""
-    for name, kinds in field_kinds().items():
-        value: Any = getattr(config, name)
+    for name, value in vars(config).items():
+        kinds = field_kinds()[name]
         if name == "rope" or (value is None and type(None) in kinds):
             continue
         choices: tuple[Any, ...] = _choices(kinds)

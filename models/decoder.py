@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from jax import lax
 from jax_chunkattn.device.model_interface import Attend, Pool
 from models.config import DecoderConfig
 from models.rope import Angles, rotate
-from models.weights import BLOCKS, Weight, block_weights, decoder_weights
+from models.weights import BlockWeights, Weight, block_weights, decoder_weights
 from pallas_kernels.softcap import cap_scores
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -33,7 +32,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def project(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+def multiply(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
     """`x [T, *in]` times `weight [*in, *out]`: `[T, *out]`.
 
     float32 operands are multiplied in full float32; without the explicit precision a GPU would
@@ -42,6 +41,23 @@ def project(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None)
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     axes = x.ndim - 1
     return jnp.tensordot(x, weight, axes, precision=precision, preferred_element_type=out_dtype)
+
+
+def project(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+    """`x [T, *in]` times `weight [*in, *out]`, plus `bias [*out]` where there is one."""
+    output = multiply(x, weight[...])
+    return output if bias is None else output + bias[...][None]
+
+
+def normalise(
+    x: jax.Array, scale: nnx.Param | None, bias: nnx.Param | None, epsilon: float
+) -> jax.Array:
+    """The layer norm of `x [T, ..., *S]`, its RMS norm without `bias`, itself without `scale`."""
+    if scale is None:
+        return x
+    if bias is None:
+        return rms_norm(x, scale[...], epsilon)
+    return layer_norm(x, scale[...], bias[...], epsilon)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
@@ -66,78 +82,77 @@ def _like(weight: jax.Array, rank: int) -> jax.Array:
     return weight.astype(jnp.float32).reshape((1,) * (rank - weight.ndim) + weight.shape)
 
 
+MakeParameter = Callable[[Weight], nnx.Param]
+
+
+def _optional(make: MakeParameter, weight: Weight | None) -> nnx.Param | None:
+    return None if weight is None else make(weight)
+
+
 class Block(nnx.Module):
     """One layer. Where `Decoder` scans, every weight has an extra leading L axis.
 
-    `models.weights.block_weights` says which weights a config gives it besides these.
+    `BlockWeights` says what each weight is; a weight that `config` does not ask for is None.
     """
 
-    qkv: nnx.Param
-    attention_out: nnx.Param
-    down: nnx.Param
-
-    def __init__(self, config: DecoderConfig, params: dict[str, nnx.Param]):
+    def __init__(self, config: DecoderConfig, weights: BlockWeights, make: MakeParameter):
+        optional = partial(_optional, make)
         self.config = config
-        for name, param in params.items():
-            setattr(self, name, param)
+        self.attention_norm = optional(weights.attention_norm)
+        self.attention_norm_bias = optional(weights.attention_norm_bias)
+        self.mlp_norm = optional(weights.mlp_norm)
+        self.mlp_norm_bias = optional(weights.mlp_norm_bias)
+        self.attention_post_norm = optional(weights.attention_post_norm)
+        self.attention_post_norm_bias = optional(weights.attention_post_norm_bias)
+        self.mlp_post_norm = optional(weights.mlp_post_norm)
+        self.mlp_post_norm_bias = optional(weights.mlp_post_norm_bias)
+        self.qkv = make(weights.qkv)
+        self.attention_out = make(weights.attention_out)
+        self.qkv_bias = optional(weights.qkv_bias)
+        self.attention_out_bias = optional(weights.attention_out_bias)
+        self.query_norm = optional(weights.query_norm)
+        self.key_norm = optional(weights.key_norm)
+        self.gate_up = optional(weights.gate_up)
+        self.up = optional(weights.up)
+        self.down = make(weights.down)
+        self.gate_up_bias = optional(weights.gate_up_bias)
+        self.up_bias = optional(weights.up_bias)
+        self.down_bias = optional(weights.down_bias)
 
     def __call__(
         self, x: jax.Array, angles: Angles | None, pool: Pool, layer: jax.Array, attend: Attend
     ) -> tuple[jax.Array, Pool]:
         """`x [T, E] -> [T, E]`, and the pool after `attend` wrote this layer's keys and values."""
-        config = self.config
-        attended, pool = self._attention(
-            norm(self, "attention_norm", x) if config.norm_before else x,
-            angles,
-            pool,
-            layer,
-            attend,
-        )
-        x = x + (norm(self, "attention_post_norm", attended) if config.norm_after else attended)
-        output = self._mlp(norm(self, "mlp_norm", x) if config.norm_before else x)
-        return x + (norm(self, "mlp_post_norm", output) if config.norm_after else output), pool
+        norm = partial(normalise, epsilon=self.config.norm_epsilon)
+        normed = norm(x, self.attention_norm, self.attention_norm_bias)
+        attended, pool = self._attention(normed, angles, pool, layer, attend)
+        x = x + norm(attended, self.attention_post_norm, self.attention_post_norm_bias)
+        output = self._mlp(norm(x, self.mlp_norm, self.mlp_norm_bias))
+        return x + norm(output, self.mlp_post_norm, self.mlp_post_norm_bias), pool
 
     def _attention(
         self, x: jax.Array, angles: Angles | None, pool: Pool, layer: jax.Array, attend: Attend
     ) -> tuple[jax.Array, Pool]:
         config = self.config
-        heads = self._project("qkv", x)  # [T, Hkv, G + 2, D]
+        heads = project(x, self.qkv, self.qkv_bias)  # [T, Hkv, G + 2, D]
         q = heads[:, :, :-2].reshape(len(x), config.num_heads, config.head_dim)
         k, v = heads[:, :, -2], heads[:, :, -1]
-        if config.query_key_norm is not None:
-            q = rms_norm(q, self._weight("query_norm"), config.norm_epsilon)
-            k = rms_norm(k, self._weight("key_norm"), config.norm_epsilon)
+        q = normalise(q, self.query_norm, None, config.norm_epsilon)
+        k = normalise(k, self.key_norm, None, config.norm_epsilon)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         attended, pool = attend(pool, layer, q, k, v)
-        return self._project("attention_out", attended.astype(x.dtype)), pool
+        return project(attended.astype(x.dtype), self.attention_out, self.attention_out_bias), pool
 
     def _mlp(self, x: jax.Array) -> jax.Array:
         activation = ACTIVATIONS[self.config.activation]
-        if self.config.gated_mlp:
-            gate_up = self._project("gate_up", x)  # [T, 2, F]
+        if self.gate_up is not None:
+            gate_up = project(x, self.gate_up, self.gate_up_bias)  # [T, 2, F]
             inner = activation(gate_up[:, 0]) * gate_up[:, 1]
         else:
-            inner = activation(self._project("up", x))
-        return self._project("down", inner)
-
-    def _project(self, name: str, x: jax.Array) -> jax.Array:
-        output = project(x, self._weight(name))
-        if not hasattr(self, f"{name}_bias"):
-            return output
-        return output + self._weight(f"{name}_bias")[None]
-
-    def _weight(self, name: str) -> jax.Array:
-        return getattr(self, name)[...]
-
-
-def norm(module: Any, name: str, x: jax.Array) -> jax.Array:
-    """The norm of `x [T, E]` that `module`'s config asks for, with its weights called `name`."""
-    epsilon = module.config.norm_epsilon
-    scale = getattr(module, name)[...]
-    if module.config.norm == "rms":
-        return rms_norm(x, scale, epsilon)
-    return layer_norm(x, scale, getattr(module, f"{name}_bias")[...], epsilon)
+            assert self.up is not None
+            inner = activation(project(x, self.up, self.up_bias))
+        return project(inner, self.down, self.down_bias)
 
 
 class Decoder(nnx.Module):
@@ -148,9 +163,6 @@ class Decoder(nnx.Module):
     `unroll` gives each layer arrays of its own instead of a part of stacked ones.
     """
 
-    embedding: nnx.Param
-    position_embedding: nnx.Param  # only if they are learned
-    unembedding: nnx.Param  # only if it is not the embedding
     blocks: Block | nnx.List
 
     def __init__(
@@ -173,19 +185,17 @@ class Decoder(nnx.Module):
             noise = jax.random.normal(rngs.params(), (count,), weight.dtype(dtype))
             return nnx.Param((noise * weight.stddev + weight.mean).reshape(weight.shape))
 
-        for name, weight in decoder_weights(config).items():
-            if not name.startswith(BLOCKS):
-                setattr(self, name, draw(weight))
-        layer = block_weights(config)
+        weights = decoder_weights(config)
+        self.embedding = draw(weights.embedding)
+        self.position_embedding = _optional(draw, weights.position_embedding)
+        self.final_norm = draw(weights.final_norm)
+        self.final_norm_bias = _optional(draw, weights.final_norm_bias)
+        self.unembedding = _optional(draw, weights.unembedding)
         if unroll:
-            layers = range(config.num_layers)
-            self.blocks = nnx.List(
-                Block(config, {name: draw(weight) for name, weight in layer.items()})
-                for _ in layers
-            )
+            one = block_weights(config)
+            self.blocks = nnx.List(Block(config, one, draw) for _ in range(config.num_layers))
         else:
-            stacked = {name: one.stacked(config.num_layers) for name, one in layer.items()}
-            self.blocks = Block(config, {name: draw(weight) for name, weight in stacked.items()})
+            self.blocks = Block(config, weights.blocks, draw)
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, pool: Pool, attend: Attend
@@ -223,16 +233,16 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final norm and unembedding: `hidden [R, E] -> [R, V]` float32."""
-        tied = self.config.tie_embeddings
-        unembedding = self.embedding[...].T if tied else self.unembedding[...]
-        normed = norm(self, "final_norm", hidden)
-        logits = project(normed, unembedding, out_dtype=jnp.dtype(jnp.float32))
+        unembedding = self.embedding[...].T if self.unembedding is None else self.unembedding[...]
+        epsilon = self.config.norm_epsilon
+        normed = normalise(hidden, self.final_norm, self.final_norm_bias, epsilon)
+        logits = multiply(normed, unembedding, out_dtype=jnp.dtype(jnp.float32))
         return cap_scores(logits, self.config.logit_softcap)
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         x = self.embedding[...].at[tokens].get(mode="clip")
         if self.config.embedding_scale is not None:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
-        if self.config.learned_positions:
+        if self.position_embedding is not None:
             x = x + self.position_embedding[...].at[positions].get(mode="clip")
         return x

@@ -91,7 +91,7 @@ class Piece:
 def pieces(layout: Layout, config: DecoderConfig, name: str, layer: int | None) -> list[Piece]:
     """Where the decoder's weight called `name` comes from, in one layer or outside the layers."""
     weights = decoder_weights(config) if layer is None else block_weights(config)
-    weight = weights[name]
+    weight = weights.by_name()[name]
     base, suffix = (name[:-5], ".bias") if name.endswith("_bias") else (name, ".weight")
     found = []
     for part, index in JOINED.get(base, {base: (...,)}).items():
@@ -118,11 +118,11 @@ def expected_shapes(layout: Layout, config: DecoderConfig) -> dict[str, tuple[in
 
 def every_weight(config: DecoderConfig) -> Iterator[tuple[str, int | None]]:
     """Names of the weights outside the layers, then of each layer's."""
-    for name in decoder_weights(config):
+    for name in decoder_weights(config).by_name():
         if not name.startswith(BLOCKS):
             yield name, None
     for layer in range(config.num_layers):
-        for name in block_weights(config):
+        for name in block_weights(config).by_name():
             yield name, layer
 
 

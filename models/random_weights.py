@@ -19,8 +19,8 @@ def random_fill(config: DecoderConfig, seed: int) -> Fill:
     They depend on the seed alone: arrays are drawn in parts, each from a generator of its own, so
     neither the number of threads nor how the layers are stored counts.
     """
-    weights = decoder_weights(config)
-    layers = block_weights(config)
+    weights = decoder_weights(config).by_name()
+    layers = block_weights(config).by_name()
     index = {name: number for number, name in enumerate([*weights, *layers])}
 
     def fill(name: str, layer: int | None, out: np.ndarray) -> None:

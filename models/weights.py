@@ -1,5 +1,8 @@
 """Every weight of a decoder, declared once: shape, logical axes, and random values.
 
+`BlockWeights` and `DecoderWeights` have a field for each weight that any decoder has; a weight that
+a config does not ask for is None. The parameters of `models.decoder` have the names of the fields.
+
 Logical axes name what a dimension counts. How a decoder is laid out over a mesh of devices is then
 a mapping from these names to the mesh's (`jax_chunkattn.device.logical_axes`), and the weights
 need not be listed again.
@@ -54,77 +57,153 @@ class Weight:
         return replace(self, shape=self.shape[1:], axes=self.axes[1:])
 
 
-def decoder_weights(config: DecoderConfig) -> dict[str, Weight]:
-    """All weights by name; those of the layers, named `blocks/...`, are stacked on a first axis."""
+@dataclass(frozen=True, kw_only=True)
+class BlockWeights:
+    """The weights of one layer, or stacked those of all layers.
+
+    A scale without a bias is that of an RMS norm, with one that of a layer norm.
+
+    Attributes:
+      attention_norm, mlp_norm: of what attention and the MLP read.
+      attention_post_norm, mlp_post_norm: of what they add to the residual stream.
+      qkv: each KV head's group of query heads, its key and its value: `[E, Hkv, G + 2, D]`.
+      attention_out: `[Hq, D, E]`.
+      query_norm, key_norm: RMS norms of queries and keys: `[D]`, or `[Hq, D]` and `[Hkv, D]`.
+      gate_up, up: `[E, 2, F]` of a gated MLP of width F, `[E, F]` of any other; one is None.
+      down: `[F, E]`.
+    """
+
+    attention_norm: Weight | None = None
+    attention_norm_bias: Weight | None = None
+    mlp_norm: Weight | None = None
+    mlp_norm_bias: Weight | None = None
+    attention_post_norm: Weight | None = None
+    attention_post_norm_bias: Weight | None = None
+    mlp_post_norm: Weight | None = None
+    mlp_post_norm_bias: Weight | None = None
+    qkv: Weight
+    attention_out: Weight
+    qkv_bias: Weight | None = None
+    attention_out_bias: Weight | None = None
+    query_norm: Weight | None = None
+    key_norm: Weight | None = None
+    gate_up: Weight | None = None
+    up: Weight | None = None
+    down: Weight
+    gate_up_bias: Weight | None = None
+    up_bias: Weight | None = None
+    down_bias: Weight | None = None
+
+    def by_name(self) -> dict[str, Weight]:
+        """The weights that there are, by the names of their fields."""
+        return {name: weight for name, weight in vars(self).items() if weight is not None}
+
+    def stacked(self, layers: int) -> BlockWeights:
+        return BlockWeights(**{n: weight.stacked(layers) for n, weight in self.by_name().items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderWeights:
+    """All weights of a decoder.
+
+    Attributes:
+      embedding: `[V, E]`.
+      position_embedding: `[max_positions, E]`, where positions are learned.
+      blocks: of the layers, stacked.
+      final_norm, final_norm_bias: before the unembedding, `[E]`.
+      unembedding: `[E, V]`, where it is not the embedding.
+    """
+
+    embedding: Weight
+    position_embedding: Weight | None = None
+    blocks: BlockWeights
+    final_norm: Weight
+    final_norm_bias: Weight | None = None
+    unembedding: Weight | None = None
+
+    def by_name(self) -> dict[str, Weight]:
+        """The weights that there are, by name; those of the layers are named `blocks/...`."""
+        found: dict[str, Weight] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, BlockWeights):
+                found |= {BLOCKS + short: weight for short, weight in value.by_name().items()}
+            elif value is not None:
+                found[name] = value
+        return found
+
+
+def decoder_weights(config: DecoderConfig) -> DecoderWeights:
+    """The weights that `config` asks for."""
     vocab, hidden = config.vocab_size, config.hidden_size
-    weights = {"embedding": _table((vocab, hidden), ("vocab", "embed"))}
-    if config.learned_positions:
-        shape = (config.max_positions, hidden)
-        weights["position_embedding"] = _table(shape, ("positions", "embed"))
-    for name, weight in block_weights(config).items():
-        weights[BLOCKS + name] = weight.stacked(config.num_layers)
-    weights |= _norm(config, "final_norm")
-    if not config.tie_embeddings:
-        weights["unembedding"] = _matrix((hidden, vocab), ("embed", "vocab"))
-    return weights
+    positions = _table((config.max_positions, hidden), ("positions", "embed"))
+    unembedding = _matrix((hidden, vocab), ("embed", "vocab"))
+    final_norm, final_norm_bias = _norm(config)
+    return DecoderWeights(
+        embedding=_table((vocab, hidden), ("vocab", "embed")),
+        position_embedding=positions if config.learned_positions else None,
+        blocks=block_weights(config).stacked(config.num_layers),
+        final_norm=final_norm,
+        final_norm_bias=final_norm_bias,
+        unembedding=None if config.tie_embeddings else unembedding,
+    )
 
 
 def num_parameters(config: DecoderConfig) -> int:
     """Number of weights, a tied embedding counted once."""
-    return sum(math.prod(weight.shape) for weight in decoder_weights(config).values())
+    return sum(math.prod(weight.shape) for weight in decoder_weights(config).by_name().values())
 
 
-def block_weights(config: DecoderConfig) -> dict[str, Weight]:
+def block_weights(config: DecoderConfig) -> BlockWeights:
     """The weights of one layer."""
-    weights: dict[str, Weight] = {}
-    if config.norm_before:
-        weights |= _norm(config, "attention_norm") | _norm(config, "mlp_norm")
-    if config.norm_after:
-        weights |= _norm(config, "attention_post_norm") | _norm(config, "mlp_post_norm")
-    return weights | _attention(config) | _mlp(config)
-
-
-def _attention(config: DecoderConfig) -> dict[str, Weight]:
-    hidden, dim = config.hidden_size, config.head_dim
+    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
     heads, kv_heads = config.num_heads, config.num_kv_heads
-    qkv_shape = (kv_heads, heads // kv_heads + 2, dim)
-    qkv_axes = ("kv_heads", None, "head_dim")
-    out_axes = ("heads", "head_dim", "embed")
-    weights = {
-        "qkv": _matrix((hidden, *qkv_shape), ("embed", *qkv_axes)),
-        "attention_out": _matrix((heads, dim, hidden), out_axes, inputs=2),
-    }
-    if config.qkv_bias:
-        weights["qkv_bias"] = Weight(qkv_shape, qkv_axes)
-    if config.attention_out_bias:
-        weights["attention_out_bias"] = Weight((hidden,), ("embed",))
+    qkv_shape, qkv_axes = (kv_heads, heads // kv_heads + 2, dim), ("kv_heads", None, "head_dim")
+    scale, scale_bias = _norm(config)
+    before, before_bias = (scale, scale_bias) if config.norm_before else (None, None)
+    after, after_bias = (scale, scale_bias) if config.norm_after else (None, None)
+    query_norm, key_norm = _query_key_norms(config)
+    gated, biased = config.gated_mlp, config.mlp_bias
+    hidden_bias = Weight((hidden,), ("embed",))
+    return BlockWeights(
+        attention_norm=before,
+        attention_norm_bias=before_bias,
+        mlp_norm=before,
+        mlp_norm_bias=before_bias,
+        attention_post_norm=after,
+        attention_post_norm_bias=after_bias,
+        mlp_post_norm=after,
+        mlp_post_norm_bias=after_bias,
+        qkv=_matrix((hidden, *qkv_shape), ("embed", *qkv_axes)),
+        attention_out=_matrix((heads, dim, hidden), ("heads", "head_dim", "embed"), inputs=2),
+        qkv_bias=Weight(qkv_shape, qkv_axes) if config.qkv_bias else None,
+        attention_out_bias=hidden_bias if config.attention_out_bias else None,
+        query_norm=query_norm,
+        key_norm=key_norm,
+        gate_up=_matrix((hidden, 2, inner), ("embed", None, "mlp")) if gated else None,
+        up=None if gated else _matrix((hidden, inner), ("embed", "mlp")),
+        down=_matrix((inner, hidden), ("mlp", "embed")),
+        gate_up_bias=Weight((2, inner), (None, "mlp")) if biased and gated else None,
+        up_bias=Weight((inner,), ("mlp",)) if biased and not gated else None,
+        down_bias=hidden_bias if biased else None,
+    )
+
+
+def _query_key_norms(config: DecoderConfig) -> tuple[Weight | None, Weight | None]:
+    dim = config.head_dim
+    if config.query_key_norm is None:
+        return None, None
     if config.query_key_norm == "head":
-        weights["query_norm"] = weights["key_norm"] = _scale((dim,), ("head_dim",))
-    elif config.query_key_norm == "projection":
-        weights["query_norm"] = _scale((heads, dim), ("heads", "head_dim"))
-        weights["key_norm"] = _scale((kv_heads, dim), ("kv_heads", "head_dim"))
-    return weights
+        return _scale((dim,), ("head_dim",)), _scale((dim,), ("head_dim",))
+    return (
+        _scale((config.num_heads, dim), ("heads", "head_dim")),
+        _scale((config.num_kv_heads, dim), ("kv_heads", "head_dim")),
+    )
 
 
-def _mlp(config: DecoderConfig) -> dict[str, Weight]:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    branches, axes = ((2, inner), (None, "mlp")) if config.gated_mlp else ((inner,), ("mlp",))
-    name = "gate_up" if config.gated_mlp else "up"
-    weights = {
-        name: _matrix((hidden, *branches), ("embed", *axes)),
-        "down": _matrix((inner, hidden), ("mlp", "embed")),
-    }
-    if config.mlp_bias:
-        weights[f"{name}_bias"] = Weight(branches, axes)
-        weights["down_bias"] = Weight((hidden,), ("embed",))
-    return weights
-
-
-def _norm(config: DecoderConfig, name: str) -> dict[str, Weight]:
-    weights = {name: _scale((config.hidden_size,), ("embed",))}
-    if config.norm == "layer":
-        weights[f"{name}_bias"] = Weight((config.hidden_size,), ("embed",), wide=True)
-    return weights
+def _norm(config: DecoderConfig) -> tuple[Weight, Weight | None]:
+    """Scale and bias of a norm over E."""
+    shape, axes = (config.hidden_size,), ("embed",)
+    return _scale(shape, axes), Weight(shape, axes, wide=True) if config.norm == "layer" else None
 
 
 def _table(shape: tuple[int, int], axes: Axes) -> Weight:

@@ -104,7 +104,7 @@ def weight_bytes(decoder: DecoderConfig, dtype: str) -> int:
     """Of all weights in `dtype`, but those that stay float32."""
     return sum(
         math.prod(weight.shape) * jnp.dtype(weight.dtype(dtype)).itemsize
-        for weight in decoder_weights(decoder).values()
+        for weight in decoder_weights(decoder).by_name().values()
     )
 
 

@@ -28,7 +28,7 @@ TIED = dataclasses.replace(CONFIG, tie_embeddings=True)
 
 def load_weight(path, name: str, layer: int | None = None) -> np.ndarray:
     checkpoint = open_checkpoint(path, None)
-    weights = (decoder_weights if layer is None else block_weights)(checkpoint.config)
+    weights = (decoder_weights if layer is None else block_weights)(checkpoint.config).by_name()
     out = np.empty(weights[name].shape, np.float32)
     checkpoint.fill()(name, layer, out)
     return out

@@ -89,7 +89,7 @@ def test_every_axis_of_every_weight_is_known(preset):
         "vocab": config.vocab_size,
         "positions": config.max_positions,
     }
-    for name, weight in decoder_weights(config).items():
+    for name, weight in decoder_weights(config).by_name().items():
         for axis, size in zip(weight.axes, weight.shape, strict=True):
             assert axis is None or sizes[axis] == size, name
     assert set(AXIS_RULES) <= set(sizes)

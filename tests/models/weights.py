@@ -28,7 +28,7 @@ def random_weights(config: DecoderConfig, seed: int) -> dict[str, np.ndarray]:
     """Random weights by name in float32, those of the layers stacked."""
     fill = random_fill(config, seed)
     weights = {}
-    for name, weight in decoder_weights(config).items():
+    for name, weight in decoder_weights(config).by_name().items():
         weights[name] = np.empty(weight.shape, np.float32)
         if not name.startswith(BLOCKS):
             fill(name, None, weights[name])
