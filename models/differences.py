@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from models.architectures import LLAMA, Architecture, Key
+from models.architectures.declaration import Architecture, Key
+from models.architectures.llama import LLAMA
 from models.config import DecoderConfig
 from models.hf_config import read_config
 
@@ -32,7 +33,7 @@ def default_config(architecture: Architecture) -> DecoderConfig:
     """A small decoder of this architecture, with its defaults for all but sizes."""
     words = {
         source.name: _SIZES[field]
-        for field, source in architecture.fields.items()
+        for field, source in architecture.fields.by_name().items()
         if field in _SIZES and isinstance(source, Key)
     }
     return read_config(words, architecture, Path(architecture.class_name))

@@ -7,21 +7,12 @@ GPT-2's matrices.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-from models.architectures import (
-    GEMMA2,
-    GEMMA3,
-    GPT2,
-    LLAMA,
-    PHI3,
-    QWEN2,
-    QWEN3,
-    Architecture,
-    Scalings,
-)
+from models.architectures import ARCHITECTURES
+from models.architectures.declaration import Architecture, GGUFFormat, Scalings
 from models.errors import CheckpointError
 from models.gguf_file import GGUFFile
 from models.layout import Layout
@@ -34,74 +25,19 @@ from models.sizes import (
     size_error,
 )
 
-_ENDS = {
-    "token_embd": ("embedding",),
-    "output_norm": ("final_norm",),
-    "output": ("unembedding",),
-}
-_ATTENTION = {
-    "blk.{}.attn_norm": ("attention_norm",),
-    "blk.{}.attn_q": ("q",),
-    "blk.{}.attn_k": ("k",),
-    "blk.{}.attn_v": ("v",),
-    "blk.{}.attn_output": ("attention_out",),
-}
-_MLP = {
-    "blk.{}.ffn_norm": ("mlp_norm",),
-    "blk.{}.ffn_gate": ("gate",),
-    "blk.{}.ffn_up": ("up",),
-    "blk.{}.ffn_down": ("down",),
-}
-_QUERY_KEY_NORMS = {
-    "blk.{}.attn_q_norm": ("query_norm",),
-    "blk.{}.attn_k_norm": ("key_norm",),
-}
-_FUSED_ATTENTION = {
-    "blk.{}.attn_norm": ("attention_norm",),
-    "blk.{}.attn_qkv": ("q", "k", "v"),
-    "blk.{}.attn_output": ("attention_out",),
-    "blk.{}.ffn_norm": ("mlp_norm",),
-    "blk.{}.ffn_down": ("down",),
-}
-_NORMS_AFTER = {
-    "blk.{}.post_attention_norm": ("attention_post_norm",),
-    "blk.{}.post_ffw_norm": ("mlp_post_norm",),
-}
-_LLAMA = _ENDS | _ATTENTION | _MLP
 _ROPE_FACTORS = "rope_freqs.weight"
-_IGNORED = (r"rope_freqs\.weight",)  # read with the metadata
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """An architecture in GGUF files.
-
-    Attributes:
-      unscaled_layers: of the one model whose scores are not scaled by 1/sqrt(head_dim) but by
-        1/sqrt(hidden_size / num_heads): the file does not say, llama.cpp knows it by its layers.
-    """
-
-    architecture: Architecture
-    layout: Layout
-    unscaled_layers: int | None = None
+def _kinds() -> dict[str, tuple[Architecture, GGUFFormat]]:
+    kinds: dict[str, tuple[Architecture, GGUFFormat]] = {}
+    for architecture in ARCHITECTURES.values():
+        if architecture.gguf is not None:
+            kinds.setdefault(architecture.gguf.name, (architecture, architecture.gguf))
+    return kinds
 
 
-KINDS = {
-    "llama": _Kind(LLAMA, Layout(_LLAMA, ignored=_IGNORED, interleaved=True)),
-    "qwen2": _Kind(QWEN2, Layout(_LLAMA)),
-    "qwen3": _Kind(QWEN3, Layout(_LLAMA | _QUERY_KEY_NORMS)),
-    "gemma2": _Kind(GEMMA2, Layout(_LLAMA | _NORMS_AFTER), unscaled_layers=46),
-    "gemma3": _Kind(GEMMA3, Layout(_LLAMA | _NORMS_AFTER | _QUERY_KEY_NORMS), unscaled_layers=62),
-    "phi3": _Kind(PHI3, Layout(_ENDS | _FUSED_ATTENTION | {"blk.{}.ffn_up": ("gate", "up")})),
-    "gpt2": _Kind(
-        GPT2,
-        Layout(
-            _ENDS
-            | _FUSED_ATTENTION
-            | {"position_embd": ("position_embedding",), "blk.{}.ffn_up": ("up",)}
-        ),
-    ),
-}
+KINDS = _kinds()
+"""By the name that GGUF files call it, an architecture; of those that share a name, the first."""
 
 _WORDS = {
     "embedding_length": ("hidden_size", "n_embd"),
@@ -152,8 +88,11 @@ def gguf_architecture(file: GGUFFile) -> tuple[Architecture, Layout]:
             f"{file.path}: architecture {name!r} is not supported in GGUF files, only "
             f"{', '.join(KINDS)}"
         )
-    architecture = replace(KINDS[name].architecture, scalings=Scalings(turns_part=True))
-    return architecture, KINDS[name].layout
+    architecture, gguf = KINDS[name]
+    if architecture.rotary is not None:
+        rotary = replace(architecture.rotary, scalings=Scalings(turns_part=True))
+        architecture = replace(architecture, rotary=rotary)
+    return architecture, gguf.layout
 
 
 def hf_words(file: GGUFFile) -> dict[str, Any]:
@@ -179,7 +118,8 @@ def hf_words(file: GGUFFile) -> dict[str, Any]:
             f"{file.path}: keys have {head_dim} dimensions and values {values}; only equal ones "
             "are supported"
         )
-    unscaled = config["num_hidden_layers"] == KINDS[name].unscaled_layers
+    _, gguf = KINDS[name]
+    unscaled = config["num_hidden_layers"] == gguf.unscaled_layers
     config["query_pre_attn_scalar"] = by_heads if unscaled else head_dim
     return config | _rope_words(file, name, head_dim)
 

@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from models.architectures import ARCHITECTURES, REQUIRED, Architecture, Key
+from models.architectures import ARCHITECTURES
+from models.architectures.declaration import REQUIRED, Architecture, Key
 from models.config import DecoderConfig, field_kinds
 from models.errors import CheckpointError
-from models.hf_rope import layer_types, read_ropes
+from models.hf_layers import SLIDING, layer_types
+from models.hf_rope import read_ropes
 from models.sizes import (
     MOST_HEAD_DIM,
     MOST_HEADS,
@@ -81,7 +83,8 @@ def read_config(
             )
     try:
         fields = {
-            name: _value(config, name, source) for name, source in architecture.fields.items()
+            name: _value(config, name, source)
+            for name, source in architecture.fields.by_name().items()
         }
         if fields["num_kv_heads"] is None:
             fields["num_kv_heads"] = fields["num_heads"]
@@ -89,11 +92,13 @@ def read_config(
             fields["intermediate_size"] = 4 * fields["hidden_size"]
         if fields["head_dim"] is None:
             fields["head_dim"] = fields["hidden_size"] // fields["num_heads"]
+        if architecture.rotary is None:
+            fields |= {"rope": None, "learned_positions": True}
         decoder = DecoderConfig(**fields)
         if (count := num_parameters(decoder)) > MOST_PARAMETERS:
             raise CheckpointError(f"{count:,} parameters; at most {MOST_PARAMETERS:,} are read")
-        if architecture.rotates:
-            ropes = read_ropes(config, architecture, decoder, max_positions)
+        if architecture.rotary is not None:
+            ropes = read_ropes(config, architecture, architecture.rotary, decoder, max_positions)
             decoder = replace(decoder, rope=ropes)
         _check_windows(config, architecture, decoder, max_positions)
         return _limited(decoder, max_positions)
@@ -134,13 +139,13 @@ def _check_windows(
     max_positions: int | None,
 ) -> None:
     window = config.get("sliding_window", architecture.windows.default)
-    kinds = layer_types(config, architecture, decoder.num_layers)
-    if window is None or "sliding_attention" not in kinds:
+    kinds = layer_types(config, architecture.windows, decoder.num_layers)
+    if window is None or SLIDING not in kinds:
         return
     if not is_size(window):
         raise CheckpointError(size_error("sliding_window", window))
     if window < (max_positions or decoder.max_positions):
-        count = kinds.count("sliding_attention")
+        count = kinds.count(SLIDING)
         raise CheckpointError(
             f"{count} of {len(kinds)} layers see the last {window:,} tokens only "
             f"(sliding_window), which is not supported; sequences of up to {window:,} tokens do "

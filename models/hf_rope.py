@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from models.architectures import Architecture
+from models.architectures.declaration import Architecture, Rotary
 from models.config import DecoderConfig
 from models.errors import CheckpointError
-from models.messages import listed
+from models.hf_layers import FULL, LAYER_TYPES, SLIDING, layer_types, rotating_layers
 from models.rope import (
     FactorScaling,
     LayerRopes,
@@ -30,7 +30,6 @@ from models.rope import (
 )
 from models.sizes import is_number, is_positive, is_size, shown, size_error
 
-FULL, SLIDING = LAYER_TYPES = ("full_attention", "sliding_attention")
 ORIGINAL = "original_max_position_embeddings"
 BESIDE = f"{ORIGINAL} beside the scaling"
 PART = "partial_rotary_factor"
@@ -38,38 +37,10 @@ PART = "partial_rotary_factor"
 Words = Mapping[str, Any]
 
 
-def layer_types(config: Words, architecture: Architecture, num_layers: int) -> list[str]:
-    """Of each layer, whether it sees everything or a window.
-
-    Raises:
-      CheckpointError: config.json says something else.
-    """
-    if (declared := config.get("layer_types")) is not None:
-        if not isinstance(declared, list):
-            raise CheckpointError(f"layer_types is {shown(declared)}, expected a list")
-        kinds = declared
-        if unknown := sorted({shown(kind) for kind in kinds if kind not in LAYER_TYPES}):
-            raise CheckpointError(f"layers of type {listed(unknown)} are not supported")
-        if len(kinds) != num_layers:
-            raise CheckpointError(f"layer_types names {len(kinds)} layers of {num_layers}")
-        return kinds
-    windows = architecture.windows
-    if windows.if_used and not config.get("use_sliding_window", False):
-        return [FULL] * num_layers
-    if windows.pattern is not None:
-        pattern = config.get("sliding_window_pattern", windows.pattern)
-        if not is_size(pattern):
-            raise CheckpointError(size_error("sliding_window_pattern", pattern))
-        return [LAYER_TYPES[(layer + 1) % pattern != 0] for layer in range(num_layers)]
-    first = config.get("max_window_layers", 0)
-    if not is_size(first, least=0):
-        raise CheckpointError(size_error("max_window_layers", first, least=0))
-    return [LAYER_TYPES[layer >= first] for layer in range(num_layers)]
-
-
 def read_ropes(
     config: Words,
     architecture: Architecture,
+    rotary: Rotary,
     decoder: DecoderConfig,
     max_positions: int | None,
 ) -> Rope | LayerRopes:
@@ -80,11 +51,11 @@ def read_ropes(
     """
     limit = max_positions or decoder.max_positions
     ropes = {
-        kind: _Reader(words, architecture, decoder, limit).rope()
-        for kind, words in _words_by_type(config, architecture).items()
+        kind: _Reader(words, architecture, rotary, decoder, limit).rope()
+        for kind, words in _words_by_type(config, architecture, rotary).items()
     }
-    kinds = layer_types(config, architecture, decoder.num_layers)
-    rotates = _rotating_layers(config, architecture, decoder.num_layers)
+    kinds = layer_types(config, architecture.windows, decoder.num_layers)
+    rotates = rotating_layers(config, rotary, decoder.num_layers)
     layers = tuple(
         ropes.get(kind, ropes[FULL]) if rotating else None
         for kind, rotating in zip(kinds, rotates, strict=True)
@@ -92,32 +63,20 @@ def read_ropes(
     return layers[0] if len(set(layers)) == 1 and layers[0] is not None else layers
 
 
-def _rotating_layers(config: Words, architecture: Architecture, num_layers: int) -> list[bool]:
-    if architecture.nope_interval is None:
-        return [True] * num_layers
-    declared = config.get("no_rope_layers")  # whose 1 means that a layer does rotate
-    if declared is not None:
-        if not isinstance(declared, list) or len(declared) < num_layers:
-            raise CheckpointError(f"no_rope_layers is no list of {num_layers} layers")
-        return [bool(layer) for layer in declared[:num_layers]]
-    interval = config.get("no_rope_layer_interval", architecture.nope_interval)
-    if not is_size(interval):
-        raise CheckpointError(size_error("no_rope_layer_interval", interval))
-    return [(layer + 1) % interval != 0 for layer in range(num_layers)]
-
-
-def _words_by_type(config: Words, architecture: Architecture) -> dict[str, dict[str, Any]]:
+def _words_by_type(
+    config: Words, architecture: Architecture, rotary: Rotary
+) -> dict[str, dict[str, Any]]:
     """What config.json says of each type of layer; of all, where there is but one entry.
 
     Where it says a thing twice, `rope_scaling` wins over `rope_parameters`, and both over what
     stands beside them; but for the original context, which is the one that stands beside them.
     """
     scaling, params = _object(config, "rope_scaling"), _object(config, "rope_parameters")
-    theta = config.get("rope_theta", architecture.theta)
+    theta = config.get("rope_theta", rotary.theta)
     beside = {PART: config[PART]} if PART in config else {}
-    if not architecture.scalings.turns_part and config.get(PART) is None:
+    if not rotary.scalings.turns_part and config.get(PART) is None:
         beside = {}
-    if architecture.local_theta is None:
+    if rotary.local_theta is None:
         words = scaling or params or {}
         if by_type := [kind for kind in LAYER_TYPES if kind in words]:
             raise CheckpointError(
@@ -125,11 +84,11 @@ def _words_by_type(config: Words, architecture: Architecture) -> dict[str, dict[
                 "for all layers"
             )
         words = {"rope_theta": theta, **beside, **words}
-        original = config.get(ORIGINAL, architecture.scalings.original_positions)
+        original = config.get(ORIGINAL, rotary.scalings.original_positions)
         if original is not None or ORIGINAL in config:
             words[BESIDE] = original
         return {FULL: words}
-    local = config.get("rope_local_base_freq", architecture.local_theta)
+    local = config.get("rope_local_base_freq", rotary.local_theta)
     if scaling is not None and params is not None and params.get(FULL) is None:
         raise CheckpointError(f"rope_scaling beside rope_parameters without {FULL!r}")
     outer = params or {}
@@ -154,14 +113,20 @@ class _Reader:
     """Reads the words for one type of layer."""
 
     def __init__(
-        self, words: Words, architecture: Architecture, decoder: DecoderConfig, limit: int
+        self,
+        words: Words,
+        architecture: Architecture,
+        rotary: Rotary,
+        decoder: DecoderConfig,
+        limit: int,
     ) -> None:
         self._words = words
         self._architecture = architecture
+        self._scalings = rotary.scalings
         self._decoder = decoder
         self._limit = limit
         self._named = words["rope_type"] if "rope_type" in words else words.get("type", "default")
-        self._names = architecture.scalings.names or {name: name for name in SCALINGS}
+        self._names = self._scalings.names or {name: name for name in SCALINGS}
         self.kind = self._names.get(self._named) if isinstance(self._named, str) else None
 
     def rope(self) -> Rope:
@@ -180,7 +145,7 @@ class _Reader:
 
     def _dims(self) -> int | None:
         """How many dimensions turn, where not all do."""
-        if not self._architecture.scalings.turns_part and self.kind == "default":
+        if not self._scalings.turns_part and self.kind == "default":
             return None
         if PART not in self._words:
             return None
@@ -191,7 +156,7 @@ class _Reader:
             return None
         if dims > head_dim:
             raise CheckpointError(f"of a head_dim of {head_dim}, {dims} cannot rotate")
-        if not self._architecture.scalings.turns_part:
+        if not self._scalings.turns_part:
             raise CheckpointError(
                 f"{PART} is {shown(self._words[PART])}; heads of "
                 f"{self._architecture.class_name} turn whole"

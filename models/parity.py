@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from models.architectures import ARCHITECTURES, MISTRAL
+from models.architectures import ARCHITECTURES
 from models.differences import describe_differences
-from models.gguf_config import KINDS
 
 PATH = Path(__file__).with_name("parity.json")
 NOT_MEASURED = "not measured"
-_CALLED_LLAMA = MISTRAL.class_name  # by llama.cpp's converter
 GGUF_ARCHITECTURES = frozenset(
-    (*(kind.architecture.class_name for kind in KINDS.values()), _CALLED_LLAMA)
+    name for name, architecture in ARCHITECTURES.items() if architecture.gguf is not None
 )
 """Class names of the architectures whose GGUF files load."""
 

@@ -15,7 +15,9 @@ import pytest
 from flax import nnx
 
 import models
-from models.architectures import GPT2, LLAMA, Key
+from models.architectures.declaration import Key
+from models.architectures.gpt2 import GPT2
+from models.architectures.llama import LLAMA
 from models.building import build
 from models.decoder import Block
 from models.dense_attention import empty_pool, run_dense
@@ -206,7 +208,7 @@ def test_memory_peaks_at_little_more_than_the_checkpoint(tmp_path):
         "architectures": [LLAMA.class_name],
         **{
             source.name: getattr(MEASURED, field)
-            for field, source in LLAMA.fields.items()
+            for field, source in LLAMA.fields.by_name().items()
             if isinstance(source, Key)
         },
     }

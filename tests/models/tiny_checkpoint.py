@@ -9,8 +9,8 @@ from typing import Any
 import gguf
 import numpy as np
 
+from models.architectures.llama import LLAMA
 from models.config import DecoderConfig
-from models.gguf_config import KINDS
 from models.layout import expected_shapes
 from models.rope import Rope
 
@@ -30,10 +30,11 @@ CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}:{{ m['content'] }}{% 
 
 def checkpoint_tensors(config: DecoderConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """Random tensors in rotate-half order, `[out, in]`, by GGUF name."""
+    assert LLAMA.gguf is not None
     random = np.random.default_rng(seed)
     return {
         name: random.normal(1.0 if len(shape) == 1 else 0.0, 0.2, shape).astype(np.float32)
-        for name, shape in expected_shapes(KINDS["llama"].layout, config).items()
+        for name, shape in expected_shapes(LLAMA.gguf.layout, config).items()
     }
 
 
