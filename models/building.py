@@ -1,7 +1,7 @@
-"""Making a decoder: its arrays one by one, straight into the place, dtype and sharding they keep.
+"""Builds a decoder array by array, each in its final dtype, on its final device and sharding.
 
-Host memory holds a few arrays of the decoder at a time besides those already placed. On a CPU a
-placed array is the host's own: its buffer begins at an address that JAX takes over without a copy.
+Besides the arrays that are already placed, host memory holds only a few at a time. On a CPU a
+placed array is not copied: its buffer begins at an address that JAX can take over.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OnProgress = Callable[[int, int], None]
 """Called with the bytes of weights made so far, and of all."""
 
 THREADS = min(4, os.cpu_count() or 1)
-ALIGNMENT = 64  # bytes; what XLA wants of a buffer that it does not copy
+ALIGNMENT = 64  # bytes; XLA copies a buffer with less
 
 
 def build(
@@ -99,13 +99,13 @@ def _arrays(
 
 
 def _wait(results: Iterable[None]) -> None:
-    """Until all are done; raises what one of them has raised."""
+    """Waits until all are done; raises what one of them has raised."""
     for _ in results:
         pass
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """`np.empty`, beginning where XLA can use it without a copy."""
+    """`np.empty` at an address where XLA can use it without a copy."""
     kind = np.dtype(jax.numpy.dtype(dtype))
     size = math.prod(shape) * kind.itemsize
     buffer = np.empty(size + ALIGNMENT, np.uint8)

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint, checked as a whole and then written into a decoder's arrays."""
+"""Checks the tensors of a checkpoint as a whole, then copies them into a decoder's arrays."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def matching_layout(tensors: Tensors, layout: Layout, config: DecoderConfig) -> 
     """The layout, with the prefix if the checkpoint's tensors have it.
 
     Raises:
-      CheckpointError: tensors are missing, have another shape, or are not the decoder's; the one
-        message names them.
+      CheckpointError: tensors are missing, have another shape, or are not the decoder's; one
+        message names all of them.
     """
     if layout.prefix and not any(name.startswith(layout.prefix) for name in tensors.shapes):
         layout = layout.without_prefix()
     expected = expected_shapes(layout, config)
     found = {name: shape for name, shape in tensors.shapes.items() if not layout.ignores(name)}
-    if config.tie_embeddings:  # what a file repeats for the unembedding is not read
+    if config.tie_embeddings:  # a copy of it that a file has is not read
         found = {name: shape for name, shape in found.items() if name not in _unembedding(layout)}
     complaints = [
         f"{what}: {listed(names)}"
@@ -50,7 +50,7 @@ def matching_layout(tensors: Tensors, layout: Layout, config: DecoderConfig) -> 
 
 
 def checkpoint_fill(tensors: Tensors, layout: Layout, config: DecoderConfig) -> Fill:
-    """Writes the weights of a checkpoint, each read when it is asked for.
+    """A `Fill` that reads each weight from the checkpoint when it is asked for.
 
     Raises:
       CheckpointError: as `matching_layout`, before any is read.

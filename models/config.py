@@ -1,4 +1,4 @@
-"""What tells one decoder from another, as data."""
+"""The configuration of a decoder."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ QueryKeyNorm = Literal["head", "projection"]
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """All of a decoder but its weights and their dtype; hashable, so it can be a static argument.
+    """Everything that defines a decoder except its weights and their dtype.
 
-    The defaults are Llama's. Raises ValueError when a field, or the relation of two, makes no
-    decoder.
+    It is hashable, so it can be a static argument. The defaults are Llama's. Raises ValueError when
+    a field, or a combination of two, is invalid.
 
     Attributes:
       vocab_size, hidden_size, intermediate_size, num_layers: V, E, the width of the MLP, L.
       num_heads, num_kv_heads, head_dim: Hq, Hkv, D.
-      max_positions: most tokens of a sequence.
+      max_positions: the most tokens of a sequence.
       tie_embeddings: whether the embedding is the unembedding too.
       norm: "rms" (Zhang and Sennrich, arXiv 1910.07467), or "layer", which has a bias.
       norm_epsilon: added to the mean square, or the variance.
       norm_before, norm_after: what each layer's attention and MLP read, and what they add to the
         residual stream, is normalised. OLMo 2 (arXiv 2501.00656) norms after, Gemma 2 both.
-      query_key_norm: RMS norm of queries and keys before they turn: of each "head" (Qwen3), or of
-        all heads together ("projection", OLMo 2).
+      query_key_norm: RMS norm of queries and keys before rotation: over each "head" (Qwen3), or
+        over all heads together ("projection", OLMo 2).
       activation: of the MLP, or of its gate.
       gated_mlp: activation(gate) * up (SwiGLU, arXiv 2002.05202) rather than activation(up).
       qkv_bias, attention_out_bias, mlp_bias: which projections add a bias.
-      rope: rotary embedding of all layers, or of each; None is none.
+      rope: rotary embedding of all layers, or one for each layer; None: no layer rotates.
       learned_positions: whether an embedding of positions is added to that of tokens.
       attention_scale: multiplies attention's scores; None is 1/sqrt(D).
       attention_softcap, logit_softcap: x becomes cap * tanh(x / cap), for scores and for logits
@@ -118,7 +118,7 @@ def field_kinds() -> dict[str, tuple[Any, ...]]:
 
 
 def _check_values(config: DecoderConfig) -> None:
-    """Raises ValueError for a field of another kind than is declared, or a number not above 0."""
+    """Raises ValueError for a field of another type than declared, or a number not above 0."""
     for name, value in vars(config).items():
         kinds = field_kinds()[name]
         if name == "rope" or (value is None and type(None) in kinds):

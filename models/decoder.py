@@ -1,10 +1,10 @@
 """A decoder in Flax NNX whose attention is handed in from outside.
 
-One decoder for all architectures: what tells them apart is in `DecoderConfig`. The weights of all
+One decoder serves all architectures: `DecoderConfig` says how they differ. The weights of all
 layers are stacked on a leading L axis and `lax.scan` runs over them, so that compile time does not
-grow with depth; the KV pool travels in the scan's carry, where XLA updates it in place. On a GPU
-the scan is not worth its price: every step copies a layer's weights out of the stack, as many bytes
-again as the products read, twice. There each layer has its own arrays, and the layers are unrolled.
+grow with depth; the KV pool is in the scan's carry, where XLA updates it in place. On a GPU the
+scan costs too much: every step copies a layer's weights out of the stack, which moves twice the
+bytes that the products read. There each layer has its own arrays, and the layers are unrolled.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
-    """`x [T, E]` less its mean, over its standard deviation, times `scale [E]` plus `bias [E]`."""
+    """`x [T, E]` minus its mean, over its standard deviation, times `scale [E]` plus `bias [E]`."""
     wide = x.astype(jnp.float32)
     centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
@@ -92,7 +92,7 @@ def _optional(make: MakeParameter, weight: Weight | None) -> nnx.Param | None:
 class Block(nnx.Module):
     """One layer. Where `Decoder` scans, every weight has an extra leading L axis.
 
-    `BlockWeights` says what each weight is; a weight that `config` does not ask for is None.
+    `BlockWeights` says what each weight is; a weight that the config does not have is None.
     """
 
     def __init__(self, config: DecoderConfig, weights: BlockWeights, make: MakeParameter):

@@ -1,4 +1,4 @@
-"""What tells an architecture from Llama, in words, from the table of architectures itself."""
+"""How an architecture differs from Llama, in words, derived from its declaration."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _GATES = {"silu": "SiLU", "gelu": "GELU", "gelu_tanh": "GELU", "relu": "ReLU"}
 
 
 def describe_differences(architecture: Architecture) -> str:
-    """What sets `architecture` apart from Llama where its config.json says nothing else."""
+    """How `architecture` differs from Llama where its config.json leaves the defaults."""
     if architecture is LLAMA:
         return "RMS norms; rotary embedding; SwiGLU"
     return "; ".join(_differences(default_config(architecture))) or "nothing"
 
 
 def default_config(architecture: Architecture) -> DecoderConfig:
-    """A small decoder of this architecture, with its defaults for all but sizes."""
+    """A small decoder of this architecture, with its defaults for everything but sizes."""
     words = {
         source.name: _SIZES[field]
         for field, source in architecture.fields.by_name().items()

@@ -1,4 +1,4 @@
-"""What can go wrong when a model is asked for; each is raised before anything is changed."""
+"""The errors of loading a model; they are raised before anything is changed."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A GGUF file's metadata in the words of config.json, and its tensors' names.
+"""A GGUF file's metadata as the keys of config.json, and its architecture.
 
-GGUF's keys are those of ggml's docs/gguf.md, and its tensors those of llama.cpp's converter. It
-changes some weights: permutes Llama's queries and keys, adds one to Gemma's norms, and transposes
-GPT-2's matrices.
+GGUF's keys are those of ggml's docs/gguf.md, and its tensors those of llama.cpp's converter, which
+changes some weights: it permutes Llama's queries and keys, adds one to Gemma's norms, and
+transposes GPT-2's matrices.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _kinds() -> dict[str, tuple[Architecture, GGUFFormat]]:
 
 
 KINDS = _kinds()
-"""By the name that GGUF files call it, an architecture; of those that share a name, the first."""
+"""By name in GGUF files. Of architectures that share a name, the first one."""
 
 _WORDS = {
     "embedding_length": ("hidden_size", "n_embd"),
@@ -54,7 +54,7 @@ _WORDS = {
     "final_logit_softcapping": ("final_logit_softcapping",),
     "rope.freq_base": ("rope_theta",),
 }
-"""For each key of GGUF, after the architecture's name, the keys of config.json that mean it."""
+"""For each key of GGUF, without the architecture's name, the keys of config.json for it."""
 _SCALING_WORDS = {
     "factor": "factor",
     "original_context_length": "original_max_position_embeddings",
@@ -70,7 +70,7 @@ _SIZES = {
     "attention.sliding_window": MOST_SIZE,
     "rope.dimension_count": MOST_HEAD_DIM,
 }
-"""Keys that are integers, from 1 to this."""
+"""Keys that are integers, and their maximum; the minimum is 1."""
 _REQUIRED = {
     "embedding_length",
     "feed_forward_length",
@@ -96,7 +96,7 @@ def gguf_architecture(file: GGUFFile) -> tuple[Architecture, Layout]:
 
 
 def hf_words(file: GGUFFile) -> dict[str, Any]:
-    """The file's metadata as a config.json. Raises CheckpointError for what has no words there."""
+    """The file's metadata as a config.json; CheckpointError for what config.json cannot express."""
     name = file.require("general.architecture")
     config: dict[str, Any] = {"tie_word_embeddings": "output.weight" not in file.shapes}
     for key, words in _WORDS.items():

@@ -29,7 +29,7 @@ from models.weights import num_parameters
 MOST = {"num_layers": MOST_LAYERS, "head_dim": MOST_HEAD_DIM} | dict.fromkeys(
     ("num_heads", "num_kv_heads"), MOST_HEADS
 )
-"""Of sizes that are bounded more narrowly than others."""
+"""The bounds of sizes that are not `MOST_SIZE`."""
 
 
 def find_architecture(config: Mapping[str, Any], where: Path) -> Architecture:
@@ -66,11 +66,11 @@ def read_config(
 ) -> DecoderConfig:
     """The decoder that config.json describes, for sequences of at most `max_positions` tokens.
 
-    None is as many as the model has. Sliding windows cannot be expressed, but make no difference to
+    None is as many as the model has. Sliding windows are not supported, but make no difference to
     sequences that fit into one.
 
     Raises:
-      CheckpointError: a key is missing, or asks for what is not supported; the message names it.
+      CheckpointError: a key is missing, or its value is not supported; the message names it.
     """
     for key, supported in architecture.must_be.items():
         value = config.get(key)
@@ -105,11 +105,11 @@ def read_config(
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from None
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise CheckpointError(f"{where}: makes no decoder: {error}") from error
+        raise CheckpointError(f"{where}: not a valid decoder: {error}") from error
 
 
 def _value(config: Mapping[str, Any], field: str, source: Any) -> Any:
-    """Of a field of `DecoderConfig`."""
+    """The value of a field of `DecoderConfig`."""
     if not isinstance(source, Key):
         return source
     value = config.get(source.name, source.default)

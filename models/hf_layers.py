@@ -14,10 +14,10 @@ FULL, SLIDING = LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def layer_types(config: Mapping[str, Any], windows: Windows, num_layers: int) -> list[str]:
-    """Of each layer, whether it sees everything or a window.
+    """The type of each layer: `FULL`, or `SLIDING` where it has a window.
 
     Raises:
-      CheckpointError: config.json says something else.
+      CheckpointError: config.json has other types, or not one for each layer.
     """
     if (declared := config.get("layer_types")) is not None:
         if not isinstance(declared, list):
@@ -42,14 +42,14 @@ def layer_types(config: Mapping[str, Any], windows: Windows, num_layers: int) ->
 
 
 def rotating_layers(config: Mapping[str, Any], rotary: Rotary, num_layers: int) -> list[bool]:
-    """Of each layer, whether it rotates queries and keys.
+    """Whether each layer rotates queries and keys.
 
     Raises:
-      CheckpointError: config.json says it in another form.
+      CheckpointError: config.json has not an entry for each layer, or no valid interval.
     """
     if rotary.nope_interval is None:
         return [True] * num_layers
-    declared = config.get("no_rope_layers")  # whose 1 means that a layer does rotate
+    declared = config.get("no_rope_layers")  # 1 means that a layer does rotate
     if declared is not None:
         if not isinstance(declared, list) or len(declared) < num_layers:
             raise CheckpointError(f"no_rope_layers is no list of {num_layers} layers")

@@ -1,9 +1,9 @@
-"""Which layers rotate how, by config.json: in transformers' words from version 5 on, and before.
+"""The rotary embedding that config.json describes, in transformers 5's keys or in the older ones.
 
-From version 5 on `rope_parameters` has it all, for all layers or by type of layer; before, the base
-was `rope_theta`, and what scales it `rope_scaling`. Words are read as transformers 5.24 reads them
-(modeling_rope_utils.py, and the configuration of each architecture), also where it passes some over
-in silence. What it raises over is refused, and a scaling that it warns of and leaves out.
+From version 5 on `rope_parameters` has all of it, for all layers or by type of layer; before, the
+base was `rope_theta`, and its scaling `rope_scaling`. Keys are read as transformers 5.24 reads them
+(modeling_rope_utils.py, and the configuration of each architecture), and those that it ignores are
+ignored. Refused are what it raises an error for, and a scaling that it warns of and leaves out.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def read_ropes(
     """The rotary embedding of all layers, or of each where they differ.
 
     Raises:
-      CheckpointError: an unknown scaling, a key that it lacks, or one that a cache cannot follow.
+      CheckpointError: an unknown scaling, one without a key that it needs, or one that would change
+        keys that are already cached.
     """
     limit = max_positions or decoder.max_positions
     ropes = {
@@ -66,10 +67,10 @@ def read_ropes(
 def _words_by_type(
     config: Words, architecture: Architecture, rotary: Rotary
 ) -> dict[str, dict[str, Any]]:
-    """What config.json says of each type of layer; of all, where there is but one entry.
+    """What config.json says of each type of layer; of all layers, where there is only one entry.
 
-    Where it says a thing twice, `rope_scaling` wins over `rope_parameters`, and both over what
-    stands beside them; but for the original context, which is the one that stands beside them.
+    Of a key that occurs twice, `rope_scaling` wins over `rope_parameters`, and both over the top
+    level of config.json; except the original context, for which the top level wins.
     """
     scaling, params = _object(config, "rope_scaling"), _object(config, "rope_parameters")
     theta = config.get("rope_theta", rotary.theta)
@@ -110,7 +111,7 @@ def _object(words: Words, name: str) -> dict[str, Any] | None:
 
 
 class _Reader:
-    """Reads the words for one type of layer."""
+    """Reads the keys for one type of layer."""
 
     def __init__(
         self,
@@ -140,18 +141,18 @@ class _Reader:
         with np.errstate(all="ignore"):
             frequencies, _ = rope.frequencies(self._decoder.head_dim)
         if not np.isfinite(frequencies).all():
-            raise CheckpointError(f"rotary scaling {self.kind!r} makes frequencies that are none")
+            raise CheckpointError(f"rotary scaling {self.kind!r}: frequencies are not finite")
         return rope
 
     def _dims(self) -> int | None:
-        """How many dimensions turn, where not all do."""
+        """How many dimensions rotate; None: all."""
         if not self._scalings.turns_part and self.kind == "default":
             return None
         if PART not in self._words:
             return None
         head_dim = self._decoder.head_dim
         self._number(PART, "rotary embedding")
-        dims = int(head_dim * self._words[PART])  # which loses nothing of a fraction of integers
+        dims = int(head_dim * self._words[PART])  # exact where it is a Fraction
         if dims == head_dim:
             return None
         if dims > head_dim:
@@ -171,9 +172,9 @@ class _Reader:
             )
 
     def dynamic(self) -> None:
-        """Scales only sequences longer than the model's positions.
+        """No scaling: it applies only to sequences longer than the model's positions.
 
-        As they grow, all keys would have to be turned anew; none is that long here.
+        No sequence is that long here.
         """
         self._number("factor")
 
@@ -233,7 +234,7 @@ class _Reader:
         return self._number("factor")
 
     def _factors(self, name: str) -> tuple[float, ...]:
-        """One for each pair of dimensions, more than 0."""
+        """A list of numbers above 0, one for each pair of dimensions."""
         values = self._words.get(name)
         if not isinstance(values, list):
             raise CheckpointError(f"rotary scaling {self.kind!r} has no list {name!r}")

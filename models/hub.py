@@ -135,7 +135,7 @@ class _Fetch:
         ]
 
     def _check_disk(self, sizes: Mapping[str, int]) -> None:
-        """Refuse a download that the disk has no room for, and say how much is to come."""
+        """Refuse a download that the disk has no room for, and report its size."""
         if not sizes:
             return
         needed = sum(sizes.values())
@@ -250,10 +250,10 @@ def _within(seconds: float | None, call: Callable[[], Result]) -> Result:
 
 @contextlib.contextmanager
 def _quiet(hub: Any) -> Iterator[None]:
-    """Keep the library's warnings from the user; all that matters is told here in other words."""
+    """Suppress the library's warnings; this module reports everything that matters itself."""
     logging = hub.utils.logging
     before = logging.get_verbosity()
-    if before == logging.WARNING:  # another level is somebody's choice
+    if before == logging.WARNING:  # another level was set on purpose
         logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():

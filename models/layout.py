@@ -1,8 +1,8 @@
 """Where a checkpoint keeps each weight of the decoder, and how it stores it.
 
-A layout names tensors by stem: a stem's `.weight`, and `.bias` where there is one. What a tensor
-holds is told in parts: the decoder's weights, but with `q`, `k` and `v` for its `qkv`, and `gate`
-and `up` for its `gate_up`. A tensor may hold several parts, one after another.
+A layout names tensors by stem: the tensors are the stem's `.weight`, and `.bias` where there is
+one. A tensor holds one part or several, one after another. A part is a weight of the decoder, but
+`qkv` has the parts `q`, `k` and `v`, and `gate_up` the parts `gate` and `up`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ JOINED: Mapping[str, Mapping[str, Index]] = {
     },
     "gate_up": {"gate": (..., 0, slice(None)), "up": (..., 1, slice(None))},
 }
-"""The weights of the decoder that are made of several parts, and where each part lies in them."""
+"""The weights of the decoder that consist of several parts, and the index of each part."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,14 @@ class Layout:
     """One kind of checkpoint of one architecture.
 
     Attributes:
-      tensors: the parts in each stem; `{}` stands for the layer.
-      prefix: of stems, which some files leave out.
-      ignored: patterns of tensors that hold nothing the decoder needs.
-      input_first: matrices are `[in, out]`, not `[out, in]`, but for the unembedding.
-      norm_offset: what is added to a norm's stored scale.
-      position_offset: rows before that of position 0.
-      interleaved: queries and keys turn neighbouring dimensions, as in llama.cpp, not halves.
+      tensors: the parts of each stem; `{}` is the number of the layer.
+      prefix: of stems; some files leave it out.
+      ignored: patterns of the names of tensors that the decoder does not need.
+      input_first: matrices are `[in, out]`, not `[out, in]`, except the unembedding.
+      norm_offset: added to the stored scale of each norm.
+      position_offset: how many rows precede that of position 0.
+      interleaved: rotary embedding pairs neighbouring dimensions of queries and keys, as llama.cpp
+        does, and not the halves of a head.
     """
 
     tensors: dict[str, tuple[str, ...]]
@@ -59,7 +60,7 @@ class Layout:
         return replace(self, tensors=tensors, prefix="")
 
     def is_transposed(self, part: str, inputs: int) -> bool:
-        """Whether a part with so many axes of input is stored `[in, out]`."""
+        """Whether a part with `inputs` axes of input is stored `[in, out]`."""
         return self.input_first and inputs > 0 and part != "unembedding"
 
     def ignores(self, name: str) -> bool:
@@ -68,16 +69,16 @@ class Layout:
 
 @dataclass(frozen=True)
 class Piece:
-    """What of a checkpoint's tensor goes where in a weight of the decoder.
+    """Rows of a checkpoint's tensor that are one part of a weight of the decoder.
 
     Attributes:
-      tensor: its name.
-      shape: the tensor's, as stored.
-      rows: of the tensor, once its outputs are on the first axis.
-      index: into the decoder's weight, of one layer.
+      tensor: the tensor's name.
+      shape: the tensor's shape, as stored.
+      rows: which rows of the tensor, when its outputs are on the first axis.
+      index: of the part in the decoder's weight, of one layer.
       part: the part's name.
-      inputs: axes of a projection's input, the first of the weight and the last of the tensor; 0
-        for all that is no projection.
+      inputs: number of axes of a projection's input, which are the first of the weight and the last
+        of the tensor; 0 for a part that is not a projection.
     """
 
     tensor: str
@@ -89,7 +90,7 @@ class Piece:
 
 
 def pieces(layout: Layout, config: DecoderConfig, name: str, layer: int | None) -> list[Piece]:
-    """Where the decoder's weight called `name` comes from, in one layer or outside the layers."""
+    """The pieces of the decoder's weight `name`, of one layer or (None) outside the layers."""
     weights = decoder_weights(config) if layer is None else block_weights(config)
     weight = weights.by_name()[name]
     base, suffix = (name[:-5], ".bias") if name.endswith("_bias") else (name, ".weight")
@@ -129,7 +130,7 @@ def every_weight(config: DecoderConfig) -> Iterator[tuple[str, int | None]]:
 def _stored_shape(
     layout: Layout, config: DecoderConfig, weight: Weight, base: str, part: str
 ) -> tuple[int, ...]:
-    """Of a part of `weight`, outputs first."""
+    """The shape of a part of `weight` in a checkpoint, outputs first."""
     index = JOINED.get(base, {}).get(part, (...,))
     shape = np.broadcast_to(np.empty(()), weight.shape)[index].shape
     if weight.inputs:
@@ -142,7 +143,7 @@ def _stored_shape(
 def place(
     weight: np.ndarray, piece: Piece, stored: np.ndarray, layout: Layout, config: DecoderConfig
 ) -> None:
-    """Writes a piece, out of the tensor it comes from, into one layer's `weight`."""
+    """Copies a piece from its tensor, `stored`, into one layer's `weight`."""
     values = stored.T if layout.is_transposed(piece.part, piece.inputs) else stored
     values = values[piece.rows]
     if layout.interleaved and piece.part in ("q", "k"):
@@ -178,8 +179,9 @@ def _write_transposed(target: np.ndarray, values: np.ndarray, inputs: int) -> No
 def rotate_half_rows(values: np.ndarray, head_dim: int, dims: int) -> np.ndarray:
     """Reorder the rows of a query or key projection `[H*D, ...]` from llama.cpp's order.
 
-    llama.cpp turns neighbours (2i, 2i + 1) of the first R = `dims` of a head, and its converter
-    permutes the rows so that this equals turning (i, i + R/2); here the permutation is undone.
+    llama.cpp rotates the neighbours (2i, 2i + 1) of the first R = `dims` dimensions of a head, and
+    its converter permutes the rows so that this equals rotating (i, i + R/2). This function undoes
+    the permutation.
     """
     heads = values.reshape(-1, head_dim, *values.shape[1:])
     halves = heads.copy()

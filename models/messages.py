@@ -1,4 +1,4 @@
-"""What is said to people in more than one place."""
+"""Messages to the user that more than one module writes."""
 
 from __future__ import annotations
 

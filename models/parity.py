@@ -1,4 +1,4 @@
-"""How closely decoders here agree with transformers': what the parity tests last measured.
+"""How closely this decoder agrees with transformers: what the parity tests last measured.
 
 `parity.json` is written by those tests, from tiny checkpoints of every architecture that both sides
 load in float32.
@@ -39,7 +39,7 @@ class ParityCase:
 
     Attributes:
       class_name: its architecture.
-      what: what is special about it.
+      what: what it tests.
       max_abs_logit_difference: over all positions of all prompts.
       greedy_tokens, greedy_tokens_equal: how many were decoded, and whether all were the same.
       format: of the file that was loaded here.

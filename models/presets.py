@@ -1,7 +1,7 @@
 """Published shapes by name, for random or abstract weights.
 
 The numbers are those of each model's config.json on the Hugging Face hub. `tiny` and `small` are
-nobody's: for tests, and for measuring on a CPU, with long prompts.
+not published models: they are for tests, and for measuring on a CPU with long prompts.
 """
 
 from __future__ import annotations

@@ -10,14 +10,14 @@ from models.building import THREADS, Fill
 from models.config import DecoderConfig
 from models.weights import block_weights, decoder_weights
 
-MOST_PARTS = 64  # in which an array is drawn
+MOST_PARTS = 64  # into which an array is split
 
 
 def random_fill(config: DecoderConfig, seed: int) -> Fill:
     """Writes normal weights of variance 1 / fan-in, norms of one and biases of zero.
 
-    They depend on the seed alone: arrays are drawn in parts, each from a generator of its own, so
-    neither the number of threads nor how the layers are stored counts.
+    They depend on the seed alone, not on the number of threads or on how the layers are stored:
+    arrays are drawn in parts, each from its own generator.
     """
     weights = decoder_weights(config).by_name()
     layers = block_weights(config).by_name()

@@ -1,8 +1,8 @@
-"""Rotary position embedding: how fast each pair of dimensions turns, and the turning.
+"""Rotary position embedding: how fast each pair of dimensions rotates, and the rotation.
 
 Su et al., arXiv 2104.09864, in the "rotate half" layout of Hugging Face checkpoints: dimension i
-turns with dimension i + R/2, of the R that turn. Scalings stretch the positions a model was trained
-for; they change frequencies once and for all, so a cached key never has to be turned again.
+rotates with dimension i + R/2, of the R that rotate. Scalings stretch the positions a model was
+trained for; they change the frequencies once, so a cached key never has to be rotated again.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class LinearScaling:
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Llama 3.1's: low frequencies divided by `factor`, high ones kept, a ramp between.
+    """Llama 3.1's: low frequencies divided by `factor`, high ones kept, and a ramp between.
 
-    Low and high are counted in turns within the original context: The Llama 3 Herd of Models, arXiv
-    2407.21783, section 3.4.2, as its checkpoints describe it.
+    Low and high are measured in turns within the original context: The Llama 3 Herd of Models,
+    arXiv 2407.21783, section 3.4.2, as its checkpoints describe it.
     """
 
     factor: float
@@ -124,14 +124,14 @@ class Rope:
             raise ValueError(f"an even number of dimensions turns, got {self.dims}")
 
     def turning(self, head_dim: int) -> int:
-        """R, for heads of D = `head_dim`."""
+        """R, the number of dimensions that rotate, for heads of D = `head_dim`."""
         return head_dim if self.dims is None else self.dims
 
     def frequencies(self, head_dim: int) -> tuple[np.ndarray, float]:
         """Radians a token `[R/2]`, and what cos and sin are multiplied by.
 
         In float32 throughout, as the checkpoints were trained: at position 8,000 another rounding
-        would be other angles.
+        would give other angles.
         """
         dims = self.turning(head_dim)
         exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
@@ -147,9 +147,9 @@ LayerRopes = tuple["Rope | None", ...]
 
 @dataclass(frozen=True)
 class RotaryTables:
-    """The turning of the layers of a decoder, those alike counted once; no layer need turn at all.
+    """The rotations of all layers of a decoder; layers that rotate alike are one kind.
 
-    Letters: K kinds of layers, R dimensions that turn.
+    Letters: K kinds of layers, R dimensions that rotate.
     """
 
     kind: tuple[int, ...]  # of each layer
@@ -158,10 +158,10 @@ class RotaryTables:
 
     @classmethod
     def of(cls, ropes: LayerRopes, head_dim: int) -> RotaryTables | None:
-        """None when no layer turns.
+        """None when no layer rotates.
 
         Raises:
-          ValueError: when layers turn different numbers of dimensions.
+          ValueError: when layers rotate different numbers of dimensions.
         """
         kinds = list(dict.fromkeys(ropes))
         sizes = {rope.turning(head_dim) for rope in kinds if rope is not None}
@@ -169,7 +169,7 @@ class RotaryTables:
             return None
         if len(sizes) > 1:
             raise ValueError(f"layers rotate different numbers of dimensions: {sorted(sizes)}")
-        still = np.zeros(sizes.pop() // 2, np.float32), 1.0  # an angle of 0 turns nothing
+        still = np.zeros(sizes.pop() // 2, np.float32), 1.0  # an angle of 0 does not rotate
         rows = [still if rope is None else rope.frequencies(head_dim) for rope in kinds]
         frequencies, factors = zip(*rows, strict=True)
         kind = tuple(kinds.index(rope) for rope in ropes)
@@ -186,9 +186,9 @@ Angles = tuple[jax.Array, jax.Array]
 
 
 def rotate(x: jax.Array, angles: Angles) -> jax.Array:
-    """Turn each pair `(i, i + R/2)` of `x [T, H, D]` by its angle; computed in float32.
+    """Rotate each pair `(i, i + R/2)` of `x [T, H, D]` by its angle; computed in float32.
 
-    `angles` are cos and sin, each `[T, 1, R/2]`. Dimensions from R on stay as they are.
+    `angles` are cos and sin, each `[T, 1, R/2]`. Dimensions from R on are unchanged.
     """
     cos, sin = angles
     half = cos.shape[-1]

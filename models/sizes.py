@@ -1,7 +1,7 @@
-"""Which numbers of a checkpoint's metadata can be what they stand for.
+"""Which numbers of a checkpoint's metadata are valid.
 
-JSON knows integers of any length, infinity and NaN; GGUF has 64 bits. A size is an index of an
-array, at most 2**31 - 1 wherever JAX counts in int32, and other numbers end up as float32.
+JSON has integers of any length, infinity and NaN; GGUF has 64 bits. A size must be at most
+2**31 - 1, since JAX indexes in int32, and other numbers must fit float32.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Any, TypeGuard
 
 MOST_SIZE = 2**31 - 1
-MOST_LAYERS = 10_000  # of a damaged number, memory would be used up before tensors are missed
+MOST_LAYERS = 10_000  # a corrupt number would exhaust memory before missing tensors are noticed
 MOST_HEADS = MOST_HEAD_DIM = 2**16
 MOST_PARAMETERS = 2**43
 LARGEST_FLOAT = (2 - 2.0**-23) * 2.0**127  # of float32
@@ -34,11 +34,11 @@ def is_positive(value: Any) -> TypeGuard[int | float | Fraction]:
 
 
 def shown(value: Any) -> str:
-    """The value in a message, which it does not fill."""
+    """The value as text for a message, cut to `MOST_SHOWN` characters."""
     text = repr(value)
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def size_error(name: str, value: Any, least: int = 1, most: int = MOST_SIZE) -> str:
-    """What is said of a value that is no such size."""
+    """The message for a value that is not such a size."""
     return f"{name} is {shown(value)}; expected an integer from {least:,} to {most:,}"

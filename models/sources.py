@@ -1,4 +1,4 @@
-"""Where a decoder comes from: a folder, a GGUF file, a repository on the hub, or random numbers."""
+"""The sources of a decoder: a folder, a GGUF file, a repository on the hub, or random numbers."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _WORDS = ("*.json", "*.jinja", "*/*.jinja")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A decoder's config, and how to get the rest; weights and tokenizer are read when asked for.
+    """A decoder's config, and functions that read its weights and tokenizer.
 
     Attributes:
-      name: for people.
-      fill: checks that all weights are there, and gives what writes them.
+      name: as shown to the user.
+      fill: checks that all weights are there, and returns the function that writes them.
     """
 
     name: str
@@ -64,9 +64,9 @@ def open_checkpoint(spec: str | Path, max_positions: int | None) -> Checkpoint:
 
 
 def checkpoint_files(path: Path) -> list[Path]:
-    """The files that decide what `models.load` makes of a path; weights come last.
+    """The files that `models.load` may read at a path; weights come last.
 
-    All JSON and templates of a folder are named, whether they are read or not.
+    All JSON files and templates of a folder are listed, whether they are read or not.
     """
     if path.is_file() and path.suffix == ".gguf":
         return [path]

@@ -1,11 +1,11 @@
 """Every weight of a decoder, declared once: shape, logical axes, and random values.
 
-`BlockWeights` and `DecoderWeights` have a field for each weight that any decoder has; a weight that
-a config does not ask for is None. The parameters of `models.decoder` have the names of the fields.
+`BlockWeights` and `DecoderWeights` have a field for each weight that a decoder can have; a weight
+that a config does not have is None. The parameters of `models.decoder` have the fields' names.
 
-Logical axes name what a dimension counts. How a decoder is laid out over a mesh of devices is then
-a mapping from these names to the mesh's (`jax_chunkattn.device.logical_axes`), and the weights
-need not be listed again.
+Logical axes name what a dimension counts. A mapping from these names to the axes of a mesh of
+devices (`jax_chunkattn.device.logical_axes`) then says how a decoder is laid out over it, without a
+second list of the weights.
 
 Layout: projections are stored input first, which on a CPU is up to a quarter faster than output
 first for 8 to 32 tokens. Products that read the same input are one: a KV head's group of query
@@ -28,13 +28,13 @@ Axes = tuple[str | None, ...]
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight that is not there yet.
+    """The declaration of a weight.
 
     Attributes:
-      shape, axes: its dimensions, and what each counts.
+      shape, axes: its dimensions, and the logical axis of each.
       mean, stddev: of its values in a decoder with random weights.
       wide: kept in float32, whatever the dtype of the model.
-      inputs: leading axes of a projection that its input has too; 0 for all other weights.
+      inputs: number of leading axes of a projection that are its input's; 0 for other weights.
     """
 
     shape: tuple[int, ...]
@@ -45,7 +45,7 @@ class Weight:
     inputs: int = 0
 
     def dtype(self, model_dtype: str) -> str:
-        """In a model of `model_dtype`."""
+        """Its dtype in a model of `model_dtype`."""
         return "float32" if self.wide else model_dtype
 
     def stacked(self, layers: int) -> Weight:
@@ -95,7 +95,7 @@ class BlockWeights:
     down_bias: Weight | None = None
 
     def by_name(self) -> dict[str, Weight]:
-        """The weights that there are, by the names of their fields."""
+        """The weights that are not None, by the names of their fields."""
         return {name: weight for name, weight in vars(self).items() if weight is not None}
 
     def stacked(self, layers: int) -> BlockWeights:
@@ -122,7 +122,7 @@ class DecoderWeights:
     unembedding: Weight | None = None
 
     def by_name(self) -> dict[str, Weight]:
-        """The weights that there are, by name; those of the layers are named `blocks/...`."""
+        """The weights that are not None, by name; those of the layers are named `blocks/...`."""
         found: dict[str, Weight] = {}
         for name, value in vars(self).items():
             if isinstance(value, BlockWeights):
@@ -133,7 +133,7 @@ class DecoderWeights:
 
 
 def decoder_weights(config: DecoderConfig) -> DecoderWeights:
-    """The weights that `config` asks for."""
+    """All weights of a decoder with this config."""
     vocab, hidden = config.vocab_size, config.hidden_size
     positions = _table((config.max_positions, hidden), ("positions", "embed"))
     unembedding = _matrix((hidden, vocab), ("embed", "vocab"))
@@ -215,5 +215,5 @@ def _matrix(shape: tuple[int, ...], axes: Axes, inputs: int = 1) -> Weight:
 
 
 def _scale(shape: tuple[int, ...], axes: Axes) -> Weight:
-    """Of a norm; Gemma's is stored less one, which half precision would lose when it is added."""
+    """The scale of a norm, in float32: half precision would lose the one added to Gemma's."""
     return Weight(shape, axes, mean=1.0, wide=True)

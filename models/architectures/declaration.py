@@ -20,8 +20,8 @@ REQUIRED: Any = object()
 class Key:
     """The value of a field: that of a key of config.json, converted.
 
-    A key that is absent has the default, and so has null unless it is `nullable`. A default of None
-    is left to the reader of config.json, which knows what follows from other fields.
+    An absent key has the default, and so has one that is null, unless it is `nullable`. Where the
+    default is None, `models.hf_config` derives the value from other fields, or leaves it None.
     """
 
     name: str
@@ -41,7 +41,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def activation(name: str) -> Activation:
-    """What config.json's name for an activation means. Raises KeyError for an unknown one."""
+    """The activation that config.json calls `name`. Raises KeyError for an unknown one."""
     return ACTIVATIONS[name]
 
 
@@ -49,9 +49,9 @@ def activation(name: str) -> Activation:
 class Fields:
     """Where the fields of `DecoderConfig` come from, in the order in which they are read.
 
-    Each is a `Key` of config.json, or the value that all checkpoints have. Sizes have the keys that
-    most architectures give them. What a layer computes has to be said, but for the last five, which
-    few architectures have.
+    Each is a `Key` of config.json, or a value that is the same in all checkpoints. The defaults of
+    sizes are the keys that most architectures use. What a layer computes has no default, except the
+    last five fields, which few architectures have.
     """
 
     vocab_size: Key = Key("vocab_size")
@@ -87,11 +87,11 @@ class Scalings:
     """How an architecture reads the keys of config.json that scale rotary embedding.
 
     Attributes:
-      turns_part: whether `partial_rotary_factor` counts; heads of others turn whole, whatever it
-        says.
-      original_positions: `original_max_position_embeddings` where config.json has none; None: as
-        many as the model has, or what stands beside the scaling.
-      names: the scalings that it has, by the names that mean them; None is all, by their own.
+      turns_part: whether `partial_rotary_factor` is used; otherwise whole heads rotate.
+      original_positions: the default of `original_max_position_embeddings`; None: the scaling's
+        own, or as many as the model has.
+      names: the supported scalings, by the names that config.json gives them; None: all of them, by
+        their own names.
     """
 
     turns_part: bool = False
@@ -134,14 +134,14 @@ class Windows:
 
 @dataclass(frozen=True, kw_only=True)
 class GGUFFormat:
-    """An architecture in GGUF files, whose metadata and tensors have llama.cpp's names.
+    """An architecture in GGUF files, with llama.cpp's names for metadata and tensors.
 
     Attributes:
       name: what the files call the architecture.
       layout: of the files' tensors.
       unscaled_layers: the number of layers of the one model whose scores are not scaled by
-        1/sqrt(head_dim) but by 1/sqrt(hidden_size / num_heads). The file does not say which model
-        it is, and llama.cpp tells it by its layers.
+        1/sqrt(head_dim) but by 1/sqrt(hidden_size / num_heads). The file does not say so;
+        llama.cpp recognises the model by its number of layers.
     """
 
     name: str
@@ -159,8 +159,8 @@ class Architecture:
       fields: what its decoder computes.
       rotary: its rotary embedding; None: positions are learned.
       windows: which layers have sliding windows.
-      must_be: keys whose other values ask for what is not supported, or the keys that they must
-        equal; a key that is absent is as good.
+      must_be: keys, and the only value of each that is supported, or the key whose value it must
+        equal; an absent key is accepted.
       layout: of its checkpoints' tensors.
       gguf: its GGUF files; None: they are not supported.
     """

@@ -1,17 +1,17 @@
-"""Bounds on the time and memory that a chat template takes: it is a stranger's program.
+"""Bounds on the time and memory that a chat template takes, since it is untrusted code.
 
-A render has a budget (`budget`) and pays before a thing is done: for what is read or made, for a
-call, and for each node of the template's syntax in a body that is entered, with the text that
-stands in it. What grows faster than what it is given pays for what it would make (`growth`):
-products and powers, widths and precisions, indents and separators. What a unit costs is bounded,
-and so is the whole.
+A render has a budget of units (`budget`). It is charged, or "pays", before each operation: for the
+values that are read or made, for a call, and for each node of the template's syntax in a body that
+is entered, including literal text. An operation whose result grows faster than its arguments pays
+for the result (`growth`): products and powers, widths and precisions, indents and separators. The
+time and memory of a unit are bounded, so those of a render are bounded.
 
-Bodies pay by a statement put in front of each; what is written, compared or sliced, by filters put
-around it (`metering`); all else where Jinja's sandbox passes by: operators, calls, filters and
-tests (`environment`).
+Charges are made in two ways. Statements put in front of bodies, and filters put around what is
+written, compared or sliced, are added to the template's syntax (`metering`). Operators, calls,
+filters and tests are charged in the hooks of Jinja's sandbox (`environment`).
 
-Each unit takes well under a microsecond and about ten bytes. Not bounded by it: the time to compile
-a template, which is bounded by its length; and Python's own recursion, by Python's own limit.
+A unit takes well under a microsecond and about ten bytes. Two things are bounded otherwise: the
+time to compile a template, by its length, and recursion in Python, by Python's own limit.
 """
 
 from __future__ import annotations

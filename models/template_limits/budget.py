@@ -1,8 +1,8 @@
-"""What a render may still take, and what values weigh.
+"""The budget of a render in units, and the weight of values.
 
-A character is a unit, and an item of a list or a mapping `ITEM` of them. A value that occurs in
-another several times is weighed as often: of a list that holds a list twice, that holds a list
-twice, and so on, no text of a gigabyte is made.
+A character weighs one unit, and an item of a list or a mapping `ITEM` units. A value that occurs
+several times within another is counted each time, so that a list that holds a list twice, which
+holds a list twice, and so on, cannot become a text of a gigabyte.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from jinja2.utils import Namespace
 
 BASE_UNITS = 20_000_000
 UNITS_PER_UNIT = 40
-"""A render may take the first, and this many for each unit that the messages weigh; templates of
-published models take 3 to 5."""
+"""The budget is `BASE_UNITS`, and this many for each unit that the messages weigh; templates of
+published models need 3 to 5."""
 
 ITEM = 10
 MOST_BITS = 4096  # of an integer that a template makes
@@ -26,7 +26,7 @@ MOST_NESTED = 500  # values in one another; hash() of a deeper tuple runs out of
 
 
 class Budget:
-    """What a render may still take."""
+    """The units that a render has left."""
 
     def __init__(self, units: int):
         self.units = self.left = units
@@ -56,7 +56,7 @@ def charge(units: int) -> None:
 
 
 def pay(value: Any) -> int:
-    """Pays for a value with all that is in it, and says what that was."""
+    """Charges for a value with everything in it, and returns the units charged."""
     budget = _BUDGET.get()
     weight = ITEM + len(value) if type(value) is str else weigh(value, budget.left)[0]
     budget.charge(weight)
@@ -64,7 +64,7 @@ def pay(value: Any) -> int:
 
 
 def pay_made(value: Any) -> Any:
-    """The value, which has just been made of others: pays for it, but not for those."""
+    """The value, just made from others: charges for it, but not for the values in it."""
     if type(value) is int:
         refuse_bits(value.bit_length())
     charge(made_units(value))
@@ -77,7 +77,7 @@ def refuse_bits(bits: int) -> None:
 
 
 def breadth(value: Any) -> int:
-    """How many characters or items a value has; 0 where it cannot be told."""
+    """How many characters or items a value has; 0 where that is unknown."""
     return len(value) if isinstance(value, Collection) else 0
 
 
@@ -86,9 +86,9 @@ def made_units(value: Any) -> int:
 
 
 def weigh(value: Any, most: float = math.inf) -> tuple[int, int]:
-    """Units of a value with all that is in it, and how many are in one another.
+    """The units of a value with everything in it, and the depth of its nesting.
 
-    Stops as soon as there are more than `most`.
+    Stops as soon as there are more than `most` units.
     """
     total, depth, level = 0, 0, [value]
     while level:
@@ -113,7 +113,7 @@ def weigh(value: Any, most: float = math.inf) -> tuple[int, int]:
 
 
 def extent(*given: Any) -> int:
-    """All integers in what is given, which may be widths, and the lengths of all texts."""
+    """The sum of all integers in the arguments, which may be widths, and of all texts' lengths."""
     total = 0
     for each in given:
         if isinstance(each, int):
@@ -125,7 +125,7 @@ def extent(*given: Any) -> int:
 
 def _inside(value: Any) -> Collection[Any]:
     """The items of a value, and the keys of a mapping."""
-    if isinstance(value, Namespace):  # which shows only what a template put there
+    if isinstance(value, Namespace):  # it shows only what a template put there
         value = object.__getattribute__(value, "_Namespace__attrs")
     if isinstance(value, Mapping):
         return [*value.keys(), *value.values()]

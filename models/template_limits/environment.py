@@ -1,4 +1,4 @@
-"""Jinja's sandbox, where operators, calls, filters and tests pay before they are done."""
+"""Jinja's sandbox, in which operators, calls, filters and tests are charged before they run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from models.template_limits.metering import PAYING_FILTERS, Metering, look_in
 CALL = 60
 
 AT_ONCE = {"startswith", "endswith", "get", "keys", "items", "values"}
-"""Methods that look at their arguments, and not at all of what they are methods of."""
+"""Methods that read their arguments, and not all of their object."""
 
 SHALLOW = {"batch", "list", "map", "reject", "rejectattr", "reverse", "select"}
 SHALLOW |= {"selectattr", "slice"}
@@ -41,7 +41,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
     def __init__(self, **options: Any):
-        super().__init__(optimized=False, **options)  # what pays is not constant
+        super().__init__(optimized=False, **options)  # folding would charge once, when compiled
 
     def limit_filters(self) -> None:
         self.filters = {n: _filter(n, function) for n, function in self.filters.items()}

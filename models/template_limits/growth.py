@@ -1,7 +1,7 @@
-"""What things make, or do, that what they are given does not pay for.
+"""The units of operations whose cost can exceed the weight of their arguments.
 
-Operators, and tables of the methods, filters and tests that grow, by name: functions of what those
-are called with. They may count too much where it is not worth knowing more, and never too little.
+Functions of the arguments: for operators, and in tables for methods, filters and tests, by name.
+Where the exact cost is hard to know they overestimate it, and they never underestimate it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ Growth = Callable[..., int]
 
 COMPARED = 64  # characters that are compared for a unit
 INDENTED = "\t\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
-"""Characters that a width is put in for, or in front of lines that they end."""
+"""Characters that are replaced by a width of spaces, or that end a line to be indented."""
 PLAIN_CODINGS = {"utf-8", "utf8", "ascii", "latin-1", "strict", "ignore", "replace"}
-"""How characters and errors are coded in about as many bytes and steps as there are characters."""
+"""Codings, and ways to treat errors, that take about as many bytes and steps as characters."""
 
 
 def operator_units(operator: str, left: Any, right: Any) -> int:

@@ -1,4 +1,4 @@
-"""What pays, put into a template's syntax: statements in front of bodies, filters around values."""
+"""Adds charges to a template's syntax: statements in front of bodies, filters around values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BODIES: dict[type[nodes.Node], tuple[str, ...]] = {
 """Fields whose statements, or expression, may run more than once or not at all."""
 
 ENTER, READ, LOOK_IN, MADE = "enter:", "read:", "look in:", "made:"
-"""Filters that do nothing but pay: a template that names one itself, in `map`, only pays more."""
+"""Filters that only charge. A template that uses one itself, in `map`, is only charged more."""
 
 
 def _enter(units: int) -> bool:
@@ -36,7 +36,7 @@ def read(value: Any) -> Any:
 
 
 def look_in(value: Any) -> Any:
-    """The value, in which something is looked for."""
+    """The value, in which something is searched."""
     pay(() if isinstance(value, Mapping) else value)
     return value
 
@@ -50,7 +50,7 @@ PAYING_FILTERS: dict[str, Callable[[Any], Any]] = {
 
 
 def _syntax_units(node: nodes.Node) -> int:
-    """Of a statement or an expression, without the bodies in it, which pay for themselves."""
+    """The units of a statement or an expression, without its bodies, which are charged apart."""
     text = node.data if isinstance(node, nodes.TemplateData) else getattr(node, "value", None)
     units = NODE + (len(text) if isinstance(text, str) else 0)
     children = node.iter_child_nodes(exclude=BODIES.get(type(node), ()))
@@ -95,7 +95,7 @@ class Metering(NodeTransformer):
         operands = [node.expr, *(each.expr for each in node.ops)]
         is_pair = len(node.ops) == 1 and node.ops[0].op in ("eq", "ne")
         if is_pair and any(isinstance(each, nodes.Const) for each in operands):
-            return node  # as long as the shorter takes
+            return node  # it takes as long as the shorter operand
         node.expr = _read(node.expr)
         for each in node.ops:
             each.expr = _read(each.expr, LOOK_IN if "in" in each.op else READ)
