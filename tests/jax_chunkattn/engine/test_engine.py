@@ -572,12 +572,11 @@ def test_half_precision_pools_decode():
         assert [len(each) for each in tokens] == [6, 6]
 
 
-@pytest.mark.slow
 def test_chunks_needed_is_enough_and_no_less():
-    prompts = token_tree((1, 64), (3, 8))
-    assert chunks_needed(prompts, 9, chunk_size=16) == 4 + 3
-    assert chunks_needed(prompts, 9, chunk_size=16, sharing=False) == 3 * 5
-    engine = make_engine(num_chunks=7)
+    prompts = token_tree((1, 64), (6, 8))
+    assert chunks_needed(prompts, 9, chunk_size=16) == 4 + 6
+    assert chunks_needed(prompts, 9, chunk_size=16, sharing=False) == 6 * 5
+    engine = make_engine(num_chunks=10, prefill_tokens=32)
     assert run([engine.submit(prompt, SamplingParams(9)) for prompt in prompts]) == [
         greedy_without_cache(prompt, 9) for prompt in prompts
     ]

@@ -28,14 +28,13 @@ def test_preempted_requests_pause_and_lose_nothing():
     assert_all_returned(engine)
 
 
-@pytest.mark.slow
 def test_a_preempted_sample_draws_the_same_tokens():
     prompts = token_tree((6, 20))
     params = [
         SamplingParams(50, temperature=1.0, seed=seed, repetition_penalty=1.3, logprobs=1)
         for seed in range(6)
     ]
-    tight, ample = make_engine(num_chunks=12), make_engine(num_chunks=60)
+    tight, ample = make_engine(num_chunks=10, prefill_tokens=32), make_engine()
     results = [
         [engine.submit(*each).result() for each in zip(prompts, params, strict=True)]
         for engine in (tight, ample)
@@ -56,10 +55,9 @@ def test_a_preempted_sample_draws_the_same_tokens():
     assert_all_returned(tight)
 
 
-@pytest.mark.slow
 def test_the_oldest_is_never_preempted():
     prompts = token_tree((5, 30))
-    engine = make_engine(num_chunks=10)
+    engine = make_engine(num_chunks=10, prefill_tokens=32)
     finished = []
     for index, prompt in enumerate(prompts):
 
@@ -73,28 +71,26 @@ def test_the_oldest_is_never_preempted():
     assert engine.stats.preemptions > 0
 
 
-@pytest.mark.slow
 def test_a_pool_just_large_enough_serves_any_number_of_requests_one_by_one():
-    prompts = token_tree((4, 40))
-    engine = make_engine(num_chunks=5)
-    assert run([engine.submit(prompt, SamplingParams(41)) for prompt in prompts]) == [
-        greedy_without_cache(prompt, 41) for prompt in prompts
+    prompts = token_tree((3, 100))
+    engine = make_engine(num_chunks=10, prefill_tokens=32)
+    assert run([engine.submit(prompt, SamplingParams(61)) for prompt in prompts]) == [
+        greedy_without_cache(prompt, 61) for prompt in prompts
     ]
-    with pytest.raises(PoolExhausted, match="needs 6 chunks"):
-        engine.submit(prompts[0], SamplingParams(42))
+    with pytest.raises(PoolExhausted, match="needs 11 chunks"):
+        engine.submit(prompts[0], SamplingParams(62))
     assert_all_returned(engine)
 
 
-@pytest.mark.slow
 def test_held_requests_give_way_before_running_ones():
     prompts = token_tree((4, 30))
-    engine = make_engine(num_chunks=8)
+    engine = make_engine(num_chunks=10, prefill_tokens=32)
     held = [engine.submit(prompt, SamplingParams(3), hold=True) for prompt in prompts[:3]]
     assert run(held) == [greedy_without_cache(prompt, 3) for prompt in prompts[:3]]
     assert engine.stats.held == 3
     assert engine.stats.chunks_in_use == 6
-    assert run([engine.submit(prompts[3], SamplingParams(60))]) == [
-        greedy_without_cache(prompts[3], 60)
+    assert run([engine.submit(prompts[3], SamplingParams(90))]) == [
+        greedy_without_cache(prompts[3], 90)
     ]
     assert engine.stats.held < 3
     assert engine.stats.preemptions == 0

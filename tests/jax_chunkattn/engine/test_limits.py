@@ -159,7 +159,7 @@ def test_a_request_that_fits_beside_all_that_is_pinned_hashes_nothing(monkeypatc
         hashed.append(tuple(tokens))
         return prefix_hashes(tokens, chunk_size)
 
-    engine = make_engine(num_chunks=10)
+    engine = make_engine(num_chunks=10, prefill_tokens=32)
     prefix = tuple(range(1, 49))
     pinned = engine.pin(prefix)
     monkeypatch.setattr(scheduler, "prefix_hashes", counted)
