@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 from jaxtyping import Array, Int32
+
+from pallas_kernels.pytrees import register_pytree
 
 HostOrDevice = Array | np.ndarray
 """The host makes NumPy arrays; inside a jitted function they are JAX's."""
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True)
 class WorkItems:
     """Runs of full chunks, each with the contiguous range of rows that attends to all of it.
@@ -36,7 +37,7 @@ class WorkItems:
     count: Int32[HostOrDevice, ""]  # items; the rest of the arrays is padding
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True)
 class PartialSlots:
     """Where the work items leave their partial results, and where each row finds its own.
@@ -52,7 +53,7 @@ class PartialSlots:
     slots: Int32[HostOrDevice, " S"]  # of every row in turn; the length is how many slots there are
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True)
 class DecodePlan:
     """Which chunks each row of a decode batch attends to, with shared runs named once.
@@ -68,7 +69,7 @@ class DecodePlan:
     partials: PartialSlots | None = None  # only for implementations that need them
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True)
 class PrefillPlan:
     """Where a packed run of new tokens is written, and which earlier tokens each may see.

@@ -15,11 +15,12 @@ from jax_chunkattn.device.request_table import DeviceState, count_tokens
 from jax_chunkattn.sampling import Logprobs, log_probabilities, sample
 from pallas_kernels import DecodePlan, chunk_attention, write_kv
 from pallas_kernels.plans import HostOrDevice
+from pallas_kernels.pytrees import register_pytree
 
 NOTHING = -1  # in place of a token, where a row emitted none
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True)
 class Chosen:
     """What a call chose: `NOTHING` where a row was frozen, `NO_CHOICE` where its logits were no

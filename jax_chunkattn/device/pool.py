@@ -6,11 +6,11 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jax_chunkattn.device.model_interface import CacheSpec
+from pallas_kernels.pytrees import register_pytree
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def parse_bytes(size: int | str) -> int:
     return count
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True)
 class ChunkPool:
     """Keys and values of all layers, head-major: one head's chunk is a contiguous [C, D] tile."""

@@ -13,11 +13,12 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jax_chunkattn.sampling.params import MAX_LOGPROBS
 from jax_chunkattn.sampling.rows import RowSampling
+from pallas_kernels.pytrees import register_pytree
 
 NO_TOKEN = -1
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True)
 class Logprobs:
     """Natural logarithms of probabilities, likeliest token first. Letters: L = `MAX_LOGPROBS`.

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from pallas_kernels.plans import DecodePlan, WorkItems
+
+IDS, ROWS = np.arange(4, dtype=np.int32), np.arange(3, dtype=np.int32)
+ITEMS = WorkItems(ROWS, ROWS, ROWS, ROWS, IDS, np.array(1, np.int32))
+PLAN = DecodePlan(ITEMS, IDS[:, None], IDS)
+
+
+@pytest.mark.parametrize("leaf", [jax.ShapeDtypeStruct((7,), "float32"), PartitionSpec(), "text"])
+def test_a_tree_holds_whatever_takes_the_place_of_an_array(leaf):
+    mapped = jax.tree.map(lambda _: leaf, PLAN)
+    assert dataclasses.astuple(mapped) == ((leaf,) * 6, leaf, leaf, None)
+
+
+def test_leaves_are_named_by_their_fields():
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(PLAN)]
+    assert paths[-3:] == [".items.count", ".private_chunks", ".covered_tokens"]
+    assert len(paths) == 8
