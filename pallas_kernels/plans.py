@@ -45,11 +45,11 @@ class PartialSlots:
     On a GPU the two phases are two launches, and partials pass from one to the other through
     memory: one slot for each row of each item, those of an item one after another.
 
-    Letters: I work items, B rows, S slots.
+    Letters: I work items, E = B + 1 for B rows, S slots.
     """
 
     item_slot: Int32[HostOrDevice, " I"]  # slot of the item's first row
-    row_begin: Int32[HostOrDevice, " B+1"]  # into `slots`; a row's end is the next row's begin
+    row_begin: Int32[HostOrDevice, " E"]  # into `slots`; a row's end is the next row's begin
     slots: Int32[HostOrDevice, " S"]  # of every row in turn; the length is how many slots there are
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 from hypothesis import settings
+from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
 
 pytest_plugins = ["tests.fixtures_weights", "tests.interpreted"]
@@ -18,14 +19,27 @@ settings.register_profile("long")  # tests that can go on for longer ask for its
 
 install_import_hook(
     [
-        "pallas_kernels.chunk_attention.api",
-        "pallas_kernels.kv_write",
-        "pallas_kernels.prefill_attention.api",
+        "pallas_kernels",
+        "jax_chunkattn.device",
+        "jax_chunkattn.planning",
+        *(
+            f"jax_chunkattn.sampling.{module}"  # `params` itself checks and converts its numbers
+            for module in ("log_probabilities", "rows", "sampler", "seeds")
+        ),
     ],
-    "beartype.beartype",
+    # An int will do for a float, as for static type checkers (PEP 484).
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Types are not checked: for tests of how the code itself refuses what they forbid."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -208,8 +208,9 @@ def _case(
     def step(leaves, *arguments):
         return decode_steps(merge(leaves), *arguments, num_steps=size.steps, implementation=decode)
 
-    pool: Any = jax.ShapeDtypeStruct(pool_shape(config, size), jnp.dtype(size.dtype))
-    arguments = (split.leaves, DeviceState(ChunkPool(pool, pool), table), *rest)
+    keys = jax.ShapeDtypeStruct(pool_shape(config, size), jnp.dtype(size.dtype))
+    abstract = jax.eval_shape(DeviceState, jax.eval_shape(ChunkPool, keys, keys), table)
+    arguments = (split.leaves, abstract, *rest)
     distinct = len({chunk for table in tables for chunk in table})
     per_token = (
         2

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -47,6 +47,7 @@ class CacheSpec:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
 
+@runtime_checkable
 class DecoderModel(Protocol):
     """A decoder the engine can run; in this project an `nnx.Module`."""
 

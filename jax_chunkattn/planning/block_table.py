@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 
+ChunkIds = Sequence[int] | np.ndarray
+"""The chunks of a row, in order: a list, NumPy's integers, or a buffer such as `array("i")`."""
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -48,7 +51,7 @@ class Blocks:
         return self.column_end - self.column_begin
 
 
-def pad_tables(tables: Sequence[Sequence[int]], fill: int) -> tuple[np.ndarray, np.ndarray]:
+def pad_tables(tables: Sequence[ChunkIds], fill: int) -> tuple[np.ndarray, np.ndarray]:
     """Tables of unequal lengths as int32 [B, P], `fill` behind each, and the lengths [B].
 
     Rows that are int32 buffers, such as `array("i")`, cost next to nothing; of lists every number
@@ -72,7 +75,7 @@ def pad_tables(tables: Sequence[Sequence[int]], fill: int) -> tuple[np.ndarray, 
     return table, used
 
 
-def _flatten(tables: Sequence[Sequence[int]], size: int) -> np.ndarray:
+def _flatten(tables: Sequence[ChunkIds], size: int) -> np.ndarray:
     if all(map(_is_int32, tables)):
         return np.frombuffer(b"".join(tables), np.int32)  # pyright: ignore[reportArgumentType]
     try:

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jax_chunkattn.planning.block_table import bucket, common_runs, pack_left, pad_tables
+from jax_chunkattn.planning.block_table import (
+    ChunkIds,
+    bucket,
+    common_runs,
+    pack_left,
+    pad_tables,
+)
 from jax_chunkattn.planning.cpu_division import divide_for_cpu
 from jax_chunkattn.planning.division import Division
 from jax_chunkattn.planning.gpu_division import divide_for_gpu
@@ -111,7 +117,7 @@ class PlanShape:
 
 
 def plan_decode(
-    tables: Sequence[Sequence[int]],
+    tables: Sequence[ChunkIds],
     lengths: Sequence[int],
     *,
     chunk_size: int,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float, Int32
 
 from jax_chunkattn.planning.planner import PlannerOptions, PlanSummary, plan_decode
 from jax_chunkattn.tree.prefix_tree import PrefixTree
@@ -20,10 +21,10 @@ class AttentionInputs:
     the chunks of row `b`, for the real rows only.
     """
 
-    q: np.ndarray  # [B, Hq, D]
-    keys: np.ndarray  # [L, Hkv, N, C, D]
-    values: np.ndarray
-    lengths: np.ndarray  # [B]
+    q: Float[np.ndarray, "B Hq D"]
+    keys: Float[np.ndarray, "L Hkv N C D"]
+    values: Float[np.ndarray, "L Hkv N C D"]
+    lengths: Int32[np.ndarray, " B"]
     tables: list[list[int]]
     plan: DecodePlan
     summary: PlanSummary

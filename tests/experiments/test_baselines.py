@@ -65,7 +65,8 @@ def paged(inputs: AttentionInputs):
     keys, values, tables = pool_of_copies(
         jnp.asarray(inputs.keys), jnp.asarray(inputs.values), inputs.tables
     )
-    return paged_shared_pages(dataclasses.replace(inputs, keys=keys, values=values, tables=tables))
+    copies = {"keys": np.asarray(keys), "values": np.asarray(values), "tables": tables}
+    return paged_shared_pages(dataclasses.replace(inputs, **copies))
 
 
 def paged_shared_pages(inputs: AttentionInputs):

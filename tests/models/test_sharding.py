@@ -103,6 +103,7 @@ def test_rules_name_axes_of_the_mesh_and_the_rest_stays_whole():
     assert other.spec == PartitionSpec(None, None, None)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be_split_is_named():
     class TwoDevices:
         shape = {"tp": 2}  # noqa: RUF012

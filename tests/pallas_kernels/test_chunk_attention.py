@@ -139,7 +139,7 @@ def test_rows_without_tokens_give_zeros(implementation):
     case = AttentionCase("1,4_128,16", 4, 2, 16, chunk_size=16)
     inputs = planned_inputs(case, implementation)
     args = (inputs.q, inputs.keys, inputs.values, inputs.plan, np.zeros_like(inputs.lengths))
-    items = dataclasses.replace(inputs.plan.items, count=np.int32(0))
+    items = dataclasses.replace(inputs.plan.items, count=np.array(0, np.int32))
     plan = dataclasses.replace(inputs.plan, items=items)
     if plan.partials is not None:
         begin = np.zeros_like(plan.partials.row_begin)

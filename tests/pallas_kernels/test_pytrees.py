@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from jaxtyping import TypeCheckError
 
 from pallas_kernels.plans import DecodePlan, WorkItems
 
@@ -24,3 +25,9 @@ def test_leaves_are_named_by_their_fields():
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(PLAN)]
     assert paths[-3:] == [".items.count", ".private_chunks", ".covered_tokens"]
     assert len(paths) == 8
+
+
+@pytest.mark.parametrize("wrong", [ROWS[:2], ROWS.astype(np.int64), ROWS[:, None], None])
+def test_a_field_of_another_shape_or_dtype_is_refused(wrong):
+    with pytest.raises(TypeCheckError, match="chunk_count"):
+        dataclasses.replace(ITEMS, chunk_count=wrong)

@@ -185,6 +185,7 @@ KINDS: list[Any] = [
         ([], [20], "0 tables need as many lengths"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_chunks_that_are_not_in_the_pool_and_lengths_that_are_none_are_refused(
     tables, lengths, message
 ):

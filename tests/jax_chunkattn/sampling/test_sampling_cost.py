@@ -23,9 +23,10 @@ from tests.jax_chunkattn.device.pool_copies import pool_sized_operations
 ROWS, SLOTS, VOCABULARY = 4, 6, 4096
 LOGITS = jax.ShapeDtypeStruct((ROWS, VOCABULARY), jnp.float32)
 INTEGERS = jax.ShapeDtypeStruct((ROWS,), jnp.int32)
-COUNTS = TokenCounts(
-    jax.ShapeDtypeStruct((SLOTS, VOCABULARY), jnp.bool_),  # type: ignore[arg-type]
-    jax.ShapeDtypeStruct((SLOTS, VOCABULARY), jnp.int32),  # type: ignore[arg-type]
+COUNTS = jax.eval_shape(
+    lambda: TokenCounts(
+        jnp.zeros((SLOTS, VOCABULARY), jnp.bool_), jnp.zeros((SLOTS, VOCABULARY), jnp.int32)
+    )
 )
 
 
