@@ -47,7 +47,7 @@ def chunk_attention(
         implementations need one with partials, made with `PlannerOptions.for_gpu`.
       lengths: tokens each row attends to, from `plan.covered_tokens` to what the row's chunks in
         the plan hold. A row of length 0 that no item covers, such as padding, gives zeros; a row of
-        less than its items cover attends to them whole, and its result is good for nothing.
+        less than its items cover attends to all that they cover.
       layer: which layer of the pool to read; may be traced.
       scale: multiplies the scores; `1 / sqrt(D)` by default.
       softcap: keeps scaled scores within (-softcap, softcap), as `softcap * tanh(score / softcap)`
