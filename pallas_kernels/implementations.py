@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import functools
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Generic, TypeVar
 
 import jax
+from jaxtyping import Array, Float
 
+from pallas_kernels.attention_spec import AttentionSpec
+from pallas_kernels.plans import DecodeReads, HostOrDevice, PrefillReads
+from pallas_kernels.stored_kv import StoredKV
 from pallas_kernels.targets import Target, current_target
 
 PREFERENCE = ("pallas_mosaic_gpu", "pallas_triton", "xla")
 """The first of these that runs is what `implementation=None` means."""
+
+
+Reads = TypeVar("Reads", DecodeReads, PrefillReads)
 
 
 class ImplementationError(ValueError):
@@ -36,27 +44,34 @@ class AttentionShapes:
     chunk_size: int
 
     @classmethod
-    def of(cls, q: Any, keys: Any) -> AttentionShapes:
-        """Of queries [*, Hq, D] and a pool [L, Hkv, N, C, D].
+    def of(
+        cls, q: Float[HostOrDevice, "rows Hq D"], stored: StoredKV, attention: AttentionSpec
+    ) -> AttentionShapes:
+        """Of an attention and its operands.
 
         Raises:
-          ValueError: for heads that do not divide, or a head_dim that differs from the pool's.
+          ValueError: for heads that are not the attention's, or a head_dim that differs from the
+            pool's.
         """
-        kv_heads, chunk_size, head_dim = keys.shape[1], *keys.shape[3:]
-        if q.shape[-1] != head_dim:
-            raise ValueError(f"queries have head_dim {q.shape[-1]}, the pool has {head_dim}")
-        if q.shape[1] % kv_heads:
-            raise ValueError(f"{q.shape[1]} query heads are not a multiple of {kv_heads} KV heads")
-        return cls(str(keys.dtype), q.shape[1] // kv_heads, head_dim, chunk_size)
+        heads = attention.heads
+        if q.shape[-1] != stored.head_dim:
+            raise ValueError(f"queries have head_dim {q.shape[-1]}, the pool has {stored.head_dim}")
+        if (q.shape[1], stored.kv_heads) != (heads.query_heads, heads.kv_heads):
+            raise ValueError(
+                f"there are {q.shape[1]} query heads and {stored.kv_heads} KV heads, and the "
+                f"attention is of {heads.query_heads} and {heads.kv_heads}"
+            )
+        return cls(str(stored.dtype), heads.group, stored.head_dim, stored.chunk_size)
 
 
 @dataclass(frozen=True)
-class Operation:
-    """An operation with several implementations, each in a module of its name.
+class Operation(Generic[Reads]):
+    """Attention to the pool, with several implementations, each in a module of its name.
 
     Attributes:
-      package: where the modules are; each has a function with the operation's name, and those of
-        kernels a function `unsupported(shapes) -> str | None`.
+      package: where the modules are. Each has a function with the operation's name, that takes
+        `(q, stored, reads, attention)` and, in those of kernels, `interpret`; and those of kernels
+        have a function `unsupported(shapes) -> str | None`.
       name: of the operation.
       implementations: names that may be asked for.
     """
@@ -65,7 +80,33 @@ class Operation:
     name: str
     implementations: tuple[str, ...]
 
-    def function(self, implementation: str):
+    def attend(
+        self,
+        q: Float[HostOrDevice, "rows Hq D"],
+        stored: StoredKV,
+        reads: Reads,
+        attention: AttentionSpec,
+        *,
+        implementation: str | None = None,
+    ) -> Float[Array, "rows Hq D"]:
+        """The output of an implementation, or of the best that runs here for None.
+
+        Raises:
+          ImplementationError: for an implementation that is unknown or cannot run here.
+          ValueError: for queries or keys that are not the attention's, or a plan without what the
+            implementation needs.
+        """
+        name = self.resolve(implementation, AttentionShapes.of(q, stored, attention))
+        return _attend(
+            q,
+            stored,
+            reads,
+            function=self.function(name),
+            attention=attention,
+            interpret=needs_partials(name) and current_target().interpret,
+        )
+
+    def function(self, implementation: str) -> Callable[..., jax.Array]:
         """The function of an implementation. Kernels' modules are imported when first used."""
         return getattr(import_module(f"{self.package}.{implementation}"), self.name)
 
@@ -94,6 +135,20 @@ class Operation:
         except ImportError as error:
             return f"jax {jax.__version__} does not have what it needs: {error}"
         return module.unsupported(shapes)
+
+
+@functools.partial(jax.jit, static_argnames=("function", "attention", "interpret"), inline=True)
+def _attend(
+    q: Float[Array, "rows Hq D"],
+    stored: StoredKV,
+    reads: DecodeReads | PrefillReads,
+    *,
+    function: Callable[..., jax.Array],
+    attention: AttentionSpec,
+    interpret: bool,
+) -> Float[Array, "rows Hq D"]:
+    options = {"interpret": True} if interpret else {}
+    return function(q, stored, reads, attention, **options)
 
 
 def needs_partials(implementation: str) -> bool:

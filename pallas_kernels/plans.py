@@ -7,12 +7,12 @@ Padding names the chunk `num_chunks` ("nowhere"): never -1, which wraps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Array, Int32
 
-from pallas_kernels.pytrees import register_pytree
+from pallas_kernels.pytrees import STATIC, register_pytree
 
 HostOrDevice = Array | np.ndarray
 """The host makes NumPy arrays; inside a jitted function they are JAX's."""
@@ -92,6 +92,27 @@ class PrefillPlan:
     block_tables: Int32[HostOrDevice, "S P"]
     own_chunk: Int32[HostOrDevice, " S"]  # first chunk, by index in the table, that no item covers
     partials: PartialSlots | None = None  # only for implementations that need them
+
+
+@register_pytree
+@dataclass(frozen=True)
+class DecodeReads:
+    """Which tokens each row of a decode batch reads: the first `lengths` of its chunks in the plan.
+
+    Letters: B rows.
+    """
+
+    plan: DecodePlan
+    lengths: Int32[HostOrDevice, " B"]
+
+
+@register_pytree
+@dataclass(frozen=True)
+class PrefillReads:
+    """Which tokens each packed token reads: those of its sequence in the plan, up to itself."""
+
+    plan: PrefillPlan
+    query_tile: int = field(metadata=STATIC)  # most tokens a tile of the plan has
 
 
 def require_partials(plan: DecodePlan | PrefillPlan) -> PartialSlots:

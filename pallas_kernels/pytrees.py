@@ -9,27 +9,35 @@ from jax.tree_util import GetAttrKey, register_pytree_with_keys
 
 T = TypeVar("T")
 
+STATIC = {"static": True}
+"""Metadata of a field that is part of the tree's structure and not a child."""
+
 
 def register_pytree(cls: type[T]) -> type[T]:
-    """Makes a frozen dataclass a pytree, with its fields as children.
+    """Makes a frozen dataclass a pytree: its fields are children, those with `STATIC` metadata not.
 
     As `jax.tree_util.register_dataclass`, except that JAX rebuilds an instance without calling its
     `__init__`. The annotations of the fields are what a caller must give; JAX also rebuilds with
     shapes, shardings and placeholders in the place of arrays, and a checked `__init__` would
     refuse those.
     """
-    names = tuple(field.name for field in dataclasses.fields(cls))  # pyright: ignore[reportArgumentType]
+    fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+    names = tuple(field.name for field in fields if field.metadata != STATIC)
+    static = tuple(field.name for field in fields if field.metadata == STATIC)
     keys = tuple(map(GetAttrKey, names))
 
     def flatten(instance):
-        return tuple(map(vars(instance).__getitem__, names)), None
+        field = vars(instance).__getitem__
+        return tuple(map(field, names)), tuple(map(field, static))
 
     def flatten_with_keys(instance):
-        return tuple(zip(keys, flatten(instance)[0], strict=True)), None
+        children, values = flatten(instance)
+        return tuple(zip(keys, children, strict=True)), values
 
-    def unflatten(_, children):
+    def unflatten(values, children):
         instance = object.__new__(cls)
         vars(instance).update(zip(names, children, strict=True))
+        vars(instance).update(zip(static, values, strict=True))
         return instance
 
     register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)

@@ -16,9 +16,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.implementations import AttentionShapes
 from pallas_kernels.online_softmax import MASKED, Partial
+from pallas_kernels.stored_kv import StoredKV
 
 # jax deprecated this backend in 0.11 and says so whenever a kernel is lowered. It stays the one for
 # GPUs before Hopper for as long as jax has it; whoever chose it here need not be told each time.
@@ -43,8 +46,8 @@ _FLOAT32_WARPS_AND_STAGES = {
 class KernelShape:
     """The sizes a kernel is compiled for."""
 
+    attention: AttentionSpec
     dtype: jnp.dtype  # of the pool, and of the factors of every product
-    group: int  # G
     head_dim: int  # D
     chunk_size: int  # C
     num_chunks: int  # N
@@ -54,18 +57,17 @@ class KernelShape:
     num_stages: int
 
     @classmethod
-    def of(cls, kernel: str, q: jax.Array, keys: jax.Array) -> KernelShape:
+    def of(cls, kernel: str, stored: StoredKV, attention: AttentionSpec) -> KernelShape:
         """The sizes of the kernel of that name."""
-        _, kv_heads, num_chunks, chunk_size, head_dim = keys.shape
-        padded_dim = _padded(head_dim)
+        padded_dim = _padded(stored.head_dim)
         sizes = {
-            "dtype": keys.dtype,
-            "group": q.shape[1] // kv_heads,
-            "head_dim": head_dim,
-            "chunk_size": chunk_size,
-            "num_chunks": num_chunks,
+            "attention": attention,
+            "dtype": stored.dtype,
+            "head_dim": stored.head_dim,
+            "chunk_size": stored.chunk_size,
+            "num_chunks": stored.num_chunks,
         }
-        if keys.dtype.itemsize == 4:
+        if stored.dtype.itemsize == 4:
             # Full float32 products have no tensor cores: registers bound the tile, not memory.
             key_tile = max(16, min(32, 2048 // padded_dim))
             warps, stages = _FLOAT32_WARPS_AND_STAGES.get((kernel, padded_dim), (8, 1))
@@ -75,6 +77,11 @@ class KernelShape:
         # Keys and values of all stages stay within 96 KiB, so that two programs fit an SM.
         key_tile = min(64, 8192 // padded_dim)
         return cls(**sizes, query_tile=64, key_tile=key_tile, num_warps=4, num_stages=3)
+
+    @property
+    def group(self) -> int:
+        """Query heads that read one KV head, G."""
+        return self.attention.heads.group
 
     @property
     def padded_dim(self) -> int:
@@ -102,6 +109,16 @@ def unsupported(shapes: AttentionShapes) -> str | None:
 
 
 @dataclass(frozen=True)
+class HeadKVRefs:
+    """Keys and values of one KV head of one layer, in a kernel."""
+
+    keys: Any  # the pool's reference [L, Hkv, N, C, D]
+    values: Any
+    layer: jax.Array
+    head: jax.Array
+
+
+@dataclass(frozen=True)
 class Run:
     """Consecutive tokens in the chunks named by `table[*row, begin:]`."""
 
@@ -112,21 +129,16 @@ class Run:
 
 
 def attend(
-    queries,
+    queries: Float[Array, "R Dp"],
+    kv: HeadKVRefs,
     run: Run,
-    keys,
-    values,
-    layer,
-    head,
-    scale: float,
-    softcap: float | None,
     shape: KernelShape,
-    last_seen=None,
+    last_seen: Int32[Array, " R"] | None = None,
 ) -> Partial:
-    """Attention of `queries` [R, Dp] over the tokens of `run`, in log2 units.
+    """Attention over the tokens of `run`, in log2 units: Partial [R].
 
-    `last_seen` [R] is the last token of the run that each query sees, None for all; the first
-    token is seen by every query that matters.
+    `last_seen` is the last token of the run that each query sees, None for all; the first token is
+    seen by every query that matters.
     """
     rows, tokens = queries.shape[0], shape.key_tile
     dims = jnp.arange(shape.padded_dim, dtype=jnp.int32)
@@ -149,7 +161,7 @@ def attend(
         return jnp.clip(ids, 0, shape.num_chunks - 1), offsets
 
     def load(pool, ids, offsets, there):
-        where = pool.at[layer, head, ids, offsets[:, None], dims[None]]
+        where = pool.at[kv.layer, kv.head, ids, offsets[:, None], dims[None]]
         mask = there[:, None]
         if shape.padded_dim != shape.head_dim:
             mask = mask & (dims < shape.head_dim)[None]
@@ -158,8 +170,8 @@ def attend(
     def step(index, state: Partial) -> Partial:
         ids, offsets = place(index)
         there = index * tokens + slot < run.num_tokens
-        k = load(keys, ids, offsets, there)
-        scores = _scores(plt.dot(queries, k.T, precision=precision), scale, softcap)
+        k = load(kv.keys, ids, offsets, there)
+        scores = _scores(plt.dot(queries, k.T, precision=precision), shape.attention)
         visible = there[None]
         if last_seen is not None:
             visible = visible & ((index * tokens + slot)[None] <= last_seen[:, None])
@@ -167,7 +179,7 @@ def attend(
         maximum = jnp.maximum(state.maximum, scores.max(axis=1))
         keep = jnp.exp2(state.maximum - maximum)
         weights = jnp.exp2(scores - maximum[:, None])
-        v = load(values, ids, offsets, there)
+        v = load(kv.values, ids, offsets, there)
         return Partial(
             state.output * keep[:, None] + plt.dot(weights.astype(v.dtype), v, precision=precision),
             maximum,
@@ -182,17 +194,26 @@ def attend(
     return lax.fori_loop(0, pl.cdiv(run.num_tokens, tokens), step, start)
 
 
-def _scores(products, scale: float, softcap: float | None):
+def _scores(
+    products: Float32[Array, "R tokens"], attention: AttentionSpec
+) -> Float32[Array, "R tokens"]:
     """Scores in units of log2; it is those in natural units that a softcap bends."""
+    scale, softcap = attention.scale, attention.softcap
     if softcap is None:
         return products * (scale * LOG2_E)
     # Becomes libdevice's tanh, which is off by a unit or two in the last place.
     return jnp.tanh(products * (scale / softcap)) * (softcap * LOG2_E)
 
 
-def load_queries(q, row, query_head, inside, shape: KernelShape):
-    """Query rows [R, Dp] in the pool's dtype: head `query_head` of row `row` of the batch, zeros
-    where not `inside`."""
+def load_queries(
+    q: Any,
+    row: Int32[Array, " ..."],
+    query_head: Int32[Array, " R"],
+    inside: Bool[Array, " R"],
+    shape: KernelShape,
+) -> Float[Array, "R Dp"]:
+    """Query rows in the pool's dtype: head `query_head` of row `row` of the batch, which `q` refers
+    to; zeros where not `inside`."""
     dims = jnp.arange(shape.padded_dim, dtype=jnp.int32)
     row = jnp.broadcast_to(row, query_head.shape)
     mask = inside[:, None] & (dims < shape.head_dim)[None]
@@ -200,8 +221,9 @@ def load_queries(q, row, query_head, inside, shape: KernelShape):
     return loaded.astype(shape.dtype)
 
 
-def as_operand(layer):
-    return jnp.asarray(layer, jnp.int32).reshape(1)
+def layer_operand(stored: StoredKV) -> Int32[Array, " 1"]:
+    """The layer, as kernels take it."""
+    return jnp.asarray(stored.layer, jnp.int32).reshape(1)
 
 
 def _padded(head_dim: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -16,10 +15,12 @@ from experiments.compile_report.cases import Case, CaseTable, abstract, abstract
 from experiments.compile_report.target import GpuTarget
 from jax_chunkattn.planning.planner import PlannerOptions
 from jax_chunkattn.planning.prefill import QUERY_TILE, Segment, pack_segments
+from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
 from pallas_kernels.implementations import AttentionShapes, Operation
-from pallas_kernels.plans import PrefillPlan
+from pallas_kernels.plans import DecodeReads, PrefillPlan, PrefillReads
 from pallas_kernels.prefill_attention import PREFILL_ATTENTION
+from pallas_kernels.stored_kv import StoredKV
 
 BACKENDS = ("pallas_triton", "pallas_mosaic_gpu")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -61,18 +62,18 @@ class KernelVariant:
 
     def case(self, target: GpuTarget) -> Case:
         """The operation, with abstract arguments."""
-        options: dict[str, Any] = {"scale": 1 / math.sqrt(self.head_dim), "softcap": self.softcap}
-        if self.query_tile is not None:
-            options["query_tile"] = self.query_tile
-        plan, lengths = abstract_plan(_ROWS), (abstract((_ROWS,)),)
-        if self.operation is PREFILL_ATTENTION:
-            plan, lengths = _prefill_plan(self), ()
-            options["query_tile"] = QUERY_TILE
+        num_heads = _KV_HEADS * self.group
+        attention = AttentionSpec.of(num_heads, _KV_HEADS, self.head_dim, softcap=self.softcap)
+        options = {} if self.query_tile is None else {"query_tile": self.query_tile}
         attend = self.operation.function(self.backend)
+        q = abstract((_ROWS, num_heads, self.head_dim), self.dtype)
         pool = abstract((_LAYERS, _KV_HEADS, _CHUNKS, self.chunk_size, self.head_dim), self.dtype)
-        q = abstract((_ROWS, _KV_HEADS * self.group, self.head_dim), self.dtype)
-        arguments = (q, pool, pool, plan, *lengths, abstract(()))
-        return Case(lambda *args: attend(*args[:-1], layer=args[-1], **options), arguments)
+        stored = jax.eval_shape(StoredKV, pool, pool, abstract(()))
+        if self.operation is PREFILL_ATTENTION:
+            reads = PrefillReads(_prefill_plan(self), QUERY_TILE)
+        else:
+            reads = jax.eval_shape(DecodeReads, abstract_plan(_ROWS), abstract((_ROWS,)))
+        return Case(lambda *operands: attend(*operands, attention, **options), (q, stored, reads))
 
 
 def available_backends() -> tuple[str, ...]:

@@ -7,7 +7,6 @@ timed: compilation would disturb the clock.
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -38,9 +37,12 @@ from experiments.gpu.loops import (
 from experiments.gpu.pools import Buffers
 from experiments.gpu.record import significant
 from experiments.gpu.tables import CaseTables, case_tables
+from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
 from pallas_kernels.implementations import AttentionShapes
+from pallas_kernels.plans import DecodeReads
 from pallas_kernels.specs import AttentionCase
+from pallas_kernels.stored_kv import StoredKV
 
 JOBS: dict[str, Callable[[], list[Job]]] = {
     "paper": paper_jobs,
@@ -181,9 +183,10 @@ def _unsupported(bench: Bench, own: OwnSide, case: AttentionCase) -> str | None:
 def _with_query_tile(case: AttentionCase, query_tile: int, q, keys, values, plan, lengths, layer):
     from pallas_kernels.chunk_attention import pallas_mosaic_gpu
 
-    scale = 1 / math.sqrt(case.head_dim) if case.scale is None else case.scale
-    how = {"scale": scale, "softcap": case.softcap, "query_tile": query_tile}
-    return pallas_mosaic_gpu.chunk_attention(q, keys, values, plan, lengths, layer=layer, **how)
+    sizes = case.num_heads, case.num_kv_heads, case.head_dim
+    attention = AttentionSpec.of(*sizes, scale=case.scale, softcap=case.softcap)
+    operands = q, StoredKV(keys, values, layer), DecodeReads(plan, lengths), attention
+    return pallas_mosaic_gpu.chunk_attention(*operands, query_tile=query_tile)
 
 
 def _measure(bench: Bench, prepared: _Prepared, *, repeats: int, seed: int) -> None:

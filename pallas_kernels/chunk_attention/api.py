@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import math
-
-import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.implementations import AttentionShapes, Operation
-from pallas_kernels.plans import DecodePlan, HostOrDevice
-from pallas_kernels.softcap import check_softcap
-from pallas_kernels.targets import current_target
+from pallas_kernels.attention_spec import AttentionSpec
+from pallas_kernels.implementations import Operation
+from pallas_kernels.plans import DecodePlan, DecodeReads, HostOrDevice
+from pallas_kernels.stored_kv import StoredKV
 
-CHUNK_ATTENTION = Operation(
+CHUNK_ATTENTION: Operation[DecodeReads] = Operation(
     "pallas_kernels.chunk_attention",
     "chunk_attention",
     ("reference", "xla", "pallas_triton", "pallas_mosaic_gpu"),
@@ -60,27 +57,8 @@ def chunk_attention(
         needs, heads that do not divide, a head_dim that differs from the pool's, or a softcap that
         is not positive and finite.
     """
-    shapes = AttentionShapes.of(q, keys)
-    check_softcap(softcap)
-    return _run(
-        q,
-        keys,
-        values,
-        plan,
-        lengths,
-        layer,
-        scale=1 / math.sqrt(shapes.head_dim) if scale is None else scale,
-        softcap=softcap,
-        implementation=CHUNK_ATTENTION.resolve(implementation, shapes),
-        interpret=current_target().interpret,
-    )
-
-
-@functools.partial(
-    jax.jit, static_argnames=("scale", "softcap", "implementation", "interpret"), inline=True
-)
-def _run(q, keys, values, plan, lengths, layer, *, scale, softcap, implementation, interpret):
-    options = {"interpret": True} if interpret and implementation.startswith("pallas") else {}
-    function = CHUNK_ATTENTION.function(implementation)
-    how = {"layer": layer, "scale": scale, "softcap": softcap}
-    return function(q, keys, values, plan, lengths, **how, **options)
+    stored = StoredKV(jnp.asarray(keys), jnp.asarray(values), layer)
+    sizes = q.shape[1], stored.kv_heads, stored.head_dim
+    attention = AttentionSpec.of(*sizes, scale=scale, softcap=softcap)
+    reads = DecodeReads(plan, lengths)
+    return CHUNK_ATTENTION.attend(q, stored, reads, attention, implementation=implementation)

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention.mosaic_shape import (
     WARPGROUP_AXIS,
     WARPGROUP_ROWS,
@@ -23,18 +25,16 @@ from pallas_kernels.chunk_attention.mosaic_shape import (
 from pallas_kernels.chunk_attention.mosaic_tiles import Run, attend, load_rows, store_rows
 from pallas_kernels.online_softmax import Partial
 from pallas_kernels.plans import PartialSlots, WorkItems
+from pallas_kernels.stored_kv import StoredKV
 
 
 def chunk_first(
-    q,
-    keys,
-    values,
+    q: Float[Array, "B Hq D"],
+    stored: StoredKV,
     items: WorkItems,
     partials: PartialSlots,
+    attention: AttentionSpec,
     *,
-    layer,
-    scale: float,
-    softcap: float | None = None,
     query_tile: int = WARPGROUP_ROWS,
     stages: int | None = None,
     interpret: Any = False,
@@ -46,15 +46,9 @@ def chunk_first(
     whole warpgroups, see `PartialSlots`.
     """
     shape = TileShape.of(
-        q,
-        keys,
-        scale,
-        softcap=softcap,
-        query_tile=query_tile,
-        stages=stages,
-        interpret=interpret,
+        stored, attention, query_tile=query_tile, stages=stages, interpret=interpret
     )
-    kv_heads, group = keys.shape[1], shape.group
+    kv_heads, group = stored.kv_heads, shape.group
     # Room for the last item's last warpgroup, whatever its slots' place is.
     slot_rows = (-(-partials.slots.shape[0] * group // WARPGROUP_ROWS) + 1) * WARPGROUP_ROWS
 
@@ -119,25 +113,30 @@ def chunk_first(
         {"item": items.row_begin.shape[0], "head": kv_heads},
     )
     output, maximum, total = run_kernel(
-        queries_by_head(q, keys, shape.query_tile),
-        keys,
-        values,
+        queries_by_head(q, stored, attention, shape.query_tile),
+        stored.keys,
+        stored.values,
         *(jnp.asarray(x) for x in (items.row_begin, items.row_count)),
         *(jnp.asarray(x) for x in (items.chunk_begin, items.chunk_count, items.chunks)),
         jnp.asarray(items.count)[None],
         jnp.asarray(partials.item_slot),
-        jnp.asarray(layer, jnp.int32)[None],
+        layer_operand(stored),
     )
     return Partial(output, maximum, total)
 
 
-def queries_by_head(q, keys, padding: int):
-    """q [B, Hq, D] as query rows [Hkv, B * G + padding, D] in the pool's dtype.
+def queries_by_head(
+    q: Float[Array, "B Hq D"], stored: StoredKV, attention: AttentionSpec, padding: int
+) -> Float[Array, "Hkv rows D"]:
+    """The B * G query rows of each KV head in the pool's dtype, and `padding` behind them.
 
     Any run of rows is contiguous, for any G, and a tile that begins in the last row has its room.
     """
-    batch, num_heads, head_dim = q.shape
-    kv_heads = keys.shape[1]
-    q = q.astype(keys.dtype).reshape(batch, kv_heads, num_heads // kv_heads, head_dim)
-    q = q.transpose(1, 0, 2, 3).reshape(kv_heads, -1, head_dim)
-    return jnp.pad(q, ((0, 0), (0, padding), (0, 0)))
+    grouped = attention.heads.split(q.astype(stored.dtype)).transpose(1, 0, 2, 3)
+    rows = grouped.reshape(stored.kv_heads, -1, stored.head_dim)
+    return jnp.pad(rows, ((0, 0), (0, padding), (0, 0)))
+
+
+def layer_operand(stored: StoredKV) -> Int32[Array, " 1"]:
+    """The layer, as kernels take it."""
+    return jnp.asarray(stored.layer, jnp.int32)[None]

@@ -15,12 +15,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
 
-from pallas_kernels.chunk_attention.mosaic_chunk_first import queries_by_head
+from pallas_kernels.attention_spec import AttentionSpec
+from pallas_kernels.chunk_attention.mosaic_chunk_first import layer_operand, queries_by_head
 from pallas_kernels.chunk_attention.mosaic_shape import WARPGROUP_ROWS, Buffers, TileShape
 from pallas_kernels.chunk_attention.mosaic_tiles import Run, attend, load_rows, store_rows
 from pallas_kernels.online_softmax import MASKED, Partial
-from pallas_kernels.plans import DecodePlan, require_partials
+from pallas_kernels.plans import DecodeReads, require_partials
+from pallas_kernels.stored_kv import StoredKV
 
 MAX_GROUP = 32
 # Rows of the staging tile that no query row of the group needs: maxima and totals go there.
@@ -38,35 +41,29 @@ class Block(NamedTuple):
 
 
 def sequence_first(
-    q,
-    keys,
-    values,
-    plan: DecodePlan,
-    lengths,
+    q: Float[Array, "B Hq D"],
+    stored: StoredKV,
+    reads: DecodeReads,
+    attention: AttentionSpec,
     shared: Partial,
     *,
-    layer,
-    scale: float,
-    softcap: float | None = None,
     stages: int | None = None,
     interpret: Any = False,
-):
-    """Attention to the private chunks, merged with `shared`: [B, Hq, D] in q's dtype.
+) -> Float[Array, "B Hq D"]:
+    """Attention to the private chunks, merged with `shared`, in q's dtype.
 
     shared is what `chunk_first` gives: Partial [Hkv, F], where F > S * G.
     """
-    batch, num_heads, head_dim = q.shape
-    kv_heads = keys.shape[1]
+    batch, _, head_dim = q.shape
+    kv_heads = stored.kv_heads
     shape = TileShape.of(
-        q,
-        keys,
-        scale,
-        softcap=softcap,
+        stored,
+        attention,
         stages=stages,
         other_memory=WARPGROUP_ROWS * head_dim * 4,
         interpret=interpret,
     )
-    group, partials = shape.group, require_partials(plan)
+    group, plan, partials = shape.group, reads.plan, require_partials(reads.plan)
     # The merge goes over `block_rows` query rows at once, so that each thread has a number.
     block_rows = max(1, THREADS // head_dim)
     padded_group = -(-group // block_rows) * block_rows
@@ -150,15 +147,15 @@ def sequence_first(
         {"row": batch, "head": kv_heads},
     )
     out = run_kernel(
-        queries_by_head(q, keys, WARPGROUP_ROWS),
-        keys,
-        values,
-        *(jnp.asarray(x) for x in (plan.private_chunks, lengths, plan.covered_tokens)),
-        jnp.asarray(layer, jnp.int32)[None],
+        queries_by_head(q, stored, attention, WARPGROUP_ROWS),
+        stored.keys,
+        stored.values,
+        *(jnp.asarray(x) for x in (plan.private_chunks, reads.lengths, plan.covered_tokens)),
+        layer_operand(stored),
         *(jnp.asarray(x) for x in (partials.row_begin, partials.slots)),
         *shared,
     )
-    return out[:, :, :group].reshape(batch, num_heads, head_dim)
+    return attention.heads.join(out[:, :, :group])
 
 
 def _stage(staging, private: Partial) -> None:

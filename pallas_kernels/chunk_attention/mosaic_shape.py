@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention_spec import AttentionSpec
+from pallas_kernels.stored_kv import StoredKV
 
 LOG2_E = math.log2(math.e)
 WARPGROUP_ROWS = 64  # query rows of one warpgroup: what its matrix instruction takes
@@ -22,7 +24,7 @@ BARRIER_MEMORY = 256  # bytes, more than three barriers a stage need
 class TileShape:
     """The sizes a kernel is compiled for."""
 
-    group: int  # G
+    attention: AttentionSpec
     head_dim: int  # D
     chunk_size: int  # C
     num_chunks: int  # N
@@ -30,42 +32,46 @@ class TileShape:
     warpgroups: int
     key_tile: int  # tokens of one step
     stages: int
-    scale: float  # of the scores, log2(e) included
-    softcap: float | None  # in natural units
     interpret: Any
 
     @classmethod
     def of(
         cls,
-        q: jax.Array,
-        keys: jax.Array,
-        scale: float,
+        stored: StoredKV,
+        attention: AttentionSpec,
         *,
-        softcap: float | None = None,
         query_tile: int = WARPGROUP_ROWS,
         stages: int | None = None,
         other_memory: int = 0,
         interpret: Any = False,
     ) -> TileShape:
         """`stages` None chooses; `other_memory` is shared memory beside `Buffers`, in bytes."""
-        _, kv_heads, num_chunks, chunk_size, head_dim = keys.shape
+        head_dim, chunk_size = stored.head_dim, stored.chunk_size
         # The matrix instruction takes no fewer than 64 tokens. 128 cost less per token, but should
         # not be several chunks: of a short run, most would be padding.
         key_tile = 128 if head_dim == 64 and chunk_size % 128 == 0 else 64
         warpgroups = query_tile // WARPGROUP_ROWS
         return cls(
-            group=q.shape[1] // kv_heads,
+            attention=attention,
             head_dim=head_dim,
             chunk_size=chunk_size,
-            num_chunks=num_chunks,
-            dtype=keys.dtype,
+            num_chunks=stored.num_chunks,
+            dtype=stored.dtype,
             warpgroups=warpgroups,
             key_tile=key_tile,
             stages=stages or _default_stages(head_dim, key_tile, warpgroups, other_memory),
-            scale=scale * LOG2_E,
-            softcap=softcap,
             interpret=interpreter() if interpret is True else interpret,
         )
+
+    @property
+    def group(self) -> int:
+        """Query heads that read one KV head, G."""
+        return self.attention.heads.group
+
+    @property
+    def scale(self) -> float:
+        """Of the scores, in units of log2."""
+        return self.attention.scale * LOG2_E
 
     @property
     def query_tile(self) -> int:

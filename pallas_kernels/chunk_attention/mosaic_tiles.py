@@ -168,14 +168,15 @@ def _attend_step(shape, buffers, run: Run, warpgroup, slot, visible, state: Part
 
 def _scores(shape: TileShape, products) -> Any:
     """Scores in units of log2; it is those in natural units that a softcap bends."""
-    if shape.softcap is None:
+    softcap = shape.attention.softcap
+    if softcap is None:
         return products * shape.scale
     # tanh(x) = 1 - 2 / (1 + exp(2 x)). With approximate math jnp.tanh is the GPU's own instruction,
     # off by up to one part in 2000: a score near a softcap of 50, by 0.02. This is off by less than
     # 1e-6 of the softcap, for every x. Near 0 that is much of tanh(x), but softmax knows only
     # differences of scores.
-    exponentials = jnp.exp2(products * (2 * shape.scale / shape.softcap))
-    limit = shape.softcap * LOG2_E
+    exponentials = jnp.exp2(products * (2 * shape.scale / softcap))
+    limit = softcap * LOG2_E
     return limit - 2 * limit / (1 + exponentials)
 
 

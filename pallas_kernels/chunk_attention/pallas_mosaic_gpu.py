@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxtyping import Array, Float
+
+from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention.mosaic_chunk_first import chunk_first
 from pallas_kernels.chunk_attention.mosaic_sequence_first import MAX_GROUP, sequence_first
 from pallas_kernels.implementations import AttentionShapes
-from pallas_kernels.plans import DecodePlan, require_partials
+from pallas_kernels.plans import DecodeReads, require_partials
+from pallas_kernels.stored_kv import StoredKV
 
 __all__ = ["chunk_attention", "chunk_first", "sequence_first", "unsupported"]
 
@@ -40,29 +44,20 @@ def unsupported(shapes: AttentionShapes) -> str | None:
 
 
 def chunk_attention(
-    q,
-    keys,
-    values,
-    plan: DecodePlan,
-    lengths,
+    q: Float[Array, "B Hq D"],
+    stored: StoredKV,
+    reads: DecodeReads,
+    attention: AttentionSpec,
     *,
-    layer,
-    scale: float,
-    softcap: float | None = None,
     query_tile: int = 64,
     interpret: Any = False,
-):
+) -> Float[Array, "B Hq D"]:
     """See `pallas_kernels.chunk_attention.api.chunk_attention`; the plan must have partials.
 
     `interpret` is False, True, or `InterpretGPUParams`.
     """
-    options: dict[str, Any] = {
-        "layer": layer,
-        "scale": scale,
-        "softcap": softcap,
-        "interpret": interpret,
-    }
+    items, partials = reads.plan.items, require_partials(reads.plan)
     shared = chunk_first(
-        q, keys, values, plan.items, require_partials(plan), query_tile=query_tile, **options
+        q, stored, items, partials, attention, query_tile=query_tile, interpret=interpret
     )
-    return sequence_first(q, keys, values, plan, lengths, shared, **options)
+    return sequence_first(q, stored, reads, attention, shared, interpret=interpret)

@@ -18,15 +18,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float
 
+from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.online_softmax import MASKED, Partial
-from pallas_kernels.plans import DecodePlan, PartialSlots, WorkItems, require_partials
+from pallas_kernels.plans import DecodeReads, PartialSlots, WorkItems, require_partials
+from pallas_kernels.stored_kv import StoredKV
 from pallas_kernels.triton_tiles import (
     SMALL_TILE,
+    HeadKVRefs,
     KernelShape,
     Run,
-    as_operand,
     attend,
+    layer_operand,
     load_queries,
     unsupported,
 )
@@ -38,33 +42,26 @@ MERGE_VALUES = 8192
 
 
 def chunk_attention(
-    q,
-    keys,
-    values,
-    plan: DecodePlan,
-    lengths,
+    q: Float[Array, "B Hq D"],
+    stored: StoredKV,
+    reads: DecodeReads,
+    attention: AttentionSpec,
     *,
-    layer,
-    scale: float,
-    softcap: float | None = None,
     interpret: bool = False,
-):
+) -> Float[Array, "B Hq D"]:
     """See `pallas_kernels.chunk_attention.api.chunk_attention`."""
-    how = {"layer": layer, "scale": scale, "softcap": softcap, "interpret": interpret}
-    shared = chunk_first(q, keys, values, plan.items, require_partials(plan), **how)
-    return sequence_first(q, keys, values, plan, lengths, shared, **how)
+    items, partials = reads.plan.items, require_partials(reads.plan)
+    shared = chunk_first(q, stored, items, partials, attention, interpret=interpret)
+    return sequence_first(q, stored, reads, attention, shared, interpret=interpret)
 
 
 def chunk_first(
-    q,
-    keys,
-    values,
+    q: Float[Array, "B Hq D"],
+    stored: StoredKV,
     items: WorkItems,
     partials: PartialSlots,
+    attention: AttentionSpec,
     *,
-    layer,
-    scale: float,
-    softcap: float | None = None,
     interpret: bool = False,
 ) -> Partial:
     """The partials of all work items: output [Hkv, S * G, Dp], maximum and total [Hkv, S * G].
@@ -72,12 +69,12 @@ def chunk_first(
     The query rows of an item are consecutive, from its slot times G on. D is padded to a power of
     two, Dp. What no item owns is left as it was in memory.
     """
-    shape = KernelShape.of("chunk_first", q, keys)
-    kv_heads = keys.shape[1]
+    shape = KernelShape.of("chunk_first", stored, attention)
+    kv_heads = stored.kv_heads
     rows = partials.slots.shape[0] * shape.group
     return Partial(
         *pl.pallas_call(
-            partial(_chunk_first_kernel, shape=shape, scale=scale, softcap=softcap),
+            partial(_chunk_first_kernel, shape=shape),
             grid=(items.row_begin.shape[0], kv_heads),
             out_shape=(
                 jax.ShapeDtypeStruct((kv_heads, rows, shape.padded_dim), jnp.float32),
@@ -95,10 +92,10 @@ def chunk_first(
             items.chunk_count,
             items.chunks,
             partials.item_slot,
-            as_operand(layer),
+            layer_operand(stored),
             q,
-            keys,
-            values,
+            stored.keys,
+            stored.values,
         )
     )
 
@@ -120,20 +117,22 @@ def _chunk_first_kernel(
     total,
     *,
     shape: KernelShape,
-    scale: float,
-    softcap: float | None,
 ):
     item, head = pl.program_id(0), pl.program_id(1)
-    group = shape.group
+    group, heads = shape.group, shape.attention.heads
 
     def attend_tile(tile: int, tile_begin):
         index = tile_begin + jnp.arange(tile, dtype=jnp.int32)
         inside = index < row_count[item] * group
         queries = load_queries(
-            q, row_begin[item] + index // group, head * group + index % group, inside, shape
+            q,
+            row_begin[item] + index // group,
+            heads.first_query_head(head) + index % group,
+            inside,
+            shape,
         )
         run = Run(chunks, (), chunk_begin[item], chunk_count[item] * shape.chunk_size)
-        result = attend(queries, run, keys, values, layer[0], head, scale, softcap, shape)
+        result = attend(queries, HeadKVRefs(keys, values, layer[0], head), run, shape)
         place = item_slot[item] * group + index
         dims = jnp.arange(shape.padded_dim, dtype=jnp.int32)
         plt.store(output.at[head, place[:, None], dims[None]], result.output, mask=inside[:, None])
@@ -156,37 +155,33 @@ def _chunk_first_kernel(
 
 
 def sequence_first(
-    q,
-    keys,
-    values,
-    plan: DecodePlan,
-    lengths,
+    q: Float[Array, "B Hq D"],
+    stored: StoredKV,
+    reads: DecodeReads,
+    attention: AttentionSpec,
     shared: Partial,
     *,
-    layer,
-    scale: float,
-    softcap: float | None = None,
     interpret: bool = False,
-):
-    """Attention to each row's private chunks, merged with its partials: [B, Hq, D]."""
-    shape = KernelShape.of("sequence_first", q, keys)
-    partials = require_partials(plan)
+) -> Float[Array, "B Hq D"]:
+    """Attention to each row's private chunks, merged with its partials."""
+    shape = KernelShape.of("sequence_first", stored, attention)
+    plan, partials = reads.plan, require_partials(reads.plan)
     return pl.pallas_call(
-        partial(_sequence_first_kernel, shape=shape, scale=scale, softcap=softcap),
-        grid=(q.shape[0], keys.shape[1]),
+        partial(_sequence_first_kernel, shape=shape),
+        grid=(q.shape[0], stored.kv_heads),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=shape.compiler_params,
         interpret=interpret,
         name="sequence_first",
     )(
-        jnp.asarray(lengths) - plan.covered_tokens,
+        jnp.asarray(reads.lengths) - plan.covered_tokens,
         plan.private_chunks,
         partials.row_begin,
         partials.slots,
-        as_operand(layer),
+        layer_operand(stored),
         q,
-        keys,
-        values,
+        stored.keys,
+        stored.values,
         *shared,
     )
 
@@ -206,17 +201,15 @@ def _sequence_first_kernel(
     output,
     *,
     shape: KernelShape,
-    scale: float,
-    softcap: float | None,
 ):
     row, head = pl.program_id(0), pl.program_id(1)
-    group = shape.group
+    group, heads = shape.group, shape.attention.heads
     padded_group = pl.next_power_of_2(group)
     tile = max(SMALL_TILE, padded_group)
     index = jnp.arange(tile, dtype=jnp.int32)
-    queries = load_queries(q, row, head * group + index, index < group, shape)
+    queries = load_queries(q, row, heads.first_query_head(head) + index, index < group, shape)
     run = Run(private_chunks, (row,), 0, private_tokens[row])
-    own = attend(queries, run, keys, values, layer[0], head, scale, softcap, shape)
+    own = attend(queries, HeadKVRefs(keys, values, layer[0], head), run, shape)
 
     # Query rows of the tile beyond the group are padding: keep [G, D] of [tile, D].
     fold = (tile // padded_group, padded_group)
@@ -255,7 +248,7 @@ def _sequence_first_kernel(
     state = lax.fori_loop(0, pl.cdiv(end - begin, at_once), merge, state)
     result = state.output / jnp.where(state.total > 0, state.total, 1.0)[:, None]
     plt.store(
-        output.at[row, (head * group + members)[:, None], dims[None]],
+        output.at[row, (heads.first_query_head(head) + members)[:, None], dims[None]],
         result.astype(output.dtype),
         mask=(members < group)[:, None] & (dims < shape.head_dim)[None],
     )

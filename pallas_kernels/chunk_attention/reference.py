@@ -4,49 +4,42 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.plans import DecodePlan
-from pallas_kernels.softcap import cap_scores
+from pallas_kernels.attention_spec import AttentionSpec
+from pallas_kernels.plans import DecodeReads
+from pallas_kernels.stored_kv import StoredKV
 
 
 def chunk_attention(
-    q,
-    keys,
-    values,
-    plan: DecodePlan,
-    lengths,
-    *,
-    layer,
-    scale: float,
-    softcap: float | None = None,
-):
+    q: Float[Array, "B Hq D"], stored: StoredKV, reads: DecodeReads, attention: AttentionSpec
+) -> Float[Array, "B Hq D"]:
     """See `pallas_kernels.chunk_attention.api.chunk_attention`.
 
     Computes in float64 when q is float64 (with jax_enable_x64), in float32 otherwise. Scores every
     query against every slot of the pool, so it is for small pools only.
     """
-    batch, num_heads, head_dim = q.shape
-    kv_heads, num_chunks, chunk_size = keys.shape[1:4]
     compute = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
-    grouped = q.astype(compute).reshape(batch, kv_heads, num_heads // kv_heads, head_dim)
-    visible = tokens_per_chunk(plan, lengths, num_chunks, chunk_size)
-    slot = jnp.arange(chunk_size, dtype=jnp.int32)
+    grouped = attention.heads.split(q.astype(compute))
+    visible = tokens_per_chunk(reads, stored.num_chunks, stored.chunk_size)
+    slot = jnp.arange(stored.chunk_size, dtype=jnp.int32)
     mask = slot[None, None] < visible[:, :, None]  # [B, N, C]
     highest = jax.lax.Precision.HIGHEST
-    k, v = keys[layer].astype(compute), values[layer].astype(compute)
-    scores = jnp.einsum("bhgd,hncd->bhgnc", grouped, k, precision=highest) * scale
-    scores = cap_scores(scores, softcap)
+    k, v = stored.all_keys().astype(compute), stored.all_values().astype(compute)
+    scores = jnp.einsum("bhgd,hncd->bhgnc", grouped, k, precision=highest) * attention.scale
+    scores = attention.cap(scores)
     scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
     maximum = scores.max(axis=(-2, -1), keepdims=True)
     weights = jnp.exp(scores - jnp.where(jnp.isfinite(maximum), maximum, 0))
     total = weights.sum(axis=(-2, -1))
     output = jnp.einsum("bhgnc,hncd->bhgd", weights, v, precision=highest)
     output = output / jnp.where(total > 0, total, 1)[..., None]
-    return output.reshape(q.shape).astype(q.dtype)
+    return attention.heads.join(output).astype(q.dtype)
 
 
-def tokens_per_chunk(plan: DecodePlan, lengths, num_chunks: int, chunk_size: int):
-    """How many tokens of each chunk every row attends to: int32 [B, N]."""
+def tokens_per_chunk(reads: DecodeReads, num_chunks: int, chunk_size: int) -> Int32[Array, "B N"]:
+    """How many tokens of each chunk every row attends to."""
+    plan = reads.plan
     batch, width = plan.private_chunks.shape
     rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
 
@@ -62,5 +55,5 @@ def tokens_per_chunk(plan: DecodePlan, lengths, num_chunks: int, chunk_size: int
     tokens = tokens.at[rows, items.chunks[None]].add(by_slot * chunk_size, mode="drop")
 
     start = jnp.arange(width, dtype=jnp.int32)[None] * chunk_size
-    private = jnp.clip((lengths - plan.covered_tokens)[:, None] - start, 0, chunk_size)
+    private = jnp.clip((reads.lengths - plan.covered_tokens)[:, None] - start, 0, chunk_size)
     return tokens.at[rows, plan.private_chunks].add(private, mode="drop")

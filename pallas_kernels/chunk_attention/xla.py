@@ -11,14 +11,17 @@ padding allows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.online_softmax import MASKED, Partial, empty, merge, normalise
-from pallas_kernels.plans import DecodePlan, WorkItems
-from pallas_kernels.softcap import cap_scores
+from pallas_kernels.plans import DecodeReads, HostOrDevice, WorkItems
+from pallas_kernels.stored_kv import HeadKV, StoredKV
 
 # Tokens gathered at once. Larger pieces amortise the cost of a loop step; the scores of a piece
 # (tokens x query rows, float32) should stay within a few MB.
@@ -28,45 +31,46 @@ MAX_PIECE_SCORES = 1 << 20
 SEQUENCE_STEP_CHUNKS = 32
 
 
+@dataclass(frozen=True)
+class Run:
+    """The chunks `chunks[begin : begin + count]`, all of them full."""
+
+    chunks: Int32[HostOrDevice, " K"]
+    begin: Int32[HostOrDevice, ""]
+    count: Int32[HostOrDevice, ""]
+
+
 def chunk_attention(
-    q,
-    keys,
-    values,
-    plan: DecodePlan,
-    lengths,
-    *,
-    layer,
-    scale: float,
-    softcap: float | None = None,
-):
+    q: Float[Array, "B Hq D"], stored: StoredKV, reads: DecodeReads, attention: AttentionSpec
+) -> Float[Array, "B Hq D"]:
     """See `pallas_kernels.chunk_attention.api.chunk_attention`."""
 
-    def attend_head(head, queries):
-        shared = chunk_first(queries, keys, values, plan.items, layer, head, softcap)
-        private = _sequence_first(queries, keys, values, plan, lengths, layer, head, softcap)
+    def attend_head(kv: HeadKV, queries: Float32[Array, "B G D"]) -> Float32[Array, "B G D"]:
+        shared = chunk_first(queries, kv, reads.plan.items, attention)
+        private = _sequence_first(queries, kv, reads, attention)
         return normalise(merge(shared, private))
 
-    return map_heads(attend_head, q, keys.shape[1], scale)
+    return map_heads(attend_head, q, stored, attention)
 
 
-def map_heads(attend_head: Callable, q, kv_heads: int, scale: float):
-    """`attend_head(head, queries [B, G, D]) -> [B, G, D]` of every KV head, one after another.
-
-    The queries are scaled and in float32; q and the result are [B, Hq, D], in q's dtype.
-    """
-    rows, num_heads, head_dim = q.shape
-    queries = q.astype(jnp.float32) * scale
-    queries = queries.reshape(rows, kv_heads, num_heads // kv_heads, head_dim)
+def map_heads(
+    attend_head: Callable[[HeadKV, Float32[Array, "B G D"]], Float32[Array, "B G D"]],
+    q: Float[Array, "B Hq D"],
+    stored: StoredKV,
+    attention: AttentionSpec,
+) -> Float[Array, "B Hq D"]:
+    """The output of every KV head, one after another; the queries are scaled and in float32."""
+    queries = attention.heads.split(q.astype(jnp.float32) * attention.scale)
     queries = queries.transpose(1, 0, 2, 3)
-    heads = jnp.arange(kv_heads, dtype=jnp.int32)
-    output = lax.map(lambda head: attend_head(head, queries[head]), heads)
-    return output.transpose(1, 0, 2, 3).reshape(q.shape).astype(q.dtype)
+    heads = jnp.arange(stored.kv_heads, dtype=jnp.int32)
+    output = lax.map(lambda head: attend_head(HeadKV(stored, head), queries[head]), heads)
+    return attention.heads.join(output.transpose(1, 0, 2, 3)).astype(q.dtype)
 
 
 def chunk_first(
-    queries, keys, values, items: WorkItems, layer, head, softcap: float | None
+    queries: Float32[Array, "B G D"], kv: HeadKV, items: WorkItems, attention: AttentionSpec
 ) -> Partial:
-    """All work items, merged into the rows they cover. queries [B, G, D] -> Partial [B, G]."""
+    """All work items, merged into the rows they cover: Partial [B, G]."""
     batch, group, head_dim = queries.shape
     tiles = _row_tiles(batch)
 
@@ -75,14 +79,9 @@ def chunk_first(
         start = jnp.minimum(first, batch - tile)
         result = attend_run(
             lax.dynamic_slice_in_dim(queries, start, tile).reshape(tile * group, head_dim),
-            keys,
-            values,
-            items.chunks,
-            items.chunk_begin[item],
-            items.chunk_count[item],
-            layer,
-            head,
-            softcap,
+            kv,
+            Run(items.chunks, items.chunk_begin[item], items.chunk_count[item]),
+            attention,
         )
         row = start + jnp.arange(tile, dtype=jnp.int32)
         covered = ((row >= first) & (row < first + rows))[:, None]
@@ -97,8 +96,10 @@ def chunk_first(
     return lax.fori_loop(0, items.count, step, empty((batch, group), head_dim))
 
 
-def merge_rows(state: Partial, result: Partial, start, covered) -> Partial:
-    """Merges a tile's result into the rows from `start` on, where `covered` [tile, 1] says so.
+def merge_rows(
+    state: Partial, result: Partial, start: Int32[Array, ""], covered: Bool[Array, "tile 1"]
+) -> Partial:
+    """Merges a tile's result into the rows from `start` on, where `covered` says so.
 
     state is Partial [B, G], result Partial [tile * G].
     """
@@ -115,19 +116,18 @@ def merge_rows(state: Partial, result: Partial, start, covered) -> Partial:
 
 
 def attend_run(
-    queries, keys, values, chunks, begin, count, layer, head, softcap: float | None
+    queries: Float32[Array, "R D"], kv: HeadKV, run: Run, attention: AttentionSpec
 ) -> Partial:
-    """Attention of `queries` [R, D] over the full chunks `chunks[begin : begin + count]`."""
+    """Attention over the chunks of a run: Partial [R]."""
     rows, head_dim = queries.shape
+    chunks, begin, count = run.chunks, run.begin, run.count
     state = empty((rows,), head_dim)
-    for size in _piece_sizes(keys.shape[3], rows, chunks.shape[0]):
+    for size in _piece_sizes(kv.stored.chunk_size, rows, chunks.shape[0]):
         pieces = lax.div(count, jnp.int32(size))
 
         def attend_piece(piece, state, size=size, begin=begin):
             ids = lax.dynamic_slice(chunks, (begin + piece * size,), (size,))
-            k = gather_chunks(keys, layer, head, ids)
-            v = gather_chunks(values, layer, head, ids)
-            return merge(state, attend_tokens(queries, k, v, softcap))
+            return merge(state, attend_tokens(queries, *kv.gather(ids), attention))
 
         state = lax.fori_loop(0, pieces, attend_piece, state)
         begin = begin + pieces * size
@@ -135,16 +135,16 @@ def attend_run(
     return state
 
 
-def gather_chunks(pool, layer, head, ids):
-    """Tokens of the chunks `ids` [..., W] for one layer and head: [..., W * C, D], float32."""
-    tokens = pool.at[layer, head, ids].get(mode="promise_in_bounds")
-    return tokens.reshape(*ids.shape[:-1], -1, pool.shape[-1]).astype(jnp.float32)
-
-
-def attend_tokens(queries, k, v, softcap: float | None, visible=None) -> Partial:
-    """Attention of `queries` [R, D] over k, v [T, D]; `visible` [T, R] masks, None sees all."""
+def attend_tokens(
+    queries: Float32[Array, "R D"],
+    k: Float32[Array, "T D"],
+    v: Float32[Array, "T D"],
+    attention: AttentionSpec,
+    visible: Bool[Array, "T R"] | None = None,
+) -> Partial:
+    """Attention over the tokens that each query sees, or all: Partial [R]."""
     # [T, R]: the long dimension first is faster on CPU.
-    scores = cap_scores(_dot(k, queries, ((1,), (1,))), softcap)
+    scores = attention.cap(_dot(k, queries, ((1,), (1,))))
     if visible is not None:
         scores = jnp.where(visible, scores, MASKED)
     maximum = scores.max(axis=0)
@@ -154,7 +154,7 @@ def attend_tokens(queries, k, v, softcap: float | None, visible=None) -> Partial
     return Partial(_dot(weights, v, ((0,), (0,))), maximum, weights.sum(axis=0))
 
 
-def _dot(a, b, contract):
+def _dot(a: Float32[Array, " ..."], b: Float32[Array, " ..."], contract) -> Float32[Array, " ..."]:
     """Matrix product in full float32, also where the default is TensorFloat-32."""
     return lax.dot_general(a, b, (contract, ((), ())), precision=lax.Precision.HIGHEST)
 
@@ -189,26 +189,25 @@ def _row_tiles(batch: int) -> list[int]:
 
 
 def _sequence_first(
-    queries, keys, values, plan: DecodePlan, lengths, layer, head, softcap: float | None
+    queries: Float32[Array, "B G D"], kv: HeadKV, reads: DecodeReads, attention: AttentionSpec
 ) -> Partial:
-    """The private chunks of every row. queries [B, G, D] -> Partial [B, G]."""
+    """The private chunks of every row: Partial [B, G]."""
     batch, group, head_dim = queries.shape
-    num_chunks, chunk_size = keys.shape[2:4]
+    plan, num_chunks, chunk_size = reads.plan, kv.stored.num_chunks, kv.stored.chunk_size
     width = plan.private_chunks.shape[1]
     step_chunks = min(width, max(1, SEQUENCE_STEP_CHUNKS // batch))
     step_tokens = step_chunks * chunk_size
     padding = ((0, 0), (0, -width % step_chunks))
     private = jnp.pad(jnp.minimum(plan.private_chunks, num_chunks - 1), padding)
-    remaining = lengths - plan.covered_tokens
+    remaining = reads.lengths - plan.covered_tokens
 
     def step(index, state: Partial) -> Partial:
         ids = lax.dynamic_slice_in_dim(private, index * step_chunks, step_chunks, axis=1)
-        k = gather_chunks(keys, layer, head, ids)
-        v = gather_chunks(values, layer, head, ids)
+        k, v = kv.gather(ids)
         position = index * step_tokens + jnp.arange(step_tokens, dtype=jnp.int32)
         visible = (position[None] < remaining[:, None])[:, None]
         scores = jnp.einsum("bgd,btd->bgt", queries, k, precision=lax.Precision.HIGHEST)
-        scores = jnp.where(visible, cap_scores(scores, softcap), MASKED)
+        scores = jnp.where(visible, attention.cap(scores), MASKED)
         maximum = scores.max(axis=-1)
         weights = jnp.where(visible, jnp.exp(scores - maximum[..., None]), 0)
         output = jnp.einsum("bgt,btd->bgd", weights, v, precision=lax.Precision.HIGHEST)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import math
-
-import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.implementations import AttentionShapes, Operation
-from pallas_kernels.plans import HostOrDevice, PrefillPlan
-from pallas_kernels.softcap import check_softcap
-from pallas_kernels.targets import current_target
+from pallas_kernels.attention_spec import AttentionSpec
+from pallas_kernels.implementations import Operation
+from pallas_kernels.plans import HostOrDevice, PrefillPlan, PrefillReads
+from pallas_kernels.stored_kv import StoredKV
 
-PREFILL_ATTENTION = Operation(
+PREFILL_ATTENTION: Operation[PrefillReads] = Operation(
     "pallas_kernels.prefill_attention",
     "prefill_attention",
     ("reference", "xla", "pallas_triton"),
@@ -55,29 +52,8 @@ def prefill_attention(
         needs, heads that do not divide, a head_dim that differs from the pool's, or a softcap that
         is not positive and finite.
     """
-    shapes = AttentionShapes.of(q, keys)
-    check_softcap(softcap)
-    return _run(
-        q,
-        keys,
-        values,
-        plan,
-        layer,
-        query_tile=query_tile,
-        scale=1 / math.sqrt(shapes.head_dim) if scale is None else scale,
-        softcap=softcap,
-        implementation=PREFILL_ATTENTION.resolve(implementation, shapes),
-        interpret=current_target().interpret,
-    )
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("query_tile", "scale", "softcap", "implementation", "interpret"),
-    inline=True,
-)
-def _run(q, keys, values, plan, layer, *, query_tile, scale, softcap, implementation, interpret):
-    options = {"interpret": True} if interpret and implementation.startswith("pallas") else {}
-    function = PREFILL_ATTENTION.function(implementation)
-    how = {"layer": layer, "scale": scale, "softcap": softcap}
-    return function(q, keys, values, plan, query_tile=query_tile, **how, **options)
+    stored = StoredKV(jnp.asarray(keys), jnp.asarray(values), layer)
+    sizes = q.shape[1], stored.kv_heads, stored.head_dim
+    attention = AttentionSpec.of(*sizes, scale=scale, softcap=softcap)
+    reads = PrefillReads(plan, query_tile)
+    return PREFILL_ATTENTION.attend(q, stored, reads, attention, implementation=implementation)

@@ -16,15 +16,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float
 
+from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention.pallas_triton import chunk_first
 from pallas_kernels.online_softmax import MASKED, Partial
-from pallas_kernels.plans import PrefillPlan, require_partials
+from pallas_kernels.plans import PrefillReads, require_partials
+from pallas_kernels.stored_kv import StoredKV
 from pallas_kernels.triton_tiles import (
+    HeadKVRefs,
     KernelShape,
     Run,
-    as_operand,
     attend,
+    layer_operand,
     load_queries,
     unsupported,
 )
@@ -33,28 +37,23 @@ __all__ = ["prefill_attention", "unsupported"]
 
 
 def prefill_attention(
-    q,
-    keys,
-    values,
-    plan: PrefillPlan,
+    q: Float[Array, "T Hq D"],
+    stored: StoredKV,
+    reads: PrefillReads,
+    attention: AttentionSpec,
     *,
-    layer,
-    scale: float,
-    query_tile: int,
-    softcap: float | None = None,
     interpret: bool = False,
-):
+) -> Float[Array, "T Hq D"]:
     """See `pallas_kernels.prefill_attention.api.prefill_attention`."""
-    partials = require_partials(plan)
-    how = {"layer": layer, "scale": scale, "softcap": softcap, "interpret": interpret}
-    shared = chunk_first(q, keys, values, plan.items, partials, **how)
-    shape = _causal_shape(KernelShape.of("prefill_causal", q, keys))
+    plan, partials = reads.plan, require_partials(reads.plan)
+    shared = chunk_first(q, stored, plan.items, partials, attention, interpret=interpret)
+    shape = _causal_shape(KernelShape.of("prefill_causal", stored, attention))
     tokens = q.shape[0]
     tiles = plan.tile_begin.shape[0]
-    parts = pl.cdiv(min(query_tile, tokens) * shape.group, shape.query_tile)
+    parts = pl.cdiv(min(reads.query_tile, tokens) * shape.group, shape.query_tile)
     output = pl.pallas_call(
-        partial(_causal_kernel, shape=shape, scale=scale, softcap=softcap),
-        grid=(tiles, keys.shape[1], parts),
+        partial(_causal_kernel, shape=shape),
+        grid=(tiles, stored.kv_heads, parts),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=shape.compiler_params,
         interpret=interpret,
@@ -69,10 +68,10 @@ def prefill_attention(
         plan.own_chunk,
         partials.row_begin,
         partials.slots,
-        as_operand(layer),
+        layer_operand(stored),
         q,
-        keys,
-        values,
+        stored.keys,
+        stored.values,
         *shared,
     )
     # No program writes padding: tokens that no tile has, behind the others.
@@ -108,11 +107,9 @@ def _causal_kernel(
     output,
     *,
     shape: KernelShape,
-    scale: float,
-    softcap: float | None,
 ):
     tile, head, part = (pl.program_id(axis) for axis in range(3))
-    group = shape.group
+    group, heads = shape.group, shape.attention.heads
     first_row = part * shape.query_tile
 
     def attend_part():
@@ -120,13 +117,13 @@ def _causal_kernel(
         local, member = index // group, index % group
         inside = local < tile_count[tile]
         token = tile_begin[tile] + local
-        queries = load_queries(q, token, head * group + member, inside, shape)
+        queries = load_queries(q, token, heads.first_query_head(head) + member, inside, shape)
         sequence = tile_sequence[tile]
         own_begin = own_chunk[sequence] * shape.chunk_size
         position = tile_position[tile] + local - own_begin  # counted from the first own chunk
         last = jnp.max(jnp.where(inside, position, 0))
         run = Run(block_tables, (sequence,), own_chunk[sequence], last + 1)
-        state = attend(queries, run, keys, values, layer[0], head, scale, softcap, shape, position)
+        state = attend(queries, HeadKVRefs(keys, values, layer[0], head), run, shape, position)
 
         begin = plt.load(slot_begin.at[token], mask=inside, other=0)
         count = plt.load(slot_begin.at[token + 1], mask=inside, other=0) - begin
@@ -154,7 +151,7 @@ def _causal_kernel(
 
         state = lax.fori_loop(0, jnp.max(count), merge, state)
         plt.store(
-            output.at[token[:, None], (head * group + member)[:, None], dims[None]],
+            output.at[token[:, None], (heads.first_query_head(head) + member)[:, None], dims[None]],
             (state.output / state.total[:, None]).astype(output.dtype),
             mask=inside[:, None] & (dims < shape.head_dim)[None],
         )

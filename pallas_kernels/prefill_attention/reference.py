@@ -4,50 +4,45 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.plans import PrefillPlan
-from pallas_kernels.softcap import cap_scores
+from pallas_kernels.attention_spec import AttentionSpec
+from pallas_kernels.plans import PrefillPlan, PrefillReads
+from pallas_kernels.stored_kv import StoredKV
 
 
 def prefill_attention(
-    q,
-    keys,
-    values,
-    plan: PrefillPlan,
-    *,
-    layer,
-    scale: float,
-    query_tile: int,
-    softcap: float | None = None,
-):
+    q: Float[Array, "T Hq D"], stored: StoredKV, reads: PrefillReads, attention: AttentionSpec
+) -> Float[Array, "T Hq D"]:
     """See `pallas_kernels.prefill_attention.api.prefill_attention`.
 
     Computes in float64 when q is float64, in float32 otherwise, and gathers the whole context of
     every token, so it is for small cases only.
     """
-    tokens, num_heads, head_dim = q.shape
-    kv_heads, num_chunks = keys.shape[1:3]
+    tokens, _, head_dim = q.shape
     compute = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
-    sequence, position = token_positions(plan, tokens)
-    tables = jnp.minimum(plan.block_tables[sequence], num_chunks - 1)  # [T, P]
+    sequence, position = token_positions(reads.plan, tokens)
+    tables = jnp.minimum(reads.plan.block_tables[sequence], stored.num_chunks - 1)  # [T, P]
 
-    def context(pool):  # [T, Hkv, P * C, D]
-        gathered = jnp.moveaxis(pool[layer][:, tables], 0, 1)
-        return gathered.reshape(tokens, kv_heads, -1, head_dim).astype(compute)
+    def context(chunks: Float[Array, "Hkv N C D"]) -> Float[Array, "T Hkv context D"]:
+        gathered = jnp.moveaxis(chunks[:, tables], 0, 1)
+        return gathered.reshape(tokens, stored.kv_heads, -1, head_dim).astype(compute)
 
     highest = jax.lax.Precision.HIGHEST
-    grouped = q.astype(compute).reshape(tokens, kv_heads, num_heads // kv_heads, head_dim)
-    scores = jnp.einsum("thgd,thkd->thgk", grouped, context(keys), precision=highest) * scale
-    scores = cap_scores(scores, softcap)
+    grouped = attention.heads.split(q.astype(compute))
+    products = jnp.einsum("thgd,thkd->thgk", grouped, context(stored.all_keys()), precision=highest)
+    scores = attention.cap(products * attention.scale)
     visible = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None] <= position[:, None]
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
-    output = jnp.einsum("thgk,thkd->thgd", weights, context(values), precision=highest)
+    output = jnp.einsum("thgk,thkd->thgd", weights, context(stored.all_values()), precision=highest)
     output = jnp.where((position >= 0)[:, None, None, None], output, 0)
-    return output.reshape(q.shape).astype(q.dtype)
+    return attention.heads.join(output).astype(q.dtype)
 
 
-def token_positions(plan: PrefillPlan, tokens: int):
-    """Sequence and position of every packed token, int32 [T]; position -1 for padding."""
+def token_positions(
+    plan: PrefillPlan, tokens: int
+) -> tuple[Int32[Array, " T"], Int32[Array, " T"]]:
+    """Sequence and position of every packed token; position -1 for padding."""
     token = jnp.arange(tokens, dtype=jnp.int32)[:, None]
     begin, end = plan.tile_begin[None], (plan.tile_begin + plan.tile_count)[None]
     used = (jnp.arange(begin.shape[1], dtype=jnp.int32) < plan.num_tiles)[None]

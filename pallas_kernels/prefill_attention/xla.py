@@ -7,38 +7,48 @@ chunks; only those the tile itself lies in are masked.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention.xla import (
+    Run,
     attend_run,
     attend_tokens,
     chunk_first,
-    gather_chunks,
     map_heads,
     merge_rows,
 )
 from pallas_kernels.online_softmax import Partial, merge, normalise
-from pallas_kernels.plans import PrefillPlan
+from pallas_kernels.plans import HostOrDevice, PrefillReads
+from pallas_kernels.stored_kv import HeadKV, StoredKV
+
+
+@dataclass(frozen=True)
+class OwnTokens:
+    """What a query tile reads of its sequence: the tokens from chunk `chunk_begin` on.
+
+    The tile's own tokens are at positions [first, last).
+    """
+
+    table: Int32[HostOrDevice, " P"]
+    chunk_begin: Int32[HostOrDevice, ""]
+    first: Int32[HostOrDevice, ""]
+    last: Int32[HostOrDevice, ""]
 
 
 def prefill_attention(
-    q,
-    keys,
-    values,
-    plan: PrefillPlan,
-    *,
-    layer,
-    scale: float,
-    query_tile: int,
-    softcap: float | None = None,
-):
+    q: Float[Array, "T Hq D"], stored: StoredKV, reads: PrefillReads, attention: AttentionSpec
+) -> Float[Array, "T Hq D"]:
     """See `pallas_kernels.prefill_attention.api.prefill_attention`."""
-    tokens, num_heads, head_dim = q.shape
-    group = num_heads // keys.shape[1]
-    tile = min(query_tile, tokens)
+    tokens, _, head_dim = q.shape
+    plan, group = reads.plan, attention.heads.group
+    tile = min(reads.query_tile, tokens)
 
-    def attend_head(head, queries):
+    def attend_head(kv: HeadKV, queries: Float32[Array, "T G D"]) -> Float32[Array, "T G D"]:
         def attend_tile(index, state: Partial) -> Partial:
             begin, count = plan.tile_begin[index], plan.tile_count[index]
             first, sequence = plan.tile_position[index], plan.tile_sequence[index]
@@ -49,49 +59,38 @@ def prefill_attention(
             own = _attend_causal(
                 rows.reshape(tile * group, head_dim),
                 jnp.repeat(first + row - begin, group),
-                keys,
-                values,
-                plan.block_tables[sequence],
-                plan.own_chunk[sequence],
-                first,
-                first + count,
-                layer,
-                head,
-                softcap,
+                kv,
+                OwnTokens(
+                    plan.block_tables[sequence], plan.own_chunk[sequence], first, first + count
+                ),
+                attention,
             )
             return merge_rows(state, own, start, inside)
 
-        before = chunk_first(queries, keys, values, plan.items, layer, head, softcap)
+        before = chunk_first(queries, kv, plan.items, attention)
         return normalise(lax.fori_loop(0, plan.num_tiles, attend_tile, before))
 
-    return map_heads(attend_head, q, keys.shape[1], scale)
+    return map_heads(attend_head, q, stored, attention)
 
 
 def _attend_causal(
-    queries,
-    positions,
-    keys,
-    values,
-    table,
-    begin,
-    first,
-    last,
-    layer,
-    head,
-    softcap: float | None,
+    queries: Float32[Array, "R D"],
+    positions: Int32[Array, " R"],
+    kv: HeadKV,
+    own: OwnTokens,
+    attention: AttentionSpec,
 ) -> Partial:
-    """Rows at `positions`, all in [first, last), over the tokens from chunk `begin` on."""
-    chunk_size = keys.shape[3]
-    full = lax.div(first, jnp.int32(chunk_size))
-    before = attend_run(queries, keys, values, table, begin, full - begin, layer, head, softcap)
+    """Query rows at `positions` over their own tokens, each up to itself: Partial [R]."""
+    chunk_size = kv.stored.chunk_size
+    full = lax.div(own.first, jnp.int32(chunk_size))
+    run = Run(own.table, own.chunk_begin, full - own.chunk_begin)
+    before = attend_run(queries, kv, run, attention)
 
     def attend_diagonal(chunk, state: Partial) -> Partial:
-        ids = table[chunk][None]
-        k = gather_chunks(keys, layer, head, ids)
-        v = gather_chunks(values, layer, head, ids)
+        k, v = kv.gather(own.table[chunk][None])
         key_position = chunk * chunk_size + jnp.arange(chunk_size, dtype=jnp.int32)
         visible = key_position[:, None] <= positions[None]
-        return merge(state, attend_tokens(queries, k, v, softcap, visible))
+        return merge(state, attend_tokens(queries, k, v, attention, visible))
 
-    end = lax.div(last + (chunk_size - 1), jnp.int32(chunk_size))
+    end = lax.div(own.last + (chunk_size - 1), jnp.int32(chunk_size))
     return lax.fori_loop(full, end, attend_diagonal, before)

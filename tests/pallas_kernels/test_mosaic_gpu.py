@@ -12,10 +12,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_chunkattn.planning.planner import PlannerOptions
 from jax_chunkattn.planning.workloads import case_inputs
+from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention.mosaic_shape import interpreter
 from pallas_kernels.implementations import AttentionShapes
-from pallas_kernels.plans import PartialSlots
+from pallas_kernels.plans import DecodeReads, PartialSlots
 from pallas_kernels.specs import AttentionCase
+from pallas_kernels.stored_kv import StoredKV
 from tests import oracle
 from tests.pallas_kernels.test_chunk_attention import naive_attention
 
@@ -99,9 +101,10 @@ def attend(inputs, plan, lengths=None, query_tile: int = 64, scale=None, softcap
 
     @jax.jit
     def run(q, keys, values, plan, lengths, layer):
-        options = {"softcap": softcap, "query_tile": query_tile, "interpret": params}
-        options["scale"] = q.shape[-1] ** -0.5 if scale is None else scale
-        return mosaic.chunk_attention(q, keys, values, plan, lengths, layer=layer, **options)
+        sizes = q.shape[1], keys.shape[1], keys.shape[-1]
+        attention = AttentionSpec.of(*sizes, scale=scale, softcap=softcap)
+        operands = q, StoredKV(keys, values, layer), DecodeReads(plan, lengths), attention
+        return mosaic.chunk_attention(*operands, query_tile=query_tile, interpret=params)
 
     lengths = inputs.lengths if lengths is None else lengths
     layer = np.int32(len(inputs.keys) - 1)

@@ -11,6 +11,7 @@ from jax_chunkattn.planning.planner import PlannerOptions
 from jax_chunkattn.tree.prefix_tree import PrefixTree
 from pallas_kernels import DecodePlan
 from pallas_kernels.chunk_attention.reference import tokens_per_chunk
+from pallas_kernels.plans import DecodeReads
 
 SHARE_ALL = PlannerOptions(worth_sharing=lambda rows, chunks: rows > 1)
 CHUNK = 4
@@ -55,7 +56,8 @@ def check_coverage(plan: DecodePlan, tables, lengths) -> None:
         assert rows > 0
         assert len(chunks) > 0
         covered[row : row + rows] += len(chunks) * CHUNK
-    np.testing.assert_array_equal(tokens_per_chunk(plan, padded, POOL, CHUNK), expected)
+    reads = DecodeReads(plan, padded)
+    np.testing.assert_array_equal(tokens_per_chunk(reads, POOL, CHUNK), expected)
     np.testing.assert_array_equal(plan.covered_tokens, covered)
 
 

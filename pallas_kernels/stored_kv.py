@@ -1,0 +1,97 @@
+"""Keys and values as the pool stores them: how new ones are written, and how chunks are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels.plans import HostOrDevice
+from pallas_kernels.pytrees import register_pytree
+
+
+@register_pytree
+@dataclass(frozen=True)
+class StoredKV:
+    """Keys and values of one layer, stored as they are in the pool of all layers.
+
+    Letters: L layers, Hkv KV heads, N chunks of C tokens, D numbers of a head.
+    """
+
+    keys: Float[Array, "L Hkv N C D"]
+    values: Float[Array, "L Hkv N C D"]
+    layer: int | Int32[Array, ""]  # may be traced
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.keys.dtype
+
+    @property
+    def kv_heads(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def num_chunks(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def chunk_size(self) -> int:
+        return self.keys.shape[3]
+
+    @property
+    def head_dim(self) -> int:
+        return self.keys.shape[4]
+
+    def all_keys(self) -> Float[Array, "Hkv N C D"]:
+        """Keys of every chunk."""
+        return self.keys[self.layer]
+
+    def all_values(self) -> Float[Array, "Hkv N C D"]:
+        """Values of every chunk."""
+        return self.values[self.layer]
+
+    def write(
+        self,
+        k: Float[Array, "T Hkv D"],
+        v: Float[Array, "T Hkv D"],
+        chunks: Int32[HostOrDevice, " T"],
+        offsets: Int32[HostOrDevice, " T"],
+    ) -> StoredKV:
+        """With `k[t]`, `v[t]` in slot `offsets[t]` of chunk `chunks[t]`.
+
+        A chunk of N or more drops the token. No two tokens may name one slot. Casts to the pool's
+        dtype. Values are stored as finite numbers, 0 for NaN and the dtype's largest for what
+        overflows it: attention multiplies every value of a chunk it reads, those no query sees by a
+        weight of 0, and an infinity left in a chunk would reach whoever has it next. Keys are
+        stored as they are, because a masked score is replaced and not multiplied. On XLA:CPU with
+        jaxlib 0.10.2 a bfloat16 scatter converts the whole pool to float32 and back; float32 and
+        float16 are written in place.
+        """
+
+        def put(pool, new):
+            target = pool.at[self.layer, :, chunks, offsets]
+            return target.set(new.astype(pool.dtype), mode="drop", unique_indices=True)
+
+        keys = put(self.keys, k)
+        values = put(self.values, jnp.nan_to_num(v.astype(self.values.dtype)))
+        return StoredKV(keys, values, self.layer)
+
+
+@dataclass(frozen=True)
+class HeadKV:
+    """Keys and values of one KV head of one layer."""
+
+    stored: StoredKV
+    head: Int32[Array, ""]
+
+    def gather(
+        self, chunk_ids: Int32[HostOrDevice, "*rows W"]
+    ) -> tuple[Float32[Array, "*rows tokens D"], Float32[Array, "*rows tokens D"]]:
+        """Keys and values of the W * C tokens of these chunks, which must be in the pool."""
+
+        def tokens(pool):
+            chunks = pool.at[self.stored.layer, self.head, chunk_ids].get(mode="promise_in_bounds")
+            return chunks.reshape(*chunk_ids.shape[:-1], -1, pool.shape[-1]).astype(jnp.float32)
+
+        return tokens(self.stored.keys), tokens(self.stored.values)
