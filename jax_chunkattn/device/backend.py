@@ -41,7 +41,7 @@ def choose_backend(
       ImplementationError: for an implementation that is unknown or cannot run here.
       ValueError: for a planner without the slots for partials that the implementation needs.
     """
-    group = spec.num_heads // spec.num_kv_heads
+    group = spec.attention.heads.group
     shapes = AttentionShapes(cache.dtype, group, spec.head_dim, cache.chunk_size)
     decode = CHUNK_ATTENTION.resolve(implementation, shapes)
     has_prefill = decode in PREFILL_ATTENTION.implementations

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
-from jax_chunkattn.device.model_interface import CacheSpec, DecoderModel
+from jax_chunkattn.device.model_interface import Attend, CacheSpec, DecoderModel
 from jax_chunkattn.device.pool import ChunkPool
 from jax_chunkattn.device.request_table import DeviceState, count_tokens
 from jax_chunkattn.sampling import Logprobs, log_probabilities, sample
-from pallas_kernels import DecodePlan, chunk_attention, write_kv
-from pallas_kernels.plans import HostOrDevice
+from pallas_kernels.chunk_attention import CHUNK_ATTENTION
+from pallas_kernels.plans import DecodePlan, DecodeReads, HostOrDevice
 from pallas_kernels.pytrees import register_pytree
 
 NOTHING = -1  # in place of a token, where a row emitted none
@@ -94,30 +94,26 @@ def decode_attend(
     lengths: Int32[Array, " B"],
     active: Bool[Array, " B"],
     implementation: str | None,
-):
+) -> Attend:
     """The `attend` a model is given while decoding: write one token a row, attend by the plan."""
 
-    def attend(pool: ChunkPool, layer, q, k, v):
+    attention = spec.attention
+
+    def attend(
+        pool: ChunkPool,
+        layer: Int32[Array, ""],
+        q: Float[Array, "B Hq D"],
+        k: Float[Array, "B Hkv D"],
+        v: Float[Array, "B Hkv D"],
+    ) -> tuple[Float[Array, "B Hq D"], ChunkPool]:
         slot = lengths - plan.covered_tokens
         index = jnp.minimum(slot // pool.chunk_size, plan.private_chunks.shape[1] - 1)
         chunks = jnp.take_along_axis(plan.private_chunks, index[:, None], axis=1)[:, 0]
         chunks = jnp.where(active, chunks, pool.num_chunks)
-        keys, values = write_kv(
-            pool.keys, pool.values, k, v, chunks, slot % pool.chunk_size, layer=layer
-        )
+        stored = pool.at_layer(layer).write(k, v, chunks, slot % pool.chunk_size)
         # Of frozen rows only padding gives zeros; what the others get is thrown away.
-        visible = jnp.where(active, lengths + 1, 0)
-        output = chunk_attention(
-            q,
-            keys,
-            values,
-            plan,
-            visible,
-            layer=layer,
-            scale=spec.scale,
-            softcap=spec.softcap,
-            implementation=implementation,
-        )
-        return output, ChunkPool(keys, values)
+        reads = DecodeReads(plan, jnp.where(active, lengths + 1, 0))
+        output = CHUNK_ATTENTION.attend(q, stored, reads, attention, implementation=implementation)
+        return output, ChunkPool.of(stored)
 
     return attend

@@ -11,12 +11,24 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.attention_spec import AttentionSpec
 
 Pool = Any
 """Any pytree of device arrays; a model only threads it through its layers."""
 
-Attend = Callable[[Pool, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Pool]]
-"""`attend(pool, layer, q [T,Hq,D], k [T,Hkv,D], v [T,Hkv,D]) -> (out [T,Hq,D], pool)`.
+Attend = Callable[
+    [
+        Pool,
+        Int32[Array, ""],
+        Float[Array, "T Hq D"],
+        Float[Array, "T Hkv D"],
+        Float[Array, "T Hkv D"],
+    ],
+    tuple[Float[Array, "T Hq D"], Pool],
+]
+"""`attend(pool, layer, q, k, v) -> (output, pool)`.
 
 `layer` is an int32 scalar that may be traced. `q` and `k` arrive already rotated. `attend` writes
 `k` and `v` to the pool and only then attends, so that a token sees itself.
@@ -40,6 +52,12 @@ class CacheSpec:
     num_heads: int
     softcap: float | None = None
     scale: float | None = None
+
+    @property
+    def attention(self) -> AttentionSpec:
+        """The attention that reads it."""
+        sizes = self.num_heads, self.num_kv_heads, self.head_dim
+        return AttentionSpec.of(*sizes, scale=self.scale, softcap=self.softcap)
 
     @property
     def values_per_token(self) -> int:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from jax_chunkattn.device.model_interface import CacheSpec
 from pallas_kernels.pytrees import register_pytree
+from pallas_kernels.stored_kv import StoredKV
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,15 @@ class ChunkPool:
 
     keys: Float[Array, "L Hkv N C D"]
     values: Float[Array, "L Hkv N C D"]
+
+    @classmethod
+    def of(cls, stored: StoredKV) -> ChunkPool:
+        """The pool that a layer was read from, or written to."""
+        return cls(stored.keys, stored.values)
+
+    def at_layer(self, layer: Int32[Array, ""]) -> StoredKV:
+        """Keys and values of one layer, where they are."""
+        return StoredKV(self.keys, self.values, layer)
 
     @property
     def num_chunks(self) -> int:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import jax.numpy as jnp
-from jaxtyping import Int32
+from jaxtyping import Array, Float, Int32
 
 from jax_chunkattn.device.decode_loop import NOTHING, Chosen
-from jax_chunkattn.device.model_interface import CacheSpec, DecoderModel
+from jax_chunkattn.device.model_interface import Attend, CacheSpec, DecoderModel
 from jax_chunkattn.device.pool import ChunkPool
 from jax_chunkattn.device.request_table import DeviceState, count_tokens
 from jax_chunkattn.planning.prefill import QUERY_TILE, PrefillBatch
 from jax_chunkattn.sampling import log_probabilities, sample
-from pallas_kernels import PrefillPlan, prefill_attention, write_kv
-from pallas_kernels.plans import HostOrDevice
+from pallas_kernels.plans import HostOrDevice, PrefillPlan, PrefillReads
+from pallas_kernels.prefill_attention import PREFILL_ATTENTION
 
 
 def prefill_step(
@@ -52,24 +52,21 @@ def prefill_step(
     return DeviceState(pool, table), chosen
 
 
-def prefill_attend(spec: CacheSpec, plan: PrefillPlan, implementation: str | None):
+def prefill_attend(spec: CacheSpec, plan: PrefillPlan, implementation: str | None) -> Attend:
     """The `attend` a model is given while prefilling: write all new tokens, attend by the plan."""
+    attention, reads = spec.attention, PrefillReads(plan, QUERY_TILE)
 
-    def attend(pool: ChunkPool, layer, q, k, v):
-        keys, values = write_kv(
-            pool.keys, pool.values, k, v, plan.write_chunks, plan.write_offsets, layer=layer
+    def attend(
+        pool: ChunkPool,
+        layer: Int32[Array, ""],
+        q: Float[Array, "T Hq D"],
+        k: Float[Array, "T Hkv D"],
+        v: Float[Array, "T Hkv D"],
+    ) -> tuple[Float[Array, "T Hq D"], ChunkPool]:
+        stored = pool.at_layer(layer).write(k, v, plan.write_chunks, plan.write_offsets)
+        output = PREFILL_ATTENTION.attend(
+            q, stored, reads, attention, implementation=implementation
         )
-        output = prefill_attention(
-            q,
-            keys,
-            values,
-            plan,
-            query_tile=QUERY_TILE,
-            layer=layer,
-            scale=spec.scale,
-            softcap=spec.softcap,
-            implementation=implementation,
-        )
-        return output, ChunkPool(keys, values)
+        return output, ChunkPool.of(stored)
 
     return attend
