@@ -54,8 +54,9 @@ def test_nobody_uses_what_another_class_keeps_to_itself():
             for name in [node.name, *_assigned(node)]
         }
         for node in ast.walk(tree):
-            private = isinstance(node, ast.Attribute) and node.attr.startswith("_")
-            if private and not node.attr.startswith("__") and node.attr not in own:
+            if not isinstance(node, ast.Attribute) or node.attr.startswith("__"):
+                continue
+            if node.attr.startswith("_") and node.attr not in own:
                 doors.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.attr}")
     assert doors == []
 
