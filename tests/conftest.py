@@ -1,9 +1,13 @@
-"""Strictness that holds for every test: no silent promotion of rank or dtype, shapes checked."""
+"""What holds for every test: no silent promotion of rank or dtype, shapes checked, and programs
+compiled once for all processes of a run."""
 
 from __future__ import annotations
 
 import gc
+import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +34,14 @@ install_import_hook(
     # An int will do for a float, as for static type checkers (PEP 484).
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+# Nearly all of the tests' time is XLA compiling, and the processes of one run, and those that tests
+# start, need many programs in common. Nothing is kept for the next run.
+_IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if not _IS_WORKER:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax_chunkattn-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -40,6 +52,24 @@ def unchecked() -> Iterator[None]:
     jaxtyping_config.update("jaxtyping_disable", True)
     yield
     jaxtyping_config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def no_compilation_cache() -> Iterator[None]:
+    """JAX as it is where nobody has told it to keep compiled programs."""
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+    folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    for chosen in (None, folder):
+        jax.config.update("jax_compilation_cache_dir", chosen)
+        reset_cache()
+        if chosen is None:
+            yield
+
+
+def pytest_unconfigure() -> None:
+    if not _IS_WORKER:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -35,6 +35,7 @@ def untimed(result: Result) -> list[Any]:
     return [table.untimed() for table in decode_views.tables(result)]
 
 
+@pytest.mark.slow
 def test_both_sides_choose_the_same_tokens(finished: Path):
     result = read_result(finished)
     (point,) = result.of_kind("point")
@@ -48,6 +49,7 @@ def test_both_sides_choose_the_same_tokens(finished: Path):
     assert answers["plans"]["unshared"].startswith("unshared: ")
 
 
+@pytest.mark.slow
 def test_times_grow_along_a_completion(finished: Path):
     result = read_result(finished)
     (point,) = result.of_kind("point")
@@ -59,6 +61,7 @@ def test_times_grow_along_a_completion(finished: Path):
     assert all(value is not None for value in headline(result.summary).values())
 
 
+@pytest.mark.slow
 def test_a_run_that_was_broken_off_goes_on(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -110,6 +110,7 @@ def test_records_have_every_request(
     assert (finished[0] / "picture.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_given_tokens_without_sharing(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"tokens": [1, 2, 3]}\n{"tokens": [1, 2, 4]}\n')
     options = ["--prompts", "prompts.jsonl", "--no-sharing", "--max-tokens", "3", "--json"]

@@ -15,6 +15,7 @@ from experiments.harness.errors import UserError
 from experiments.harness.reading import read_result
 
 
+@pytest.mark.slow
 def test_both_sides_are_timed_in_turns(tmp_path: Path):
     config = EngineConfig(**EngineConfig.SMOKE, output=tmp_path / "out")
     summary = run(config)

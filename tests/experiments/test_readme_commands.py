@@ -30,6 +30,7 @@ LONG = (
     "decode",
     "engine",
     "generate",
+    "report",
     "search",
     "serve",
     "soak",

@@ -16,6 +16,7 @@ from jax_chunkattn import chunks_needed
 from tests.experiments.results import lines_in
 
 
+@pytest.mark.slow
 def test_a_search_forks_instead_of_computing_again(
     smollm2_path: Path,
     tmp_path: Path,

@@ -97,6 +97,7 @@ def test_hits_are_counted_exactly_one_request_at_a_time(serve: Any, tmp_path: Pa
     assert hits == [0, 32, 32, 0, 31, *[0] * 10]
 
 
+@pytest.mark.slow
 def test_all_sides_give_the_same_answers(serve: Any, tmp_path: Path):
     sides = sides_of(serve(closed=5, prefill_tokens=512))
     assert sides["shared"]["equal_answers"] is None

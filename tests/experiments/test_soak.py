@@ -52,6 +52,7 @@ SMALL: dict[str, Any] = {
 # Whole runs.
 
 
+@pytest.mark.slow
 def test_a_soak_passes_and_leaves_its_lines_summary_and_picture(tmp_path: Path):
     summary = run(SoakConfig(**SMALL, output=tmp_path / "out"))
     assert summary["failures"] == []

@@ -33,7 +33,8 @@ def prompts(golden):
     return [golden[f"prompt_{i}"].tolist() for i in range(4)]
 
 
-@pytest.mark.parametrize("chunk_size", [pytest.param(16, marks=pytest.mark.slow), 64])
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk_size", [16, 64])
 def test_forty_greedy_tokens_equal_those_of_transformers(smollm2, golden, prompts, chunk_size):
     """Three of the prompts share a system prompt, so the plan has shared and private parts."""
     engine = Engine(

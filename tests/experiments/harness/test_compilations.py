@@ -12,6 +12,8 @@ import pytest
 from experiments.harness.compilations import compilation_cache, count_compilations
 from experiments.harness.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("no_compilation_cache")
+
 
 def test_compilations_are_counted_once_a_program() -> None:
     double = jax.jit(lambda x: x * 2.0 + 0.5)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_chunkattn import CacheConfig, Engine, SamplingParams, allocate_pool, plan_decode
+from jax_chunkattn import CacheConfig, SamplingParams, allocate_pool, plan_decode
 from jax_chunkattn.device import device, invocations
 from jax_chunkattn.device.decode_loop import NOTHING, decode_steps
 from jax_chunkattn.device.prefill import prefill_step
@@ -20,6 +20,7 @@ from tests.jax_chunkattn.device.pool_copies import (
     assert_pool_is_updated_in_place,
     pool_sized_operations,
 )
+from tests.jax_chunkattn.engine.engines import make_engine
 from tests.jax_chunkattn.toy import token_tree, toy_model
 
 CHUNKS = 4000  # a layer of the pool then dwarfs every activation
@@ -164,7 +165,7 @@ def test_200_steps_with_rows_coming_and_going_compile_nothing_new(monkeypatch):
     traced_by_size = chex.assert_max_traces(prefill_step, n=sizes)
     monkeypatch.setattr(invocations, "decode_steps", traced_once)
     monkeypatch.setattr(invocations, "prefill_step", traced_by_size)
-    engine = Engine(toy_model(), CacheConfig(400, 16), steps_per_call=4)
+    engine = make_engine()
     prompts = token_tree((1, 160), (2, 20), (20, 11))
     lengths = [30 + 11 * (i % 7) for i in range(len(prompts))]
     waiting = list(zip(prompts, lengths, strict=True))
@@ -172,7 +173,7 @@ def test_200_steps_with_rows_coming_and_going_compile_nothing_new(monkeypatch):
 
     def decode(steps):
         calls = engine.stats.calls
-        while engine.stats.calls < calls + steps // 4:
+        while engine.stats.calls < calls + steps // 3:
             running[:] = [handle for handle in running if not handle.done]
             while len(running) < 8:
                 prompt, length = waiting.pop(0)
@@ -184,10 +185,10 @@ def test_200_steps_with_rows_coming_and_going_compile_nothing_new(monkeypatch):
     first = engine.submit([7] * 20, SamplingParams(max_tokens=1))
     engine.submit([7] * 15 + [8] * 9, SamplingParams(max_tokens=1)).result()  # copies a part
     assert first.done
-    decode(8)
+    decode(9)
     warm = engine.stats.compilations
     assert warm == 3 + sizes  # rows are placed, chunks copied, tokens decoded, prompts computed
-    decode(200)
+    decode(201)
     assert engine.stats.compilations == warm
     assert engine.stats.plans > 20
     assert len(prompts) - len(waiting) > 16

@@ -15,11 +15,16 @@ from tests.models.parity import ours
 from tests.models.parity.cases import CASES, LOGIT_TOLERANCE
 from tests.models.parity.golden import FOLDER, NAMES, Golden, last_logits
 
+# Together they have every kind of norm, position, bias and MLP.
+FAST = {"gemma3", "gpt2", "llama", "olmo2", "opt"}
 HAS_TRANSFORMERS = all(find_spec(package) for package in ("torch", "transformers"))
 
 
 @pytest.mark.skipif(HAS_TRANSFORMERS, reason="test_parity.py compares with transformers itself")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in NAMES],
+)
 def test_checkpoint_decodes_as_transformers_once_did(name, tmp_path):
     golden = Golden.read(FOLDER / f"{name}.npz")
     golden.write_checkpoint(tmp_path / name)
