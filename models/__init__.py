@@ -8,6 +8,7 @@ from models.download import cache_dir, fetch_smollm2
 from models.errors import CheckpointError, DownloadError
 from models.loading import LoadedModel, load
 from models.presets import PRESETS, preset
+from models.weights import num_parameters
 
 __all__ = [
     "PRESETS",
@@ -19,5 +20,6 @@ __all__ = [
     "cache_dir",
     "fetch_smollm2",
     "load",
+    "num_parameters",
     "preset",
 ]
