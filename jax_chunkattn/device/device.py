@@ -171,7 +171,9 @@ class Device:
         From now on prefill calls of a size, `prefill_tokens` at most, have one shape. What shares
         more than that has room for is computed without sharing.
         """
-        assert self._state is not None, "closed"
+        if self._state is None:  # an error has taken it, and no other could be allocated then
+            self.reset()
+        assert self._state is not None, "allocated"
         self._invocations.fix_prefill_shapes()
         began = time.perf_counter()
         calls = self._invocations.of_all_shapes(

@@ -34,6 +34,8 @@ class Core:
     """Advances all work by one turn at a time; not thread-safe, but callbacks may call all of it.
 
     Attributes:
+      device, scheduler: what all of it is done with; the tree is the scheduler's.
+      stats: counters, but for those that the device keeps (`Device.counters`).
       integrity: whether a change was broken off: before the next there must be a `mend`.
       callbacks: what requests' callbacks have not been told yet.
       closed: why nothing more is taken; None before `shut_down`.
@@ -126,7 +128,7 @@ class Core:
 
     def _send_prefill(self) -> bool:
         """Sends what is to compute of prompts, if there is any; the queue comes in by it."""
-        call, num_tokens = self._prompts.next_call()
+        call, num_tokens = self._prompts.choose()
         if not call:
             return False
         self._note_memory()
@@ -230,8 +232,17 @@ class Core:
 
     @whole
     def fork(self, parent: Request, child: Request) -> None:
-        """Queues a fork that fits, with a copy of its parent's sequence if there is room for it."""
-        self._lifecycle.fork(parent, child)
+        """Queues a fork that fits, with a copy of its parent's sequence if there is room for it.
+
+        Raises:
+          EngineClosed: when the model's weights have been deleted.
+        """
+        try:
+            self._lifecycle.fork(parent, child)
+        except WeightsDeleted as error:
+            self.shut_down(_closed_by(error))
+            assert self.closed is not None, "just closed"
+            raise self.closed from error.__cause__
 
     @whole
     def abort(self, request: Request) -> None:
@@ -307,8 +318,7 @@ class Core:
         if isinstance(error, WeightsDeleted):
             return self.shut_down(_closed_by(error))
         scheduler = self.scheduler
-        suspects = self._prompts.admitting or list(scheduler.active) or scheduler.waiting[:1]
-        self._prompts.admitting = ()
+        suspects = self._prompts.take_admitting() or list(scheduler.active) or scheduler.waiting[:1]
         self._in_flight.clear()
         self._rows.forget()
         old = self.tree

@@ -248,13 +248,14 @@ class Engine:
         """
         self._service.require_open()
         pinned = self._service.incoming.pinned(prompt, salt, self.cache.chunk_size)
+        prefix = PinnedPrefix(self._service, pinned)
         self._service.pin(pinned)
-        return PinnedPrefix(self._service, pinned)
+        return prefix
 
     def check_request(
         self, prompt: Prompt, params: SamplingParams = SamplingParams(), *, salt: str = ""
     ) -> None:
-        """Raises what `submit` or `submit_samples` would, and changes nothing."""
+        """Raises what `submit_samples` would, and queues nothing."""
         self._service.require_open()
         self._service.require_room([self._service.incoming.samples(prompt, params, salt)])
 

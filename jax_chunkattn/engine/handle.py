@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import TypeVar
 
 from jax_chunkattn.engine.outputs import Completion, Output, StreamEvent
@@ -186,8 +187,8 @@ class RequestHandle:
             parameters ask for more than one answer.
           PoolExhausted: when the pool can never hold it.
         """
-        child = self._service.fork(self._request, params, next_token, hold)
-        return RequestHandle(self._service, child)
+        handle = partial(RequestHandle, self._service)
+        return self._service.fork(self._request, params, next_token, hold, handle)
 
     def release(self) -> None:
         """Gives up what `hold` keeps; the tokens stay readable. Harmless at any time."""

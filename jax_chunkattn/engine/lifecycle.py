@@ -17,7 +17,10 @@ from jax_chunkattn.tree.allocator import PoolExhausted
 
 
 class Lifecycle:
-    """Changes to single requests: scheduler, statistics and callbacks learn of each."""
+    """Changes to single requests: scheduler, statistics and callbacks learn of each.
+
+    All but `fail` are parts of a change that its caller makes `whole`.
+    """
 
     def __init__(
         self,

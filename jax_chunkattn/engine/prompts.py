@@ -17,11 +17,7 @@ PromptWork = list[tuple[Work, Segment]]
 
 
 class Prompts:
-    """Chooses the work of each prefill call.
-
-    Attributes:
-      admitting: who is being admitted, so that an error counts against nobody else.
-    """
+    """Chooses the work of each prefill call."""
 
     def __init__(
         self,
@@ -33,7 +29,7 @@ class Prompts:
         *,
         prefill_tokens: int,
     ):
-        self.admitting: Sequence[Work] = ()
+        self._admitting: Sequence[Work] = ()
         self._scheduler = scheduler
         self._device = device
         self._lifecycle = lifecycle
@@ -41,7 +37,7 @@ class Prompts:
         self._stats = stats
         self._prefill_tokens = prefill_tokens
 
-    def next_call(self) -> tuple[PromptWork, int]:
+    def choose(self) -> tuple[PromptWork, int]:
         """The segments of the next call, none if there is nothing to compute, and its tokens.
 
         Of the queue as many are admitted as the call can take.
@@ -52,6 +48,11 @@ class Prompts:
         call, num_tokens = next_call(work, self._prefill_tokens)
         call.sort(key=lambda part: part[1].chunk_ids)  # equal prefixes become neighbours
         return call, num_tokens
+
+    def take_admitting(self) -> Sequence[Work]:
+        """Who was being admitted when an error occurred, which counts against nobody else then."""
+        admitting, self._admitting = self._admitting, ()
+        return admitting
 
     def sent(self, call: PromptWork) -> None:
         """These segments will be in the pool before any later call runs."""
@@ -73,7 +74,7 @@ class Prompts:
             total += self._add_segment(work, chunks, segments)
         admitted: list[Request] = []
         while total < self._prefill_tokens:
-            self.admitting = scheduler.waiting[:1]
+            self._admitting = scheduler.waiting[:1]
             work = scheduler.admit_next()
             if work is None:
                 break
@@ -81,7 +82,7 @@ class Prompts:
             total += self._add_segment(work, chunks, segments)
             if isinstance(work, Request):
                 admitted.append(work)
-        self.admitting = ()
+        self._admitting = ()
         self._device.place([_placement(request) for request in admitted])
         return segments
 

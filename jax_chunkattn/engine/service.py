@@ -61,12 +61,17 @@ class Service:
         self.turns.run_or_undo(accept, partial(self.drop, every))
 
     def fork(
-        self, parent: Request, params: SamplingParams | None, next_token: int | None, hold: bool
-    ) -> Request:
-        """Queues a request that goes on from where `parent` stands."""
+        self,
+        parent: Request,
+        params: SamplingParams | None,
+        next_token: int | None,
+        hold: bool,
+        handle: Callable[[Request], Result],
+    ) -> Result:
+        """Queues a request that goes on from where `parent` stands; returns the `handle` of it."""
         made: list[Request] = []
 
-        def make() -> Request:
+        def make() -> Result:
             self.require_open()
             self._core.drain()
             self._core.mend()  # a callback may have kept Ctrl-C to itself
@@ -75,7 +80,7 @@ class Service:
             self._core.scheduler.require_fit(child)
             made.append(child)
             self._core.fork(parent, child)
-            return child
+            return handle(child)
 
         return self.turns.run_or_undo(make, partial(self.drop, made))
 

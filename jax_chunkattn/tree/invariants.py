@@ -1,4 +1,4 @@
-"""What must always hold in a prefix stored."""
+"""What must always hold in a prefix tree."""
 
 from __future__ import annotations
 

@@ -52,12 +52,24 @@ class PrefixTree:
     def __init__(self, num_chunks: int, chunk_size: int, *, retain: bool = True):
         """Raises ValueError when ``num_chunks`` or ``chunk_size`` is below 1."""
         self._stored = StoredChunks(num_chunks, chunk_size, retain=retain)
-        self.num_chunks = num_chunks
-        self.chunk_size = chunk_size
-        self.retain = retain
         self.version = 0
         self._sequences: dict[SequenceHandle, None] = {}
         self._rows: list[SequenceHandle] | None = None
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of the pool."""
+        return self._stored.num_chunks
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens that a chunk holds."""
+        return self._stored.chunk_size
+
+    @property
+    def retain(self) -> bool:
+        """Whether chunks stay cached when their last sequence leaves."""
+        return self._stored.retain
 
     # Sizes, all O(1).
 

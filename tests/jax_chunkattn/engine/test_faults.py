@@ -65,7 +65,7 @@ HOST_FUNCTIONS = [
         core.Core: (
             "_turn", "_reserve_rows", "_send_prefill", "_send_decode", "_collect", "_note_memory",
         ),
-        prompts.Prompts: ("next_call", "sent", "_admitted", "_add_segment"),
+        prompts.Prompts: ("choose", "sent", "_admitted", "_add_segment"),
         lifecycle.Lifecycle: ("prefilled", "finish", "add"),
         recording.Recorder: ("record",),
         in_flight.CallsInFlight: ("add", "take_oldest"),

@@ -370,3 +370,57 @@ def test_eight_threads_signals_and_dropped_iterators_hang_nowhere():
         pass
     engine.check()
     assert engine.stats.failed == 0
+
+
+def interrupted_at(number, call):
+    """Makes a call, interrupted where it enters a function of the library for the `number`-th time;
+    returns that function's name, or None if the call came to its end before."""
+    entered = []
+
+    def trace(frame, event, _):
+        if frame.f_globals.get("__name__", "").startswith("jax_chunkattn."):
+            entered.append(frame.f_code.co_qualname)
+            if len(entered) == number:
+                sys.settrace(None)
+                raise Interrupt
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except Interrupt:
+        return entered[-1]
+    finally:
+        sys.settrace(before)
+    return None
+
+
+@pytest.mark.parametrize("name", ["pin", "submit", "submit_samples", "fork"])
+def test_what_an_interrupt_keeps_from_its_caller_is_left_to_nobody(name):
+    """Wherever in the call it comes: no prefix stays pinned, no request is decoded to its end."""
+    engine = make_engine(num_chunks=10, prefill_tokens=32)
+    prompt = PROMPTS[0]
+    parent = engine.submit(prompt, SamplingParams(2))
+    parent.result()
+    call = {
+        "pin": lambda: engine.pin(prompt),
+        "submit": lambda: engine.submit(prompt, SamplingParams(9)),
+        "submit_samples": lambda: engine.submit_samples(prompt, SamplingParams(9, n=2)),
+        "fork": lambda: parent.fork(SamplingParams(9)),
+    }[name]
+    left, number = [], 1
+    while True:
+        finished = engine.stats.finished
+        function = interrupted_at(number, call)
+        engine.run()
+        stats = engine.stats
+        if function is None:
+            break
+        if stats.pinned or stats.finished > finished:
+            left.append((number, function))
+        engine.check()
+        engine.reset()
+        number += 1
+    assert number > 20
+    assert stats.pinned or stats.finished > finished, "it did nothing when it was not interrupted"
+    assert left == []
