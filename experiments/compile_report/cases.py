@@ -44,10 +44,17 @@ def abstract_plan(
     rows: int, *, items: int = 128, item_chunks: int = 1024, private_chunks: int = 16
 ) -> DecodePlan:
     """A decode plan's shapes: as for `rows` rows with on average four items each."""
-    per_item = abstract((items,))
-    return DecodePlan(
-        WorkItems(per_item, per_item, per_item, per_item, abstract((item_chunks,)), abstract(())),
-        abstract((rows, private_chunks)),
-        abstract((rows,)),
-        PartialSlots(abstract((items,)), abstract((rows + 1,)), abstract((4 * rows,))),
-    )
+
+    def ids(*shape: int) -> jax.Array:
+        return jnp.zeros(shape, jnp.int32)
+
+    def plan() -> DecodePlan:
+        each = ids(items)
+        return DecodePlan(
+            WorkItems(each, each, each, each, ids(item_chunks), ids()),
+            ids(rows, private_chunks),
+            ids(rows),
+            PartialSlots(ids(items), ids(rows + 1), ids(4 * rows)),
+        )
+
+    return jax.eval_shape(plan)
