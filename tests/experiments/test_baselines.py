@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def exact(inputs: AttentionInputs, **scores: float) -> np.ndarray:
 def assert_exact(got, inputs: AttentionInputs) -> None:
     assert got.dtype == inputs.q.dtype
     tolerance = TOLERANCE[inputs.q.dtype.name]
-    np.testing.assert_allclose(np.asarray(got, np.float64), exact(inputs), atol=tolerance)
+    chex.assert_trees_all_close(np.asarray(got, np.float64), exact(inputs), rtol=0, atol=tolerance)
 
 
 @baselines
@@ -195,7 +196,7 @@ def test_scale_replaces_the_default():
     args = (inputs.keys, inputs.values, pad_tables(inputs.tables), inputs.lengths[:rows])
     scaled = paged_attention(2 * inputs.q[:rows], *args)
     given = paged_attention(inputs.q[:rows], *args, scale=2 * FORKED.head_dim**-0.5)
-    np.testing.assert_allclose(scaled, given, atol=1e-6)
+    chex.assert_trees_all_close(scaled, given, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("scores", [{}, {"scale": 1.0, "softcap": 3.0}])
@@ -206,4 +207,4 @@ def test_exact_attention_is_the_oracle_of_some_rows_and_heads(scores: dict[str, 
     got = exact_attention(*arrays, rows=rows, kv_heads=kv_heads, layer=LAYERS - 1, **scores)
     shape = (len(inputs.tables), FORKED.num_kv_heads, -1, FORKED.head_dim)
     grouped = exact(inputs, **scores).reshape(shape)
-    np.testing.assert_allclose(got, grouped[np.ix_(rows, kv_heads)], atol=1e-12)
+    chex.assert_trees_all_close(got, grouped[np.ix_(rows, kv_heads)], rtol=0, atol=1e-12)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import chex
 import numpy as np
 import pytest
 
@@ -45,7 +46,7 @@ def test_nothing_is_lost_in_float32(finished: Path):
         assert paths[path]["greedy_agreement"] == 1.0
     for record in result.of_kind("score"):
         logprobs = np.asarray(record["logprobs"])
-        assert logprobs.shape == (SMALL.windows, SMALL.window)
+        chex.assert_shape(logprobs, (SMALL.windows, SMALL.window))
         assert (logprobs < 0).all()
     assert headline(result.summary)["perplexity, plain"] == paths["plain"]["perplexity"]
 
@@ -72,7 +73,7 @@ def test_the_shared_prefix_counts():
     other = dataclasses.replace(passage, prefix=passage.prefix[::-1].copy())
     plain, changed = (score_plain(model, each, "float32").logprobs for each in (passage, other))
     scorer = SharedScorer(model, other, dtype="float32", chunk_size=16, prefill_tokens=32)
-    np.testing.assert_allclose(scorer.decode().logprobs, changed, atol=2e-5)
+    chex.assert_trees_all_close(scorer.decode().logprobs, changed, rtol=0, atol=2e-5)
     assert np.abs(changed - plain).max() > 0.1
 
 

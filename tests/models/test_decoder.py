@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,31 +101,31 @@ def test_logits_equal_a_plain_numpy_decoder(name):
     config = CONFIGS[name]
     weights = make_weights(config)
     actual = decoder_logits(decoder_of(config, weights), TOKENS)
-    assert actual.dtype == np.float32
-    np.testing.assert_allclose(actual, numpy_logits(config, weights, TOKENS), atol=2e-5, rtol=0)
+    chex.assert_type(actual, np.float32)
+    expected = numpy_logits(config, weights, TOKENS)
+    chex.assert_trees_all_close(actual, expected, rtol=0, atol=2e-5)
 
 
 def test_feeding_tokens_in_pieces_changes_nothing():
     model = decoder_of(GROUPED, make_weights(GROUPED))
     whole = decoder_logits(model, TOKENS)
-    np.testing.assert_allclose(decoder_logits(model, TOKENS, (4, 8)), whole, atol=1e-5, rtol=0)
+    in_pieces = decoder_logits(model, TOKENS, (4, 8))
+    chex.assert_trees_all_close(in_pieces, whole, rtol=0, atol=1e-5)
 
 
 def test_bfloat16_keeps_weights_and_activations_narrow_and_logits_wide():
     weights = make_weights(GROUPED)
     model = decoder_of(GROUPED, weights, "bfloat16")
-    seen = []
 
     def attend(pool, layer, q, k, v):
-        seen.extend([q.dtype, k.dtype, v.dtype])
+        chex.assert_type([q, k, v], jnp.bfloat16)
         return dense_attend(jnp.asarray(positions))(pool, layer, q, k, v)
 
     positions = np.arange(len(TOKENS), dtype=np.int32)
     pool = empty_pool(model.cache_spec, model.max_positions, "bfloat16")
     hidden, _ = model(jnp.asarray(TOKENS), jnp.asarray(positions), pool, attend)
     logits = model.logits(hidden)
-    assert {*seen, hidden.dtype} == {jnp.dtype("bfloat16")}
-    assert logits.dtype == jnp.float32
+    chex.assert_type([hidden, logits], [jnp.bfloat16, jnp.float32])
     exact = numpy_logits(GROUPED, weights, TOKENS)
     assert np.abs(np.asarray(logits) - exact).max() < 0.05 * np.abs(exact).max()
 
@@ -134,8 +135,7 @@ def test_attend_sees_each_layer_once_and_the_pool_comes_back():
     model = decoder_of(GROUPED, make_weights(GROUPED))
 
     def attend(pool, layer, q, k, v):
-        assert q.shape == (2, 6, 8)
-        assert k.shape == v.shape == (2, 2, 8)
+        chex.assert_shape([q, k, v], [(2, 6, 8), (2, 2, 8), (2, 2, 8)])
         visits = pool["visits"].at[layer].add(1)
         return q, {"visits": visits, "order": pool["order"] * 10 + layer}
 
@@ -176,7 +176,7 @@ def test_float32_products_ask_for_full_precision():
 def test_nnx_initialises_a_decoder_of_unit_scale():
     model = Decoder(GROUPED, rngs=nnx.Rngs(0))
     assert isinstance(model.blocks, Block)
-    assert model.blocks.qkv[...].shape == (3, 24, 2, 3 + 2, 8)
+    chex.assert_shape(model.blocks.qkv[...], (3, 24, 2, 3 + 2, 8))
     first, second = model.blocks.qkv[...][:2]
     assert not np.array_equal(first, second)
     assert 0.3 < decoder_logits(model, TOKENS).std() < 3
@@ -186,9 +186,8 @@ def test_layers_compute_the_same_unrolled():
     scanned, unrolled = (models.load("random:tiny", unroll=u).model for u in (False, True))
     assert isinstance(unrolled.blocks, nnx.List)
     assert len(unrolled.blocks) == unrolled.config.num_layers
-    np.testing.assert_allclose(
-        decoder_logits(unrolled, TOKENS), decoder_logits(scanned, TOKENS), atol=1e-5
-    )
+    together, apart = (decoder_logits(model, TOKENS) for model in (scanned, unrolled))
+    chex.assert_trees_all_close(apart, together, rtol=0, atol=1e-5)
     drawn = Decoder(GROUPED, rngs=nnx.Rngs(0), unroll=True)
     assert isinstance(drawn.blocks, nnx.List)
     first, second = (block.qkv[...] for block in drawn.blocks[:2])

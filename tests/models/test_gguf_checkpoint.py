@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 
+import chex
 import gguf
 import jax.numpy as jnp
 import numpy as np
@@ -82,7 +83,7 @@ def test_neighbours_that_turn_in_llama_cpp_turn_as_halves(dims):
     heads = rotate_half_rows(rows, 8, dims).reshape(1, 2, 8)
     actual = rotate(jnp.asarray(heads), (jnp.cos(angles)[None, None], jnp.sin(angles)[None, None]))
     expected = rotate_half_rows(turned.reshape(16, 1), 8, dims).reshape(1, 2, 8)
-    np.testing.assert_allclose(actual, expected, atol=1e-6)
+    chex.assert_trees_all_close(actual, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_1", "F16", "BF16"])

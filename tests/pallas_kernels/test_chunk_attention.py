@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -224,7 +225,7 @@ def test_a_query_that_is_no_number_shows(implementation):
     args = (q, inputs.keys, inputs.values, inputs.plan, inputs.lengths)
     got = np.asarray(chunk_attention(*args, implementation=implementation))
     assert np.isnan(got[2, 1]).all()
-    assert np.isfinite(np.delete(got, 2, axis=0)).all()
+    chex.assert_tree_all_finite(np.delete(got, 2, axis=0))
 
 
 @implementations
@@ -237,7 +238,8 @@ def test_scores_may_all_be_far_below_zero(implementation):
     args = (q, keys, inputs.values, inputs.plan, inputs.lengths)
     got = chunk_attention(*args, implementation=implementation)
     exact = oracle.decode_attention(q, keys[-1], inputs.values[-1], inputs.tables, inputs.lengths)
-    np.testing.assert_allclose(got[:3], exact[:3], atol=2e-4)  # scores are about -400
+    # Scores are about -400.
+    chex.assert_trees_all_close(got[:3], exact[:3], rtol=0, atol=2e-4)
 
 
 def test_reference_computes_in_float64_when_asked():
@@ -250,7 +252,7 @@ def test_reference_computes_in_float64_when_asked():
         )
         assert got.dtype == np.float64
         exact = oracle.decode_attention(q, keys[0], values[0], inputs.tables, inputs.lengths)
-        np.testing.assert_allclose(got, exact, atol=1e-13)
+        chex.assert_trees_all_close(got, exact, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -78,4 +79,4 @@ def test_attention_over_any_tree_is_the_oracles(implementation, prompts, cuts, d
     )
     got = chunk_attention(QUERIES, KEYS, VALUES, plan, lengths, implementation=implementation)
     exact = oracle.decode_attention(QUERIES, KEYS[0], VALUES[0], tables, lengths)
-    np.testing.assert_allclose(got, exact, atol=8e-7)
+    chex.assert_trees_all_close(got, exact, rtol=1e-7, atol=8e-7)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_chunkattn import sampling
-from jax_chunkattn.sampling import MAX_LOGPROBS, RowSampling, SamplingParams
+from jax_chunkattn.sampling import MAX_LOGPROBS, Logprobs, RowSampling, SamplingParams
 
 log_probabilities = jax.jit(sampling.log_probabilities)
 ROWS, VOCABULARY = 4, 32
@@ -25,18 +26,20 @@ def check(logits, tokens, asked):
     result = report(logits, tokens, asked)
     exact = np.asarray(logits, np.float64)
     exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    chosen = np.zeros(len(asked), np.float32)
+    top_tokens = np.full((len(asked), MAX_LOGPROBS), -1, np.int32)
+    top_values = np.zeros((len(asked), MAX_LOGPROBS), np.float32)
     for row, number in enumerate(asked):
-        top_tokens, top_values = (
-            np.asarray(x[row]) for x in (result.top_tokens, result.top_values)
-        )
-        expected = 0 if number is None else exact[row, tokens[row]]
-        np.testing.assert_allclose(result.chosen[row], expected, atol=1e-5)
+        if number is not None:
+            chosen[row] = exact[row, tokens[row]]
         order = np.argsort(-np.asarray(logits[row]), kind="stable")[: number or 0]
-        count = len(order)
-        np.testing.assert_array_equal(top_tokens[:count], order)
-        np.testing.assert_allclose(top_values[:count], exact[row, order], atol=1e-5)
-        np.testing.assert_array_equal(top_tokens[count:], -1)
-        np.testing.assert_array_equal(top_values[count:], 0)
+        top_tokens[row, : len(order)] = order
+        top_values[row, : len(order)] = exact[row, order]
+    expected = Logprobs(*map(jnp.asarray, (chosen, top_tokens, top_values)))
+    chex.assert_trees_all_equal_shapes_and_dtypes(result, expected)
+    chex.assert_trees_all_close(result, expected, rtol=0, atol=1e-5)
+    chex.assert_trees_all_equal(result.top_tokens, expected.top_tokens)
+    assert not np.asarray(result.top_values)[top_tokens < 0].any()
 
 
 @settings(max_examples=100, deadline=None)
@@ -80,7 +83,7 @@ def test_they_are_the_models_own_whatever_the_tokens_were_chosen_with():
     tokens = jnp.array([5, 5], jnp.int32)
     result = log_probabilities(jnp.asarray(logits), tokens, RowSampling.stack([plain, params], 2))
     same = log_probabilities(jnp.asarray(logits), tokens, RowSampling.stack([plain, plain], 2))
-    jax.tree.map(np.testing.assert_array_equal, result, same)
+    chex.assert_trees_all_equal(result, same)
 
 
 def test_the_greedy_token_is_the_first_of_the_likeliest():
@@ -88,7 +91,7 @@ def test_the_greedy_token_is_the_first_of_the_likeliest():
     tokens = logits.argmax(axis=1)
     result = report(logits, tokens, [1] * ROWS)
     np.testing.assert_array_equal(result.top_tokens[:, 0], tokens)
-    np.testing.assert_array_equal(result.top_values[:, 0], result.chosen)
+    chex.assert_trees_all_equal(result.top_values[:, 0], result.chosen)
 
 
 def test_large_logits_and_low_precision_overflow_nothing():
@@ -96,4 +99,4 @@ def test_large_logits_and_low_precision_overflow_nothing():
     result = report(logits, [1], [3])
     np.testing.assert_array_equal(result.top_tokens[0, :3], [0, 2, 1])
     np.testing.assert_allclose(result.chosen, [-6e4], rtol=1e-2)
-    assert result.chosen.dtype == result.top_values.dtype == jnp.float32
+    chex.assert_type([result.chosen, result.top_values], jnp.float32)
