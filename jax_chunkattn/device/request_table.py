@@ -164,4 +164,9 @@ def place_counts(
 
 
 def _set(table, slots, rows):
-    return jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), table, rows)
+    """`table`, which may be the host's, with `rows` in these slots."""
+
+    def put(old, new):
+        return jnp.asarray(old).at[slots].set(new, mode="drop")
+
+    return jax.tree.map(put, table, rows)
