@@ -79,6 +79,7 @@ def requests_in(folder: Path) -> list[dict[str, Any]]:
 # Whole runs.
 
 
+@pytest.mark.slow
 def test_hits_are_counted_exactly_one_request_at_a_time(serve: Any, tmp_path: Path):
     summary = serve(closed=1)
     sides = sides_of(summary)
@@ -156,6 +157,7 @@ def test_rounds_are_told_apart(serve: Any, tmp_path: Path):
     assert ratio["least"] <= ratio["median"] <= ratio["most"]
 
 
+@pytest.mark.slow
 def test_made_up_requests_come_at_a_rate(tmp_path: Path):
     config = ServeConfig(**dict(SMALL, every=20), requests=6, rate=50.0, output=tmp_path / "out")
     sides = sides_of(run(config))

@@ -70,6 +70,7 @@ def test_a_soak_passes_and_leaves_its_lines_summary_and_picture(tmp_path: Path):
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
 
 
+@pytest.mark.slow
 def test_a_soak_that_fails_says_so_by_its_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

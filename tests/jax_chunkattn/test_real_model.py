@@ -48,6 +48,7 @@ def test_forty_greedy_tokens_equal_those_of_transformers(smollm2, golden, prompt
     assert engine.stats.plan_decision.startswith("shared: ")
 
 
+@pytest.mark.slow
 def test_logits_of_the_chunked_path_agree_with_transformers(smollm2, golden, prompts):
     """All but each prompt's last token by prefill, the last by a decode step."""
     split = SplitModel.of(smollm2.model)
