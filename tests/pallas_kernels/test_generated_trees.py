@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import chex
+import jax
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -41,6 +42,11 @@ gpu_options = st.builds(
     max_private_chunks=st.sampled_from([0, 2]),
 )
 
+attend = jax.jit(
+    chex.assert_max_traces(chunk_attention, n=3),  # once by each implementation
+    static_argnames="implementation",
+)
+
 
 @implementations
 @settings(
@@ -77,6 +83,6 @@ def test_attention_over_any_tree_is_the_oracles(implementation, prompts, cuts, d
             slots=2048 if needs_partials(implementation) else 0,
         ),
     )
-    got = chunk_attention(QUERIES, KEYS, VALUES, plan, lengths, implementation=implementation)
+    got = attend(QUERIES, KEYS, VALUES, plan, lengths, implementation=implementation)
     exact = oracle.decode_attention(QUERIES, KEYS[0], VALUES[0], tables, lengths)
     chex.assert_trees_all_close(got, exact, rtol=1e-7, atol=8e-7)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import chex
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -110,6 +112,26 @@ def test_items_before_the_segments_are_cut_for_a_gpu(heads):
     assert cut.items.row_count.max() <= 64 // group
     assert cut.items.chunk_count.max() < 40  # a few programs would leave the device idle
     assert cut.items.chunks[:60].tolist() == whole.items.chunks[:60].tolist()
+
+
+def test_calls_of_one_size_need_one_program():
+    """However many segments there are, and however much is in the pool before each."""
+    run = jax.jit(chex.assert_max_traces(lambda batch: batch, n=len(CALL_TOKENS)))
+    random = np.random.default_rng(0)
+    sizes = set()
+    for most in [1, 5, 40, 512] * 10:
+        work = []
+        for owner in range(random.integers(1, 9)):
+            begin, end = sorted(random.choice(513, 2, replace=False).tolist())
+            end = min(end, begin + most)
+            table = random.permutation(100)[:32].tolist()
+            work.append((owner, Segment([1] * (end - begin), table, begin, end, begin)))
+        call, num_tokens = next_call(work)
+        segments = [segment for _, segment in call]
+        batch = pack_segments(segments, num_tokens=num_tokens, chunk_size=16, num_chunks=100)
+        run.eval_shape(batch)
+        sizes.add(num_tokens)
+    assert sizes == set(CALL_TOKENS)
 
 
 def test_calls_of_one_size_have_one_shape_on_a_gpu():

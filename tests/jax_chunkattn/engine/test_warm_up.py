@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import chex
+import jax
 import numpy as np
 import pytest
 
@@ -180,6 +182,49 @@ def test_no_prefill_outgrows_the_largest_shape(num_tokens, options):
         assert PrefillShape.of(batch) == largest
 
 
+def in_tree(tree: PrefixTree, prompts: list[list[int]]) -> list[Request]:
+    """Running requests, in the tree's order."""
+    requests = [
+        Request(tuple(prompt), b"", (0, index), SamplingParams())
+        for index, prompt in enumerate(prompts)
+    ]
+    for request in requests:
+        request.sequence = tree.insert(request.prompt)
+    order = tree.rows()
+    return sorted(requests, key=lambda one: order.index(one.placed))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        PlannerOptions(),
+        *(
+            dataclasses.replace(GPU_OPTIONS[name], sharing=True)
+            for name in ("gpu cost, 132 processors", "gpu pat, 8 processors")
+        ),
+    ],
+    ids=["cpu", "gpu cost", "gpu pat"],
+)
+def test_decoding_needs_a_program_for_each_power_of_two_rows(options):
+    """On a GPU after a while: when plans that are as large were made."""
+    chex.clear_trace_counter()
+    random = np.random.default_rng(0)
+    batches = []
+    for rows in random.permutation(np.repeat(np.arange(1, 17), 2)).tolist():
+        prompts = token_tree((1, 100), (rows, 500), seed=rows)
+        cuts = random.integers(1, 600, rows).tolist()
+        tree = PrefixTree(rows * COLUMNS, CHUNK_SIZE)
+        cut = [prompt[:end] for prompt, end in zip(prompts, cuts, strict=True)]
+        batches.append((tree, in_tree(tree, cut)))
+    planned = PlannedRows(options, EngineStats(), COLUMNS)
+    if options.gpu is not None:
+        for batch in batches:
+            planned.plan(*batch)
+    run = jax.jit(chex.assert_max_traces(lambda plan: plan, n=5))  # 1, 2, 4, 8 and 16 rows
+    for batch in batches:
+        run.eval_shape(planned.plan(*batch))
+
+
 def test_what_shares_in_too_many_places_is_decoded_unshared(monkeypatch):
     """Only a GPU's shapes are too small for anything; here all are made so."""
     roomy = PlanShape.largest(4, COLUMNS, SHARE_ALL)
@@ -188,15 +233,8 @@ def test_what_shares_in_too_many_places_is_decoded_unshared(monkeypatch):
     for shape in (roomy, tight):
         monkeypatch.setattr(PlanShape, "largest", lambda *_, shape=shape: shape)
         tree, stats = PrefixTree(40, CHUNK_SIZE), EngineStats()
-        requests = [
-            Request(tuple(prompt), b"", (0, index), SamplingParams())
-            for index, prompt in enumerate(token_tree((1, 32), (2, 16), (2, 17)))
-        ]
-        for request in requests:
-            request.sequence = tree.insert(request.prompt)
-        rows = PlannedRows(SHARE_ALL, stats, COLUMNS)
-        in_order = sorted(requests, key=lambda one: tree.rows().index(one.placed))
-        plan = rows.plan(tree, in_order)
+        running = in_tree(tree, token_tree((1, 32), (2, 16), (2, 17)))
+        plan = PlannedRows(SHARE_ALL, stats, COLUMNS).plan(tree, running)
         assert PlanShape.of(plan) == shape
         assert int(plan.items.count) == (3 if shape is roomy else 0)
         reasons.append(stats.plan_decision)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 
+import chex
 import jax
 import pytest
 from flax import nnx
@@ -11,7 +12,10 @@ from flax import nnx
 import models
 from jax_chunkattn import EngineClosed, RequestFailed, SamplingParams
 from jax_chunkattn.device import device as device_module
+from jax_chunkattn.device import invocations
 from jax_chunkattn.device import programs as programs_module
+from jax_chunkattn.device.decode_loop import decode_steps
+from jax_chunkattn.device.prefill import prefill_step
 from jax_chunkattn.device.programs import Programs
 from tests.jax_chunkattn.engine.engines import make_engine, run
 from tests.jax_chunkattn.toy import greedy_without_cache
@@ -26,7 +30,13 @@ def trained(model, donate):
     nnx.update(model, step(state))
 
 
-def test_new_weights_do_not_reach_an_engine_whatever_is_reset():
+def test_new_weights_do_not_reach_an_engine_whatever_is_reset(monkeypatch):
+    """And a new engine, which has them, needs no new programs; nor does one that is reset."""
+    monkeypatch.setattr(device_module, "PROGRAMS", Programs())
+    traced_once = chex.assert_max_traces(decode_steps, n=1)
+    monkeypatch.setattr(invocations, "decode_steps", traced_once)
+    traced_once = chex.assert_max_traces(prefill_step, n=1)
+    monkeypatch.setattr(invocations, "prefill_step", traced_once)
     model = models.load("random:tiny").model
     engine = make_engine(model=model)
     expected = greedy_without_cache(PROMPT, 12)

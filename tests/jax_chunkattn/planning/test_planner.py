@@ -4,6 +4,7 @@ from array import array
 from typing import Any
 
 import chex
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -148,6 +149,20 @@ def test_shapes_are_powers_of_two_and_never_below_the_shape_asked_for():
     shape = PlanShape(32, 64, 512, 128)
     plan, _ = plan_decode([[1, 2]], [20], chunk_size=16, num_chunks=9, at_least=shape)
     assert PlanShape.of(plan) == shape
+
+
+def test_plans_of_all_sizes_need_a_program_for_each_doubling():
+    """Of rows, up to 64; of private chunks, up to 128; of shared chunks, up to 512."""
+    run = jax.jit(chex.assert_max_traces(lambda plan: plan, n=7 + 3 + 1))
+    by_rows = [[[0, 1 + row] for row in range(rows)] for rows in range(1, 65)]
+    private = [[range(each, each + 4 * size, 4) for each in range(4)] for size in range(1, 100)]
+    shared = [[[*range(size), 390 + row] for row in range(4)] for size in range(1, 390)]
+    for tables in (*by_rows, *private, *shared):
+        lengths = [CHUNK * len(table) for table in tables]
+        plan, _ = plan_decode(
+            list(map(list, tables)), lengths, chunk_size=CHUNK, num_chunks=POOL, options=SHARE_ALL
+        )
+        run.eval_shape(plan)
 
 
 @pytest.mark.parametrize(

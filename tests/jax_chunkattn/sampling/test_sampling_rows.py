@@ -15,6 +15,8 @@ from jax_chunkattn.sampling import (
     RowSampling,
     SamplingParams,
     TokenCounts,
+    log_probabilities,
+    sample,
 )
 
 PARAMS = [
@@ -85,6 +87,17 @@ def test_shapes_and_types_do_not_depend_on_what_is_asked():
     assert all(isinstance(getattr(full, field.name), np.ndarray) for field in fields(full))
     assert named(full.bias_tokens[0]) == set(range(MAX_BIASED_TOKENS))
     assert len(named(full.stop_tokens[0])) == MAX_STOP_TOKENS + MAX_DEFAULT_STOP_TOKENS
+
+
+def test_nothing_that_rows_ask_for_has_a_program_traced_again():
+    choose = jax.jit(chex.assert_max_traces(sample, n=1))
+    report = jax.jit(chex.assert_max_traces(log_probabilities, n=1))
+    logits, integers = jnp.zeros((4, 16)), jnp.zeros(4, jnp.int32)
+    for params in ([], *([one] for one in PARAMS), PARAMS):
+        for stop_tokens in ([], [1, 8]):
+            rows = RowSampling.stack(params, 4, stop_tokens)
+            choose.eval_shape(logits, rows, integers)
+            report.eval_shape(logits, integers, rows)
 
 
 def test_what_does_not_fit_is_refused():
