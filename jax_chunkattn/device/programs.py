@@ -34,7 +34,7 @@ class SplitModel:
     arrays costs microseconds.
     """
 
-    leaves: list[jax.Array]
+    leaves: list[jax.Array] | list[jax.ShapeDtypeStruct]
     definition: Hashable
     merge: Callable[[list[jax.Array]], Any] = field(compare=False)
 
@@ -75,7 +75,7 @@ class Invocation:
     static: Mapping[str, Hashable] = field(default_factory=dict)
 
     @property
-    def leaves(self) -> list[jax.Array]:
+    def leaves(self) -> list[jax.Array] | list[jax.ShapeDtypeStruct]:
         """What the program is called with, before `args`."""
         return self.model.leaves if self.model is not None else []
 
