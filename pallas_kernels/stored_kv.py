@@ -43,6 +43,10 @@ class StoredKV:
     def head_dim(self) -> int:
         return self.keys.shape[4]
 
+    def layer_operand(self) -> Int32[Array, " 1"]:
+        """The layer, as Pallas kernels take it."""
+        return jnp.asarray(self.layer, jnp.int32).reshape(1)
+
     def all_keys(self) -> Float[Array, "Hkv N C D"]:
         """Keys of every chunk."""
         return self.keys[self.layer]

@@ -221,10 +221,5 @@ def load_queries(
     return loaded.astype(shape.dtype)
 
 
-def layer_operand(stored: StoredKV) -> Int32[Array, " 1"]:
-    """The layer, as kernels take it."""
-    return jnp.asarray(stored.layer, jnp.int32).reshape(1)
-
-
 def _padded(head_dim: int) -> int:
     return max(16, pl.next_power_of_2(head_dim))

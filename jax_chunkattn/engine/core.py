@@ -132,20 +132,19 @@ class Core:
         if not call:
             return False
         self._note_memory()
-        completed: list[Request | None] = [
-            owner
+        completed = {
+            row: owner
+            for row, (owner, segment) in enumerate(call)
             if isinstance(owner, Request)
             and owner.samples_next
             and segment.end == len(owner.history)
-            else None
-            for owner, segment in call
-        ]
-        slots = [None if request is None else request.placed_slot for request in completed]
+        }
+        slots: list[int | None] = [None] * len(call)
+        for row, request in completed.items():
+            slots[row] = request.placed_slot
         sent = self.device.prefill([segment for _, segment in call], slots, num_tokens)
         self._prompts.sent(call)
-        rows = [row for row, request in enumerate(completed) if request is not None]
-        requests = [request for request in completed if request is not None]
-        self._in_flight.add(sent, requests, rows, [1] * len(rows))
+        self._in_flight.add(sent, [*completed.values()], [*completed], [1] * len(completed))
         return True
 
     def _send_decode(self) -> bool:
@@ -240,9 +239,9 @@ class Core:
         try:
             self._lifecycle.fork(parent, child)
         except WeightsDeleted as error:
-            self.shut_down(_closed_by(error))
-            assert self.closed is not None, "just closed"
-            raise self.closed from error.__cause__
+            closed = _closed_by(error)
+            self.shut_down(closed)
+            raise closed from error.__cause__
 
     @whole
     def abort(self, request: Request) -> None:

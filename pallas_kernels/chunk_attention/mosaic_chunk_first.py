@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention.mosaic_shape import (
@@ -120,7 +120,7 @@ def chunk_first(
         *(jnp.asarray(x) for x in (items.chunk_begin, items.chunk_count, items.chunks)),
         jnp.asarray(items.count)[None],
         jnp.asarray(partials.item_slot),
-        layer_operand(stored),
+        stored.layer_operand(),
     )
     return Partial(output, maximum, total)
 
@@ -135,8 +135,3 @@ def queries_by_head(
     grouped = attention.heads.split(q.astype(stored.dtype)).transpose(1, 0, 2, 3)
     rows = grouped.reshape(stored.kv_heads, -1, stored.head_dim)
     return jnp.pad(rows, ((0, 0), (0, padding), (0, 0)))
-
-
-def layer_operand(stored: StoredKV) -> Int32[Array, " 1"]:
-    """The layer, as kernels take it."""
-    return jnp.asarray(stored.layer, jnp.int32)[None]

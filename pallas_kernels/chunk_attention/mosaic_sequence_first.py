@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention_spec import AttentionSpec
-from pallas_kernels.chunk_attention.mosaic_chunk_first import layer_operand, queries_by_head
+from pallas_kernels.chunk_attention.mosaic_chunk_first import queries_by_head
 from pallas_kernels.chunk_attention.mosaic_shape import WARPGROUP_ROWS, Buffers, TileShape
 from pallas_kernels.chunk_attention.mosaic_tiles import Run, attend, load_rows, store_rows
 from pallas_kernels.online_softmax import MASKED, Partial
@@ -151,7 +151,7 @@ def sequence_first(
         stored.keys,
         stored.values,
         *(jnp.asarray(x) for x in (plan.private_chunks, reads.lengths, plan.covered_tokens)),
-        layer_operand(stored),
+        stored.layer_operand(),
         *(jnp.asarray(x) for x in (partials.row_begin, partials.slots)),
         *shared,
     )

@@ -28,7 +28,6 @@ from pallas_kernels.triton_tiles import (
     KernelShape,
     Run,
     attend,
-    layer_operand,
     load_queries,
     unsupported,
 )
@@ -68,7 +67,7 @@ def prefill_attention(
         plan.own_chunk,
         partials.row_begin,
         partials.slots,
-        layer_operand(stored),
+        stored.layer_operand(),
         q,
         stored.keys,
         stored.values,

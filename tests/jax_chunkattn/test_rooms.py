@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import jax_chunkattn
+from tests.test_layering import imported_modules, module_name
 
 ROOT = Path(jax_chunkattn.__file__).parent
 ROOMS = ("tree", "sampling", "planning", "device", "engine")
@@ -15,17 +16,8 @@ ROOMS = ("tree", "sampling", "planning", "device", "engine")
 
 def imported_rooms(path: Path) -> set[str]:
     """Rooms that a module imports, anywhere in it; "" is the library's face."""
-    modules: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            modules.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module == "jax_chunkattn":
-            modules.update(f"jax_chunkattn.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            modules.add(node.module or "")
-    parts = [module.split(".") for module in modules]
-    found = {name[1] if len(name) > 1 else "" for name in parts if name[0] == "jax_chunkattn"}
-    return {name if name in ROOMS else "" for name in found}
+    modules = [module_name(module, ROOT.parent) for module in ROOT.rglob("*.py")]
+    return {f"{module}.".split(".")[1] for module in imported_modules(path, modules)}
 
 
 def test_every_module_is_in_a_room():

@@ -1,14 +1,16 @@
 """Ways in which the same tokens can come to be decoded.
 
-Each gives the greedy tokens that follow `PROMPT`, after whatever happened before or beside it, and
-asserts that it did happen. Chunks hold 16 tokens, and `PROMPT` fills four of them and a half.
+Each gives the greedy tokens that follow `PROMPT`, and their log-probabilities, after whatever
+happened before or beside it, and asserts that it did happen. Chunks hold 16 tokens, and `PROMPT`
+fills four of them and a half.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
-from jax_chunkattn import Engine, SamplingParams
+from jax_chunkattn import Completion, Engine, SamplingParams
 from tests.jax_chunkattn.rule.features import Feature
 from tests.jax_chunkattn.toy import token_tree
 
@@ -16,12 +18,22 @@ NUM_TOKENS = 40  # of the answer: it goes on over two chunks' ends
 [PROMPT, *OTHERS] = token_tree((1, 37), (2, 17), (2, 18), seed=5)  # they begin alike
 [STRANGER] = token_tree((1, 90), seed=6)
 
-Answers = Iterator[tuple[str, tuple[int, ...]]]
-"""What happened, in words, and the tokens."""
+PARAMS = SamplingParams(NUM_TOKENS, logprobs=0)
+
+Answer = tuple[tuple[int, float], ...]
+"""Tokens, and the natural logarithms of their probabilities."""
+
+Answers = Iterator[tuple[str, Answer]]
+"""What happened, in words, and the answer."""
 
 
-def _answer(engine: Engine, params: SamplingParams | None = None) -> tuple[int, ...]:
-    return engine.submit(PROMPT, params or SamplingParams(NUM_TOKENS)).result().tokens
+def _answer_of(completion: Completion) -> Answer:
+    logprobs = [logprobs.chosen for logprobs in completion.logprobs]
+    return tuple(zip(completion.tokens, logprobs, strict=True))
+
+
+def _answer(engine: Engine) -> Answer:
+    return _answer_of(engine.submit(PROMPT, PARAMS).result())
 
 
 def cold(feature: Feature) -> Answers:
@@ -37,10 +49,10 @@ def warm_at_every_split(feature: Feature) -> Answers:
         another = [*PROMPT[:split], *[PROMPT[split] ^ 1] * 16]
         engine.submit(another, SamplingParams(1)).result()
         before = engine.stats.prompts
-        tokens = _answer(engine)
+        answer = _answer(engine)
         after = engine.stats.prompts
         assert after.hit + after.copied - before.hit - before.copied == split
-        yield f"behind {split} tokens", tokens
+        yield f"behind {split} tokens", answer
 
 
 def after_its_own_answer(feature: Feature) -> Answers:
@@ -48,10 +60,10 @@ def after_its_own_answer(feature: Feature) -> Answers:
     engine = feature.engine()
     first = _answer(engine)
     yield "again", _answer(engine)
-    history = [*PROMPT, *first]
+    history = [*PROMPT, *(token for token, _ in first)]
     for split in (len(PROMPT) + 1, len(PROMPT) + 17, len(history) - 1):
-        rest = SamplingParams(len(history) - split)
-        answer = engine.submit(history[:split], rest).result().tokens
+        rest = SamplingParams(len(history) - split, logprobs=0)
+        answer = _answer_of(engine.submit(history[:split], rest).result())
         yield f"as a prompt of {split} tokens", (*first[: split - len(PROMPT)], *answer)
 
 
@@ -86,38 +98,38 @@ def among_mates(feature: Feature) -> Answers:
         engine = feature.engine()
         for other in before:
             engine.submit(other, SamplingParams(30))
-        handle = engine.submit(PROMPT, SamplingParams(NUM_TOKENS))
+        handle = engine.submit(PROMPT, PARAMS)
         for other in after:
             engine.submit(other, SamplingParams(50))
-        yield f"among {len(before)} and {len(after)}", handle.result().tokens
+        yield f"among {len(before)} and {len(after)}", _answer_of(handle.result())
 
 
 def joined_at_any_step(feature: Feature) -> Answers:
     """Others come while it decodes, so that it changes its row and its place in the loop."""
     for turns in (1, 2, 5):
         engine = feature.engine()
-        handle = engine.submit(PROMPT, SamplingParams(NUM_TOKENS))
+        handle = engine.submit(PROMPT, PARAMS)
         for other in (*OTHERS, STRANGER):
             for _ in range(turns):
                 engine.step()
             engine.submit(other, SamplingParams(9))
-        yield f"every {turns} turns", handle.result().tokens
+        yield f"every {turns} turns", _answer_of(handle.result())
 
 
 def forked(feature: Feature) -> Answers:
     """It goes on from another request's tail: before the first token, in a chunk, at its end."""
     for held in range(0, 33, 4):
         engine = feature.engine()
-        parent = engine.submit(PROMPT, SamplingParams(NUM_TOKENS), hold=True)
+        parent = engine.submit(PROMPT, PARAMS, hold=True)
         while len(parent.tokens) < held:
             engine.step()
-        child = parent.fork(SamplingParams(NUM_TOKENS))
-        yield f"forked after {held} tokens", child.result().tokens
-        yield f"its parent after {held} tokens", parent.result().tokens
+        child = parent.fork(PARAMS)
+        yield f"forked after {held} tokens", _answer_of(child.result())
+        yield f"its parent after {held} tokens", _answer_of(parent.result())
         assert engine.stats.forks == (1 if held else 0)
-    samples = feature.engine().submit_samples(PROMPT, SamplingParams(NUM_TOKENS, n=3))
+    samples = feature.engine().submit_samples(PROMPT, replace(PARAMS, n=3))
     for number, sample in enumerate(samples):
-        yield f"sample {number}", sample.result().tokens
+        yield f"sample {number}", _answer_of(sample.result())
 
 
 def preempted(feature: Feature) -> Answers:
@@ -125,8 +137,8 @@ def preempted(feature: Feature) -> Answers:
     engine = feature.engine(num_chunks=10, max_running=3)
     older = engine.submit(STRANGER[:40], SamplingParams(100))
     engine.step()
-    handle = engine.submit(PROMPT, SamplingParams(NUM_TOKENS))
-    yield "behind an older one", handle.result().tokens
+    handle = engine.submit(PROMPT, PARAMS)
+    yield "behind an older one", _answer_of(handle.result())
     assert engine.stats.preemptions
     older.result()
 
