@@ -53,6 +53,7 @@ def finished(
     return folder / "out", generate(folder, cache, *options)
 
 
+@pytest.mark.slow
 def test_it_succeeds_quietly(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     _, process = finished
     assert process.returncode == 0, process.stderr
@@ -60,6 +61,7 @@ def test_it_succeeds_quietly(finished: tuple[Path, subprocess.CompletedProcess[s
     assert "\x1b" not in process.stdout
 
 
+@pytest.mark.slow
 def test_the_summary_counts_what_was_shared(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
@@ -84,6 +86,7 @@ def test_the_summary_counts_what_was_shared(
     assert summary["seconds"]["first_answer"] > summary["seconds"]["compile"] > 0
 
 
+@pytest.mark.slow
 def test_comparison_gives_the_same_answers(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
@@ -93,6 +96,7 @@ def test_comparison_gives_the_same_answers(
     assert compare["kv_bytes_held"] == compare["kv_bytes_unshared"]
 
 
+@pytest.mark.slow
 def test_records_have_every_request(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:

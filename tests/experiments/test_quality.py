@@ -33,6 +33,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_in_float32(finished: Path):
     result = read_result(finished)
     assert result.summary is not None

@@ -115,6 +115,7 @@ def test_all_sides_give_the_same_answers(serve: Any, tmp_path: Path):
     assert sorted(lengths) == sorted(expected * 3)
 
 
+@pytest.mark.slow
 def test_requests_come_in_time(serve: Any, tmp_path: Path):
     summary = serve(speed=10.0, sides=("shared",))
     requests = sorted(requests_in(tmp_path / "out"), key=lambda one: one["index"])

@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jax_chunkattn import CacheConfig, CacheSpec, SamplingParams, allocate_pool, plan_decode
 from jax_chunkattn.device.decode_loop import NOTHING, decode_steps
@@ -78,6 +79,7 @@ def with_pool_on_device(state):
 class DeviceVariants(VariantsTestCase):
     # Not the other two: here every argument comes from the host, and a compilation takes seconds.
     @variants(with_jit=True, without_device=True)
+    @pytest.mark.slow
     def test_prompts_are_computed_and_decoded_as_without_a_pool(self):
         """Two rows behind a shared chunk, of which one freezes a step before the other."""
         shared = list(range(16))

@@ -186,6 +186,7 @@ def test_other_requests_go_on_during_a_search():
     assert_all_returned(engine)
 
 
+@pytest.mark.slow
 def test_a_pool_too_small_to_hold_all_hypotheses_changes_nothing():
     """Those that wait are dropped and computed again, beside another request that runs."""
     engine = make(num_chunks=10)

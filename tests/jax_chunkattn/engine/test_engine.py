@@ -57,6 +57,7 @@ def test_tokens_equal_those_of_a_model_without_a_cache(chunk_size, sharing):
 
 
 @implementations
+@pytest.mark.slow
 def test_each_implementation_decodes_the_same(implementation):
     prompts = token_tree((1, 70), (4, 9))
     engine = make_engine(planner=None, implementation=implementation)

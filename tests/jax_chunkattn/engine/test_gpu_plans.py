@@ -25,6 +25,7 @@ def gpu_engine(packing, num_sms=132, **options):
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.slow
 def test_tokens_equal_those_of_a_model_without_a_cache(packing):
     prompts = token_tree((1, 137), (2, 40), (3, 21)) + token_tree((1, 200), seed=1)
     engine = gpu_engine(packing, num_sms=1)

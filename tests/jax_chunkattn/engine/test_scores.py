@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from jax_chunkattn import CacheConfig, Engine, SamplingParams
@@ -46,6 +47,7 @@ def following(model: AttentionAlone, tokens: list[int], **scores) -> int:
     return int(oracle.attend(queries[tokens[-1]], k, v, **scores).argmax())
 
 
+@pytest.mark.slow
 def test_the_scale_and_the_softcap_of_a_model_decide_what_it_generates():
     model = AttentionAlone()
     tokens = list(PROMPT)

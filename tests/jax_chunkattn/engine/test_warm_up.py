@@ -34,6 +34,7 @@ def small_engine():
     return make_engine(num_chunks=40, max_running=2, prefill_tokens=32)
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_a_warm_up():
     """Long and short rows, shared and not, samples, forks, penalties, preemption and eviction."""
     engine = small_engine()
