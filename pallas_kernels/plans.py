@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import jax
 import numpy as np
 from jaxtyping import Array, Int32
 
-from pallas_kernels.pytrees import STATIC, register_pytree
 
 HostOrDevice = Array | np.ndarray
 """The host makes NumPy arrays; inside a jitted function they are JAX's."""
 
 
-@register_pytree
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class WorkItems:
     """Runs of full chunks, each with the contiguous range of rows that attends to all of it.
@@ -37,7 +37,7 @@ class WorkItems:
     count: Int32[HostOrDevice, ""]  # items; the rest of the arrays is padding
 
 
-@register_pytree
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PartialSlots:
     """Where the work items leave their partial results, and where each row finds its own.
@@ -53,7 +53,7 @@ class PartialSlots:
     slots: Int32[HostOrDevice, " S"]  # of every row in turn; the length is how many slots there are
 
 
-@register_pytree
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodePlan:
     """Which chunks each row of a decode batch attends to, with shared runs named once.
@@ -69,7 +69,7 @@ class DecodePlan:
     partials: PartialSlots | None = None  # only for implementations that need them
 
 
-@register_pytree
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PrefillPlan:
     """Where a packed run of new tokens is written, and which earlier tokens each may see.
@@ -94,7 +94,7 @@ class PrefillPlan:
     partials: PartialSlots | None = None  # only for implementations that need them
 
 
-@register_pytree
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeReads:
     """Which tokens each row of a decode batch reads: the first `lengths` of its chunks in the plan.
@@ -106,13 +106,13 @@ class DecodeReads:
     lengths: Int32[HostOrDevice, " B"]
 
 
-@register_pytree
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PrefillReads:
     """Which tokens each packed token reads: those of its sequence in the plan, up to itself."""
 
     plan: PrefillPlan
-    query_tile: int = field(metadata=STATIC)  # most tokens a tile of the plan has
+    query_tile: int = field(metadata={"static": True})  # most tokens a tile of the plan has
 
 
 def require_partials(plan: DecodePlan | PrefillPlan) -> PartialSlots:

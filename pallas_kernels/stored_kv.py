@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.plans import HostOrDevice
-from pallas_kernels.pytrees import register_pytree
 
 
-@register_pytree
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StoredKV:
     """Keys and values of one layer, stored as they are in the pool of all layers.

@@ -17,6 +17,8 @@ from hypothesis import settings
 from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
 
+from tests import typechecking
+
 pytest_plugins = ["tests.fixtures_weights", "tests.interpreted"]
 
 settings.register_profile("long")  # tests that can go on for longer ask for its name
@@ -31,8 +33,7 @@ install_import_hook(
             for module in ("log_probabilities", "rows", "sampler", "seeds")
         ),
     ],
-    # An int will do for a float, as for static type checkers (PEP 484).
-    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+    f"{typechecking.__name__}.{typechecking.typechecker.__name__}",
 )
 # Nearly all of the tests' time is XLA compiling, and the processes of one run, and those that tests
 # start, need many programs in common. Nothing is kept for the next run.

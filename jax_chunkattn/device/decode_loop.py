@@ -15,12 +15,11 @@ from jax_chunkattn.device.request_table import DeviceState, count_tokens
 from jax_chunkattn.sampling import Logprobs, log_probabilities, sample
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
 from pallas_kernels.plans import DecodePlan, DecodeReads, HostOrDevice
-from pallas_kernels.pytrees import register_pytree
 
 NOTHING = -1  # in place of a token, where a row emitted none
 
 
-@register_pytree
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Chosen:
     """What a call chose: `NOTHING` where a row was frozen, `NO_CHOICE` where its logits were no

@@ -6,11 +6,11 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from jax_chunkattn.device.model_interface import CacheSpec
-from pallas_kernels.pytrees import register_pytree
 from pallas_kernels.stored_kv import StoredKV
 
 
@@ -87,7 +87,7 @@ def parse_bytes(size: int | str) -> int:
     return count
 
 
-@register_pytree
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ChunkPool:
     """Keys and values of all layers, head-major: one head's chunk is a contiguous [C, D] tile."""

@@ -17,10 +17,9 @@ from jaxtyping import Array, Bool, Int32
 from jax_chunkattn.device.pool import ChunkPool
 from jax_chunkattn.sampling import RowSampling, SamplingParams, TokenCounts
 from pallas_kernels.plans import HostOrDevice
-from pallas_kernels.pytrees import register_pytree
 
 
-@register_pytree
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RowState:
     """Where every row stands between two tokens.
@@ -50,7 +49,7 @@ class RowState:
         )
 
 
-@register_pytree
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RequestTable:
     """The rows of all running requests, by slot. Letters: S slots, V vocabulary.
@@ -111,7 +110,7 @@ def count_tokens(
     return replace(counts, generated=counts.generated.at[slots, tokens].add(1, mode="drop"))
 
 
-@register_pytree
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DeviceState:
     """All that calls to the device update; donate it, and it is updated in place."""

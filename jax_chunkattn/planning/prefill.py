@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import jax
 import numpy as np
 from jaxtyping import Int32
 
@@ -17,7 +18,6 @@ from jax_chunkattn.planning.packing import single_rows
 from jax_chunkattn.planning.work_items import flatten_items, items_of, partial_slots
 from pallas_kernels import PrefillPlan
 from pallas_kernels.plans import HostOrDevice, PartialSlots, WorkItems
-from pallas_kernels.pytrees import register_pytree
 
 Owner = TypeVar("Owner")
 
@@ -44,7 +44,7 @@ class Segment:
     write_from: int
 
 
-@register_pytree
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PrefillBatch:
     """One call's tokens, packed one segment after another."""

@@ -13,12 +13,11 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jax_chunkattn.sampling.params import MAX_LOGPROBS
 from jax_chunkattn.sampling.rows import RowSampling
-from pallas_kernels.pytrees import register_pytree
 
 NO_TOKEN = -1
 
 
-@register_pytree
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Logprobs:
     """Natural logarithms of probabilities, likeliest token first. Letters: L = `MAX_LOGPROBS`.

@@ -12,7 +12,6 @@ from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from jax_chunkattn.sampling.params import MAX_BIASED_TOKENS, MAX_STOP_TOKENS, SamplingParams
 from pallas_kernels.plans import HostOrDevice
-from pallas_kernels.pytrees import register_pytree
 
 MAX_DEFAULT_STOP_TOKENS = 16
 NO_BIAS = 2**31 - 1  # in place of a token: beyond every vocabulary, so that its bias is dropped
@@ -22,7 +21,7 @@ LOGPROBS_OFF = -1
 _GREEDY = SamplingParams()
 
 
-@register_pytree
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RowSampling:
     """The sampling parameters of every row of a batch, or of every slot of a table.
@@ -108,7 +107,7 @@ class RowSampling:
         return jax.tree.map(lambda values, fill: _take(values, slots, fill.flat[0]), self, greedy)
 
 
-@register_pytree
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TokenCounts:
     """Which tokens each slot, or row, has seen. Letters: S slots, V tokens of the vocabulary."""

@@ -136,16 +136,18 @@ def test_ctrl_c_at_any_moment_of_the_work_loses_nothing():
             engine.submit(prompt, PARAMS, on_event=events.append)
             for prompt, events in zip(PROMPTS, told, strict=True)
         ]
+        longest = 1e-2
         with handling(interrupt):
             while not all(handle.done for handle in handles):
                 try:
                     try:
-                        signal.setitimer(signal.ITIMER_REAL, clock.uniform(1e-3, 2e-2), 0.3)
+                        signal.setitimer(signal.ITIMER_REAL, clock.uniform(1e-3, longest), 0.3)
                         engine.run()
                     finally:
                         signal.setitimer(signal.ITIMER_REAL, 0)
                 except Interrupt:
                     interrupts += 1
+                    longest *= 1.02  # a machine of any speed gets to the end
         for handle, expected in zip(handles, EXPECTED, strict=True):
             answer = handle.result()
             assert list(answer.tokens) == expected
@@ -157,8 +159,8 @@ def test_ctrl_c_at_any_moment_of_the_work_loses_nothing():
             assert sum((event.logprobs for event in events), ()) == answer.logprobs
             assert [event.finish_reason for event in events].count("length") == 1
         start(engine.check)()
-    assert interrupts > 8
-    assert engine.stats.recoveries > 4
+    assert interrupts > 100
+    assert engine.stats.recoveries > 10
     assert_all_returned(engine)
 
 
