@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import beartype
@@ -23,11 +24,13 @@ def typechecker(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def check_unless_rebuilt(*args, **kwargs):
         frame = sys._getframe(1)
-        while frame.f_globals["__name__"].partition(".")[0] == "jaxtyping":
-            assert frame.f_back is not None
+        while frame.f_back and _package(frame) == "jaxtyping":
             frame = frame.f_back
-        if frame.f_globals["__name__"].partition(".")[0] == "jax":
-            return None
-        return check(*args, **kwargs)
+        return None if _package(frame) == "jax" else check(*args, **kwargs)
 
     return check_unless_rebuilt
+
+
+def _package(frame: FrameType) -> str:
+    """The top package of the code that runs there; empty for code of no module."""
+    return frame.f_globals.get("__name__", "").partition(".")[0]
