@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int32
 
-
 HostOrDevice = Array | np.ndarray
 """The host makes NumPy arrays; inside a jitted function they are JAX's."""
 
