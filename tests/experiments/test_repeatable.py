@@ -24,6 +24,7 @@ def run(folder: Path, *command: str) -> Result:
     return read_result(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["generate", "kernel", pytest.param("serve", marks=pytest.mark.slow), "tree"]
 )

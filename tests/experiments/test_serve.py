@@ -180,6 +180,7 @@ def test_a_small_pool_evicts(serve: Any, tmp_path: Path):
     assert record["chunk_hit_rate_ideal"] == round(62 / 256, 4)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_from_the_last_side(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -237,6 +237,7 @@ def test_long_templates_are_refused():
         render("x" * (MOST_SOURCE + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_worst_templates_take_seconds_and_few_megabytes():
     """In a process of its own, with the whole budget; about 2 s and 60 MiB each."""

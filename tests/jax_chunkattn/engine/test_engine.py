@@ -572,6 +572,7 @@ def test_half_precision_pools_decode():
         assert [len(each) for each in tokens] == [6, 6]
 
 
+@pytest.mark.slow
 def test_chunks_needed_is_enough_and_no_less():
     prompts = token_tree((1, 64), (6, 8))
     assert chunks_needed(prompts, 9, chunk_size=16) == 4 + 6

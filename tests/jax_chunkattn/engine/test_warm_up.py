@@ -68,6 +68,7 @@ def test_nothing_compiles_after_a_warm_up():
     assert_all_returned(engine)
 
 
+@pytest.mark.slow
 def test_a_warm_up_may_come_while_requests_run():
     [prompt] = token_tree((1, 60), seed=1)
     engine = small_engine()
