@@ -12,8 +12,8 @@ import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention_spec import AttentionSpec
+from pallas_kernels.coded_kv import LayerKV
 from pallas_kernels.plans import DecodeReads, HostOrDevice, PrefillReads
-from pallas_kernels.stored_kv import StoredKV
 from pallas_kernels.targets import Target, current_target
 
 PREFERENCE = ("pallas_mosaic_gpu", "pallas_triton", "xla")
@@ -36,16 +36,18 @@ class AttentionShapes:
       group: query heads for each KV head, G.
       head_dim: D.
       chunk_size: C.
+      codec: name of what chunks are encoded by, if they are.
     """
 
     dtype: str
     group: int
     head_dim: int
     chunk_size: int
+    codec: str | None = None
 
     @classmethod
     def of(
-        cls, q: Float[HostOrDevice, "rows Hq D"], stored: StoredKV, attention: AttentionSpec
+        cls, q: Float[HostOrDevice, "rows Hq D"], stored: LayerKV, attention: AttentionSpec
     ) -> AttentionShapes:
         """Of an attention and its operands.
 
@@ -61,7 +63,9 @@ class AttentionShapes:
                 f"there are {q.shape[1]} query heads and {stored.kv_heads} KV heads, and the "
                 f"attention is of {heads.query_heads} and {heads.kv_heads}"
             )
-        return cls(str(stored.dtype), heads.group, stored.head_dim, stored.chunk_size)
+        sizes = heads.group, stored.head_dim, stored.chunk_size
+        codec = stored.codec.name if stored.codec is not None else None
+        return cls(str(stored.dtype), *sizes, codec)
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Operation(Generic[Reads]):
     def attend(
         self,
         q: Float[HostOrDevice, "rows Hq D"],
-        stored: StoredKV,
+        stored: LayerKV,
         reads: Reads,
         attention: AttentionSpec,
         *,
@@ -130,6 +134,8 @@ class Operation(Generic[Reads]):
         problem = _device_problem(implementation, current_target())
         if problem is not None:
             return problem
+        if shapes.codec is not None:
+            return f"it reads chunks stored as they are, and these are encoded by {shapes.codec}"
         try:
             module = import_module(f"{self.package}.{implementation}")
         except ImportError as error:
@@ -140,7 +146,7 @@ class Operation(Generic[Reads]):
 @functools.partial(jax.jit, static_argnames=("function", "attention", "interpret"), inline=True)
 def _attend(
     q: Float[Array, "rows Hq D"],
-    stored: StoredKV,
+    stored: LayerKV,
     reads: DecodeReads | PrefillReads,
     *,
     function: Callable[..., jax.Array],

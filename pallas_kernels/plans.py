@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Float, Int32
 
 HostOrDevice = Array | np.ndarray
 """The host makes NumPy arrays; inside a jitted function they are JAX's."""
@@ -95,23 +96,61 @@ class PrefillPlan:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class OwnChunks:
+    """The chunk that each row's last token lies in, exact, where the pool's are encoded.
+
+    Letters: B rows, L layers, Hkv KV heads, S slots of C tokens, D numbers of a head.
+    """
+
+    keys: Float[Array, "L Hkv S C D"]
+    values: Float[Array, "L Hkv S C D"]
+    slots: Int32[HostOrDevice, " B"]  # S and more where a row has no tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class NewTokens:
+    """Exact keys and values of all tokens of a prefill call, where the pool's are encoded."""
+
+    keys: Float[Array, "T Hkv D"]
+    values: Float[Array, "T Hkv D"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class DecodeReads:
     """Which tokens each row of a decode batch reads: the first `lengths` of its chunks in the plan.
+
+    With `own`, those of the chunk that the last of them lies in are read there, and not in the
+    pool: so what a row reads of a chunk depends on its position alone, never on when the chunk was
+    encoded.
 
     Letters: B rows.
     """
 
     plan: DecodePlan
     lengths: Int32[HostOrDevice, " B"]
+    own: OwnChunks | None = None
+
+    def pool_lengths(self, chunk_size: int) -> Int32[HostOrDevice, " B"]:
+        """How many of its tokens each row reads in the pool."""
+        if self.own is None:
+            return self.lengths
+        return jnp.maximum(self.lengths - 1, 0) // chunk_size * chunk_size
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PrefillReads:
-    """Which tokens each packed token reads: those of its sequence in the plan, up to itself."""
+    """Which tokens each packed token reads: those of its sequence in the plan, up to itself.
+
+    With `new`, those of the chunk that it lies in are read there, and not in the pool; then each
+    segment begins with the first token of a chunk.
+    """
 
     plan: PrefillPlan
     query_tile: int = field(metadata={"static": True})  # most tokens a tile of the plan has
+    new: NewTokens | None = None
 
 
 def require_partials(plan: DecodePlan | PrefillPlan) -> PartialSlots:

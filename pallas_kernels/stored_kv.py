@@ -24,6 +24,11 @@ class StoredKV:
     layer: int | Int32[Array, ""]  # may be traced
 
     @property
+    def codec(self) -> None:
+        """Chunks are stored as they are."""
+        return None
+
+    @property
     def dtype(self) -> jnp.dtype:
         return self.keys.dtype
 
@@ -55,6 +60,17 @@ class StoredKV:
         """Values of every chunk."""
         return self.values[self.layer]
 
+    def gather(
+        self, head: Int32[Array, ""], chunk_ids: Int32[HostOrDevice, "*rows W"]
+    ) -> tuple[Float32[Array, "*rows tokens D"], Float32[Array, "*rows tokens D"]]:
+        """Keys and values of one head, of the W * C tokens of these chunks, which must be there."""
+
+        def tokens(pool):
+            chunks = pool.at[self.layer, head, chunk_ids].get(mode="promise_in_bounds")
+            return chunks.reshape(*chunk_ids.shape[:-1], -1, pool.shape[-1]).astype(jnp.float32)
+
+        return tokens(self.keys), tokens(self.values)
+
     def write(
         self,
         k: Float[Array, "T Hkv D"],
@@ -80,22 +96,3 @@ class StoredKV:
         keys = put(self.keys, k)
         values = put(self.values, jnp.nan_to_num(v.astype(self.values.dtype)))
         return StoredKV(keys, values, self.layer)
-
-
-@dataclass(frozen=True)
-class HeadKV:
-    """Keys and values of one KV head of one layer."""
-
-    stored: StoredKV
-    head: Int32[Array, ""]
-
-    def gather(
-        self, chunk_ids: Int32[HostOrDevice, "*rows W"]
-    ) -> tuple[Float32[Array, "*rows tokens D"], Float32[Array, "*rows tokens D"]]:
-        """Keys and values of the W * C tokens of these chunks, which must be in the pool."""
-
-        def tokens(pool):
-            chunks = pool.at[self.stored.layer, self.head, chunk_ids].get(mode="promise_in_bounds")
-            return chunks.reshape(*chunk_ids.shape[:-1], -1, pool.shape[-1]).astype(jnp.float32)
-
-        return tokens(self.stored.keys), tokens(self.stored.values)

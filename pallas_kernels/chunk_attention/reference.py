@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.attention_spec import AttentionSpec
+from pallas_kernels.coded_kv import LayerKV
 from pallas_kernels.plans import DecodeReads
-from pallas_kernels.stored_kv import StoredKV
 
 
 def chunk_attention(
-    q: Float[Array, "B Hq D"], stored: StoredKV, reads: DecodeReads, attention: AttentionSpec
+    q: Float[Array, "B Hq D"], stored: LayerKV, reads: DecodeReads, attention: AttentionSpec
 ) -> Float[Array, "B Hq D"]:
     """See `pallas_kernels.chunk_attention.api.chunk_attention`.
 
@@ -30,15 +30,41 @@ def chunk_attention(
     scores = attention.cap(scores)
     scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
     maximum = scores.max(axis=(-2, -1), keepdims=True)
-    weights = jnp.exp(scores - jnp.where(jnp.isfinite(maximum), maximum, 0))
-    total = weights.sum(axis=(-2, -1))
+    own_scores, own_values = _own_chunks(grouped, stored, reads, attention)
+    maximum = jnp.maximum(maximum, own_scores.max(axis=-1, initial=-jnp.inf)[..., None, None])
+    maximum = jnp.where(jnp.isfinite(maximum), maximum, 0)
+    weights, own_weights = jnp.exp(scores - maximum), jnp.exp(own_scores - maximum[..., 0])
+    total = weights.sum(axis=(-2, -1)) + own_weights.sum(axis=-1)
     output = jnp.einsum("bhgnc,hncd->bhgd", weights, v, precision=highest)
+    output += jnp.einsum("bhgc,bhcd->bhgd", own_weights, own_values, precision=highest)
     output = output / jnp.where(total > 0, total, 1)[..., None]
     return attention.heads.join(output).astype(q.dtype)
 
 
+def _own_chunks(
+    grouped: Float[Array, "B Hkv G D"],
+    stored: LayerKV,
+    reads: DecodeReads,
+    attention: AttentionSpec,
+) -> tuple[Float[Array, "B Hkv G own"], Float[Array, "B Hkv own D"]]:
+    """Scores and values of the tokens that each row reads exactly; none where the pool has all."""
+    own, compute = reads.own, grouped.dtype
+    if own is None:
+        empty = jnp.zeros((*grouped.shape[:2], 0, grouped.shape[3]), compute)
+        return jnp.zeros((*grouped.shape[:3], 0), compute), empty
+    keys, values = (
+        chunks.at[stored.layer, :, own.slots].get(mode="clip").astype(compute)
+        for chunks in (own.keys, own.values)
+    )
+    highest = jax.lax.Precision.HIGHEST
+    scores = jnp.einsum("bhgd,bhcd->bhgc", grouped, keys, precision=highest) * attention.scale
+    count = reads.lengths - reads.pool_lengths(stored.chunk_size)
+    visible = jnp.arange(stored.chunk_size, dtype=jnp.int32)[None] < count[:, None]
+    return jnp.where(visible[:, None, None], attention.cap(scores), -jnp.inf), values
+
+
 def tokens_per_chunk(reads: DecodeReads, num_chunks: int, chunk_size: int) -> Int32[Array, "B N"]:
-    """How many tokens of each chunk every row attends to."""
+    """How many tokens of each chunk of the pool every row attends to."""
     plan = reads.plan
     batch, width = plan.private_chunks.shape
     rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
@@ -55,5 +81,6 @@ def tokens_per_chunk(reads: DecodeReads, num_chunks: int, chunk_size: int) -> In
     tokens = tokens.at[rows, items.chunks[None]].add(by_slot * chunk_size, mode="drop")
 
     start = jnp.arange(width, dtype=jnp.int32)[None] * chunk_size
-    private = jnp.clip((reads.lengths - plan.covered_tokens)[:, None] - start, 0, chunk_size)
+    remaining = reads.pool_lengths(chunk_size) - plan.covered_tokens
+    private = jnp.clip(remaining[:, None] - start, 0, chunk_size)
     return tokens.at[rows, plan.private_chunks].add(private, mode="drop")

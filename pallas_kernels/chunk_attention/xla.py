@@ -19,9 +19,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels.attention_spec import AttentionSpec
+from pallas_kernels.coded_kv import HeadKV, LayerKV
 from pallas_kernels.online_softmax import MASKED, Partial, empty, merge, normalise
 from pallas_kernels.plans import DecodeReads, HostOrDevice, WorkItems
-from pallas_kernels.stored_kv import HeadKV, StoredKV
 
 # Tokens gathered at once. Larger pieces amortise the cost of a loop step; the scores of a piece
 # (tokens x query rows, float32) should stay within a few MB.
@@ -41,7 +41,7 @@ class Run:
 
 
 def chunk_attention(
-    q: Float[Array, "B Hq D"], stored: StoredKV, reads: DecodeReads, attention: AttentionSpec
+    q: Float[Array, "B Hq D"], stored: LayerKV, reads: DecodeReads, attention: AttentionSpec
 ) -> Float[Array, "B Hq D"]:
     """See `pallas_kernels.chunk_attention.api.chunk_attention`."""
 
@@ -56,7 +56,7 @@ def chunk_attention(
 def map_heads(
     attend_head: Callable[[HeadKV, Float32[Array, "B G D"]], Float32[Array, "B G D"]],
     q: Float[Array, "B Hq D"],
-    stored: StoredKV,
+    stored: LayerKV,
     attention: AttentionSpec,
 ) -> Float[Array, "B Hq D"]:
     """The output of every KV head, one after another; the queries are scaled and in float32."""
@@ -191,7 +191,7 @@ def _row_tiles(batch: int) -> list[int]:
 def _sequence_first(
     queries: Float32[Array, "B G D"], kv: HeadKV, reads: DecodeReads, attention: AttentionSpec
 ) -> Partial:
-    """The private chunks of every row: Partial [B, G]."""
+    """The private chunks of every row, its own among them wherever it is: Partial [B, G]."""
     batch, group, head_dim = queries.shape
     plan, num_chunks, chunk_size = reads.plan, kv.stored.num_chunks, kv.stored.chunk_size
     width = plan.private_chunks.shape[1]
@@ -199,19 +199,40 @@ def _sequence_first(
     step_tokens = step_chunks * chunk_size
     padding = ((0, 0), (0, -width % step_chunks))
     private = jnp.pad(jnp.minimum(plan.private_chunks, num_chunks - 1), padding)
-    remaining = reads.lengths - plan.covered_tokens
+    remaining = reads.pool_lengths(chunk_size) - plan.covered_tokens
 
     def step(index, state: Partial) -> Partial:
         ids = lax.dynamic_slice_in_dim(private, index * step_chunks, step_chunks, axis=1)
-        k, v = kv.gather(ids)
         position = index * step_tokens + jnp.arange(step_tokens, dtype=jnp.int32)
-        visible = (position[None] < remaining[:, None])[:, None]
-        scores = jnp.einsum("bgd,btd->bgt", queries, k, precision=lax.Precision.HIGHEST)
-        scores = jnp.where(visible, attention.cap(scores), MASKED)
-        maximum = scores.max(axis=-1)
-        weights = jnp.where(visible, jnp.exp(scores - maximum[..., None]), 0)
-        output = jnp.einsum("bgt,btd->bgd", weights, v, precision=lax.Precision.HIGHEST)
-        return merge(state, Partial(output, maximum, weights.sum(axis=-1)))
+        visible = position[None] < remaining[:, None]
+        return merge(state, _attend_rows(queries, *kv.gather(ids), attention, visible))
 
     steps = lax.div(jnp.max(remaining) + (step_tokens - 1), jnp.int32(step_tokens))
-    return lax.fori_loop(0, steps, step, empty((batch, group), head_dim))
+    start = empty((batch, group), head_dim)
+    if reads.own is not None:
+        own = reads.own
+        k, v = (
+            chunks.at[kv.stored.layer, kv.head, own.slots].get(mode="clip").astype(jnp.float32)
+            for chunks in (own.keys, own.values)
+        )
+        count = reads.lengths - reads.pool_lengths(chunk_size)
+        visible = jnp.arange(chunk_size, dtype=jnp.int32)[None] < count[:, None]
+        start = _attend_rows(queries, k, v, attention, visible)
+    return lax.fori_loop(0, steps, step, start)
+
+
+def _attend_rows(
+    queries: Float32[Array, "B G D"],
+    k: Float32[Array, "B T D"],
+    v: Float32[Array, "B T D"],
+    attention: AttentionSpec,
+    visible: Bool[Array, "B T"],
+) -> Partial:
+    """Each row over tokens of its own, those that it sees: Partial [B, G]."""
+    visible = visible[:, None]
+    scores = jnp.einsum("bgd,btd->bgt", queries, k, precision=lax.Precision.HIGHEST)
+    scores = jnp.where(visible, attention.cap(scores), MASKED)
+    maximum = scores.max(axis=-1)
+    weights = jnp.where(visible, jnp.exp(scores - maximum[..., None]), 0)
+    output = jnp.einsum("bgt,btd->bgd", weights, v, precision=lax.Precision.HIGHEST)
+    return Partial(output, maximum, weights.sum(axis=-1))

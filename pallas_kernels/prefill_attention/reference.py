@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.attention_spec import AttentionSpec
+from pallas_kernels.coded_kv import LayerKV
 from pallas_kernels.plans import PrefillPlan, PrefillReads
-from pallas_kernels.stored_kv import StoredKV
 
 
 def prefill_attention(
-    q: Float[Array, "T Hq D"], stored: StoredKV, reads: PrefillReads, attention: AttentionSpec
+    q: Float[Array, "T Hq D"], stored: LayerKV, reads: PrefillReads, attention: AttentionSpec
 ) -> Float[Array, "T Hq D"]:
     """See `pallas_kernels.prefill_attention.api.prefill_attention`.
 
@@ -31,10 +31,25 @@ def prefill_attention(
     highest = jax.lax.Precision.HIGHEST
     grouped = attention.heads.split(q.astype(compute))
     products = jnp.einsum("thgd,thkd->thgk", grouped, context(stored.all_keys()), precision=highest)
-    scores = attention.cap(products * attention.scale)
-    visible = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None] <= position[:, None]
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
-    output = jnp.einsum("thgk,thkd->thgd", weights, context(stored.all_values()), precision=highest)
+    scores, values = attention.cap(products * attention.scale), context(stored.all_values())
+    key_position = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None]
+    visible = key_position <= position[:, None]
+    new, size = reads.new, stored.chunk_size
+    if new is not None:
+        visible = key_position // size < position[:, None] // size
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    if new is not None:
+        keys, own = (jnp.moveaxis(x.astype(compute), 1, 0) for x in (new.keys, new.values))
+        products = jnp.einsum("thgd,hkd->thgk", grouped, keys, precision=highest)
+        sees = (sequence[:, None] == sequence[None]) & (position >= 0)[None]
+        sees &= position[:, None] >= position[None]
+        sees &= position[:, None] // size == position[None] // size
+        products = attention.cap(products * attention.scale)
+        scores = jnp.append(scores, jnp.where(sees[:, None, None], products, -jnp.inf), axis=-1)
+        own = jnp.broadcast_to(own, (tokens, *own.shape))
+        values = jnp.append(values, own, axis=2)
+    weights = jax.nn.softmax(scores, axis=-1)
+    output = jnp.einsum("thgk,thkd->thgd", weights, values, precision=highest)
     output = jnp.where((position >= 0)[:, None, None, None], output, 0)
     return attention.heads.join(output).astype(q.dtype)
 

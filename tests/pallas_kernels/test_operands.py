@@ -10,10 +10,11 @@ from jaxtyping import TypeCheckError
 from jax_chunkattn.planning.workloads import case_inputs
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION, xla
+from pallas_kernels.coded_kv import HeadKV
 from pallas_kernels.head_map import GroupedHeads
 from pallas_kernels.plans import DecodeReads
 from pallas_kernels.specs import AttentionCase
-from pallas_kernels.stored_kv import HeadKV, StoredKV
+from pallas_kernels.stored_kv import StoredKV
 
 INPUTS = case_inputs(AttentionCase("1,4_96,16", 4, 2, 16, chunk_size=16))
 Q = jnp.asarray(INPUTS.q)

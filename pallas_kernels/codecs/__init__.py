@@ -1,0 +1,16 @@
+"""How a full chunk's keys and values are stored: a codec for each, and their names."""
+
+from __future__ import annotations
+
+from pallas_kernels.codecs.affine import AffineCodec
+from pallas_kernels.codecs.chunk_codec import IDENTITY, ChunkCodec, TensorCodec, codec_of
+from pallas_kernels.codecs.scaled_float import ScaledFloatCodec
+
+__all__ = [
+    "IDENTITY",
+    "AffineCodec",
+    "ChunkCodec",
+    "ScaledFloatCodec",
+    "TensorCodec",
+    "codec_of",
+]

@@ -1,0 +1,93 @@
+"""What a chunk is stored as: the interface of codecs, and the names that a user gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import jax
+from jaxtyping import Array, Float, Float32, Shaped
+
+from pallas_kernels.codecs.affine import AffineCodec
+from pallas_kernels.codecs.scaled_float import ScaledFloatCodec
+
+
+@runtime_checkable
+class TensorCodec(Protocol):
+    """How the keys of a chunk are stored, or its values; hashable, since programs depend on it.
+
+    Letters: C tokens of a chunk, D numbers of a head.
+    """
+
+    def problem(self, chunk_size: int, head_dim: int) -> str | None:
+        """Why chunks of these sizes cannot be stored, in words; None if they can."""
+        ...
+
+    def arrays(self, chunk_size: int, head_dim: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Names, shapes and dtypes of what is stored of one chunk of one head."""
+        ...
+
+    def encode(self, numbers: Float[Array, "*chunks C D"]) -> dict[str, Shaped[Array, ...]]:
+        """What is stored of each chunk. All of it decodes to finite numbers, whatever came in: an
+        infinity left in a chunk would reach whoever reads it."""
+        ...
+
+    def decode(self, stored: dict[str, Shaped[Array, ...]]) -> Float32[Array, "*chunks C D"]:
+        """The numbers of each chunk, in the order of their tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class ChunkCodec:
+    """How a full chunk is stored.
+
+    Attributes:
+      name: in results, statistics and messages.
+    """
+
+    name: str
+    keys: TensorCodec
+    values: TensorCodec
+
+    def check(self, chunk_size: int, head_dim: int) -> None:
+        """Raises ValueError when chunks of these sizes cannot be stored."""
+        for what, codec in (("keys", self.keys), ("values", self.values)):
+            problem = codec.problem(chunk_size, head_dim)
+            if problem is not None:
+                raise ValueError(f"codec {self.name!r} cannot store {what}: {problem}")
+
+
+IDENTITY = "identity"
+
+
+def codec_of(name: str, *, group: int | None = None) -> ChunkCodec | None:
+    """The codec of a name; None where chunks are stored as they are.
+
+    Args:
+      name: "identity" for none; "int8", "int4" or "int2" for KIVI's codes, or two of these for keys
+        and values, as in "int4/int2"; "fp8" (e4m3) or "fp8_e5m2".
+      group: numbers that share a scale, in KIVI's codes; None for 64, or what divides it.
+
+    Raises:
+      ValueError: for another name, or a group below 2.
+    """
+    if name == IDENTITY:
+        return None
+    floats = _FLOATS.get(name)
+    if floats is not None:
+        return ChunkCodec(name, ScaledFloatCodec(floats), ScaledFloatCodec(floats))
+    parts = name.split("/")
+    if len(parts) > 2 or not _BITS.keys() >= set(parts):
+        known = ", ".join([IDENTITY, *_BITS, "int4/int2", *_FLOATS])
+        raise ValueError(f"unknown codec {name!r}; known: {known}")
+    bits = _BITS[parts[0]], _BITS[parts[-1]]
+    full_name = name if group is None else f"{name} groups of {group}"
+    return ChunkCodec(
+        full_name,
+        keys=AffineCodec(bits[0], "tokens", group),
+        values=AffineCodec(bits[1], "channels", group),
+    )
+
+
+_BITS = {"int8": 8, "int4": 4, "int2": 2}
+_FLOATS = {"fp8": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}

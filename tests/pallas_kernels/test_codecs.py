@@ -1,0 +1,300 @@
+"""Codecs: what a chunk is stored as, and attention over chunks that are stored so."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_chunkattn.planning.planner import PlannerOptions, plan_decode
+from jax_chunkattn.planning.prefill import QUERY_TILE
+from jax_chunkattn.planning.workloads import case_inputs
+from pallas_kernels.attention_spec import AttentionSpec
+from pallas_kernels.chunk_attention import CHUNK_ATTENTION
+from pallas_kernels.codecs import AffineCodec, ChunkCodec, ScaledFloatCodec, codec_of
+from pallas_kernels.coded_kv import CodedKV
+from pallas_kernels.implementations import AttentionShapes, ImplementationError
+from pallas_kernels.plans import DecodeReads, NewTokens, OwnChunks, PrefillReads
+from pallas_kernels.prefill_attention import PREFILL_ATTENTION
+from pallas_kernels.specs import AttentionCase
+from pallas_kernels.targets import H200, use_target
+from tests import oracle
+from tests.pallas_kernels.test_chunk_attention import plain_attention
+from tests.pallas_kernels.test_prefill_attention import pack
+
+LOSSY = ["int8", "int4", "int2", "int4/int2", "fp8", "fp8_e5m2"]
+ALONG: list[tuple[Literal["tokens", "channels"], int | None]] = [
+    ("tokens", None),
+    ("channels", None),
+    ("tokens", 16),
+    ("channels", 8),
+]
+AFFINE = [AffineCodec(bits, along, group) for bits in (8, 4, 2) for along, group in ALONG]
+RUNS = pytest.mark.parametrize("implementation", ["reference", "xla"])
+
+
+def lossy(name, **how) -> ChunkCodec:
+    codec = codec_of(name, **how)
+    assert codec is not None
+    return codec
+
+
+def random_chunks(shape, *, seed=0, channels=1.0):
+    """Normal numbers around an offset of each channel, as keys are."""
+    random = np.random.default_rng(seed)
+    offsets = channels * random.standard_normal(shape[-1])
+    return (random.standard_normal(shape) + offsets).astype(np.float32)
+
+
+def scale_of_each_number(codec, stored, shape):
+    """The step of each number's group."""
+    scale = np.asarray(stored["scale"], np.float64)
+    axis = -2 if codec.along == "tokens" else -1
+    return np.repeat(scale, shape[axis] // scale.shape[axis], axis=axis)
+
+
+@pytest.mark.parametrize("codec", AFFINE, ids=str)
+@pytest.mark.parametrize("magnitude", [1e-7, 1e-3, 1.0, 3e3])
+def test_no_number_is_further_from_its_code_than_half_a_step(codec, magnitude):
+    chunks = magnitude * random_chunks((3, 32, 48), channels=3.0)
+    stored = codec.encode(jnp.asarray(chunks))
+    error = np.abs(np.asarray(codec.decode(stored), np.float64) - chunks)
+    step = scale_of_each_number(codec, stored, chunks.shape)
+    # Decoding rounds twice in float32: to 2^-24 of the zero, which may be much more than a step.
+    assert (error <= step / 2 + 2**-23 * np.abs(chunks)).all()
+    # No wider steps than needed: the range, and what float16 rounds its two numbers by.
+    axis = -2 if codec.along == "tokens" else -1
+    levels = 2**codec.bits - 1
+    widest = np.ptp(chunks, axis=axis).max()
+    assert step.max() <= 1.01 * widest / levels + 0.01 * magnitude + 2**-23  # its smallest is 2^-24
+
+
+@pytest.mark.parametrize("codec", AFFINE, ids=str)
+def test_equal_numbers_are_exact_and_nothing_but_finite_numbers_comes_out(codec):
+    for number in (0.0, 1.0, -0.375, 5000.0):
+        chunk = jnp.full((32, 48), number)
+        np.testing.assert_array_equal(codec.decode(codec.encode(chunk)), chunk)
+    third = jnp.full((32, 48), 1 / 3)  # no float16, but two of them say it
+    np.testing.assert_allclose(codec.decode(codec.encode(third)), third, rtol=1e-5)
+    bad = random_chunks((32, 48))
+    bad[3, 5], bad[4, 6], bad[5, 7] = np.nan, np.inf, -np.inf
+    decoded = np.asarray(codec.decode(codec.encode(jnp.asarray(bad))))
+    assert np.isfinite(decoded).all()
+    untouched = (0, 40) if codec.along == "tokens" else (20, 0)  # by what shares a group with them
+    assert abs(decoded[untouched] - bad[untouched]) < 2
+
+
+@pytest.mark.parametrize(("dtype", "relative"), [("float8_e4m3fn", 2**-4), ("float8_e5m2", 2**-3)])
+def test_small_floats_keep_the_bits_that_they_have(dtype, relative):
+    codec = ScaledFloatCodec(dtype)
+    for magnitude in (1e-30, 1.0, 1e30):
+        chunks = magnitude * random_chunks((3, 32, 48))
+        decoded = np.asarray(codec.decode(codec.encode(jnp.asarray(chunks))), np.float64)
+        smallest = np.abs(chunks).max() * 1e-4  # below, they are subnormal
+        assert (np.abs(decoded - chunks) <= relative * np.abs(chunks) + smallest).all()
+    zeros = jnp.zeros((32, 48))
+    np.testing.assert_array_equal(codec.decode(codec.encode(zeros)), zeros)
+    bad = jnp.full((32, 48), jnp.inf).at[0, 0].set(jnp.nan)
+    assert np.isfinite(codec.decode(codec.encode(bad))).all()
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_the_arrays_are_as_declared_and_chunks_are_encoded_one_by_one(name):
+    codec = lossy(name)
+    chunks = jnp.asarray(random_chunks((3, 2, 64, 128)))
+    for part in (codec.keys, codec.values):
+        stored = part.encode(chunks)
+        declared = part.arrays(64, 128)
+        assert {name: (a.shape[2:], a.dtype) for name, a in stored.items()} == {
+            name: (a.shape, a.dtype) for name, a in declared.items()
+        }
+        alone = part.encode(chunks[1:2, 1])
+        among = {name: array[1:2, 1] for name, array in stored.items()}
+        chex.assert_trees_all_equal(alone, among)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("int8", 8.5), ("int4", 4.5), ("int2", 2.5)])
+def test_bits_of_a_number_with_its_share_of_scale_and_zero(name, bits):
+    codec = lossy(name)
+    for part in (codec.keys, codec.values):
+        arrays = part.arrays(64, 64).values()
+        assert sum(a.size * a.dtype.itemsize for a in arrays) * 8 / (64 * 64) == bits
+
+
+@pytest.mark.parametrize(
+    "name", ["int5", "int4/", "int4/fp8", "fp16", "", "INT4", "int4/int2/int2"]
+)
+def test_unknown_names_are_refused(name):
+    with pytest.raises(ValueError, match=r"unknown codec .* known: identity, int8"):
+        codec_of(name)
+
+
+def test_sizes_that_cannot_be_stored_are_refused():
+    with pytest.raises(ValueError, match="'int4 groups of 48' cannot store keys: groups of 48"):
+        lossy("int4", group=48).check(64, 48)
+    with pytest.raises(ValueError, match="'int2' cannot store keys: 6 tokens do not fill bytes"):
+        lossy("int2").check(6, 64)
+    with pytest.raises(ValueError, match="8, 4 or 2 bits, not 3"):
+        AffineCodec(3, "tokens")
+    with pytest.raises(ValueError, match="2 numbers at least"):
+        codec_of("int4", group=1)
+    with pytest.raises(ValueError, match="float8_e4m3fn or"):
+        ScaledFloatCodec("float16")
+    lossy("int4").check(16, 80)  # groups of 16, which divide 80
+
+
+def test_kernels_that_cannot_read_a_codec_say_so():
+    shapes = AttentionShapes("float32", 1, 64, 64, "int4")
+    with use_target(H200):
+        assert CHUNK_ATTENTION.resolve(None, shapes) == "xla"
+        with pytest.raises(ImplementationError, match="encoded by int4"):
+            CHUNK_ATTENTION.resolve("pallas_triton", shapes)
+
+
+def encoded(codec, keys, values, layer):
+    """A pool with every chunk encoded, made by writing it."""
+    layers, kv_heads, num_chunks, size, head_dim = keys.shape
+
+    def empty(part):
+        return {
+            name: jnp.zeros((layers, kv_heads, num_chunks, *a.shape), a.dtype)
+            for name, a in part.arrays(size, head_dim).items()
+        }
+
+    stored = CodedKV(empty(codec.keys), empty(codec.values), layer, codec, size, head_dim)
+    k, v = (jnp.asarray(np.moveaxis(pool[layer], 0, 2)) for pool in (keys, values))
+    return jax.jit(CodedKV.write)(stored, k, v, np.arange(num_chunks, dtype=np.int32))
+
+
+def decoded(codec, keys, values):
+    """What every chunk reads as."""
+    parts = (codec.keys, keys), (codec.values, values)
+    return [np.asarray(jax.jit(round_trip, static_argnums=0)(*one)) for one in parts]
+
+
+def round_trip(part, chunks):
+    return part.decode(part.encode(chunks))
+
+
+def mixed_context(exact, decoded, table, length):
+    """What the rule has a query at position `length - 1` read: decoded chunks, and its own."""
+    before = (length - 1) // exact[0].shape[2] * exact[0].shape[2]
+    return [
+        np.concatenate(
+            [oracle.context(codes, table, before), oracle.context(pool, table, length)[:, before:]],
+            axis=1,
+        )
+        for codes, pool in zip(decoded, exact, strict=True)
+    ]
+
+
+def assert_as_exact_as_plain(got, q, contexts, softcap=None):
+    """flash-attention's rule, against float64 over the decoded chunks."""
+    width = max(k.shape[1] for k, _ in contexts)
+    lengths = np.array([k.shape[1] for k, _ in contexts], np.int32)
+
+    def padded(tokens):
+        return np.pad(tokens, ((0, 0), (0, width - tokens.shape[1]), (0, 0)))
+
+    dense = (np.stack([padded(one) for one in of_rows]) for of_rows in zip(*contexts, strict=True))
+    plain = np.asarray(plain_attention(q, *dense, lengths, None, softcap))
+    exact = np.stack(
+        [oracle.attend(row, k, v, softcap=softcap) for row, (k, v) in zip(q, contexts, strict=True)]
+    )
+    allowed = np.abs(plain - exact).max()
+    assert np.abs(np.asarray(got, np.float64) - exact).max() <= 2 * allowed + 2e-7
+
+
+DECODE = [
+    ("1,5_100,40", 6, 2, 32, 16, 30, "int8"),
+    ("1,5_100,40", 6, 2, 32, 16, 30, "int4"),
+    ("1,3,12_80,48,16", 4, 4, 16, 16, 0, "int4/int2"),
+    ("1,4_256,64", 4, 2, 64, 64, 60, "fp8"),
+]
+
+
+@RUNS
+@pytest.mark.parametrize(("tree", "heads", "kv_heads", "dim", "size", "ragged", "name"), DECODE)
+def test_a_row_reads_what_is_encoded_and_its_own_chunk(
+    tree, heads, kv_heads, dim, size, ragged, name, implementation
+):
+    case = AttentionCase(tree, heads, kv_heads, dim, chunk_size=size, ragged=ragged, softcap=5.0)
+    inputs, codec = case_inputs(case, layers=2), lossy(name)
+    rows = len(inputs.tables)
+    num_chunks = inputs.keys.shape[2]
+    plan, summary = plan_decode(  # as the loop has it: without the token that the step writes
+        inputs.tables,
+        (inputs.lengths[:rows] - 1).tolist(),
+        chunk_size=size,
+        num_chunks=num_chunks,
+        options=PlannerOptions(worth_sharing=lambda rows, chunks: rows > 1),
+    )
+    assert summary.shared
+    stored = encoded(codec, inputs.keys, inputs.values, 1)
+    slots = np.full(len(inputs.lengths), rows + 3, np.int32)  # nowhere, where a row is padding
+    slots[:rows] = np.random.default_rng(0).permutation(rows + 3)[:rows]
+    last = [
+        table[(length - 1) // size]
+        for table, length in zip(inputs.tables, inputs.lengths, strict=False)
+    ]
+    tails = np.full((2, 2, kv_heads, rows + 3, size, dim), 1e3, np.float32)
+    for tail, pool in zip(tails, (inputs.keys, inputs.values), strict=True):
+        tail[:, :, slots[:rows]] = pool[:, :, last]
+    tails[:, 0] = np.nan  # another layer's
+    own = OwnChunks(jnp.asarray(tails[0]), jnp.asarray(tails[1]), slots)
+    reads = DecodeReads(plan, inputs.lengths, own)
+    attention = AttentionSpec.of(heads, kv_heads, dim, softcap=5.0)
+    got = CHUNK_ATTENTION.attend(inputs.q, stored, reads, attention, implementation=implementation)
+    exact = inputs.keys[1], inputs.values[1]
+    codes = decoded(codec, *exact)
+    contexts = [
+        mixed_context(exact, codes, table, length)
+        for table, length in zip(inputs.tables, inputs.lengths, strict=False)
+    ]
+    assert_as_exact_as_plain(got[:rows], inputs.q[:rows], contexts, softcap=5.0)
+    np.testing.assert_array_equal(np.asarray(got)[rows:], 0)
+
+
+# Segments begin where chunks do; tiles of 64 tokens lie in one chunk, in several, or across calls'
+# ends; some have chunks before them, some complete chunks and some none.
+PREFILL = [
+    ([(64, 129), (0, 3), (640, 699), (16, 20)], 16, 144, "int4"),
+    ([(0, 20), (64, 84)], 64, 40, "int8"),
+    ([(0, 300), (128, 257)], 128, 512, "int4/int2"),
+    ([(32, 100)], 32, 100, "fp8"),
+]
+
+
+@RUNS
+@pytest.mark.parametrize(("ranges", "size", "num_tokens", "name"), PREFILL)
+def test_a_token_reads_chunks_before_its_own_encoded(
+    ranges, size, num_tokens, name, implementation
+):
+    heads, kv_heads, dim = 4, 2, 24
+    segments, batch, num_chunks = pack(ranges, size, num_tokens)
+    codec = lossy(name)
+    random = np.random.default_rng(1)
+    q = random.standard_normal((num_tokens, heads, dim), np.float32)
+    keys, values = random.standard_normal((2, 2, kv_heads, num_chunks, size, dim), np.float32)
+    new = np.full((2, num_tokens, kv_heads, dim), np.nan, np.float32)
+    new[1] = 1e3  # values of padding are finite, as those of the model are made
+    exact = keys[1], values[1]
+    codes = decoded(codec, *exact)
+    contexts, token = [], 0
+    for segment in segments:
+        for position in range(segment.begin, segment.end):
+            place = segment.chunk_ids[position // size], position % size
+            new[:, token] = keys[1][:, *place], values[1][:, *place]
+            contexts.append(mixed_context(exact, codes, segment.chunk_ids, position + 1))
+            token += 1
+    stored = encoded(codec, keys, values, 1)
+    tokens = NewTokens(jnp.asarray(new[0]), jnp.asarray(new[1]))
+    reads = PrefillReads(batch.plan, QUERY_TILE, tokens)
+    attention = AttentionSpec.of(heads, kv_heads, dim)
+    got = PREFILL_ATTENTION.attend(q, stored, reads, attention, implementation=implementation)
+    assert_as_exact_as_plain(got[:token], q[:token], contexts)
+    np.testing.assert_array_equal(np.asarray(got)[token:], 0)
