@@ -1,8 +1,9 @@
 """Prefix-aware attention for LLM decoding: a chunk pool, a prefix tree, and decoding over them."""
 
+from jax_chunkattn.device.cache_config import CacheConfig
 from jax_chunkattn.device.compilation_cache import use_compilation_cache
 from jax_chunkattn.device.model_interface import CacheSpec, DecoderModel
-from jax_chunkattn.device.pool import CacheConfig, ChunkPool, allocate_pool
+from jax_chunkattn.device.pool import ChunkPool, allocate_pool
 from jax_chunkattn.engine.admission import InvalidRequest, RequestLimits, chunks_needed
 from jax_chunkattn.engine.engine import Engine
 from jax_chunkattn.engine.handle import PinnedPrefix, RequestHandle

@@ -71,6 +71,19 @@ class DecodePlan:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Sealing:
+    """Which chunks a prefill call completes, and where it leaves the tokens of those it does not.
+
+    Letters: M chunks, T packed tokens.
+    """
+
+    begin: Int32[HostOrDevice, " M"]  # the first of a chunk's packed tokens; the others follow it
+    chunks: Int32[HostOrDevice, " M"]  # N for padding
+    tail_slots: Int32[HostOrDevice, " T"]  # one past the last slot where a token is not kept
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class PrefillPlan:
     """Where a packed run of new tokens is written, and which earlier tokens each may see.
 
@@ -92,6 +105,7 @@ class PrefillPlan:
     block_tables: Int32[HostOrDevice, "S P"]
     own_chunk: Int32[HostOrDevice, " S"]  # first chunk, by index in the table, that no item covers
     partials: PartialSlots | None = None  # only for implementations that need them
+    sealing: Sealing | None = None  # only where full chunks are encoded
 
 
 @jax.tree_util.register_dataclass

@@ -8,7 +8,8 @@ from functools import partial
 import jax
 
 from experiments.compile_report.cases import abstract, abstract_plan
-from jax_chunkattn.device.pool import CacheConfig, ChunkPool, allocate_pool
+from jax_chunkattn.device.cache_config import CacheConfig
+from jax_chunkattn.device.pool import ChunkPool, allocate_pool
 from jax_chunkattn.device.request_table import DeviceState, RequestTable
 from models.config import DecoderConfig
 from models.presets import PRESETS

@@ -24,8 +24,9 @@ from experiments.gpu.clock import Side, Timing, time_sides
 from experiments.gpu.pools import random_buffer
 from experiments.gpu.record import significant
 from jax_chunkattn.device.backend import choose_backend
+from jax_chunkattn.device.cache_config import CacheConfig
 from jax_chunkattn.device.decode_loop import decode_steps
-from jax_chunkattn.device.pool import CacheConfig, ChunkPool
+from jax_chunkattn.device.pool import ChunkPool
 from jax_chunkattn.device.programs import SplitModel
 from jax_chunkattn.device.request_table import DeviceState, RequestTable, RowState
 from jax_chunkattn.planning.planner import plan_decode

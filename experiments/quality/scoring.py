@@ -20,6 +20,7 @@ from jax import lax
 from jax_chunkattn import CacheConfig, ChunkPool, allocate_pool, plan_decode
 from jax_chunkattn.device.backend import choose_backend
 from jax_chunkattn.device.decode_loop import decode_attend
+from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.prefill import prefill_attend
 from jax_chunkattn.planning.prefill import CALL_TOKENS, Segment, next_call, pack_segments
 from models import Decoder
@@ -224,13 +225,15 @@ def _score_hidden(graphdef, state, hidden, targets):
 @partial(jax.jit, static_argnums=(0, 8), donate_argnums=2)
 def _decode(graphdef, state, pool, inputs, targets, active, prefix, plan, implementation: str):
     model = nnx.merge(graphdef, state)
+    slots = jnp.arange(len(inputs), dtype=jnp.int32)
 
     def step(pool, fed):
         place, tokens, following = fed
         lengths = jnp.full(len(tokens), prefix + place, jnp.int32)
-        attend = decode_attend(model.cache_spec, plan, lengths, active, implementation)
+        rows = DecodeRows(plan, slots, lengths, active)
+        attend = decode_attend(model.cache_spec, rows, implementation)
         hidden, pool = model(tokens, lengths, pool, attend)
-        return pool, _score(model.logits(hidden), following)
+        return pool.seal(rows), _score(model.logits(hidden), following)
 
     places = jnp.arange(inputs.shape[1], dtype=jnp.int32)
     pool, scored = lax.scan(step, pool, (places, inputs.T, targets.T))

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from jax_chunkattn.device.cache_config import CacheConfig
 from jax_chunkattn.device.model_interface import CacheSpec
-from jax_chunkattn.device.pool import CacheConfig
 from jax_chunkattn.planning.planner import PlannerOptions
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
 from pallas_kernels.implementations import AttentionShapes, needs_partials
@@ -42,7 +42,9 @@ def choose_backend(
       ValueError: for a planner without the slots for partials that the implementation needs.
     """
     group = spec.attention.heads.group
-    shapes = AttentionShapes(cache.dtype, group, spec.head_dim, cache.chunk_size)
+    codec = cache.chunk_codec
+    name = codec.name if codec is not None else None
+    shapes = AttentionShapes(cache.dtype, group, spec.head_dim, cache.chunk_size, name)
     decode = CHUNK_ATTENTION.resolve(implementation, shapes)
     has_prefill = decode in PREFILL_ATTENTION.implementations
     prefill = PREFILL_ATTENTION.resolve(decode if has_prefill else None, shapes)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
+from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.model_interface import Attend, CacheSpec, DecoderModel
-from jax_chunkattn.device.pool import ChunkPool
+from jax_chunkattn.device.pool import Pool
 from jax_chunkattn.device.request_table import DeviceState, count_tokens
 from jax_chunkattn.sampling import Logprobs, log_probabilities, sample
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
@@ -62,8 +63,10 @@ def decode_steps(
     def advance(carry):
         step, pool, counts, rows, chosen = carry
         active = rows.remaining > 0
-        attend = decode_attend(model.cache_spec, plan, rows.lengths, active, implementation)
+        here = DecodeRows(plan, slots, rows.lengths, active)
+        attend = decode_attend(model.cache_spec, here, implementation)
         hidden, pool = model(rows.tokens, rows.lengths, pool, attend)
+        pool = pool.seal(here)
         logits = model.logits(hidden)
         following = sample(logits, sampling, rows.lengths + 1, lambda: counts.take(slots))
         emitted = Chosen(
@@ -87,32 +90,24 @@ def _nothing(num_steps: int, batch: int) -> Chosen:
     return Chosen(jnp.full((num_steps, batch), NOTHING, jnp.int32), logprobs)
 
 
-def decode_attend(
-    spec: CacheSpec,
-    plan: DecodePlan,
-    lengths: Int32[Array, " B"],
-    active: Bool[Array, " B"],
-    implementation: str | None,
-) -> Attend:
+def decode_attend(spec: CacheSpec, rows: DecodeRows, implementation: str | None) -> Attend:
     """The `attend` a model is given while decoding: write one token a row, attend by the plan."""
 
     attention = spec.attention
 
     def attend(
-        pool: ChunkPool,
+        pool: Pool,
         layer: Int32[Array, ""],
         q: Float[Array, "B Hq D"],
         k: Float[Array, "B Hkv D"],
         v: Float[Array, "B Hkv D"],
-    ) -> tuple[Float[Array, "B Hq D"], ChunkPool]:
-        slot = lengths - plan.covered_tokens
-        index = jnp.minimum(slot // pool.chunk_size, plan.private_chunks.shape[1] - 1)
-        chunks = jnp.take_along_axis(plan.private_chunks, index[:, None], axis=1)[:, 0]
-        chunks = jnp.where(active, chunks, pool.num_chunks)
-        stored = pool.at_layer(layer).write(k, v, chunks, slot % pool.chunk_size)
+    ) -> tuple[Float[Array, "B Hq D"], Pool]:
+        pool = pool.write_rows(layer, k, v, rows)
         # Of frozen rows only padding gives zeros; what the others get is thrown away.
-        reads = DecodeReads(plan, jnp.where(active, lengths + 1, 0))
+        visible = jnp.where(rows.active, rows.lengths + 1, 0)
+        reads = DecodeReads(rows.plan, visible, pool.own_chunks(rows))
+        stored = pool.at_layer(layer)
         output = CHUNK_ATTENTION.attend(q, stored, reads, attention, implementation=implementation)
-        return output, ChunkPool.of(stored)
+        return output, pool
 
     return attend

@@ -9,9 +9,10 @@ from functools import partial
 import numpy as np
 
 from jax_chunkattn.device.backend import Backend
+from jax_chunkattn.device.cache_config import CacheConfig
 from jax_chunkattn.device.decode_loop import decode_steps
 from jax_chunkattn.device.model_interface import CacheSpec, DecoderModel
-from jax_chunkattn.device.pool import CacheConfig, allocate_pool
+from jax_chunkattn.device.pool import empty_pool
 from jax_chunkattn.device.prefill import prefill_step
 from jax_chunkattn.device.programs import Invocation, SplitModel
 from jax_chunkattn.device.request_table import (
@@ -83,7 +84,7 @@ class Invocations:
         self._vocab_size = model.vocab_size
         self._num_slots = num_slots
         self._stop_tokens = tuple(stop_tokens)
-        self._num_chunks = cache.chunks_for(model.cache_spec)
+        self._num_chunks = cache.chunks_for(model.cache_spec, num_slots)
         self.most_columns = min(-(-model.max_positions // cache.chunk_size), self._num_chunks)
         self._prefill_shapes: dict[int, PrefillShape] = {}
         if backend.planner.gpu is None:  # room costs nothing on a CPU
@@ -183,6 +184,7 @@ class Invocations:
             chunk_size=self._cache.chunk_size,
             num_chunks=self._num_chunks,
             at_least=shape or PrefillShape(),
+            num_slots=self._num_slots if self._cache.chunk_codec is not None else None,
         )
         batch = pack(options=self._backend.planner)
         if shape is not None and PrefillShape.of(batch) != shape:
@@ -197,4 +199,5 @@ class Invocations:
 
 def _empty_state(*, sizes: tuple[CacheSpec, CacheConfig, int, int]) -> DeviceState:
     spec, cache, num_slots, vocab_size = sizes
-    return DeviceState(allocate_pool(spec, cache), RequestTable.empty(num_slots, vocab_size))
+    pool = empty_pool(spec, cache, num_slots)
+    return DeviceState(pool, RequestTable.empty(num_slots, vocab_size))

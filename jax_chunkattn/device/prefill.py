@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int32
 
 from jax_chunkattn.device.decode_loop import NOTHING, Chosen
 from jax_chunkattn.device.model_interface import Attend, CacheSpec, DecoderModel
-from jax_chunkattn.device.pool import ChunkPool
+from jax_chunkattn.device.pool import Pool
 from jax_chunkattn.device.request_table import DeviceState, count_tokens
 from jax_chunkattn.planning.prefill import QUERY_TILE, PrefillBatch
 from jax_chunkattn.sampling import log_probabilities, sample
@@ -54,19 +54,20 @@ def prefill_step(
 
 def prefill_attend(spec: CacheSpec, plan: PrefillPlan, implementation: str | None) -> Attend:
     """The `attend` a model is given while prefilling: write all new tokens, attend by the plan."""
-    attention, reads = spec.attention, PrefillReads(plan, QUERY_TILE)
+    attention = spec.attention
 
     def attend(
-        pool: ChunkPool,
+        pool: Pool,
         layer: Int32[Array, ""],
         q: Float[Array, "T Hq D"],
         k: Float[Array, "T Hkv D"],
         v: Float[Array, "T Hkv D"],
-    ) -> tuple[Float[Array, "T Hq D"], ChunkPool]:
-        stored = pool.at_layer(layer).write(k, v, plan.write_chunks, plan.write_offsets)
+    ) -> tuple[Float[Array, "T Hq D"], Pool]:
+        pool, new = pool.write_prompts(layer, k, v, plan)
+        reads, stored = PrefillReads(plan, QUERY_TILE, new), pool.at_layer(layer)
         output = PREFILL_ATTENTION.attend(
             q, stored, reads, attention, implementation=implementation
         )
-        return output, ChunkPool.of(stored)
+        return output, pool
 
     return attend

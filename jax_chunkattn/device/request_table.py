@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int32
 
-from jax_chunkattn.device.pool import ChunkPool
+from jax_chunkattn.device.pool import Pool
 from jax_chunkattn.sampling import RowSampling, SamplingParams, TokenCounts
 from pallas_kernels.plans import HostOrDevice
 
@@ -115,7 +115,7 @@ def count_tokens(
 class DeviceState:
     """All that calls to the device update; donate it, and it is updated in place."""
 
-    pool: ChunkPool
+    pool: Pool
     table: RequestTable
 
 
@@ -128,12 +128,7 @@ def copy_chunks(
 
     A destination of N and more is padding.
     """
-
-    def copy(values):
-        return values.at[:, :, destinations].set(values[:, :, sources], mode="drop")
-
-    pool = ChunkPool(copy(state.pool.keys), copy(state.pool.values))
-    return replace(state, pool=pool)
+    return replace(state, pool=state.pool.copy(sources, destinations))
 
 
 def place_rows(

@@ -9,10 +9,10 @@ from functools import partial, wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
 from jax_chunkattn.device.backend import Backend, choose_backend
+from jax_chunkattn.device.cache_config import CacheConfig
 from jax_chunkattn.device.device import Device
 from jax_chunkattn.device.invocations import Invocations
 from jax_chunkattn.device.model_interface import DecoderModel
-from jax_chunkattn.device.pool import CacheConfig
 from jax_chunkattn.engine.admission import (
     InvalidRequest,
     RequestLimits,
@@ -128,18 +128,24 @@ class Engine:
             model.cache_spec, cache, implementation=implementation, planner=planner
         )
         self.limits = limits
-        self._stats = EngineStats(bytes_per_chunk=cache.bytes_per_chunk(model.cache_spec))
-        chunk_size, num_chunks = cache.chunk_size, cache.chunks_for(model.cache_spec)
-        invocations = Invocations(
-            model,
-            cache,
-            self.backend,
-            num_slots=bucket(max_running, MIN_SLOTS),
-            stop_tokens=stop_tokens,
+        spec, num_slots = model.cache_spec, bucket(max_running, MIN_SLOTS)
+        exact, chunk_size = cache.chunk_codec is None, cache.chunk_size
+        if not exact and chunk_size > prefill_tokens:
+            raise ValueError(
+                f"a codec needs chunks that one prefill call can fill: {chunk_size} tokens are "
+                f"more than the {prefill_tokens} of prefill_tokens"
+            )
+        self._stats = EngineStats(
+            codec=cache.codec_name, bytes_per_chunk=cache.bytes_per_chunk(spec)
         )
+        num_chunks = cache.chunks_for(spec, num_slots)
+        invocations = Invocations(
+            model, cache, self.backend, num_slots=num_slots, stop_tokens=stop_tokens
+        )
+        tree = PrefixTree(num_chunks, chunk_size, retain=retain)
         self._core = Core(
             Device(invocations),
-            Scheduler(PrefixTree(num_chunks, chunk_size, retain=retain), max_running=max_running),
+            Scheduler(tree, max_running=max_running, exact=exact),
             PlannedRows(self.backend.planner, self._stats, invocations.most_columns),
             PrefixMemory(chunk_size, REMEMBERED_POOLS * num_chunks),
             self._stats,

@@ -116,7 +116,9 @@ class Lifecycle:
     def _fork_sequence(self, parent: Request, child: Request) -> None:
         """Gives `child` a copy of the parent's sequence, if it has one and the pool has room.
 
-        Without one the child takes what the cache has, like any request.
+        Without one the child takes what the cache has, like any request. Where full chunks are
+        encoded, the child computes its last one again: the parent's is exact in the parent's slot
+        only, and may be ahead of what is known here.
         """
         tree, sequence = self._scheduler.tree, parent.sequence
         if sequence is None or not tree.is_active(sequence):
@@ -124,7 +126,7 @@ class Lifecycle:
         if tree.computed_tokens(sequence) < len(parent.history):
             return
         try:
-            copy, copies = tree.fork(sequence)
+            copy, copies = tree.fork(sequence, copy_tail=self._scheduler.exact)
         except PoolExhausted:
             return
         try:
@@ -132,7 +134,7 @@ class Lifecycle:
         except BaseException:
             tree.release(copy)
             raise
-        child.sequence, child.dispatched = copy, len(child.history)
+        child.sequence, child.dispatched = copy, tree.computed_tokens(copy)
         child.found = parent.found
         self._stats.forks += 1
 

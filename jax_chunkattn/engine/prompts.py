@@ -45,7 +45,8 @@ class Prompts:
         work = self._work()
         if not work:
             return [], 0
-        call, num_tokens = next_call(work, self._prefill_tokens)
+        align = 1 if self._scheduler.exact else self._scheduler.tree.chunk_size
+        call, num_tokens = next_call(work, self._prefill_tokens, align=align)
         call.sort(key=lambda part: part[1].chunk_ids)  # equal prefixes become neighbours
         return call, num_tokens
 
@@ -103,8 +104,8 @@ class Prompts:
     def _add_segment(self, work: Work, chunks: set[int], segments: PromptWork) -> int:
         """Appends what this work has to compute itself: neither in the pool nor in `chunks`, which
         another computes; returns how many tokens."""
-        tree = self._scheduler.tree
-        size = tree.chunk_size
+        scheduler = self._scheduler
+        tree, size = scheduler.tree, scheduler.tree.chunk_size
         sequence, history = work.placed, work.history
         known = max(tree.computed_tokens(sequence), work.dispatched)
         sealed = [node.chunk_id for node in sequence.nodes]
@@ -112,11 +113,14 @@ class Prompts:
             known = (known // size + 1) * size
         chunks.update(sealed[known // size :])
         begin = min(known, len(history) - 1) if work.samples_next else known
+        if not scheduler.exact:
+            begin -= begin % size  # a query reads the chunk that it lies in as it was computed
         if begin == len(history):
             if tree.computed_tokens(sequence) >= len(history):
                 self._lifecycle.prefilled(work)
             return 0
-        segment = Segment(history[begin:], sequence.chunk_ids, begin, len(history), known)
+        slot = work.placed_slot if isinstance(work, Request) else None
+        segment = Segment(history[begin:], sequence.chunk_ids, begin, len(history), known, slot)
         segments.append((work, segment))
         return segment.end - segment.begin
 

@@ -33,10 +33,12 @@ class Scheduler:
       pinned: prefixes that stay, computed or not yet.
       preemptions: how often a request had to give way.
       max_running: most requests with a slot.
+      exact: chunks are stored as they are, so that parts of one can be copied.
     """
 
-    def __init__(self, tree: PrefixTree, *, max_running: int):
+    def __init__(self, tree: PrefixTree, *, max_running: int, exact: bool = True):
         self.tree = tree
+        self.exact = exact
         self.accepted: dict[Work, None] = {}
         self.waiting: list[Work] = []
         self.active: list[Work] = []
@@ -207,7 +209,7 @@ class Scheduler:
         while True:
             spare = self.tree.room_after_insert(history, work.salt)
             if spare >= self._num_growing(work):
-                work.sequence = self.tree.insert(history, work.salt, copy_partial=True)
+                work.sequence = self.tree.insert(history, work.salt, copy_partial=self.exact)
                 work.found = self.tree.computed_tokens(work.sequence)
                 return True
             if not self.drop_idle():

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from jax_chunkattn.engine.misses import PromptUse
 from jax_chunkattn.planning.planner import PlanSummary
+from pallas_kernels.codecs import IDENTITY
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class EngineStats:
       shared_tokens: the longest prefix that two rows had in common, in full chunks.
       most_chunks_in_use, most_chunks_unshared: the most that was in use at once, and what the same
         requests would have held at that moment without sharing.
-      bytes_per_chunk: keys and values of a chunk, all layers.
+      codec: what full chunks are encoded by; "identity" where they are stored as they are.
+      bytes_per_chunk: keys and values of a full chunk, all layers.
     """
 
     running: int = 0
@@ -80,6 +82,7 @@ class EngineStats:
     shared_tokens: int = 0
     most_chunks_in_use: int = 0
     most_chunks_unshared: int = 0
+    codec: str = IDENTITY
     bytes_per_chunk: int = 0
 
     @property

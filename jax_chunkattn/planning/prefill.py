@@ -15,9 +15,9 @@ from jax_chunkattn.planning.gpu_division import cut_for_gpu
 from jax_chunkattn.planning.gpu_time import choose_pieces, most_items_alone
 from jax_chunkattn.planning.options import GpuWork, PlannerOptions
 from jax_chunkattn.planning.packing import single_rows
-from jax_chunkattn.planning.work_items import flatten_items, items_of, partial_slots
+from jax_chunkattn.planning.work_items import flatten_items, items_of, pad, partial_slots
 from pallas_kernels import PrefillPlan
-from pallas_kernels.plans import HostOrDevice, PartialSlots, WorkItems
+from pallas_kernels.plans import HostOrDevice, PartialSlots, Sealing, WorkItems
 
 Owner = TypeVar("Owner")
 
@@ -35,6 +35,8 @@ class Segment:
 
     `write_from` is the first position whose keys and values are not in the pool yet: a prompt that
     is cached as a whole still computes its last token, for the logits, and writes nothing.
+    `tail_slot`, where full chunks are encoded, keeps what the segment leaves of one that is not
+    full; None keeps it nowhere.
     """
 
     tokens: Sequence[int]  # those of the positions [begin, end)
@@ -42,6 +44,7 @@ class Segment:
     begin: int
     end: int
     write_from: int
+    tail_slot: int | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -119,6 +122,7 @@ def pack_segments(
     num_chunks: int,
     options: PlannerOptions = PlannerOptions(),
     at_least: PrefillShape = PrefillShape(),
+    num_slots: int | None = None,
 ) -> PrefillBatch:
     """Packs segments into arrays of T = `num_tokens`; at most T / 16 of them, T tokens in all.
 
@@ -128,8 +132,11 @@ def pack_segments(
     unless their sequences have very long prefixes or, on a GPU, their tokens more than four items
     each: then some sizes double, and another program is compiled.
 
+    With `num_slots`, of a pool that encodes full chunks, the plan says which chunks the call
+    completes and where the rest goes; each segment then begins where a chunk does.
+
     Raises:
-      ValueError: when they do not fit.
+      ValueError: when they do not fit, or begin within a chunk.
     """
     lengths = [segment.end - segment.begin for segment in segments]
     most = max_segments(num_tokens)
@@ -179,8 +186,37 @@ def pack_segments(
         block_tables=tables,
         own_chunk=own_chunk,
         partials=partials,
+        sealing=None
+        if num_slots is None
+        else _sealing(segments, num_tokens, chunk_size, num_chunks, num_slots),
     )
     return PrefillBatch(tokens, positions, last_token, plan)
+
+
+def _sealing(
+    segments: Sequence[Segment], num_tokens: int, chunk_size: int, num_chunks: int, num_slots: int
+) -> Sealing:
+    """The chunks that are full behind a segment and were not before, and where the rest goes."""
+    begins, chunks = [], []
+    tail_slots = np.full(num_tokens, num_slots, np.int32)
+    start = 0
+    for segment in segments:
+        if segment.begin % chunk_size:
+            raise ValueError(
+                f"a segment begins at {segment.begin}, within a chunk of {chunk_size} tokens; "
+                "where chunks are encoded, a call has all of the chunk that its tokens lie in"
+            )
+        full = segment.end // chunk_size
+        for index in range(segment.begin // chunk_size, full):
+            if index * chunk_size >= segment.write_from:
+                begins.append(start + index * chunk_size - segment.begin)
+                chunks.append(segment.chunk_ids[index])
+        if segment.tail_slot is not None:
+            end = start + segment.end - segment.begin
+            tail_slots[start + full * chunk_size - segment.begin : end] = segment.tail_slot
+        start += segment.end - segment.begin
+    most = max(1, num_tokens // chunk_size)
+    return Sealing(pad(np.array(begins), most), pad(np.array(chunks), most, num_chunks), tail_slots)
 
 
 def _items_before(
@@ -218,12 +254,13 @@ def _items_before(
 
 
 def next_call(
-    work: Sequence[tuple[Owner, Segment]], most_tokens: int = CALL_TOKENS[-1]
+    work: Sequence[tuple[Owner, Segment]], most_tokens: int = CALL_TOKENS[-1], *, align: int = 1
 ) -> tuple[list[tuple[Owner, Segment]], int]:
     """The segments of the next prefill call, and the call's tokens, at most `most_tokens`.
 
     The smallest call that holds all the work, or else the largest. Segments stay with their owners
-    and in their order; one that does not fit is cut, and what is behind it left out.
+    and in their order; one that does not fit is cut, at a position that is a multiple of `align`,
+    and what is behind it left out.
     """
     wanted = max(
         sum(segment.end - segment.begin for _, segment in work), len(work) * TOKENS_PER_SEQUENCE
@@ -233,12 +270,16 @@ def next_call(
     call: list[tuple[Owner, Segment]] = []
     room = num_tokens
     for owner, segment in work[: max_segments(num_tokens)]:
-        fits = min(segment.end - segment.begin, room)
+        cut = min(segment.end, (segment.begin + room) // align * align)
+        fits = max(cut, segment.begin) - segment.begin
+        if segment.end - segment.begin <= room:
+            fits = segment.end - segment.begin
         if not fits:
             break
         room -= fits
-        cut = segment.begin + fits
-        call.append((owner, replace(segment, tokens=segment.tokens[:fits], end=cut)))
+        call.append(
+            (owner, replace(segment, tokens=segment.tokens[:fits], end=segment.begin + fits))
+        )
     return call, num_tokens
 
 

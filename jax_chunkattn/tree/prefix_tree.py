@@ -273,8 +273,13 @@ class PrefixTree:
             self._rows = None
         return sealed
 
-    def fork(self, sequence: SequenceHandle) -> tuple[SequenceHandle, list[tuple[int, int]]]:
+    def fork(
+        self, sequence: SequenceHandle, *, copy_tail: bool = True
+    ) -> tuple[SequenceHandle, list[tuple[int, int]]]:
         """A second sequence with the same tokens; shares what is sealed and copies the tail.
+
+        Without `copy_tail` only full chunks of the tail are copied: what is behind them counts as
+        not computed.
 
         Returns it and the ``(source, destination)`` chunks that the caller must copy on the device
         before either is written again. A source may be what ``sequence.copy`` fills, so that one
@@ -292,13 +297,14 @@ class PrefixTree:
         copy = SequenceHandle(sequence.root, list(sequence.nodes), sequence.tail)
         copy.add_chunks(destinations)
         copy.num_tokens = sequence.num_tokens
-        copy.num_computed_tail_tokens = sequence.num_computed_tail_tokens
-        copy.num_cached_tokens = (
-            len(copy.nodes) * self.chunk_size + sequence.num_computed_tail_tokens
-        )
+        computed = sequence.num_computed_tail_tokens
+        full = computed // self.chunk_size
+        copy.num_computed_tail_tokens = computed if copy_tail else full * self.chunk_size
+        copy.num_cached_tokens = len(copy.nodes) * self.chunk_size + copy.num_computed_tail_tokens
         self._activate(copy)
-        sources = sequence.private_chunk_ids[:needed]
-        return copy, list(zip(sources, destinations, strict=True))
+        copied = needed if copy_tail else full
+        sources = sequence.private_chunk_ids[:copied]
+        return copy, list(zip(sources, destinations[:copied], strict=True))
 
     def is_active(self, sequence: SequenceHandle) -> bool:
         """Whether it is one of this tree's, and not released."""

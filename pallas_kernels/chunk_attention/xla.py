@@ -203,9 +203,10 @@ def _sequence_first(
 
     def step(index, state: Partial) -> Partial:
         ids = lax.dynamic_slice_in_dim(private, index * step_chunks, step_chunks, axis=1)
+        k, v = kv.gather(ids)
         position = index * step_tokens + jnp.arange(step_tokens, dtype=jnp.int32)
         visible = position[None] < remaining[:, None]
-        return merge(state, _attend_rows(queries, *kv.gather(ids), attention, visible))
+        return merge(state, _attend_rows(queries, k, v, attention, visible))
 
     steps = lax.div(jnp.max(remaining) + (step_tokens - 1), jnp.int32(step_tokens))
     start = empty((batch, group), head_dim)

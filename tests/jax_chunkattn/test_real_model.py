@@ -14,6 +14,7 @@ import pytest
 
 from jax_chunkattn import CacheConfig, Engine, PlannerOptions, SamplingParams, allocate_pool
 from jax_chunkattn.device.decode_loop import decode_attend
+from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.prefill import prefill_attend
 from jax_chunkattn.device.programs import SplitModel
 from jax_chunkattn.planning.planner import plan_decode
@@ -79,7 +80,8 @@ def test_logits_of_the_chunked_path_agree_with_transformers(smollm2, golden, pro
         model = split.merge(leaves)
         spec = model.cache_spec
         _, pool = model(batch.tokens, batch.positions, pool, prefill_attend(spec, batch.plan, None))
-        attend = decode_attend(spec, plan, lengths, lengths > 0, None)
+        rows = DecodeRows(plan, jnp.arange(len(lengths)), lengths, lengths > 0)
+        attend = decode_attend(spec, rows, None)
         hidden, _ = model(tokens, lengths, pool, attend)
         return model.logits(hidden)
 

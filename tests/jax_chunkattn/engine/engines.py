@@ -14,7 +14,8 @@ def make_engine(num_chunks: int = 200, chunk_size: int = 16, **options) -> Engin
     """Every pool size and every `steps_per_call` costs programs to compile: best leave them."""
     options = {"planner": SHARE_ALL, "max_running": 16, "steps_per_call": 3, **options}
     model = options.pop("model", None) or toy_model()
-    return Engine(model, CacheConfig(num_chunks, chunk_size), **options)
+    codec = options.pop("codec", "identity")
+    return Engine(model, CacheConfig(num_chunks, chunk_size, codec=codec), **options)
 
 
 class BytePairs:

@@ -51,7 +51,8 @@ def warm_at_every_split(feature: Feature) -> Answers:
         before = engine.stats.prompts
         answer = _answer(engine)
         after = engine.stats.prompts
-        assert after.hit + after.copied - before.hit - before.copied == split
+        found = after.hit + after.copied - before.hit - before.copied
+        assert found == (split if feature.exact else split - split % 16)
         yield f"behind {split} tokens", answer
 
 

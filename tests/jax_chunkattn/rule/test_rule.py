@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import functools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.jax_chunkattn.rule.features import FEATURES, Feature
+from pallas_kernels.codecs import codec_of
+from tests.jax_chunkattn.rule.features import FEATURES, MARKED, Feature
 from tests.jax_chunkattn.rule.histories import HISTORIES, NUM_TOKENS, PROMPT, Answer, cold
-from tests.jax_chunkattn.toy import greedy_without_cache
+from tests.jax_chunkattn.toy import greedy_without_cache, toy_model
 
 TOLERANCE = 1e-5  # of log-probabilities, in float32
 EACH_FEATURE = pytest.mark.parametrize("feature", FEATURES, ids=lambda feature: feature.name)
@@ -47,3 +50,58 @@ def test_greedy_tokens_and_their_probabilities_do_not_depend_on_history(feature,
 def test_identity_is_a_model_without_a_cache():
     tokens = [token for token, _ in expected(FEATURES[0])]
     assert tokens == greedy_without_cache(PROMPT, NUM_TOKENS)
+
+
+@pytest.mark.parametrize("codec", [MARKED, codec_of("int8")], ids=lambda codec: codec.name)
+def test_a_query_reads_what_comes_before_its_own_chunk_encoded(codec):
+    """The definition, over a whole sequence at once: it knows no pool, no plan and no steps."""
+    feature = Feature(codec.name, {"codec": codec})
+    answer = expected(feature)
+    tokens = [*PROMPT, *(token for token, _ in answer)]
+    logits = logits_by_the_definition(codec, tokens)[len(PROMPT) - 1 : -1].astype(np.float64)
+    logprobs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    for (token, logprob), row in zip(answer, logprobs, strict=True):
+        assert row[token] >= row.max() - TOLERANCE
+        # Codes of 8 bits make 0.0004 of the last bits of numbers, in which the two differ.
+        assert abs(row[token] - logprob) < (TOLERANCE if codec is MARKED else 2e-3)
+    exact = [token for token, _ in expected(FEATURES[0])]
+    assert (exact == [token for token, _ in answer]) == (codec is not MARKED)
+
+
+def logits_by_the_definition(codec, tokens):
+    """Of what follows each token, `[T, V]`."""
+    model, size = toy_model(), 16
+    spec, positions = model.cache_spec, jnp.arange(len(tokens), dtype=jnp.int32)
+    group = spec.num_heads // spec.num_kv_heads
+
+    def reads(part, numbers):
+        """Numbers [T, Hkv, D] as queries of later chunks read them."""
+        padded = jnp.pad(numbers, ((0, -len(tokens) % size), (0, 0), (0, 0)))
+        chunks = jnp.moveaxis(padded.reshape(-1, size, *numbers.shape[1:]), 2, 1)
+        chunks = part.decode(part.encode(chunks))
+        return jnp.moveaxis(chunks, 1, 2).reshape(padded.shape)[: len(tokens)]
+
+    def attend(pool, layer, q, k, v):
+        def scores(keys):
+            wide = jnp.repeat(keys, group, axis=1)
+            return jnp.einsum("thd,shd->hts", q, wide, precision="highest") * q.shape[-1] ** -0.5
+
+        own = (positions[:, None] // size == positions[None] // size)[None]
+        seen = (positions[:, None] >= positions[None])[None]
+        both = jnp.where(own, scores(k), scores(reads(codec.keys, k)))
+        weights = jax.nn.softmax(jnp.where(seen, both, -jnp.inf))
+
+        def sums(where, values):
+            wide = jnp.repeat(values, group, axis=1)
+            return jnp.einsum(
+                "hts,shd->thd", jnp.where(where, weights, 0), wide, precision="highest"
+            )
+
+        return sums(own, v) + sums(~own, reads(codec.values, v)), pool
+
+    @jax.jit
+    def run(tokens):
+        hidden, _ = model(tokens, positions, None, attend)
+        return model.logits(hidden)
+
+    return np.asarray(run(jnp.asarray(tokens, jnp.int32)))

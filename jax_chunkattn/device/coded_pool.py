@@ -1,0 +1,175 @@
+"""The chunk pool where full chunks are encoded: codes, and the exact last chunk of each row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from jax_chunkattn.device.cache_config import CacheConfig
+from jax_chunkattn.device.decode_rows import DecodeRows
+from jax_chunkattn.device.model_interface import CacheSpec
+from pallas_kernels.codecs import ChunkCodec, TensorCodec
+from pallas_kernels.coded_kv import CodedKV, Encoded
+from pallas_kernels.plans import HostOrDevice, NewTokens, OwnChunks, PrefillPlan
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CodedPool:
+    """Codes of full chunks of all layers, and an exact tail for each slot of the request table.
+
+    A chunk is encoded once: by the step that fills a row's tail, or by the prefill call that has
+    computed all of it, from exact numbers either time.
+    """
+
+    keys: Encoded  # L Hkv N ...
+    values: Encoded
+    tail_keys: Float[Array, "L Hkv S C D"]
+    tail_values: Float[Array, "L Hkv S C D"]
+    codec: ChunkCodec = field(metadata={"static": True})
+
+    @classmethod
+    def allocate(cls, spec: CacheSpec, config: CacheConfig, num_slots: int) -> CodedPool:
+        """A pool of zeros on the default device.
+
+        Raises:
+          ValueError: for chunks that are not to be encoded, or that the codec cannot store.
+        """
+        codec, size = config.chunk_codec, config.chunk_size
+        if codec is None:
+            raise ValueError("the chunks of this pool are not encoded")
+        num_chunks = config.chunks_for(spec, num_slots)
+        outer = spec.num_layers, spec.num_kv_heads
+
+        def zeros(part: TensorCodec) -> Encoded:
+            arrays = part.arrays(size, spec.head_dim)
+            return {
+                n: jnp.zeros((*outer, num_chunks, *a.shape), a.dtype) for n, a in arrays.items()
+            }
+
+        tails = (*outer, num_slots, size, spec.head_dim)
+        return cls(
+            zeros(codec.keys),
+            zeros(codec.values),
+            jnp.zeros(tails, config.dtype),
+            jnp.zeros(tails, config.dtype),
+            codec,
+        )
+
+    @property
+    def num_chunks(self) -> int:
+        return next(iter(self.keys.values())).shape[2]
+
+    @property
+    def num_slots(self) -> int:
+        return self.tail_keys.shape[2]
+
+    @property
+    def chunk_size(self) -> int:
+        return self.tail_keys.shape[3]
+
+    def at_layer(self, layer: Int32[Array, ""]) -> CodedKV:
+        """Codes of one layer, where they are."""
+        sizes = self.chunk_size, self.tail_keys.shape[4]
+        return CodedKV(self.keys, self.values, layer, self.codec, *sizes)
+
+    def write_rows(
+        self,
+        layer: Int32[Array, ""],
+        k: Float[Array, "B Hkv D"],
+        v: Float[Array, "B Hkv D"],
+        rows: DecodeRows,
+    ) -> CodedPool:
+        """With a token of each active row in its tail."""
+        _, offsets = rows.place(self.num_chunks, self.chunk_size)
+        slots = jnp.where(rows.active, rows.slots, self.num_slots)
+        return self._write_tails(layer, *self._exact(k, v), slots, offsets)
+
+    def own_chunks(self, rows: DecodeRows) -> OwnChunks:
+        """The chunks that rows decode in."""
+        return OwnChunks(self.tail_keys, self.tail_values, rows.slots)
+
+    def write_prompts(
+        self,
+        layer: Int32[Array, ""],
+        k: Float[Array, "T Hkv D"],
+        v: Float[Array, "T Hkv D"],
+        plan: PrefillPlan,
+    ) -> tuple[CodedPool, NewTokens]:
+        """With the chunks that a prefill call completes, and the tails that it begins; and the
+        call's tokens, as they are read by those of the same chunk."""
+        sealing = plan.sealing
+        assert sealing is not None, "planned for a pool that encodes"
+        k, v = self._exact(k, v)
+        packed = sealing.begin[:, None] + jnp.arange(self.chunk_size, dtype=jnp.int32)[None]
+
+        def complete(tokens):
+            return tokens.at[packed].get(mode="clip")  # of padding, for which there is no chunk
+
+        coded = self.at_layer(layer).write(complete(k), complete(v), sealing.chunks)
+        pool = replace(self, keys=coded.keys, values=coded.values)
+        pool = pool._write_tails(layer, k, v, sealing.tail_slots, plan.write_offsets)
+        return pool, NewTokens(k, v)
+
+    def seal(self, rows: DecodeRows) -> CodedPool:
+        """With the tails that the token just written has filled encoded, each into its chunk."""
+        chunks, offsets = rows.place(self.num_chunks, self.chunk_size)
+        full = rows.active & (offsets == self.chunk_size - 1)
+        order = jnp.argsort(~full)  # those first
+
+        def seal_row(index, codes: tuple[Encoded, Encoded]) -> tuple[Encoded, Encoded]:
+            slot, chunk = rows.slots[order[index]], chunks[order[index]]
+
+            def put(part: TensorCodec, encoded: Encoded, tails: Array) -> Encoded:
+                arrays = part.encode(lax.dynamic_index_in_dim(tails, slot, 2, keepdims=False))
+                return {
+                    name: array.at[:, :, chunk].set(arrays[name], mode="drop")
+                    for name, array in encoded.items()
+                }
+
+            keys, values = codes
+            return (
+                put(self.codec.keys, keys, self.tail_keys),
+                put(self.codec.values, values, self.tail_values),
+            )
+
+        count = full.sum(dtype=jnp.int32)
+        keys, values = lax.fori_loop(0, count, seal_row, (self.keys, self.values))
+        return replace(self, keys=keys, values=values)
+
+    def copy(
+        self, sources: Int32[HostOrDevice, " M"], destinations: Int32[HostOrDevice, " M"]
+    ) -> CodedPool:
+        """With chunks copied as they are encoded; all are read before any is written."""
+
+        def copied(encoded: Encoded) -> Encoded:
+            return {
+                name: array.at[:, :, destinations].set(array[:, :, sources], mode="drop")
+                for name, array in encoded.items()
+            }
+
+        return replace(self, keys=copied(self.keys), values=copied(self.values))
+
+    def _exact(self, k: Float[Array, "T Hkv D"], v: Float[Array, "T Hkv D"]) -> tuple[Array, Array]:
+        """As tails keep them, so that it does not matter where a token was read; values are finite,
+        for the reason that `StoredKV.write` has."""
+        dtype = self.tail_keys.dtype
+        return k.astype(dtype), jnp.nan_to_num(v.astype(dtype))
+
+    def _write_tails(
+        self,
+        layer: Int32[Array, ""],
+        k: Float[Array, "T Hkv D"],
+        v: Float[Array, "T Hkv D"],
+        slots: Int32[HostOrDevice, " T"],
+        offsets: Int32[HostOrDevice, " T"],
+    ) -> CodedPool:
+        def put(tails, new):
+            target = tails.at[layer, :, slots, offsets]
+            return target.set(new, mode="drop", unique_indices=True)
+
+        return replace(self, tail_keys=put(self.tail_keys, k), tail_values=put(self.tail_values, v))
