@@ -9,10 +9,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from experiments.harness.errors import UserError
 from experiments.harness.options import (
     AttentionImplementation,
+    CodecName,
     MaxPositions,
     ModelName,
     by_default,
     check_at_least_one,
+    check_codec,
     check_seed,
 )
 from experiments.sampling import MOST_TEMPERATURE, MOST_TOP_K
@@ -48,6 +50,8 @@ class GenerateConfig:
 
     chunk_size: int = 64
     """Tokens in a chunk of the KV cache; prefixes are shared in whole chunks."""
+
+    codec: CodecName = "identity"
 
     temperature: float = 0.0
     """Randomness of sampling; 0 takes the likeliest token."""
@@ -104,3 +108,4 @@ def check(config: GenerateConfig) -> None:
     if not 0 < config.top_p <= 1:
         raise UserError(f"--top-p must be above 0 and at most 1, got {config.top_p}")
     check_seed(config.seed)
+    check_codec(config.codec)

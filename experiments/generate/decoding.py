@@ -48,6 +48,7 @@ class BatchSettings:
     """How a batch is decoded; the fields are those of `Engine` and `CacheConfig`."""
 
     chunk_size: int
+    codec: str
     dtype: str
     sharing: bool
     implementation: str | None
@@ -239,7 +240,7 @@ def _engine(
     )
     return Engine(
         model,
-        CacheConfig(num_chunks, settings.chunk_size, settings.dtype),
+        CacheConfig(num_chunks, settings.chunk_size, settings.dtype, codec=settings.codec),
         max_running=len(prompts),
         sharing=settings.sharing,
         implementation=settings.implementation,

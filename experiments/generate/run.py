@@ -88,6 +88,7 @@ def decode(
     """Answer all of `prompts` as `config` says."""
     settings = BatchSettings(
         chunk_size=config.chunk_size,
+        codec=config.codec,
         dtype=config.dtype,
         sharing=config.sharing,
         implementation=config.implementation,

@@ -70,6 +70,7 @@ def summarise(
         "model": config.model,
         "dtype": config.dtype,
         "chunk_size": config.chunk_size,
+        "codec": config.codec,
         "max_tokens": config.max_tokens,
         "seed": config.seed,
         "sharing": config.sharing,

@@ -29,6 +29,7 @@ _USER_ERRORS = (
     ("models", "CheckpointError"),
     ("models", "DownloadError"),
     ("pallas_kernels.implementations", "ImplementationError"),
+    ("pallas_kernels.codecs", "CodecError"),
 )
 
 

@@ -37,6 +37,15 @@ AttentionImplementation = Annotated[
 ]
 """The option `--implementation` of all that run an engine by a chosen one."""
 
+CodecName = Annotated[
+    str,
+    tyro.conf.arg(
+        metavar="{identity,int8,int4,int2,int4/int2,fp8,fp8_e5m2}",
+        help="How full chunks of the KV cache are stored, keys/values if they differ.",
+    ),
+]
+"""The option `--codec`; see `pallas_kernels.codecs`."""
+
 MaxPositions = Annotated[
     int | None,
     tyro.conf.arg(
@@ -74,6 +83,13 @@ def check_above_zero(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{option(name)} must be a number above 0, got {value}")
+
+
+def check_codec(codec: str) -> None:
+    """Raise `CodecError` for a `--codec` that there is none of."""
+    from pallas_kernels.codecs import codec_of  # and JAX, which --help can do without
+
+    codec_of(codec)
 
 
 def check_seed(seed: int) -> None:

@@ -87,7 +87,7 @@ class CacheConfig:
         """Bytes that one full chunk's keys and values take over all layers.
 
         Raises:
-          ValueError: when the codec cannot store the model's.
+          CodecError: when the codec cannot store the model's.
         """
         codec = self.chunk_codec
         if codec is None:

@@ -34,6 +34,7 @@ from jax_chunkattn.planning.planner import PlannerOptions, bucket
 from jax_chunkattn.planning.prefill import CALL_TOKENS
 from jax_chunkattn.sampling import SamplingParams
 from jax_chunkattn.tree.prefix_tree import PrefixTree
+from pallas_kernels.codecs import CodecError
 
 MIN_SLOTS = 16  # on the device: engines that run fewer at once can use one another's programs
 REMEMBERED_POOLS = 4  # pools' worth of prefixes whose eviction is remembered, for the statistics
@@ -96,7 +97,8 @@ class Engine:
       limits: what one request may ask for at most.
 
     Raises:
-      ValueError: for a bad option, or an implementation that cannot run here.
+      ValueError: for a bad option, an implementation that cannot run here, or a codec that cannot
+        store the model's keys and values (`CodecError`).
     """
 
     def __init__(
@@ -131,7 +133,7 @@ class Engine:
         spec, num_slots = model.cache_spec, bucket(max_running, MIN_SLOTS)
         exact, chunk_size = cache.chunk_codec is None, cache.chunk_size
         if not exact and chunk_size > prefill_tokens:
-            raise ValueError(
+            raise CodecError(
                 f"a codec needs chunks that one prefill call can fill: {chunk_size} tokens are "
                 f"more than the {prefill_tokens} of prefill_tokens"
             )

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from pallas_kernels.codecs.affine import AffineCodec
-from pallas_kernels.codecs.chunk_codec import IDENTITY, ChunkCodec, TensorCodec, codec_of
+from pallas_kernels.codecs.chunk_codec import (
+    IDENTITY,
+    ChunkCodec,
+    CodecError,
+    TensorCodec,
+    codec_of,
+)
 from pallas_kernels.codecs.scaled_float import ScaledFloatCodec
 
 __all__ = [
     "IDENTITY",
     "AffineCodec",
     "ChunkCodec",
+    "CodecError",
     "ScaledFloatCodec",
     "TensorCodec",
     "codec_of",

@@ -12,6 +12,10 @@ from pallas_kernels.codecs.affine import AffineCodec
 from pallas_kernels.codecs.scaled_float import ScaledFloatCodec
 
 
+class CodecError(ValueError):
+    """A codec that there is none of, or that cannot store what is asked of it."""
+
+
 @runtime_checkable
 class TensorCodec(Protocol):
     """How the keys of a chunk are stored, or its values; hashable, since programs depend on it.
@@ -27,12 +31,12 @@ class TensorCodec(Protocol):
         """Names, shapes and dtypes of what is stored of one chunk of one head."""
         ...
 
-    def encode(self, numbers: Float[Array, "*chunks C D"]) -> dict[str, Shaped[Array, ...]]:
+    def encode(self, numbers: Float[Array, "*chunks C D"]) -> dict[str, Shaped[Array, "*array"]]:
         """What is stored of each chunk. All of it decodes to finite numbers, whatever came in: an
         infinity left in a chunk would reach whoever reads it."""
         ...
 
-    def decode(self, stored: dict[str, Shaped[Array, ...]]) -> Float32[Array, "*chunks C D"]:
+    def decode(self, stored: dict[str, Shaped[Array, "*array"]]) -> Float32[Array, "*chunks C D"]:
         """The numbers of each chunk, in the order of their tokens."""
         ...
 
@@ -50,11 +54,11 @@ class ChunkCodec:
     values: TensorCodec
 
     def check(self, chunk_size: int, head_dim: int) -> None:
-        """Raises ValueError when chunks of these sizes cannot be stored."""
+        """Raises CodecError when chunks of these sizes cannot be stored."""
         for what, codec in (("keys", self.keys), ("values", self.values)):
             problem = codec.problem(chunk_size, head_dim)
             if problem is not None:
-                raise ValueError(f"codec {self.name!r} cannot store {what}: {problem}")
+                raise CodecError(f"codec {self.name!r} cannot store {what}: {problem}")
 
 
 IDENTITY = "identity"
@@ -69,7 +73,8 @@ def codec_of(name: str, *, group: int | None = None) -> ChunkCodec | None:
       group: numbers that share a scale, in KIVI's codes; None for 64, or what divides it.
 
     Raises:
-      ValueError: for another name, or a group below 2.
+      CodecError: for another name.
+      ValueError: for a group below 2.
     """
     if name == IDENTITY:
         return None
@@ -79,7 +84,7 @@ def codec_of(name: str, *, group: int | None = None) -> ChunkCodec | None:
     parts = name.split("/")
     if len(parts) > 2 or not _BITS.keys() >= set(parts):
         known = ", ".join([IDENTITY, *_BITS, "int4/int2", *_FLOATS])
-        raise ValueError(f"unknown codec {name!r}; known: {known}")
+        raise CodecError(f"unknown codec {name!r}; known: {known}")
     bits = _BITS[parts[0]], _BITS[parts[-1]]
     full_name = name if group is None else f"{name} groups of {group}"
     return ChunkCodec(

@@ -128,6 +128,7 @@ def test_requests_come_in_time(serve: Any, tmp_path: Path):
     assert record["time_to_first_token"]["p50"] == pytest.approx(waits[2], abs=2e-6)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_records_summary_and_picture(serve: Any, tmp_path: Path, capsys: Any):
     summary = serve(closed=5, sides=("unshared", "shared"), warm_up=5.0)
     folder = tmp_path / "out"

@@ -45,6 +45,7 @@ def prefill(smollm2, split_model, prompt):
     return np.asarray(logits)[: len(prompt)], pool
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", PROMPTS)
 def test_prompt_logits_equal_transformers(smollm2, split_model, index):
     logits, _ = prefill(smollm2, split_model, GOLDEN[f"prompt_{index}"])

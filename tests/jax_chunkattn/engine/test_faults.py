@@ -54,6 +54,7 @@ def submit_all(engine):
     return [engine.submit(prompt, SamplingParams(TOKENS)) for prompt in PROMPTS]
 
 
+BOOKS = (PrefixTree, scheduler.Scheduler)
 HOST_FUNCTIONS = [
     (owner, name)
     for owner, names in {
@@ -80,7 +81,17 @@ HOST_FUNCTIONS = [
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), HOST_FUNCTIONS, ids=[f"{o.__name__}.{n}" for o, n in HOST_FUNCTIONS]
+    ("owner", "name"),
+    [
+        pytest.param(
+            owner,
+            name,
+            id=f"{owner.__name__}.{name}",
+            # Of the host's own books one change of each kind is enough for every day.
+            marks=[pytest.mark.slow] if owner in BOOKS and name not in ("insert", "_place") else [],
+        )
+        for owner, name in HOST_FUNCTIONS
+    ],
 )
 def test_an_error_in_any_function_of_a_step_costs_time_only(monkeypatch, owner, name):
     """The pool is small: eviction and preemption are part of it."""
