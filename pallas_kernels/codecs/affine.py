@@ -76,7 +76,7 @@ class AffineCodec:
             "zero": jax.ShapeDtypeStruct(groups, jnp.float16),
         }
 
-    def encode(self, numbers: Float[Array, "*chunks C D"]) -> dict[str, Shaped[Array, "*array"]]:
+    def encode(self, numbers: Float[Array, "*chunks C D"]) -> dict[str, Shaped[Array, "*_"]]:
         """The arrays of each chunk.
 
         No code is further from its number than half its group's scale, and a group of equal numbers
@@ -94,7 +94,7 @@ class AffineCodec:
         codes = jnp.clip(jnp.round(steps), 0, levels).astype(jnp.uint8)
         return {"codes": self._pack(codes.reshape(numbers.shape)), "scale": scale, "zero": zero}
 
-    def decode(self, stored: dict[str, Shaped[Array, "*array"]]) -> Float32[Array, "*chunks C D"]:
+    def decode(self, stored: dict[str, Shaped[Array, "*_"]]) -> Float32[Array, "*chunks C D"]:
         """The numbers of each chunk."""
         codes = self._unpack(stored["codes"])
         grouped, axis = self._grouped(codes.astype(jnp.float32))
@@ -129,7 +129,7 @@ class AffineCodec:
         return shifts.reshape(*(1,) * (ndim - 3), -1, 1, 1)
 
 
-def _spread(values: Float16[Array, "*array"], axis: int) -> Float32[Array, "*array"]:
+def _spread(values: Float16[Array, "*_"], axis: int) -> Float32[Array, "*_"]:
     """A number of each group, to be used with all numbers of it."""
     return jnp.expand_dims(values.astype(jnp.float32), axis)
 

@@ -31,12 +31,12 @@ class TensorCodec(Protocol):
         """Names, shapes and dtypes of what is stored of one chunk of one head."""
         ...
 
-    def encode(self, numbers: Float[Array, "*chunks C D"]) -> dict[str, Shaped[Array, "*array"]]:
+    def encode(self, numbers: Float[Array, "*chunks C D"]) -> dict[str, Shaped[Array, "*_"]]:
         """What is stored of each chunk. All of it decodes to finite numbers, whatever came in: an
         infinity left in a chunk would reach whoever reads it."""
         ...
 
-    def decode(self, stored: dict[str, Shaped[Array, "*array"]]) -> Float32[Array, "*chunks C D"]:
+    def decode(self, stored: dict[str, Shaped[Array, "*_"]]) -> Float32[Array, "*chunks C D"]:
         """The numbers of each chunk, in the order of their tokens."""
         ...
 

@@ -38,7 +38,7 @@ class ScaledFloatCodec:
             "scale": jax.ShapeDtypeStruct((1, 1), jnp.float32),
         }
 
-    def encode(self, numbers: Float[Array, "*chunks C D"]) -> dict[str, Shaped[Array, "*array"]]:
+    def encode(self, numbers: Float[Array, "*chunks C D"]) -> dict[str, Shaped[Array, "*_"]]:
         """The arrays of each chunk; NaN is stored as 0, infinities as the largest float32."""
         finite = jnp.nan_to_num(numbers.astype(jnp.float32))
         most = float(jnp.finfo(self.dtype).max)
@@ -47,6 +47,6 @@ class ScaledFloatCodec:
         scale = jnp.maximum(largest / most, float(jnp.finfo(jnp.float32).tiny))
         return {"codes": jnp.clip(finite / scale, -most, most).astype(self.dtype), "scale": scale}
 
-    def decode(self, stored: dict[str, Shaped[Array, "*array"]]) -> Float32[Array, "*chunks C D"]:
+    def decode(self, stored: dict[str, Shaped[Array, "*_"]]) -> Float32[Array, "*chunks C D"]:
         """The numbers of each chunk."""
         return stored["codes"].astype(jnp.float32) * stored["scale"]
