@@ -77,10 +77,10 @@ def test_attention_over_any_tree_is_the_oracles(implementation, prompts, cuts, d
         options=options,
         at_least=PlanShape(
             rows=ROWS,
-            items=128,
+            items=256,
             item_chunks=256,
             private_chunks=32,
-            slots=2048 if needs_partials(implementation) else 0,
+            slots=4096 if needs_partials(implementation) else 0,
         ),
     )
     got = attend(QUERIES, KEYS, VALUES, plan, lengths, implementation=implementation)
