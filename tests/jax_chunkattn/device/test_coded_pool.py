@@ -69,6 +69,7 @@ def test_tokens_in_the_same_memory(codec, of_float16):
     assert coded / tokens(dtype="float32") > 2 * of_float16 - 0.1
 
 
+@pytest.mark.slow
 def test_decoding_and_prefill_update_codes_and_tails_in_place():
     state = state_of(16_000, [16, 16])  # codes are small: activations must be smaller
     tables = [[1, 2, 3], [4, 5, 6]]
