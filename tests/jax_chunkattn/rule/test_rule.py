@@ -78,7 +78,8 @@ def test_a_query_reads_what_comes_before_its_own_chunk_encoded(codec):
     logprobs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
     for (token, logprob), row in zip(answer, logprobs, strict=True):
         assert row[token] >= row.max() - TOLERANCE
-        # Codes of 8 bits make 0.0004 of the last bits of numbers, in which the two differ.
+        # Measured: 1.7e-6 and 1.4e-6. But on another processor a last bit may tip a number over to
+        # the next of 256 codes.
         assert abs(row[token] - logprob) < (TOLERANCE if codec is MARKED else 2e-3)
     exact = [token for token, _ in expected(FEATURES[0])]
     assert (exact == [token for token, _ in answer]) == (codec is not MARKED)
