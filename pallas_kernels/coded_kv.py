@@ -52,11 +52,14 @@ class CodedKV:
 
     def all_keys(self) -> Float32[Array, "Hkv N C D"]:
         """Keys of every chunk."""
-        return self.codec.keys.decode({name: a[self.layer] for name, a in self.keys.items()})
+        return self.codec.keys.decode(self._of_layer(self.keys))
 
     def all_values(self) -> Float32[Array, "Hkv N C D"]:
         """Values of every chunk."""
-        return self.codec.values.decode({name: a[self.layer] for name, a in self.values.items()})
+        return self.codec.values.decode(self._of_layer(self.values))
+
+    def _of_layer(self, encoded: Encoded) -> dict[str, Shaped[Array, "Hkv N ..."]]:
+        return jax.tree.map(lambda array: array[self.layer], encoded)
 
     def gather(
         self, head: Int32[Array, ""], chunk_ids: Int32[HostOrDevice, "*rows W"]
@@ -64,11 +67,12 @@ class CodedKV:
         """Keys and values of one head, of the W * C tokens of these chunks, which must be there."""
 
         def tokens(codec, encoded):
-            chunks = {
-                name: array.at[self.layer, head, chunk_ids].get(mode="promise_in_bounds")
-                for name, array in encoded.items()
-            }
-            return codec.decode(chunks).reshape(*chunk_ids.shape[:-1], -1, self.head_dim)
+            def chunks(array):
+                return array.at[self.layer, head, chunk_ids].get(mode="promise_in_bounds")
+
+            return codec.decode(jax.tree.map(chunks, encoded)).reshape(
+                *chunk_ids.shape[:-1], -1, self.head_dim
+            )
 
         return tokens(self.codec.keys, self.keys), tokens(self.codec.values, self.values)
 
@@ -81,13 +85,11 @@ class CodedKV:
         """With chunk `chunks[m]` holding the codes of `k[m]` and `v[m]`; N or more drops them."""
 
         def put(codec, encoded, new):
-            arrays = codec.encode(jnp.swapaxes(new, 1, 2))
-            return {
-                name: array.at[self.layer, :, chunks].set(
-                    arrays[name], mode="drop", unique_indices=True
-                )
-                for name, array in encoded.items()
-            }
+            def put_one(array, codes):
+                target = array.at[self.layer, :, chunks]
+                return target.set(codes, mode="drop", unique_indices=True)
+
+            return jax.tree.map(put_one, encoded, codec.encode(jnp.swapaxes(new, 1, 2)))
 
         keys = put(self.codec.keys, self.keys, k)
         values = put(self.codec.values, self.values, v)

@@ -12,6 +12,7 @@ import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention_spec import AttentionSpec
+from pallas_kernels.codecs import ChunkCodec
 from pallas_kernels.coded_kv import LayerKV
 from pallas_kernels.plans import DecodeReads, HostOrDevice, PrefillReads
 from pallas_kernels.targets import Target, current_target
@@ -36,14 +37,14 @@ class AttentionShapes:
       group: query heads for each KV head, G.
       head_dim: D.
       chunk_size: C.
-      codec: name of what chunks are encoded by, if they are.
+      codec: what chunks are encoded by, if they are.
     """
 
     dtype: str
     group: int
     head_dim: int
     chunk_size: int
-    codec: str | None = None
+    codec: ChunkCodec | None = None
 
     @classmethod
     def of(
@@ -64,8 +65,7 @@ class AttentionShapes:
                 f"attention is of {heads.query_heads} and {heads.kv_heads}"
             )
         sizes = heads.group, stored.head_dim, stored.chunk_size
-        codec = stored.codec.name if stored.codec is not None else None
-        return cls(str(stored.dtype), *sizes, codec)
+        return cls(str(stored.dtype), *sizes, stored.codec)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,9 @@ class Operation(Generic[Reads]):
         if problem is not None:
             return problem
         if shapes.codec is not None:
-            return f"it reads chunks stored as they are, and these are encoded by {shapes.codec}"
+            return (
+                f"it reads chunks stored as they are, and these are encoded by {shapes.codec.name}"
+            )
         try:
             module = import_module(f"{self.package}.{implementation}")
         except ImportError as error:

@@ -42,9 +42,8 @@ def choose_backend(
       ValueError: for a planner without the slots for partials that the implementation needs.
     """
     group = spec.attention.heads.group
-    codec = cache.chunk_codec
-    name = codec.name if codec is not None else None
-    shapes = AttentionShapes(cache.dtype, group, spec.head_dim, cache.chunk_size, name)
+    sizes = group, spec.head_dim, cache.chunk_size
+    shapes = AttentionShapes(cache.dtype, *sizes, cache.chunk_codec)
     decode = CHUNK_ATTENTION.resolve(implementation, shapes)
     has_prefill = decode in PREFILL_ATTENTION.implementations
     prefill = PREFILL_ATTENTION.resolve(decode if has_prefill else None, shapes)

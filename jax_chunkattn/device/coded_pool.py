@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,9 @@ from jax_chunkattn.device.model_interface import CacheSpec
 from pallas_kernels.codecs import ChunkCodec, TensorCodec
 from pallas_kernels.coded_kv import CodedKV, Encoded
 from pallas_kernels.plans import HostOrDevice, NewTokens, OwnChunks, PrefillPlan
+
+Arrays = TypeVar("Arrays")
+"""Any tree of arrays."""
 
 
 @jax.tree_util.register_dataclass
@@ -126,10 +130,11 @@ class CodedPool:
 
             def put(part: TensorCodec, encoded: Encoded, tails: Array) -> Encoded:
                 arrays = part.encode(lax.dynamic_index_in_dim(tails, slot, 2, keepdims=False))
-                return {
-                    name: array.at[:, :, chunk].set(arrays[name], mode="drop")
-                    for name, array in encoded.items()
-                }
+                return jax.tree.map(
+                    lambda array, codes: array.at[:, :, chunk].set(codes, mode="drop"),
+                    encoded,
+                    arrays,
+                )
 
             keys, values = codes
             return (
@@ -145,14 +150,8 @@ class CodedPool:
         self, sources: Int32[HostOrDevice, " M"], destinations: Int32[HostOrDevice, " M"]
     ) -> CodedPool:
         """With chunks copied as they are encoded; all are read before any is written."""
-
-        def copied(encoded: Encoded) -> Encoded:
-            return {
-                name: array.at[:, :, destinations].set(array[:, :, sources], mode="drop")
-                for name, array in encoded.items()
-            }
-
-        return replace(self, keys=copied(self.keys), values=copied(self.values))
+        keys, values = copied((self.keys, self.values), sources, destinations)
+        return replace(self, keys=keys, values=values)
 
     def _exact(self, k: Float[Array, "T Hkv D"], v: Float[Array, "T Hkv D"]) -> tuple[Array, Array]:
         """As tails keep them, so that it does not matter where a token was read; values are finite,
@@ -173,3 +172,13 @@ class CodedPool:
             return target.set(new, mode="drop", unique_indices=True)
 
         return replace(self, tail_keys=put(self.tail_keys, k), tail_values=put(self.tail_values, v))
+
+
+def copied(
+    arrays: Arrays, sources: Int32[HostOrDevice, " M"], destinations: Int32[HostOrDevice, " M"]
+) -> Arrays:
+    """Arrays of all layers, heads and chunks with chunks copied; a destination of N and more drops
+    one."""
+    return jax.tree.map(
+        lambda array: array.at[:, :, destinations].set(array[:, :, sources], mode="drop"), arrays
+    )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from jax_chunkattn.device.cache_config import CacheConfig
-from jax_chunkattn.device.coded_pool import CodedPool
+from jax_chunkattn.device.coded_pool import CodedPool, copied
 from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.model_interface import CacheSpec
 from pallas_kernels.plans import HostOrDevice, PrefillPlan
@@ -74,11 +74,7 @@ class ChunkPool:
         self, sources: Int32[HostOrDevice, " M"], destinations: Int32[HostOrDevice, " M"]
     ) -> ChunkPool:
         """With chunks copied, all layers of them; all are read before any is written."""
-
-        def copied(values):
-            return values.at[:, :, destinations].set(values[:, :, sources], mode="drop")
-
-        return ChunkPool(copied(self.keys), copied(self.values))
+        return ChunkPool(*copied((self.keys, self.values), sources, destinations))
 
 
 Pool = ChunkPool | CodedPool

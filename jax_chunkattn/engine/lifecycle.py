@@ -134,8 +134,7 @@ class Lifecycle:
         except BaseException:
             tree.release(copy)
             raise
-        child.sequence, child.dispatched = copy, tree.computed_tokens(copy)
-        child.found = parent.found
+        child.sequence, child.found = copy, parent.found
         self._stats.forks += 1
 
     def _queue_siblings(self, request: Request) -> None:

@@ -270,16 +270,14 @@ def next_call(
     call: list[tuple[Owner, Segment]] = []
     room = num_tokens
     for owner, segment in work[: max_segments(num_tokens)]:
-        cut = min(segment.end, (segment.begin + room) // align * align)
-        fits = max(cut, segment.begin) - segment.begin
-        if segment.end - segment.begin <= room:
-            fits = segment.end - segment.begin
-        if not fits:
+        cut = min(segment.end, segment.begin + room)
+        if cut < segment.end:
+            cut -= cut % align
+        fits = cut - segment.begin
+        if fits <= 0:
             break
         room -= fits
-        call.append(
-            (owner, replace(segment, tokens=segment.tokens[:fits], end=segment.begin + fits))
-        )
+        call.append((owner, replace(segment, tokens=segment.tokens[:fits], end=cut)))
     return call, num_tokens
 
 

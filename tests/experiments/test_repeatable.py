@@ -25,9 +25,7 @@ def run(folder: Path, *command: str) -> Result:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["generate", "kernel", pytest.param("serve", marks=pytest.mark.slow), "tree"]
-)
+@pytest.mark.parametrize("name", ["generate", "kernel", "serve", "tree"])
 def test_one_seed_gives_one_result(name: str, tmp_path: Path):
     first, second = (run(tmp_path / which, name) for which in "ab")
     assert tokens_of(first) == tokens_of(second)

@@ -147,7 +147,7 @@ def test_sizes_that_cannot_be_stored_are_refused():
 
 
 def test_kernels_that_cannot_read_a_codec_say_so():
-    shapes = AttentionShapes("float32", 1, 64, 64, "int4")
+    shapes = AttentionShapes("float32", 1, 64, 64, lossy("int4"))
     with use_target(H200):
         assert CHUNK_ATTENTION.resolve(None, shapes) == "xla"
         with pytest.raises(ImplementationError, match="encoded by int4"):
