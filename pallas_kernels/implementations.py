@@ -9,6 +9,10 @@ from importlib import import_module
 from typing import Generic, TypeVar
 
 import jax
+
+# Here and not with the kernels: importing it adds to JAX's configuration, after which whatever was
+# traced before is traced and compiled again.
+import jax.experimental.pallas
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention_spec import AttentionSpec

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 
 from pallas_kernels.targets import A100, H200, use_target
 
@@ -25,5 +29,17 @@ def implementation(request):
     if request.param not in TARGETS:
         yield request.param
         return
+    _use_the_interpreter()
     with use_target(TARGETS[request.param]):
         yield request.param
+
+
+@functools.cache
+def _use_the_interpreter() -> None:
+    """What JAX 0.12's interpreter imports when first used adds to JAX's configuration, and a
+    program that was traced before is then traced anew."""
+
+    def store_one(ref):
+        ref[...] = jnp.ones_like(ref)
+
+    pl.pallas_call(store_one, jax.ShapeDtypeStruct((8,), jnp.float32), interpret=True)()

@@ -111,3 +111,21 @@ print(sorted(new & {"rich", "matplotlib", "tyro", "tokenizers", "jinja2", "gguf"
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_importing_kernels_has_nothing_traced_again():
+    """Modules of kernels are imported when first used, maybe within a program that is traced."""
+    code = """
+import pallas_kernels, jax
+traces = []
+double = jax.jit(lambda x: traces.append(x) or 2 * x)
+double(1.0)
+import pallas_kernels.chunk_attention.pallas_triton
+import pallas_kernels.chunk_attention.pallas_mosaic_gpu
+double(1.0)
+print(len(traces))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.strip() == "1"
