@@ -4,6 +4,10 @@ Asymmetric round-to-nearest (section 3.1 of the paper): `x = code * scale + zero
 group with other tokens' numbers of the same channel, because some channels are large for all
 tokens; values with other channels of the same token (section 3.2). A group never leaves its chunk,
 so what a chunk's codes are depends on nothing but the chunk.
+
+The first token of a prompt is read by every later one, far more than any other (an attention sink,
+arXiv 2309.17453), so its error counts most; KVQuant keeps it exact (arXiv 2401.18079, section 3.5).
+A chunk does not know where it stands: here the first token of every chunk may have 4 bits more.
 """
 
 from __future__ import annotations
@@ -35,6 +39,8 @@ class AffineCodec:
       along: what is grouped: "tokens" of one channel, or "channels" of one token.
       group: numbers that share scale and zero; None takes 64, or as many as divide both 64 and what
         there is.
+      fine_first: whether the chunk's first token has 4 bits more: what its codes leave of each
+        number, in sixteenths of a step.
 
     Raises:
       ValueError: for other bits, or a group below 2.
@@ -43,6 +49,7 @@ class AffineCodec:
     bits: int
     along: Literal["tokens", "channels"]
     group: int | None = None
+    fine_first: bool = False
 
     def __post_init__(self):
         if self.bits not in (8, 4, 2):
@@ -62,6 +69,8 @@ class AffineCodec:
         size = chunk_size if self.along == "tokens" else head_dim
         if size % self._group_of(size):
             return f"groups of {self.group} do not divide {size} {self.along}"
+        if self.fine_first and head_dim % 2:
+            return f"{head_dim} numbers of 4 bits do not fill bytes"
         return None
 
     def arrays(self, chunk_size: int, head_dim: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -70,11 +79,14 @@ class AffineCodec:
             groups = chunk_size // self._group_of(chunk_size), head_dim
         else:
             groups = chunk_size, head_dim // self._group_of(head_dim)
-        return {
+        arrays = {
             "codes": jax.ShapeDtypeStruct((chunk_size // self.per_byte, head_dim), jnp.uint8),
             "scale": jax.ShapeDtypeStruct(groups, jnp.float16),
             "zero": jax.ShapeDtypeStruct(groups, jnp.float16),
         }
+        if self.fine_first:
+            arrays["first"] = jax.ShapeDtypeStruct((head_dim // 2,), jnp.uint8)
+        return arrays
 
     def encode(self, numbers: Float[Array, "*chunks C D"]) -> dict[str, Shaped[Array, "*_"]]:
         """The arrays of each chunk.
@@ -91,13 +103,22 @@ class AffineCodec:
         scale = _round_up(span / levels)
         divisor = jnp.where(scale > 0, scale, 1).astype(jnp.float32)
         steps = (grouped - _spread(zero, axis)) / jnp.expand_dims(divisor, axis)
-        codes = jnp.clip(jnp.round(steps), 0, levels).astype(jnp.uint8)
-        return {"codes": self._pack(codes.reshape(numbers.shape)), "scale": scale, "zero": zero}
+        nearest = jnp.clip(jnp.round(steps), 0, levels)
+        codes = self._pack(nearest.astype(jnp.uint8).reshape(numbers.shape))
+        stored = {"codes": codes, "scale": scale, "zero": zero}
+        if self.fine_first:
+            stored["first"] = _pack_rest((steps - nearest).reshape(numbers.shape)[..., 0, :])
+        return stored
 
     def decode(self, stored: dict[str, Shaped[Array, "*_"]]) -> Float32[Array, "*chunks C D"]:
         """The numbers of each chunk."""
         codes = self._unpack(stored["codes"])
-        grouped, axis = self._grouped(codes.astype(jnp.float32))
+        steps = codes.astype(jnp.float32)
+        if self.fine_first:
+            rest = _unpack_rest(stored["first"])[..., None, :]
+            first = jnp.arange(codes.shape[-2], dtype=jnp.int32)[:, None] == 0
+            steps = steps + jnp.where(first.reshape(*(1,) * (steps.ndim - 2), -1, 1), rest, 0)
+        grouped, axis = self._grouped(steps)
         numbers = grouped * _spread(stored["scale"], axis) + _spread(stored["zero"], axis)
         return numbers.reshape(codes.shape)
 
@@ -127,6 +148,20 @@ class AffineCodec:
     def _shifts(self, ndim: int) -> UInt8[Array, "*ones parts 1 1"]:
         shifts = jnp.arange(self.per_byte, dtype=jnp.uint8) * self.bits
         return shifts.reshape(*(1,) * (ndim - 3), -1, 1, 1)
+
+
+def _pack_rest(rest: Float32[Array, "*chunks D"]) -> UInt8[Array, "*chunks D_bytes"]:
+    """Parts of a step, from -1/2 to 1/2, each as the sixteenth that it lies in; those of the first
+    half of the channels are the low bits."""
+    parts = jnp.clip(jnp.floor((rest + 0.5) * 16), 0, 15).astype(jnp.uint8)
+    low, high = jnp.split(parts, 2, axis=-1)
+    return low | (high << jnp.uint8(4))
+
+
+def _unpack_rest(packed: UInt8[Array, "*chunks D_bytes"]) -> Float32[Array, "*chunks D"]:
+    """The middle of each sixteenth, which no rounding touches when a code is added."""
+    parts = jnp.concatenate([packed & jnp.uint8(15), packed >> jnp.uint8(4)], axis=-1)
+    return (parts.astype(jnp.float32) - 7.5) / 16
 
 
 def _spread(values: Float16[Array, "*_"], axis: int) -> Float32[Array, "*_"]:

@@ -89,8 +89,8 @@ def codec_of(name: str, *, group: int | None = None) -> ChunkCodec | None:
     full_name = name if group is None else f"{name} groups of {group}"
     return ChunkCodec(
         full_name,
-        keys=AffineCodec(bits[0], "tokens", group),
-        values=AffineCodec(bits[1], "channels", group),
+        keys=AffineCodec(bits[0], "tokens", group, fine_first=bits[0] == 4),
+        values=AffineCodec(bits[1], "channels", group, fine_first=bits[0] > bits[1]),
     )
 
 
