@@ -138,10 +138,6 @@ class Operation(Generic[Reads]):
         problem = _device_problem(implementation, current_target())
         if problem is not None:
             return problem
-        if shapes.codec is not None:
-            return (
-                f"it reads chunks stored as they are, and these are encoded by {shapes.codec.name}"
-            )
         try:
             module = import_module(f"{self.package}.{implementation}")
         except ImportError as error:

@@ -94,6 +94,8 @@ class KernelShape:
 
 def unsupported(shapes: AttentionShapes) -> str | None:
     """Why no kernel exists for these shapes, or None."""
+    if shapes.codec is not None:
+        return f"the Triton kernels read chunks stored as they are, not {shapes.codec.name}"
     if shapes.dtype not in ("float32", "bfloat16", "float16"):
         return f"the Triton kernels take float32, bfloat16 and float16, not {shapes.dtype}"
     if not 1 <= shapes.head_dim <= 256:

@@ -26,6 +26,8 @@ CHUNK_SIZES = (16, 32)  # and multiples of 64
 
 def unsupported(shapes: AttentionShapes) -> str | None:
     """Why these shapes cannot run here, or None."""
+    if shapes.codec is not None:
+        return f"the Mosaic GPU kernels read chunks stored as they are, not {shapes.codec.name}"
     if shapes.dtype not in DTYPES:
         return f"the Mosaic GPU kernels take bfloat16 and float16, not {shapes.dtype}"
     if shapes.head_dim not in HEAD_DIMS:

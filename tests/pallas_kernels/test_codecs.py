@@ -164,7 +164,7 @@ def test_kernels_that_cannot_read_a_codec_say_so():
     shapes = AttentionShapes("float32", 1, 64, 64, lossy("int4"))
     with use_target(H200):
         assert CHUNK_ATTENTION.resolve(None, shapes) == "xla"
-        with pytest.raises(ImplementationError, match="encoded by int4"):
+        with pytest.raises(ImplementationError, match="stored as they are, not int4"):
             CHUNK_ATTENTION.resolve("pallas_triton", shapes)
 
 
