@@ -149,7 +149,11 @@ class Engine:
             Device(invocations),
             Scheduler(tree, max_running=max_running, exact=exact),
             PlannedRows(self.backend.planner, self._stats, invocations.most_columns),
-            PrefixMemory(chunk_size, REMEMBERED_POOLS * num_chunks),
+            PrefixMemory(
+                chunk_size,
+                REMEMBERED_POOLS * num_chunks,
+                last_tokens=1 if exact else chunk_size,
+            ),
             self._stats,
             steps_per_call=steps_per_call,
             prefill_tokens=prefill_tokens,

@@ -23,7 +23,8 @@ class PromptUse:
     * ``new``: no prompt with this prefix is remembered.
     * ``evicted``: computed before under this salt, and gone. A larger pool would serve them.
     * ``salt``: computed before, but only under another salt, which keeps them apart.
-    * ``last``: the last token of a prompt that is cached to its end, computed for its logits.
+    * ``last``: the last token of a prompt that is cached to its end, computed for its logits; its
+      last chunk, where chunks are encoded.
 
     The sum of all is the prompt's length.
     """
@@ -64,18 +65,20 @@ class PrefixMemory:
     Args:
       chunk_size: tokens per chunk, C.
       max_prefixes: how many to remember, at 0.2 to 0.4 KB each.
+      last_tokens: of a prompt that is cached to its end, computed again: 1, or C.
 
     Raises:
       ValueError: when either is below 1.
     """
 
-    def __init__(self, chunk_size: int, max_prefixes: int):
+    def __init__(self, chunk_size: int, max_prefixes: int, *, last_tokens: int = 1):
         if chunk_size < 1 or max_prefixes < 1:
             raise ValueError(
                 f"chunk_size and max_prefixes must be at least 1, got {chunk_size}, {max_prefixes}"
             )
         self.chunk_size = chunk_size
         self.max_prefixes = max_prefixes
+        self.last_tokens = last_tokens
         self._salted: OrderedDict[int, None] = OrderedDict()
         self._unsalted: OrderedDict[int, bytes] = OrderedDict()  # to the salt that came last
 
@@ -92,7 +95,7 @@ class PrefixMemory:
           tokens: the whole prompt, [T].
           salt: the namespace it was looked up in.
           hit_tokens: how many were found in whole chunks, a multiple of C; all of them when the
-            prompt is cached to its end, though the last is computed again.
+            prompt is cached to its end, though the last ones are computed again.
           copied_tokens: how many behind those were copied out of another chunk, at most C.
 
         Raises:
@@ -105,7 +108,7 @@ class PrefixMemory:
         if num_left == 0 and copied_tokens:
             use = PromptUse(hit=hit_tokens, copied=copied_tokens - 1, last=1)
         elif num_left == 0:
-            use = PromptUse(hit=hit_tokens - 1, last=1)
+            use = PromptUse(hit=hit_tokens - self.last_tokens, last=self.last_tokens)
         else:
             missed = self._count_missed(paths[hit_tokens // self.chunk_size :], salt, copied_tokens)
             too_short = num_left - sum(missed.values())

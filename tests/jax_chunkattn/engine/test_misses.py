@@ -68,6 +68,13 @@ def test_copied_tokens_and_the_last_one_are_counted_apart(tokens, hit, copied, u
     assert make_memory().classify(tokens, OURS, hit, copied) == use
 
 
+def test_where_chunks_are_encoded_the_last_one_is_computed_again():
+    memory = PrefixMemory(CHUNK, 10, last_tokens=CHUNK)
+    assert memory.classify(prompt(1, 2), OURS, 2 * CHUNK, 0) == PromptUse(hit=CHUNK, last=CHUNK)
+    used = memory.classify(prompt(1, 2, extra=1), OURS, 2 * CHUNK, 0)
+    assert used == PromptUse(hit=2 * CHUNK, too_short=1)
+
+
 def test_generated_text_is_remembered_when_told():
     memory = make_memory()
     memory.classify(prompt(1), OURS, 0, 0)
