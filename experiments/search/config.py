@@ -8,9 +8,11 @@ from typing import Annotated, Any, ClassVar
 
 from experiments.harness.errors import UserError
 from experiments.harness.options import (
+    CodecName,
     MaxPositions,
     by_default,
     check_at_least_one,
+    check_codec,
     check_seed,
 )
 from experiments.sampling import MOST_TEMPERATURE
@@ -51,6 +53,8 @@ class SearchConfig:
     chunk_size: int = 64
     """Tokens in a chunk of the KV cache."""
 
+    codec: CodecName = "identity"
+
     max_positions: MaxPositions = None
 
     seed: int = 0
@@ -75,6 +79,7 @@ def check(config: SearchConfig) -> None:
             f"--temperature must be a number above 0, at most {MOST_TEMPERATURE}, "
             f"got {config.temperature}"
         )
+    check_codec(config.codec)
     check_seed(config.seed)
     if not config.question.strip():
         raise UserError("--question is empty")

@@ -129,7 +129,7 @@ def cache_of(config: SearchConfig, loaded: LoadedModel, prompt_tokens: int) -> C
     shared = prompt_tokens // config.chunk_size
     own = chunks_to_finish(prompt_tokens, longest, config.chunk_size) - shared + 1
     num_chunks = shared + at_once * own
-    cache = CacheConfig(num_chunks, config.chunk_size)
+    cache = CacheConfig(num_chunks, config.chunk_size, codec=config.codec)
     needed = num_chunks * cache.bytes_per_chunk(loaded.model.cache_spec)
     free = free_memory_bytes()
     if free is not None and needed > free:

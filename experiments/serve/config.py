@@ -10,11 +10,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from experiments.harness.errors import UserError
 from experiments.harness.options import (
     AttentionImplementation,
+    CodecName,
     MaxPositions,
     ModelName,
     by_default,
     check_above_zero,
     check_at_least_one,
+    check_codec,
     check_seed,
     option,
 )
@@ -90,6 +92,8 @@ class ServeConfig:
 
     chunk_size: Annotated[int | None, by_default("INT", "a scaled block, 64 at most")] = None
     """Tokens in a chunk of the KV cache."""
+
+    codec: CodecName = "identity"
 
     steps_per_call: int = 8
     """Tokens decoded for each request in one call to the device."""
@@ -170,6 +174,7 @@ def check(config: ServeConfig) -> None:
         raise UserError(
             f"--sides must name each side once, got: {' '.join(config.sides) or 'none'}"
         )
+    check_codec(config.codec)
     check_seed(config.seed)
     _check_together(config)
 

@@ -91,6 +91,7 @@ def describe_setting(
         "cut_outputs": workload.cut_outputs,
         "trace_block_hit_rate_ideal": blocks_ideal,
         "chunk_size": cache.chunk_size,
+        "codec": cache.codec_name,
         "pool_chunks": cache.num_chunks,
         "max_running": config.max_running,
         "at_once": config.at_once,

@@ -13,6 +13,7 @@ from jax_chunkattn import CacheConfig, Engine
 from jax_chunkattn.engine.admission import chunks_to_finish
 from jax_chunkattn.planning.planner import bucket
 from models import LoadedModel
+from pallas_kernels.codecs import CodecError
 
 DEFAULT_MEMORY = "1GiB"
 POLICIES: dict[Side, dict[str, bool]] = {
@@ -39,7 +40,10 @@ def pool_for(config: ServeConfig, loaded: LoadedModel, workload: Workload) -> Ca
     ]
     try:
         memory = config.pool_memory or DEFAULT_MEMORY
-        within = CacheConfig(None, chunk_size, config.dtype, memory).chunks_for(spec)
+        cache = CacheConfig(None, chunk_size, config.dtype, memory, config.codec)
+        within = cache.chunks_for(spec, config.max_running)
+    except CodecError:
+        raise
     except ValueError as error:
         raise UserError(f"--pool-memory {config.pool_memory}: {error}") from error
     num_chunks = config.pool_chunks
@@ -50,7 +54,7 @@ def pool_for(config: ServeConfig, loaded: LoadedModel, workload: Workload) -> Ca
             f"the largest request takes {max(needs)} chunks of {chunk_size} tokens and the pool "
             f"has {num_chunks}: choose more by --pool-chunks or --pool-memory, or a larger --scale"
         )
-    return CacheConfig(num_chunks, chunk_size, config.dtype)
+    return CacheConfig(num_chunks, chunk_size, config.dtype, codec=config.codec)
 
 
 def warm_up(

@@ -8,11 +8,13 @@ from typing import Annotated, Any, ClassVar
 
 from experiments.harness.errors import UserError
 from experiments.harness.options import (
+    CodecName,
     MaxPositions,
     ModelName,
     by_default,
     check_above_zero,
     check_at_least_one,
+    check_codec,
     check_seed,
 )
 from experiments.loading import ModelSource
@@ -37,6 +39,8 @@ class SoakConfig:
 
     chunk_size: int = 16
     """Tokens in a chunk of the KV cache."""
+
+    codec: CodecName = "identity"
 
     chunks: Annotated[int | None, by_default("INT", "a fifth of what full rows need")] = None
     """Chunks in the pool. Few make evictions and preemptions frequent."""
@@ -77,6 +81,7 @@ def check(config: SoakConfig) -> None:
         raise UserError(
             f"--context-tokens must be at least {LEAST_CONTEXT}, got {config.context_tokens}"
         )
+    check_codec(config.codec)
     check_seed(config.seed)
 
 

@@ -56,7 +56,7 @@ def soak(config: SoakConfig, source: ModelSource, folder: ResultFolder) -> dict[
     def make_engine() -> Engine:
         engine = Engine(
             loaded.model,
-            CacheConfig(sizes.num_chunks, config.chunk_size),
+            CacheConfig(sizes.num_chunks, config.chunk_size, codec=config.codec),
             tokenizer=loaded.tokenizer,
             max_running=config.rows,
             steps_per_call=config.steps_per_call,
@@ -79,6 +79,7 @@ def soak(config: SoakConfig, source: ModelSource, folder: ResultFolder) -> dict[
         "model": config.model,
         "minutes": config.minutes,
         "seed": config.seed,
+        "codec": config.codec,
         **asdict(sizes),
         **run.summary(),
         "rechecked": {

@@ -25,7 +25,10 @@ def tables(result: Result) -> list[ResultTable]:
             f"{summary['prefill_tokens']:,}, {summary['prompt_tokens_hit']:,}",
         ),
         *((name, f"{summary[name]:,}") for name in ("preemptions", "evictions", "forks")),
-        ("greedy answers computed again", f"{summary['rechecked']['requests']:,}"),
+        (
+            "greedy answers computed again, ties",
+            f"{summary['rechecked']['requests']:,}, {summary['rechecked']['ties']:,}",
+        ),
     ]
     if summary["memory_growth"] is not None:
         growth = f"{summary['memory_growth']:+.2%} from first to last quarter"

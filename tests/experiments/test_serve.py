@@ -80,6 +80,20 @@ def requests_in(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+def test_encoded_chunks_hit_alike(serve: Any, tmp_path: Path):
+    exact, coded = (
+        serve(codec=codec, sides=("shared",), closed=1, output=tmp_path / codec)
+        for codec in ("identity", "int4")
+    )
+    assert coded["codec"] == "int4"
+    found, again = (summary["sides"][0]["prompt_tokens"] for summary in (exact, coded))
+    assert found["hit"] > 0
+    # What a query's own chunk has in common with another is computed again.
+    assert (found["hit"], found["last"]) == (95, 1)
+    assert (again["hit"], again["last"]) == (80, 16)
+
+
+@pytest.mark.slow
 def test_hits_are_counted_exactly_one_request_at_a_time(serve: Any, tmp_path: Path):
     summary = serve(closed=1)
     sides = sides_of(summary)

@@ -29,6 +29,7 @@ from experiments.soak.checks import (
     invariant_broken,
     memory_growth,
     recheck,
+    tie_of,
 )
 from experiments.soak.command import run
 from experiments.soak.config import SoakConfig, check, sizes_for
@@ -68,6 +69,14 @@ def test_a_soak_passes_and_leaves_its_lines_summary_and_picture(tmp_path: Path):
     assert intervals[-1]["started"] == intervals[-1]["ended"] == summary["requests"]
     assert (tmp_path / "out" / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+
+
+@pytest.mark.slow
+def test_a_soak_over_encoded_chunks_passes(tmp_path: Path):
+    summary = run(SoakConfig(**SMALL, codec="int4", output=tmp_path / "out"))
+    assert summary["failures"] == []
+    assert summary["codec"] == "int4"
+    assert summary["rechecked"]["requests"] == 4
 
 
 @pytest.mark.slow
@@ -194,6 +203,9 @@ def test_an_answer_that_a_fresh_engine_does_not_give_is_noticed():
     assert "1 greedy answers differ" in next(check_answers([difference]))
     tie = replace(difference, gap=1e-5)
     assert list(check_answers([tie])) == []
+    assert not replace(difference, gap=0.2).is_tie
+    assert replace(difference, gap=0.2, tie=tie_of("int4")).is_tie
+    assert not replace(difference, gap=0.2, tie=tie_of("int8")).is_tie
     penalised = replace(FOUR, presence_penalty=1.0)  # which the gap does not show
     assert not replace(tie, finished=replace(sample[1], params=penalised)).is_tie
 
