@@ -13,6 +13,7 @@ no request holds, so for it alone requests overlap.
     python -m experiments cache
     python -m experiments cache --trace mooncake_conversation_trace.jsonl
     python -m experiments cache --pool-tokens 500000 1000000 --bytes-per-token 131072
+    python -m experiments cache --codec identity int8 int4 --trace mooncake_conversation_trace.jsonl
 """
 
 from __future__ import annotations

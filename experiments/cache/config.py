@@ -10,9 +10,11 @@ import tyro
 
 from experiments.harness.errors import UserError
 from experiments.harness.options import (
+    CODECS,
     by_default,
     check_above_zero,
     check_at_least_one,
+    check_codec,
     check_seed,
     option,
 )
@@ -56,6 +58,14 @@ class CacheConfig:
     bytes_per_token: Annotated[int | None, by_default("INT", "pools in tokens alone")] = None
     """Bytes of keys and values of one token, to show the pools in GiB as well;
     `python -m experiments models` tells them."""
+
+    codec: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar=f"[{CODECS} ...]", help_behavior_hint="(optional)")
+    ] = ()
+    """What LRU finds with these codecs in the bytes that --pool-tokens take in float16."""
+
+    head_dim: int = 128
+    """With --codec: numbers of a head, which decide how many bytes a codec takes."""
 
     requests: Annotated[int | None, by_default("INT", f"{REQUESTS:,}, or the whole trace")] = None
     """Requests to replay: so many turns of conversations are made up, or the first ones of the
@@ -106,9 +116,9 @@ _MOST = {
 
 def check(config: CacheConfig) -> None:
     """Raise `UserError` for a value that no run could use."""
-    for name in ("pool_tokens", "policies", "chunk_sizes", "in_use"):
+    for name in ("pool_tokens", "policies", "chunk_sizes", "in_use", "codec"):
         values = getattr(config, name)
-        if not values:
+        if not values and name != "codec":
             raise UserError(f"{option(name)} names nothing to replay with")
         if len(set(values)) < len(values):
             raise UserError(f"{option(name)} names one twice: {' '.join(map(str, values))}")
@@ -118,7 +128,7 @@ def check(config: CacheConfig) -> None:
             raise UserError(f"--policies: unknown {policy!r}; known: {known}")
     check_at_least_one(
         config, "pool_tokens", "chunk_sizes", "in_use", "bytes_per_token", "requests", "tenants",
-        "turns", "system_tokens", "question_tokens", "answer_tokens",
+        "turns", "system_tokens", "question_tokens", "answer_tokens", "head_dim",
     )  # fmt: skip
     check_above_zero(config, "turns", "between")
     for name, most in _MOST.items():
@@ -132,6 +142,9 @@ def check(config: CacheConfig) -> None:
             f"--chunk-sizes {max(config.chunk_sizes)}"
         )
     check_seed(config.seed)
+    for codec in config.codec:
+        for chunk_size in config.chunk_sizes:
+            check_codec(codec, chunk_size=chunk_size, head_dim=config.head_dim)
     if config.trace is not None:
         for field in fields(config):
             if field.name in _MADE_UP and getattr(config, field.name) != field.default:

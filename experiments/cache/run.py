@@ -18,6 +18,7 @@ from experiments.harness.reading import Record
 from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
+from pallas_kernels.codecs import codec_of
 
 NO_BOUND = "no bound"
 
@@ -41,7 +42,14 @@ def measure(config: CacheConfig, folder: ResultFolder) -> dict[str, Any]:
         for chunk_size in config.chunk_sizes
         for policy in (NO_BOUND, *config.policies)
     }
-    records = measure_units(folder, units, "replays")
+    units |= {
+        f"{codec}, chunks of {chunk_size}": partial(replays.measure_codec, codec, chunk_size)
+        for chunk_size in config.chunk_sizes
+        for codec in config.codec
+    }
+    measured = measure_units(folder, units, "replays")
+    records = [record for record in measured if record["kind"] == "replays"]
+    coded = [record for record in measured if record["kind"] == "codec"]
     summary = {
         "experiment": "cache",
         **setting,
@@ -50,6 +58,7 @@ def measure(config: CacheConfig, folder: ResultFolder) -> dict[str, Any]:
         "in_use": list(config.in_use),
         "seed": config.seed,
         "hit_rates": [_hit_rates(records, chunk_size) for chunk_size in config.chunk_sizes],
+        "codec_hit_rates": [_codec_hit_rates(record) for record in coded],
         "seconds": round(time.perf_counter() - started, 3),
         "environment": environment,
     }
@@ -80,6 +89,19 @@ class _Replays:
             "replays": [self._record(replay, chunk_size) for replay in replays],
             "seconds": seconds,
             "tokens_per_second": len(replays) * self._prompt_tokens / seconds,
+        }
+
+    def measure_codec(self, codec: str, chunk_size: int) -> Record:
+        """LRU's record in pools of the bytes that the sizes asked for take in float16."""
+        times = tokens_in_the_same_bytes(codec, chunk_size, self._config.head_dim)
+        pools = [int(tokens * times) // chunk_size for tokens in self._config.pool_tokens]
+        replays = replay_lru(self._workload, chunk_size, pools)
+        return {
+            "kind": "codec",
+            "codec": codec,
+            "chunk_size": chunk_size,
+            "times_as_many_tokens": times,
+            "replays": [self._record(replay, chunk_size) for replay in replays],
         }
 
     def _replay(self, policy: str, chunk_size: int) -> list[Replay]:
@@ -114,6 +136,21 @@ class _Replays:
     @cached_property
     def _prompt_tokens(self) -> int:
         return int(self._workload.prompt_tokens.sum())
+
+
+def tokens_in_the_same_bytes(name: str, chunk_size: int, head_dim: int) -> float:
+    """How many times the tokens of a float16 pool one of the same bytes holds with a codec."""
+    codec = codec_of(name)
+    if codec is None:
+        return 1.0
+    arrays = (part.arrays(chunk_size, head_dim) for part in (codec.keys, codec.values))
+    coded = sum(a.size * a.dtype.itemsize for of_part in arrays for a in of_part.values())
+    return 2 * chunk_size * head_dim * 2 / coded
+
+
+def _codec_hit_rates(record: Record) -> Record:
+    kept = {name: record[name] for name in ("codec", "chunk_size", "times_as_many_tokens")}
+    return {**kept, "lru": [round(replay["hit_rate"], 6) for replay in record["replays"]]}
 
 
 def _hit_rates(records: list[Record], chunk_size: int) -> dict[str, Any]:

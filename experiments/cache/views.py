@@ -32,6 +32,8 @@ def tables(result: Result) -> list[ResultTable]:
     shown = [_hit_table(result), _evicted_table(result)] if _bounded(result) else []
     if _FREE in result.config["policies"]:
         shown.append(_free_table(result))
+    if result.of_kind("codec"):
+        shown.append(_codec_table(result))
     return [*shown, _time_table(result)]
 
 
@@ -155,6 +157,30 @@ def _free_table(result: Result) -> ResultTable:
             "anyway.",
         ),
     )
+
+
+def _codec_table(result: Result) -> ResultTable:
+    """A row for each pool, by what it holds in float16; a column for each codec."""
+    config = result.config
+    sections, notes = [], []
+    for chunk_size in config["chunk_sizes"]:
+        coded = [r for r in result.of_kind("codec") if r["chunk_size"] == chunk_size]
+        times = ", ".join(f"{r['codec']} {r['times_as_many_tokens']:.2f}" for r in coded)
+        notes.append(f"Times as many tokens in the same bytes, chunks of {chunk_size}: {times}.")
+        by_pool = zip(*(record["replays"] for record in coded), strict=True)
+        sections.append(
+            [
+                (str(chunk_size), f"{pool:,}", *(f"{one['hit_rate']:.2%}" for one in replays))
+                for pool, replays in zip(config["pool_tokens"], by_pool, strict=True)
+            ]
+        )
+    columns = [Column("chunk"), Column("pool, float16 tokens"), *map(Column, config["codec"])]
+    notes.append(
+        f"Heads of {config['head_dim']} numbers. Scales and zeros are counted; each running row's "
+        "exact last chunk is not."
+    )
+    title = "LRU at equal bytes: prompt tokens found, by what chunks are stored as"
+    return table_of(title, columns, *sections, notes=notes)
 
 
 def _time_table(result: Result) -> ResultTable:

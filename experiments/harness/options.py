@@ -37,10 +37,13 @@ AttentionImplementation = Annotated[
 ]
 """The option `--implementation` of all that run an engine by a chosen one."""
 
+CODECS = "{identity,int8,int4,int2,int4/int2,fp8,fp8_e5m2}"
+"""How the names of codecs are shown."""
+
 CodecName = Annotated[
     str,
     tyro.conf.arg(
-        metavar="{identity,int8,int4,int2,int4/int2,fp8,fp8_e5m2}",
+        metavar=CODECS,
         help="How full chunks of the KV cache are stored, keys/values if they differ.",
     ),
 ]
@@ -85,11 +88,14 @@ def check_above_zero(config: Any, *names: str) -> None:
             raise UserError(f"{option(name)} must be a number above 0, got {value}")
 
 
-def check_codec(codec: str) -> None:
-    """Raise `CodecError` for a `--codec` that there is none of."""
+def check_codec(name: str, *, chunk_size: int | None = None, head_dim: int | None = None) -> None:
+    """Raise `CodecError` for a `--codec` that there is none of, or that cannot store chunks of
+    these sizes, if they are given."""
     from pallas_kernels.codecs import codec_of  # and JAX, which --help can do without
 
-    codec_of(codec)
+    codec = codec_of(name)
+    if codec is not None and chunk_size is not None and head_dim is not None:
+        codec.check(chunk_size, head_dim)
 
 
 def check_seed(seed: int) -> None:

@@ -66,6 +66,33 @@ def test_equal_seeds_give_equal_tables_and_others_do_not(tmp_path: Path):
     assert untimed_tables(tmp_path / "one") != untimed_tables(tmp_path / "other")
 
 
+def test_a_codec_finds_what_a_pool_of_as_many_tokens_does(tmp_path: Path):
+    half = {**SMALL, "pool_tokens": (50_000,), "policies": ("lru",)}
+    summary = run(CacheConfig(**half, codec=("identity", "int4"), output=tmp_path / "codecs"))
+    lru = {rates["chunk_size"]: rates["lru"] for rates in summary["hit_rates"]}
+    for chunk_size in half["chunk_sizes"]:
+        identity, int4 = (
+            one for one in summary["codec_hit_rates"] if one["chunk_size"] == chunk_size
+        )
+        assert identity["lru"] == lru[chunk_size]
+        # Bits of a number: 4, two float16 for 64, and of a chunk's first key 4 more.
+        bits = 4 + 32 / 64, 4 + 32 / 64 + 4 / chunk_size
+        assert int4["times_as_many_tokens"] == pytest.approx(32 / sum(bits))
+        tokens = int(50_000 * int4["times_as_many_tokens"])
+        as_many = {**half, "pool_tokens": (tokens,), "chunk_sizes": (chunk_size,)}
+        alone = run(CacheConfig(**as_many, output=tmp_path / str(chunk_size)))
+        assert int4["lru"] == alone["hit_rates"][0]["lru"] > identity["lru"]
+    shown = "\n".join(str(table) for table in untimed_tables(tmp_path / "codecs"))
+    assert "LRU at equal bytes" in shown
+
+
+def test_a_codec_that_cannot_store_such_heads_is_refused():
+    with pytest.raises(ValueError, match="'int4' cannot store keys: 33 numbers"):
+        check(CacheConfig(codec=("int4",), head_dim=33))
+    with pytest.raises(UserError, match="--codec names one twice"):
+        check(CacheConfig(codec=("int4", "int4")))
+
+
 def test_a_run_that_was_broken_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     measured: list[tuple[str, int]] = []
     measure = cache_run._Replays.measure
