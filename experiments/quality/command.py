@@ -16,6 +16,15 @@ passes. A model without a tokenizer reads the bytes of the text.
 
     python -m experiments quality
     python -m experiments quality --text book.txt --dtypes float32 --windows 64
+
+With `--codec` it shows what codecs of the KV cache do to predictions, each against the same prefill
+over chunks that are stored as they are: how far the distributions are apart (KL divergence), what
+that does to the perplexity, how often the likeliest token is the same, in the text and in answers
+of the model's own, and how much the model still finds of strings of random tokens that it read long
+before. Beside each stands the same codec read as KIVI does, which keeps the last 128 tokens exact.
+The text is then the help that ships with Python (`pydoc_data.topics`).
+
+    python -m experiments quality --codec int8 int4 int4/int2
 """
 
 from __future__ import annotations
@@ -25,7 +34,7 @@ from typing import Any
 from experiments.harness.commands import Experiment
 from experiments.harness.runs import open_results
 from experiments.loading import parse_model
-from experiments.quality.config import QualityConfig, check
+from experiments.quality.config import QualityConfig, check, complete
 
 
 def run(config: QualityConfig) -> dict[str, Any]:
@@ -36,15 +45,22 @@ def run(config: QualityConfig) -> dict[str, Any]:
         KeyboardInterrupt: with a message that says where the results so far are.
     """
     check(config)
+    config = complete(config)
     source = parse_model(config.model)
     with open_results("quality", config) as folder:
-        from experiments.quality.run import measure
+        if config.codec:
+            from experiments.quality.run_codecs import measure
+        else:
+            from experiments.quality.run import measure
 
         return measure(config, source, folder)
 
 
 def headline(summary: dict[str, Any]) -> dict[str, float | str | None]:
-    """The numbers of a run that a sweep shows, those of its first type."""
+    """The numbers of a run that a sweep shows, those of its first type or codec."""
+    if "codecs" in summary:
+        _, first, *_ = summary["codecs"]
+        return {name: first[name] for name in ("divergence", "same_token", "perplexity_change")}
     first = summary["dtypes"][0]
     decode = first["paths"]["decode"]
     return {

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import tyro
+
 from experiments.harness.errors import UserError
 from experiments.harness.options import (
+    CODECS,
     AttentionImplementation,
     MaxPositions,
     ModelName,
     by_default,
     check_at_least_one,
+    check_codec,
     check_seed,
 )
 
@@ -21,7 +25,10 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class QualityConfig:
-    """Compare a model's perplexity through the shared cache with that of a plain forward pass."""
+    """Compare a model's predictions through the shared cache with those of a plain forward pass.
+
+    With --codec, what the codecs do to them instead.
+    """
 
     SMOKE: ClassVar[dict[str, Any]] = {
         "model": "random:tiny",
@@ -35,22 +42,48 @@ class QualityConfig:
 
     model: ModelName = "smollm2"
 
+    codec: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar=f"[{CODECS} ...]", help_behavior_hint="(optional)")
+    ] = ()
+    """Compare these codecs of the KV cache with chunks that are stored as they are."""
+
     text: Annotated[
-        Path | None, by_default("FILE", "the system prompt and questions that ship with this")
+        Path | None,
+        by_default(
+            "FILE",
+            "the system prompt and questions that ship with this; with --codec Python's own help",
+        ),
     ] = None
     """UTF-8 text to score."""
 
-    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
+    dtypes: Annotated[
+        tuple[Dtype, ...] | None,
+        by_default(
+            "{float32,bfloat16,float16} ...", "float32 bfloat16 float16; with --codec float32"
+        ),
+    ] = None
     """Types of weights, activations and KV cache, one after another."""
 
-    prefix: int = 1024
+    prefix: Annotated[int | None, by_default("INT", "1024; with --codec 512")] = None
     """Tokens that all windows have before them; whole chunks."""
 
-    window: int = 64
+    window: Annotated[int | None, by_default("INT", "64; with --codec 512")] = None
     """Tokens of a window; all are scored."""
 
-    windows: int = 16
+    windows: Annotated[int | None, by_default("INT", "16; with --codec 4")] = None
     """Windows, one after another in the text; they are decoded together."""
+
+    answers: int = 32
+    """With --codec: chunks of the text, each behind the prefix, that the model goes on after."""
+
+    answer_tokens: int = 64
+    """With --codec: how far it goes on, greedily."""
+
+    copy_lengths: tuple[int, ...] = (2048, 4096)
+    """With --codec: tokens of the texts that strings are hidden in, and to be copied from."""
+
+    copy_strings: int = 5
+    """With --codec: strings hidden at each of three depths."""
 
     chunk_size: int = 64
     """Tokens in a chunk of the KV cache."""
@@ -69,15 +102,85 @@ class QualityConfig:
     """Folder for the results: `results.jsonl` has every log-probability."""
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What `QualityConfig` leaves to what is measured."""
+
+    dtypes: tuple[Dtype, ...]
+    prefix: int
+    window: int
+    windows: int
+
+
+_SIZES = Sizes(("float32", "bfloat16", "float16"), prefix=1024, window=64, windows=16)
+_CODEC_SIZES = Sizes(("float32",), prefix=512, window=512, windows=4)
+
+
+def sizes_of(config: QualityConfig) -> Sizes:
+    """Those that are given, and the defaults of what is measured."""
+    defaults = vars(_CODEC_SIZES if config.codec else _SIZES)
+    given = {name: getattr(config, name) for name in defaults}
+    return Sizes(**{name: defaults[name] if one is None else one for name, one in given.items()})
+
+
+def complete(config: QualityConfig) -> QualityConfig:
+    """With all `Sizes`, as results keep it."""
+    return replace(config, **vars(sizes_of(config)))
+
+
 def check(config: QualityConfig) -> None:
-    """Raise `UserError` for a value that no run could use."""
-    check_at_least_one(config, "prefix", "window", "windows", "chunk_size", "max_positions")
-    if not config.dtypes or len(set(config.dtypes)) < len(config.dtypes):
-        given = " ".join(config.dtypes)
+    """Raise `UserError` or `CodecError` for a value that no run could use."""
+    config, sizes = complete(config), sizes_of(config)
+    check_at_least_one(
+        config,
+        "prefix",
+        "window",
+        "windows",
+        "chunk_size",
+        "max_positions",
+        "answers",
+        "answer_tokens",
+        "copy_lengths",
+        "copy_strings",
+    )
+    if not sizes.dtypes or len(set(sizes.dtypes)) < len(sizes.dtypes):
+        given = " ".join(sizes.dtypes)
         raise UserError(f"--dtypes must name one type or more, each once, got {given or 'none'}")
-    if config.prefix % config.chunk_size:
+    if sizes.prefix % config.chunk_size:
         raise UserError(
             f"--prefix must be a multiple of --chunk-size {config.chunk_size}, of which only whole "
-            f"ones are shared, got {config.prefix}"
+            f"ones are shared, got {sizes.prefix}"
         )
     check_seed(config.seed)
+    if config.codec:
+        _check_codecs(config, sizes)
+
+
+def _check_codecs(config: QualityConfig, sizes: Sizes) -> None:
+    for codec in config.codec:
+        check_codec(codec)
+    if len(set(config.codec)) < len(config.codec) or "identity" in config.codec:
+        raise UserError(
+            f"--codec must name each codec once, and all are compared with identity; got "
+            f"{' '.join(config.codec)}"
+        )
+    if len(sizes.dtypes) > 1:
+        raise UserError(f"--codec takes one of --dtypes, got {' '.join(sizes.dtypes)}")
+    if config.prefill_tokens < config.chunk_size:
+        raise UserError(
+            f"--prefill-tokens must hold a whole chunk of --chunk-size {config.chunk_size}, got "
+            f"{config.prefill_tokens}"
+        )
+    if config.chunk_size >= sizes.window:
+        raise UserError(
+            f"--window must be longer than a chunk of --chunk-size {config.chunk_size}, after "
+            f"which answers begin, got {sizes.window}"
+        )
+    least = 3 * config.copy_strings * 64
+    for length in config.copy_lengths:
+        if length < least or length % config.chunk_size:
+            raise UserError(
+                f"--copy-lengths must be whole chunks of --chunk-size {config.chunk_size}, and "
+                f"{least:,} tokens at least to hide {config.copy_strings} strings at each depth "
+                f"(--copy-strings), got {length}"
+            )

@@ -12,6 +12,11 @@ from experiments.harness.reading import Record
 PATHS = ("plain", "prefill", "decode")
 EXACT = ("float32", "plain")
 
+STRING, SHOWN = 32, 8
+"""Tokens of a hidden string, and how many of them a window begins with."""
+DEPTHS = (10, 50, 90)
+"""Where strings are hidden, in percent of the text."""
+
 
 @dataclass(frozen=True)
 class Measures:
@@ -44,6 +49,55 @@ def differences(records: Sequence[Record], dtype: str, path: str) -> np.ndarray:
     """Absolute differences of all log-probabilities from the plain pass in the same type."""
     by_unit = {(record["dtype"], record["path"]): record for record in records}
     return np.abs(_logprobs(by_unit[dtype, path]) - _logprobs(by_unit[dtype, "plain"]))
+
+
+@dataclass(frozen=True)
+class CodecMeasures:
+    """What one codec does, against chunks that are stored as they are.
+
+    Attributes:
+      reads: "chunks", as the pool has it; or "as KIVI", whose last 128 tokens are exact.
+      perplexity_change: relative; `standard_error` is its own.
+      divergence: KL of the next token's distribution, in nats; mean over the tokens of the text.
+      same_token: share of the text's tokens for which both find the same token likeliest.
+      answers: share of the tokens of the model's own answers that the codec finds likeliest too.
+      copied: share of hidden tokens found again, by the length of the text and at each depth.
+    """
+
+    codec: str
+    reads: str
+    bytes_per_token: float | None
+    perplexity: float
+    perplexity_change: float
+    standard_error: float
+    divergence: float
+    same_token: float
+    answers: float | None
+    copied: dict[str, list[float]]
+
+
+def codec_measures(records: Sequence[Record]) -> list[CodecMeasures]:
+    """Of every record, the first of which is of no codec."""
+    exact = records[0]
+    return [_codec_measures(exact, record) for record in records]
+
+
+def _codec_measures(exact: Record, record: Record) -> CodecMeasures:
+    worse = _logprobs(exact) - _logprobs(record)
+    ratio = float(np.exp(worse.mean()))
+    answers = record.get("answers")
+    return CodecMeasures(
+        codec=record["codec"],
+        reads=record["reads"],
+        bytes_per_token=record.get("bytes_per_token"),
+        perplexity=perplexity(_logprobs(record)),
+        perplexity_change=ratio - 1,
+        standard_error=ratio * float(worse.std()) / worse.size**0.5,
+        divergence=float(np.mean(record["divergence"])),
+        same_token=float(np.mean(np.equal(record["greedy"], exact["greedy"]))),
+        answers=None if answers is None else float(np.mean(answers)),
+        copied=record.get("copied", {}),
+    )
 
 
 def perplexity(logprobs: np.ndarray) -> float:

@@ -18,7 +18,7 @@ from experiments.harness.units import measure_units
 from experiments.harness.views import finish
 from experiments.loading import LoadOptions, ModelSource, load_model
 from experiments.prompts import read_text, shipped_asset
-from experiments.quality.config import QualityConfig
+from experiments.quality.config import QualityConfig, sizes_of
 from experiments.quality.measures import PATHS, measures_of
 from experiments.quality.scoring import Passage, Scores, SharedScorer, passage_tokens, score_plain
 from models import LoadedModel
@@ -34,10 +34,11 @@ def measure(config: QualityConfig, source: ModelSource, folder: ResultFolder) ->
     environment = describe_environment()
     text = shipped_text() if config.text is None else read_text(config.text, "text")
     folder.begin(environment)
+    sizes = sizes_of(config)
     scoring = _Scoring(config, source, text, folder.inputs)
     units = {
         f"{dtype}, {path}": functools.partial(scoring.score, dtype, path)
-        for dtype in config.dtypes
+        for dtype in sizes.dtypes
         for path in PATHS
     }
     records = measure_units(folder, units, "score")
@@ -48,14 +49,14 @@ def measure(config: QualityConfig, source: ModelSource, folder: ResultFolder) ->
         **{name: getattr(config, name) for name in _SETTING},
         "text": "shipped" if config.text is None else config.text.name,
         "text_tokens": records[0]["text_tokens"],
-        "scored_tokens": config.window * config.windows,
+        "scored_tokens": sizes.window * sizes.windows,
         "plan": plan,
         "dtypes": [
             {
                 "dtype": dtype,
                 "paths": {one.path: _values(one) for one in measures if one.dtype == dtype},
             }
-            for dtype in config.dtypes
+            for dtype in sizes.dtypes
         ],
         "seconds": round(time.perf_counter() - began, 3),
         "environment": environment,
@@ -84,7 +85,7 @@ class _Scoring:
 
     def score(self, dtype: str, path: str) -> Record:
         loaded = self._load(dtype)
-        tokens = _tokens(loaded, self._text)
+        tokens = tokens_of(loaded, self._text)
         passage = self._passage(loaded, tokens)
         began = time.perf_counter()
         record: Record = {
@@ -137,8 +138,9 @@ class _Scoring:
 
     def _passage(self, loaded: LoadedModel, tokens: list[int]) -> Passage:
         config = self._config
-        sizes = config.prefix, config.window, config.windows
-        positions, needed = config.prefix + config.window, passage_tokens(*sizes)
+        sizes = sizes_of(config)
+        shape = sizes.prefix, sizes.window, sizes.windows
+        positions, needed = sizes.prefix + sizes.window, passage_tokens(*shape)
         if positions > loaded.config.max_positions:
             raise UserError(
                 f"--prefix and --window make {positions} positions, {config.model} has "
@@ -149,10 +151,10 @@ class _Scoring:
                 f"the text has {len(tokens):,} tokens of {config.model}; --prefix, --window and "
                 f"--windows take {needed:,}: choose fewer, or a longer --text"
             )
-        return Passage.of(tokens, *sizes)
+        return Passage.of(tokens, *shape)
 
 
-def _tokens(loaded: LoadedModel, text: str) -> list[int]:
+def tokens_of(loaded: LoadedModel, text: str) -> list[int]:
     """Of the model's tokenizer; for a model without one the bytes of the text."""
     if loaded.tokenizer is not None:
         return loaded.tokenizer.encode(text, parse_special=False)

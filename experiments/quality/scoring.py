@@ -1,7 +1,7 @@
 """Log-probabilities of a given text: by a plain forward pass, and over the chunk pool.
 
 A text is scored as a prefix and windows: every window is read behind the same prefix. Letters: P
-tokens of the prefix, W windows, T tokens of a window, V vocabulary.
+tokens of the prefix, W windows, T tokens of a window, V vocabulary, M the model's width.
 """
 
 from __future__ import annotations
@@ -17,14 +17,20 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from jax_chunkattn import CacheConfig, ChunkPool, allocate_pool, plan_decode
+from jax_chunkattn import CacheConfig, plan_decode
 from jax_chunkattn.device.backend import choose_backend
 from jax_chunkattn.device.decode_loop import decode_attend
 from jax_chunkattn.device.decode_rows import DecodeRows
+from jax_chunkattn.device.pool import Pool, empty_pool
 from jax_chunkattn.device.prefill import prefill_attend
 from jax_chunkattn.planning.prefill import CALL_TOKENS, Segment, next_call, pack_segments
 from models import Decoder
-from models.dense_attention import dense_attend, empty_pool
+from models.dense_attention import dense_attend
+from models.dense_attention import empty_pool as empty_dense_pool
+from pallas_kernels.codecs import IDENTITY, ChunkCodec
+
+Places = list[tuple[int, slice]]
+"""Windows, and which of their tokens."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +101,12 @@ class SharedScorer:
         *,
         dtype: str,
         chunk_size: int,
+        codec: str | ChunkCodec = IDENTITY,
         prefill_tokens: int = CALL_TOKENS[-1],
         implementation: str | None = None,
     ) -> None:
-        """Raises ValueError for a prefix that is not in whole chunks."""
+        """Raises ValueError for a prefix that is not in whole chunks, or a codec that cannot store
+        the model's."""
         if len(passage.prefix) % chunk_size:
             raise ValueError(f"{len(passage.prefix)} tokens are not whole chunks of {chunk_size}")
         windows = len(passage.inputs)
@@ -109,46 +117,61 @@ class SharedScorer:
         self._split = nnx.split(model)
         self._passage = passage
         self._tables = [[*range(shared), *chunks] for chunks in own.tolist()]
-        self._cache = CacheConfig(shared + own.size, chunk_size, dtype)
+        self._cache = CacheConfig(shared + own.size, chunk_size, dtype, codec=codec)
         self._sizes: Any = {"chunk_size": chunk_size, "num_chunks": shared + own.size}
         self._backend = choose_backend(model.cache_spec, self._cache, implementation=implementation)
         lengths = [len(passage.prefix)] * windows
         self._plan, self.plan_summary = plan_decode(
             self._tables, lengths, options=self._backend.planner, **self._sizes
         )
+        self._num_slots = self._plan.private_chunks.shape[0]
         chunk_bytes = self._cache.bytes_per_chunk(model.cache_spec)
         self.kv_bytes_held = (shared + own.size) * chunk_bytes
         self.kv_bytes_unshared = windows * columns * chunk_bytes
-        self._pool: ChunkPool | None = None
+        self._pool: Pool | None = None
 
     def prefill(self) -> Scores:
         """The windows computed in packed calls, which read the prefix's chunks."""
+        scores = Scores.empty(self._passage.targets.shape)
+        for places, hidden in self._computed():
+            ids = np.concatenate([self._passage.targets[place] for place in places])
+            targets = np.pad(ids, (0, len(hidden) - len(ids)))
+            logprobs, greedy = map(np.asarray, _score_hidden(*self._split, hidden, targets))
+            _put(scores.logprobs, places, logprobs)
+            _put(scores.greedy, places, greedy)
+        return scores
+
+    def hidden(self) -> np.ndarray:
+        """What the model makes of every input before its logits, float32 [W, T, M]; by prefill."""
+        found: np.ndarray | None = None
+        for places, hidden in self._computed():
+            if found is None:
+                shape = *self._passage.inputs.shape, hidden.shape[-1]
+                found = np.zeros(shape, np.float32)
+            _put(found, places, np.asarray(hidden, np.float32))
+        assert found is not None, "there is a window"
+        return found
+
+    def _computed(self) -> Iterator[tuple[Places, jax.Array]]:
+        """Calls of prefill over the windows: whose tokens each has, and the hidden states [N, M] of
+        those, with padding behind."""
         pool, begin = self._with_prefix(), len(self._passage.prefix)
         segments = [
             Segment(inputs.tolist(), table, begin, self._passage.positions, begin)
             for inputs, table in zip(self._passage.inputs, self._tables, strict=True)
         ]
-        scores = Scores.empty(self._passage.targets.shape)
         for call, num_tokens in self._calls(segments):
+            hidden, pool = self._compute([segment for _, segment in call], num_tokens, pool)
             places = [
                 (window, slice(segment.begin - begin, segment.end - begin))
                 for window, segment in call
             ]
-            ids = np.concatenate([self._passage.targets[place] for place in places])
-            targets = np.pad(ids, (0, num_tokens - len(ids)))
-            hidden, pool = self._compute([segment for _, segment in call], num_tokens, pool)
-            logprobs, greedy = map(np.asarray, _score_hidden(*self._split, hidden, targets))
-            at = 0
-            for place in places:
-                end = at + len(scores.logprobs[place])
-                scores.logprobs[place], scores.greedy[place] = logprobs[at:end], greedy[at:end]
-                at = end
+            yield places, hidden
         self._pool = pool
-        return scores
 
     def decode(self) -> Scores:
         """A token of every window a step, each fed as the text has it, by two-phase attention."""
-        windows, rows = len(self._tables), self._plan.private_chunks.shape[0]
+        windows, rows = len(self._tables), self._num_slots
         padding = (0, rows - windows), (0, 0)
         scored, self._pool = _decode(
             *self._split,
@@ -162,12 +185,13 @@ class SharedScorer:
         )
         return Scores(*(np.asarray(values).T[:windows] for values in scored))
 
-    def _with_prefix(self) -> ChunkPool:
+    def _with_prefix(self) -> Pool:
         """The pool, which whoever takes it updates in place and gives back."""
         pool, self._pool = self._pool, None
         if pool is not None:
             return pool
-        pool, prefix = allocate_pool(self._model.cache_spec, self._cache), self._passage.prefix
+        prefix = self._passage.prefix
+        pool = empty_pool(self._model.cache_spec, self._cache, self._num_slots)
         whole = Segment(prefix.tolist(), self._tables[0], 0, len(prefix), 0)
         for call, num_tokens in self._calls([whole]):
             _, pool = self._compute([segment for _, segment in call], num_tokens, pool)
@@ -182,7 +206,8 @@ class SharedScorer:
         """
         left = dict(enumerate(segments))
         while left:
-            call, num_tokens = next_call(list(left.items()), self._prefill_tokens)
+            align = 1 if self._cache.chunk_codec is None else self._cache.chunk_size
+            call, num_tokens = next_call(list(left.items()), self._prefill_tokens, align=align)
             yield call, num_tokens
             for index, done in call:
                 segment = left.pop(index)
@@ -192,13 +217,26 @@ class SharedScorer:
                     left = {index: going_on, **left}
 
     def _compute(
-        self, segments: list[Segment], num_tokens: int, pool: ChunkPool
-    ) -> tuple[jax.Array, ChunkPool]:
+        self, segments: list[Segment], num_tokens: int, pool: Pool
+    ) -> tuple[jax.Array, Pool]:
         """Hidden states of a call of prefill, and the pool after it."""
         batch = pack_segments(
-            segments, num_tokens=num_tokens, options=self._backend.planner, **self._sizes
+            segments,
+            num_tokens=num_tokens,
+            options=self._backend.planner,
+            num_slots=None if self._cache.chunk_codec is None else self._num_slots,
+            **self._sizes,
         )
         return _prefill(*self._split, pool, batch, self._backend.prefill)
+
+
+def _put(array: np.ndarray, places: Places, found: np.ndarray) -> None:
+    """Into `array [W, T, ...]` what was `found` for the tokens of these places, packed."""
+    at = 0
+    for place in places:
+        end = at + len(array[place])
+        array[place] = found[at:end]
+        at = end
 
 
 @partial(jax.jit, static_argnums=(0, 4))
@@ -206,7 +244,7 @@ def _forward(graphdef, state, tokens, targets, dtype: str):
     model = nnx.merge(graphdef, state)
     spec, positions = model.cache_spec, jnp.arange(len(tokens), dtype=jnp.int32)
     attend = dense_attend(positions, scale=spec.scale, softcap=spec.softcap)
-    hidden, _ = model(tokens, positions, empty_pool(spec, len(tokens), dtype), attend)
+    hidden, _ = model(tokens, positions, empty_dense_pool(spec, len(tokens), dtype), attend)
     return _score(model.logits(hidden[-len(targets) :]), targets)
 
 

@@ -17,6 +17,7 @@ from experiments.harness.plotting import (
 )
 from experiments.harness.reading import Record, Result
 from experiments.harness.tables import Column, ResultTable, format_bytes, table_of
+from experiments.quality import codec_views
 from experiments.quality.measures import PATHS, Measures, differences, measures_of
 
 NAMES = {
@@ -38,7 +39,9 @@ _LEAST = 1e-7  # below it a difference is drawn as none
 
 
 def tables(result: Result) -> list[ResultTable]:
-    """Every type and path."""
+    """Every type and path, or every codec."""
+    if result.of_kind("codec"):
+        return [codec_views.table(result)]
     records, config = result.of_kind("score"), result.config
     measured = measures_of(records)
     sections = [[_row(one) for one in measured if one.dtype == dtype] for dtype in config["dtypes"]]
@@ -50,6 +53,8 @@ def tables(result: Result) -> list[ResultTable]:
 
 
 def figures(result: Result) -> dict[str, Figure]:
+    if result.of_kind("codec"):
+        return {"quality": codec_views.figure(result)}
     figure = make_figure(9.5, 4.0)
     left, right = figure.subplots(1, 2)
     records = result.of_kind("score")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import chex
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,12 +18,24 @@ from experiments.harness.errors import UserError
 from experiments.harness.reading import Result, read_result
 from experiments.quality import run as quality_run
 from experiments.quality import views as quality_views
+from experiments.quality.codecs import compare, copied, copy_passage
 from experiments.quality.command import headline, run
-from experiments.quality.config import QualityConfig, check
-from experiments.quality.measures import PATHS, measures_of
+from experiments.quality.config import QualityConfig, check, sizes_of
+from experiments.quality.measures import PATHS, SHOWN, STRING, measures_of
 from experiments.quality.scoring import Passage, Scores, SharedScorer, score_plain
 
 SMALL = QualityConfig(**QualityConfig.SMOKE)
+SIZES = sizes_of(SMALL)
+CODECS = dataclasses.replace(
+    SMALL,
+    codec=("int4",),
+    window=48,
+    windows=4,
+    answers=4,
+    answer_tokens=8,
+    copy_lengths=(192,),
+    copy_strings=1,
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +60,7 @@ def test_nothing_is_lost_in_float32(finished: Path):
         assert paths[path]["greedy_agreement"] == 1.0
     for record in result.of_kind("score"):
         logprobs = np.asarray(record["logprobs"])
-        chex.assert_shape(logprobs, (SMALL.windows, SMALL.window))
+        chex.assert_shape(logprobs, (SIZES.windows, SIZES.window))
         assert (logprobs < 0).all()
     assert headline(result.summary)["perplexity, plain"] == paths["plain"]["perplexity"]
 
@@ -55,7 +68,7 @@ def test_nothing_is_lost_in_float32(finished: Path):
 def test_a_model_that_computes_nan_is_shown_as_such(finished: Path):
     result = read_result(finished)
     lines = [
-        {**line, "logprobs": [[math.nan] * SMALL.window] * SMALL.windows}
+        {**line, "logprobs": [[math.nan] * SIZES.window] * SIZES.windows}
         if line["kind"] == "score" and line["path"] == "plain"
         else line
         for line in result.lines
@@ -70,7 +83,7 @@ def test_the_shared_prefix_counts():
     """Behind another prefix the same windows have other probabilities, in the pool as without."""
     model = models.load("random:tiny").model
     text = list(quality_run.shipped_text().encode())
-    passage = Passage.of(text, SMALL.prefix, SMALL.window, SMALL.windows)
+    passage = Passage.of(text, SIZES.prefix, SIZES.window, SIZES.windows)
     other = dataclasses.replace(passage, prefix=passage.prefix[::-1].copy())
     plain, changed = (score_plain(model, each, "float32").logprobs for each in (passage, other))
     scorer = SharedScorer(model, other, dtype="float32", chunk_size=16, prefill_tokens=32)
@@ -108,6 +121,90 @@ def test_a_table_and_a_picture(finished: Path, capsys: pytest.CaptureFixture[str
     assert (finished / "quality.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("codec", "clear"), [("int8", 0.1), ("int4", 0.5)])
+def test_what_a_codec_changes_does_not_hang_on_how_it_was_computed(codec: str, clear: float):
+    """Prefill in calls of 128 tokens and of 32, against no codec. Rounding that moves a code is
+    measured to change less than a thousandth of what the codec does; a token that read a chunk as
+    it is, and not encoded, would change about as much."""
+    model = models.load("random:tiny").model
+    passage = Passage.of(list(quality_run.shipped_text().encode()), 64, 96, 4)
+
+    def hidden(codec: str, prefill_tokens: int) -> np.ndarray:
+        scorer = SharedScorer(
+            model,
+            passage,
+            dtype="float32",
+            chunk_size=16,
+            codec=codec,
+            prefill_tokens=prefill_tokens,
+        )
+        return scorer.hidden()
+
+    exact, cold, pieces = hidden("identity", 128), hidden(codec, 128), hidden(codec, 32)
+    of_codec = compare(model, exact, cold, passage.targets)
+    of_history = compare(model, cold, pieces, passage.targets)
+    assert of_codec.divergence.mean() > 1e-6
+    assert abs(of_history.divergence.mean()) <= 0.05 * of_codec.divergence.mean()
+    flat = model.logits(jnp.asarray(exact).reshape(-1, exact.shape[-1]))
+    logits = np.asarray(flat).reshape(*exact.shape[:2], -1)
+    second, first = np.moveaxis(np.sort(logits, axis=-1)[..., -2:], -1, 0)
+    is_clear = first - second > clear
+    assert is_clear.mean() > 0.1
+    for found in (of_codec, of_history):
+        np.testing.assert_array_equal(found.scores.greedy[is_clear], logits.argmax(-1)[is_clear])
+
+
+@pytest.fixture(scope="module")
+def codecs_compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole run with `--codec`."""
+    folder = tmp_path_factory.mktemp("codecs") / "run"
+    run(dataclasses.replace(CODECS, output=folder))
+    return folder
+
+
+@pytest.mark.slow
+def test_codecs_are_compared_with_none(codecs_compared: Path):
+    result = read_result(codecs_compared)
+    assert result.summary is not None
+    identity, int4, as_kivi = result.summary["codecs"]
+    assert [one["reads"] for one in (identity, int4, as_kivi)] == ["chunks", "chunks", "as KIVI"]
+    for value, none in (("divergence", 0), ("perplexity_change", 0), ("same_token", 1)):
+        assert identity[value] == pytest.approx(none, abs=1e-7)
+    assert identity["answers"] == 1.0  # what prefill and decoding find likeliest is the same
+    assert 1e-4 < int4["divergence"] < 0.05
+    spec = models.load("random:tiny").model.cache_spec
+    numbers = spec.num_layers * spec.num_kv_heads * spec.head_dim
+    assert identity["bytes_per_token"] == 2 * numbers * 4
+    # A byte for two codes, two float16 for a group of 16, and of a chunk's first key 4 bits more.
+    assert int4["bytes_per_token"] == numbers * (2 * (0.5 + 4 / 16) + 0.5 / 16)
+    # Everything is within 128 tokens, which KIVI keeps.
+    assert as_kivi["divergence"] == pytest.approx(0, abs=1e-6)
+    assert set(int4["copied"]) == {"192"}
+    [table] = quality_views.tables(result)
+    assert [row[0] for row in table.rows] == ["identity", "int4", "int4"]
+    assert (codecs_compared / "quality.png").stat().st_size > 10_000
+    assert headline(result.summary)["same_token"] == int4["same_token"]
+
+
+def test_strings_are_hidden_where_they_are_looked_for():
+    text = list(range(1000, 1500))
+    passage = copy_passage(text, length=480, strings=2, seed=0)
+    assert passage.prefix.shape == (480,)
+    strings = np.concatenate([passage.inputs, passage.targets[:, -1:]], axis=1)
+    found = [
+        begin
+        for string in strings
+        for begin in range(480 - STRING + 1)
+        if (passage.prefix[begin : begin + STRING] == string).all()
+    ]
+    assert found == [0, 64, 176, 240, 352, 416]
+    half = passage.targets.copy()
+    half[:, SHOWN - 1 :: 2] += 1
+    assert copied(passage, passage.targets) == [1.0] * 3
+    assert copied(passage, half) == [0.5] * 3
+
+
 def test_measures_follow_from_the_log_probabilities():
     half = float(np.log(0.5))
     records = [
@@ -142,6 +239,12 @@ def test_windows_follow_one_another_behind_the_prefix():
         ({"dtypes": ()}, "--dtypes must name one type or more"),
         ({"dtypes": ("float32", "float32")}, "each once, got float32 float32"),
         ({"seed": -1}, "--seed must be from 0"),
+        ({"codec": ("int4", "int4")}, "--codec must name each codec once"),
+        ({"codec": ("identity",)}, "all are compared with identity"),
+        ({"codec": ("int4",), "dtypes": ("float32", "float16")}, "--codec takes one of --dtypes"),
+        ({"codec": ("int4",), "window": 16}, "--window must be longer than a chunk"),
+        ({"codec": ("int4",), "window": 32, "chunk_size": 64, "prefix": 64}, "--prefill-tokens"),
+        ({"codec": ("int4",), "window": 32, "copy_lengths": (900,)}, "--copy-lengths must be"),
     ],
 )
 def test_what_no_run_could_use_is_refused(changes: dict[str, Any], message: str):

@@ -17,8 +17,13 @@ import pytest
 from pallas_kernels.codecs import codec_of
 from tests.jax_chunkattn.rule.features import FEATURES, MARKED, Feature
 from tests.jax_chunkattn.rule.histories import HISTORIES, NUM_TOKENS, PROMPT, Answer, cold
-from tests.jax_chunkattn.toy import greedy_without_cache, toy_model
+from tests.jax_chunkattn.toy import (
+    greedy_without_cache,
+    log_probabilities_without_cache,
+    toy_model,
+)
 
+INT4 = Feature("int4", {"codec": "int4"})
 TOLERANCE = 1e-5  # of log-probabilities, in float32
 
 
@@ -61,6 +66,31 @@ def test_greedy_tokens_and_their_probabilities_do_not_depend_on_history(feature,
     assert answers
     wrong = [what for what, answer in answers if differs(answer, feature)]
     assert wrong == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "history",
+    [history for history in HISTORIES if not takes_long(history, INT4)],
+    ids=lambda history: history.__name__,
+)
+def test_rounding_moves_codes_and_they_move_no_clear_choice(history):
+    """A last bit, which the batch's shape may change, can make a number the next of 16 codes. So
+    with a codec of few bits a history may turn the greedy choice where the two best are close: 4
+    bits were seen to move SmolLM2's logits by 0.26. Behind such a choice two answers go ways of
+    their own."""
+    feature, clear = INT4, 0.5
+    cold_tokens, cold_logprobs = zip(*expected(feature), strict=True)
+    compared = 0
+    for what, answer in history(feature):
+        for at, (token, logprob) in enumerate(answer):
+            if token != cold_tokens[at]:
+                exact = log_probabilities_without_cache((*PROMPT, *cold_tokens[:at]))
+                assert exact[cold_tokens[at]] - exact[token] < clear, f"{what}, token {at}"
+                break
+            assert abs(logprob - cold_logprobs[at]) < clear, f"{what}, token {at}"
+            compared += 1
+    assert compared > NUM_TOKENS / 2
 
 
 def test_identity_is_a_model_without_a_cache():

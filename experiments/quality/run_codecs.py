@@ -1,0 +1,232 @@
+"""The work of `quality --codec`: every codec scored, each kept as it is done."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Mapping
+from pydoc_data.topics import topics
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.baselines import kivi
+from experiments.harness.compilations import compilation_cache
+from experiments.harness.environment import describe_environment
+from experiments.harness.errors import UserError
+from experiments.harness.inputs import check_unchanged
+from experiments.harness.reading import Record
+from experiments.harness.results import ResultFolder
+from experiments.harness.units import measure_units
+from experiments.harness.views import finish
+from experiments.loading import LoadOptions, ModelSource, load_model
+from experiments.prompts import read_text
+from experiments.quality.codecs import Agreement, answer_passage, compare, copied, copy_passage
+from experiments.quality.config import QualityConfig, sizes_of
+from experiments.quality.measures import codec_measures
+from experiments.quality.run import tokens_of
+from experiments.quality.scoring import Passage, SharedScorer, passage_tokens
+from jax_chunkattn import CacheConfig
+from models import LoadedModel
+from pallas_kernels.codecs import IDENTITY, AffineCodec, codec_of
+
+_SETTING = (
+    "model",
+    "prefix",
+    "window",
+    "windows",
+    "answers",
+    "answer_tokens",
+    "copy_lengths",
+    "copy_strings",
+    "chunk_size",
+    "seed",
+)
+_DIGITS = 7
+_CHARACTERS = 8  # of text for each token that is needed: more than tokenizers make a token of
+
+
+@compilation_cache()
+def measure(config: QualityConfig, source: ModelSource, folder: ResultFolder) -> dict[str, Any]:
+    """Run the experiment into `folder`."""
+    began = time.perf_counter()
+    environment = describe_environment()
+    text = python_help() if config.text is None else read_text(config.text, "text")
+    folder.begin(environment)
+    scoring = _Scoring(config, source, text, folder.inputs)
+    units = {IDENTITY: functools.partial(scoring.score, IDENTITY)}
+    for name in config.codec:
+        units[name] = functools.partial(scoring.score, name)
+        codec = codec_of(name)
+        if codec is not None and isinstance(codec.keys, AffineCodec):
+            units[f"{name}, as KIVI"] = functools.partial(scoring.score_as_kivi, name)
+    records = measure_units(folder, units, "score")
+    summary = {
+        "experiment": "quality",
+        **{name: getattr(config, name) for name in _SETTING},
+        "text": "pydoc_data.topics" if config.text is None else config.text.name,
+        "scored_tokens": np.asarray(records[0]["logprobs"]).size,
+        "codecs": [vars(one) for one in codec_measures(records)],
+        "seconds": round(time.perf_counter() - began, 3),
+        "environment": environment,
+    }
+    return finish(folder, summary)
+
+
+def python_help() -> str:
+    """Texts about Python's grammar and types, by their names."""
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+class _Scoring:
+    """Holds the model, the passages, and what it makes of them without a codec, each made when
+    first needed."""
+
+    def __init__(
+        self, config: QualityConfig, source: ModelSource, text: str, inputs: Mapping[str, str]
+    ) -> None:
+        self._config = config
+        self._sizes = sizes_of(config)
+        self._source = source
+        self._text = text
+        self._inputs = inputs
+
+    def score(self, codec: str) -> Record:
+        began = time.perf_counter()
+        model, config = self._loaded.model, self._config
+        cache = CacheConfig(1, config.chunk_size, self._dtype, codec=codec)
+        per_token = cache.bytes_per_chunk(model.cache_spec) / config.chunk_size
+        text = self._compare("text", codec)
+        answers = self._compare("answers", codec).scores.greedy[:, -config.answer_tokens :]
+        expected = self._passages["answers"].targets[:, -config.answer_tokens :]
+        copies = {
+            name: copied(passage, self._compare(name, codec).scores.greedy)
+            for name, passage in self._passages.items()
+            if name.isdigit()
+        }
+        return {
+            "kind": "codec",
+            "codec": codec,
+            "reads": "chunks",
+            "bytes_per_token": per_token,
+            **_lists(text),
+            "answers": (answers == expected).tolist(),
+            "copied": copies,
+            "seconds": round(time.perf_counter() - began, 3),
+        }
+
+    def score_as_kivi(self, name: str) -> Record:
+        """The text alone, for which no pool is needed."""
+        began = time.perf_counter()
+        model, passage = self._loaded.model, self._passages["text"]
+        codec = codec_of(name)
+        assert codec is not None
+        hidden = [
+            kivi.hidden_states(
+                model,
+                jnp.concatenate([passage.prefix, window]),
+                codec,
+                chunk_size=self._config.chunk_size,
+            )[len(passage.prefix) :]
+            for window in passage.inputs
+        ]
+        found = compare(model, self._exact["text"], np.asarray(hidden), passage.targets)
+        return {
+            "kind": "codec",
+            "codec": name,
+            "reads": "as KIVI",
+            **_lists(found),
+            "seconds": round(time.perf_counter() - began, 3),
+        }
+
+    def _compare(self, name: str, codec: str) -> Agreement:
+        passage, exact = self._passages[name], self._exact[name]
+        hidden = exact if codec == IDENTITY else self._hidden(passage, codec)
+        return compare(self._loaded.model, exact, hidden, passage.targets)
+
+    def _hidden(self, passage: Passage, codec: str) -> np.ndarray:
+        config = self._config
+        scorer = SharedScorer(
+            self._loaded.model,
+            passage,
+            dtype=self._dtype,
+            chunk_size=config.chunk_size,
+            codec=codec,
+            prefill_tokens=config.prefill_tokens,
+            implementation=config.implementation,
+        )
+        return scorer.hidden()
+
+    @functools.cached_property
+    def _loaded(self) -> LoadedModel:
+        config = self._config
+        options = LoadOptions(self._dtype, config.seed, config.max_positions)
+        loaded = load_model(self._source, options)
+        check_unchanged(self._inputs, config)
+        return loaded
+
+    @property
+    def _dtype(self) -> str:
+        return self._sizes.dtypes[0]
+
+    @functools.cached_property
+    def _exact(self) -> dict[str, np.ndarray]:
+        return {name: self._hidden(one, IDENTITY) for name, one in self._passages.items()}
+
+    @functools.cached_property
+    def _passages(self) -> dict[str, Passage]:
+        """By name; those to copy from by their length."""
+        config, sizes = self._config, self._sizes
+        shape = sizes.prefix, sizes.window, sizes.windows
+        scored = passage_tokens(*shape)
+        tokens = self._tokens(scored + max(config.copy_lengths))
+        text = Passage.of(tokens, *shape)
+        pieces = text.inputs[:, : sizes.window // config.chunk_size * config.chunk_size]
+        pieces = pieces.reshape(-1, config.chunk_size)[: config.answers]
+        passages = {
+            "text": text,
+            "answers": answer_passage(
+                self._loaded.model,
+                text.prefix,
+                pieces,
+                config.answer_tokens,
+                chunk_size=config.chunk_size,
+                dtype=self._dtype,
+            ),
+        }
+        for length in config.copy_lengths:
+            passages[str(length)] = copy_passage(
+                tokens[scored:], length=length, strings=config.copy_strings, seed=config.seed
+            )
+        return passages
+
+    def _tokens(self, needed: int) -> list[int]:
+        config, sizes, loaded = self._config, self._sizes, self._loaded
+        tokens = tokens_of(loaded, self._text[: _CHARACTERS * needed])
+        if needed > len(tokens):
+            raise UserError(
+                f"the text has {len(tokens):,} tokens of {config.model}; --prefix, --window, "
+                f"--windows and --copy-lengths take {needed:,}: choose fewer, or a longer --text"
+            )
+        most = loaded.config.max_positions
+        longest = max(sizes.prefix + sizes.window, max(config.copy_lengths) + 32)
+        answers = sizes.prefix + config.chunk_size + config.answer_tokens
+        if max(longest, answers) > most:
+            raise UserError(
+                f"--prefix with --window or --answer-tokens, or the longest of --copy-lengths, "
+                f"makes {max(longest, answers):,} positions, {config.model} has {most:,}"
+            )
+        return tokens
+
+
+def _lists(found: Agreement) -> Record:
+    return {
+        "divergence": _rounded(found.divergence),
+        "logprobs": _rounded(found.scores.logprobs),
+        "greedy": found.scores.greedy.tolist(),
+    }
+
+
+def _rounded(numbers: np.ndarray) -> list[list[float]]:
+    return [[round(one, _DIGITS) for one in row] for row in numbers.tolist()]
