@@ -59,7 +59,8 @@ def table(result: Result) -> ResultTable:
         f"{config['answers'] * config['answer_tokens']:,} tokens that the model itself goes on "
         "with, where the codec has read the same before.",
         f"Copied: of {config['copy_strings']} strings of {STRING} random tokens, hidden at "
-        f"{depths} of a text of that many tokens, those found again behind their first {SHOWN}, in %.",
+        f"{depths} of a text of that many tokens, those found again behind their first {SHOWN}, "
+        "in %.",
         "A token reads chunks before its own encoded; as KIVI: keys before the last whole 128, "
         "values before its last 128.",
     ]
