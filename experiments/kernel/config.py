@@ -25,7 +25,18 @@ Implementation = Literal[
     "jax-dpa",
     "torch-sdpa",
     "reference",
+    "xla-int8",
+    "xla-int4",
+    "xla-int4/int2",
+    "xla-int2",
+    "xla-fp8",
 ]
+CODECS: dict[str, str] = {
+    name: name.removeprefix("xla-")
+    for name in get_args(Implementation)
+    if name.startswith("xla-") and name != "xla-unshared"
+}
+"""What the chunks are encoded by, of implementations that read codes."""
 
 SCALES: dict[str, int] = {"smoke": 1, "paper": 1, "trees": 8, "hydragen": 8}
 """What the sizes of each suite are divided by unless `--scale` says otherwise."""
@@ -41,12 +52,16 @@ class KernelConfig:
 
     implementations: Annotated[
         tuple[Implementation, ...] | None,
-        tyro.conf.arg(help_behavior_hint="(default: all that run on this device)"),
+        tyro.conf.arg(
+            help_behavior_hint="(default: all that run on this device over chunks as they are)"
+        ),
     ] = None
     """What to time. `xla-unshared` plans every row by itself; `cascade` is one dense attention for
     each level of the tree; `paged` gathers each row's chunks from a pool with a copy per row,
     `paged-shared-pages` from the shared pool; `dense`, `jax-dpa` (jax.nn.dot_product_attention) and
-    `torch-sdpa` (PyTorch's) have each row's keys and values in one piece."""
+    `torch-sdpa` (PyTorch's) have each row's keys and values in one piece; `xla-int4` and its like
+    read chunks that a codec encoded, and each row's last chunk as it is. A codec's error is in
+    theirs."""
 
     only: Annotated[
         tuple[str, ...] | None,

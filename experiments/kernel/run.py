@@ -14,7 +14,8 @@ from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
 from experiments.kernel.cases import SizedCase, scaling_note, suite_cases
-from experiments.kernel.config import Implementation, KernelConfig
+from experiments.kernel.coded import coded_bytes
+from experiments.kernel.config import CODECS, Implementation, KernelConfig
 from experiments.kernel.operands import CaseOperands, Checker, bytes_per_token, make_operands
 from experiments.kernel.sides import make_sides
 from experiments.kernel.skips import runnable_implementations, skip_reasons
@@ -116,6 +117,9 @@ def _measure(
     # In milliseconds: a product of exactly as many operations, at the rate of the one that was
     # timed, and each distinct key and value read once, at the rate of the memory.
     distinct = operands.distinct_tokens * bytes_per_token(case)
+    least = {
+        name: coded_bytes(operands, CODECS[name]) if name in CODECS else distinct for name in names
+    }
     product = timings[_MATMUL].median * operands.flops / (2 * size**3)
     read = timings[_READ].median * distinct / timing.READ_BYTES
     floor = max(product, read)
@@ -128,8 +132,9 @@ def _measure(
                 "speedup_over_paged": _rounded(paged / timings[name].median) if paged else None,
                 "gflops_per_second": _rounded(operands.flops / timings[name].median / 1e6),
                 "of_matmul": _rounded(product / timings[name].median),
-                "distinct_kv_gb_per_second": _rounded(distinct / timings[name].median / 1e6),
-                "of_memory_read": _rounded(read / timings[name].median),
+                "distinct_kv_bytes": least[name],
+                "distinct_kv_gb_per_second": _rounded(least[name] / timings[name].median / 1e6),
+                "of_memory_read": _rounded(read * least[name] / distinct / timings[name].median),
                 "of_floor": _rounded(floor / timings[name].median),
                 "max_error": checker.max_error(outputs[name], case.num_kv_heads),
             }

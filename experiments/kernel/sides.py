@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,8 @@ from experiments.baselines import (
     pool_of_copies,
     torch_attention,
 )
-from experiments.kernel.config import Implementation
+from experiments.kernel.coded import coded_attention
+from experiments.kernel.config import CODECS, Implementation
 from experiments.kernel.operands import CaseOperands, shares
 from jax_chunkattn.planning.planner import PlannerOptions
 from pallas_kernels import chunk_attention
@@ -101,7 +103,11 @@ def _torch_sdpa(operands: CaseOperands) -> Call:
     return torch_attention(q, *operands.copies, lengths)
 
 
-SIDES: dict[Implementation, Callable[[CaseOperands], Call]] = {
+def _coded(codec: str, operands: CaseOperands) -> Call:
+    return coded_attention(operands, "xla", codec)
+
+
+SIDES: dict[str, Callable[[CaseOperands], Call]] = {
     "pallas_mosaic_gpu": lambda operands: _on_gpu(operands, "pallas_mosaic_gpu"),
     "pallas_triton": lambda operands: _on_gpu(operands, "pallas_triton"),
     "xla": lambda operands: _chunk_attention(operands, "xla"),
@@ -113,4 +119,5 @@ SIDES: dict[Implementation, Callable[[CaseOperands], Call]] = {
     "jax-dpa": _jax_dpa,
     "torch-sdpa": _torch_sdpa,
     "reference": lambda operands: _chunk_attention(operands, "reference"),
+    **{name: partial(_coded, codec) for name, codec in CODECS.items()},
 }

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import get_args
 
 from experiments.baselines import torch_missing
-from experiments.kernel.config import Implementation
+from experiments.kernel.config import CODECS, Implementation
 from experiments.kernel.operands import bytes_per_token, copies_bytes, pool_bytes, shares
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
+from pallas_kernels.codecs import CodecError, codec_of
 from pallas_kernels.implementations import AttentionShapes, ImplementationError, needs_partials
 from pallas_kernels.specs import AttentionCase
 from pallas_kernels.targets import current_target
@@ -21,9 +22,13 @@ _PLAIN = ("cascade", "paged-shared-pages", "paged", *_DENSE)  # softmax(q k^T / 
 
 
 def runnable_implementations() -> tuple[Implementation, ...]:
-    """All that can be named, without the Pallas kernels where there is no GPU for them."""
+    """All that read chunks as they are, without the Pallas kernels where there is no GPU."""
     on_gpu = current_target().is_nvidia
-    return tuple(name for name in get_args(Implementation) if on_gpu or not needs_partials(name))
+    return tuple(
+        name
+        for name in get_args(Implementation)
+        if name not in CODECS and (on_gpu or not needs_partials(name))
+    )
 
 
 def skip_reasons(
@@ -50,6 +55,13 @@ def _unsupported(case: AttentionCase, name: Implementation) -> str | None:
         try:
             CHUNK_ATTENTION.resolve(name, shapes)
         except ImplementationError as error:
+            return str(error)
+    if name in CODECS:
+        codec = codec_of(CODECS[name])
+        assert codec is not None, "it is named for one"
+        try:
+            codec.check(case.chunk_size, case.head_dim)
+        except CodecError as error:
             return str(error)
     if name in _PLAIN and not case.has_plain_scores:
         return "it knows neither a softcap nor a scale of its own"

@@ -22,7 +22,7 @@ from experiments.kernel import sides as kernel_sides
 from experiments.kernel import skips as kernel_skips
 from experiments.kernel.cases import SizedCase, divided, suite_cases
 from experiments.kernel.command import headline, run
-from experiments.kernel.config import SCALES, Implementation, KernelConfig, Suite
+from experiments.kernel.config import CODECS, SCALES, Implementation, KernelConfig, Suite
 from experiments.kernel.published import published_speedups
 from experiments.kernel.views import figures, tables
 from pallas_kernels import specs
@@ -33,7 +33,8 @@ from pallas_kernels.targets import A100, use_target
 SHARED = AttentionCase("1,6_64,16", 4, 2, 16, chunk_size=16, ragged=20)
 UNSHARED = AttentionCase("3_40", 2, 2, 16, chunk_size=16)
 NAMED = get_args(Implementation)
-ALL = NAMED[2:]  # without those that need a GPU
+# Without those that need a GPU, or a codec.
+ALL = tuple(name for name in NAMED[2:] if name not in CODECS)
 RUN = tuple(name for name in ALL if name != "torch-sdpa" or importlib.util.find_spec("torch"))
 
 
@@ -175,6 +176,25 @@ def test_what_does_not_fit_is_skipped_and_said(
     assert "skipped jax-dpa, 1 of 1 cases, first because its copies take" in printed
 
 
+def test_encoded_chunks_are_fewer_bytes_and_off_by_what_the_codec_is():
+    record = measured(SHARED, "xla", "xla-int8", "xla-int4")
+    exact, int8, int4 = record["implementations"]
+    assert exact["max_error"] < 1e-6 < 1e-4 < int8["max_error"] < int4["max_error"] < 0.2
+    assert exact["distinct_kv_bytes"] == record["distinct_kv_bytes"]
+    assert exact["distinct_kv_bytes"] > int8["distinct_kv_bytes"] > int4["distinct_kv_bytes"]
+    lengths = kernel_operands.make_operands(SHARED, 0).row_lengths
+    tails = sum((length - 1) % 16 + 1 for length in lengths)
+    full = 4 + sum((length - 1) // 16 - 4 for length in lengths)  # four of them shared
+    of_chunk = 2 * 16 * 16 + 2 * 16 * 2 * 2  # keys and values: codes, and pairs of float16
+    assert int8["distinct_kv_bytes"] == 2 * (full * of_chunk + tails * 2 * 16 * 4)
+
+
+def test_a_codec_that_cannot_store_the_case_is_skipped_and_said():
+    odd = dataclasses.replace(SHARED, head_dim=15)
+    [skip] = measured(odd, "xla-int4")["skipped"]
+    assert "15 numbers of 4 bits do not fill bytes" in skip["reason"]
+
+
 def test_kernels_without_a_gpu_are_skipped_and_said():
     record = measured(SHARED, "pallas_triton", "xla")
     assert [side["implementation"] for side in record["implementations"]] == ["xla"]
@@ -212,7 +232,7 @@ def test_pytorch_that_is_missing_is_skipped_and_said(monkeypatch: pytest.MonkeyP
 def test_gpu_kernels_are_planned_for_and_checked():
     target = dataclasses.replace(A100, interpret=True)
     with use_target(target):
-        assert kernel_skips.runnable_implementations() == NAMED
+        assert kernel_skips.runnable_implementations() == (*NAMED[:2], *ALL)
         (side,) = measured(SHARED, "pallas_triton")["implementations"]
     assert 0 < side["max_error"] < 2e-6
 
