@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,9 @@ class CodedPool:
     A chunk is encoded once: by the step that fills a row's tail, or by the prefill call that has
     computed all of it, from exact numbers either time.
     """
+
+    AXES: ClassVar[tuple[str, ...]] = ("layers", "kv_heads")
+    """What the first dimensions of all arrays count; see `jax_chunkattn.device.logical_axes`."""
 
     keys: Encoded  # L Hkv N ...
     values: Encoded

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled
 
 import models
-from jax_chunkattn import ChunkPool, SamplingParams, plan_decode
+from jax_chunkattn import CacheConfig, ChunkPool, SamplingParams, plan_decode
+from jax_chunkattn.device.coded_pool import CodedPool
 from jax_chunkattn.device.decode_loop import Chosen, decode_steps
 from jax_chunkattn.device.logical_axes import logical_sharding
 from jax_chunkattn.device.programs import Invocation, Programs, SplitModel
@@ -22,6 +26,7 @@ from tests.jax_chunkattn.device.pool_copies import assert_pool_is_updated_in_pla
 from tests.jax_chunkattn.engine.engines import SHARE_ALL
 
 TOKENS = np.array([5, 200, 17, 17, 3], np.int32)
+AnyPool = TypeVar("AnyPool", ChunkPool, CodedPool)
 CHUNKS, CHUNK_SIZE = 1000, 16  # a layer of the pool then dwarfs every activation
 
 
@@ -70,16 +75,56 @@ def check_decoding(mesh: Mesh) -> None:
     chex.assert_trees_all_close(pool, expected_pool, rtol=0, atol=1e-5)
 
 
+def check_decoding_encoded(mesh: Mesh) -> None:
+    """The same with chunks that a codec encodes, and a row that fills one while it decodes."""
+    whole, split = models.load("random:tiny").model, models.load("random:tiny", mesh=mesh).model
+    config = CacheConfig(16 * CHUNKS, CHUNK_SIZE, codec="int4")  # a layer's codes are small
+    random = np.random.default_rng(0)
+
+    def numbers(array: jax.Array) -> jax.Array:
+        if array.dtype == jnp.uint8:
+            return jnp.asarray(random.integers(0, 256, array.shape, np.uint8))
+        return jnp.asarray(random.standard_normal(array.shape), array.dtype)
+
+    exact = jax.tree.map(numbers, CodedPool.allocate(whole.cache_spec, config, 2))
+    halves = jax.tree.map(lambda array: jax.device_put(array, half_of(array, mesh)), exact)
+    before = np.asarray(exact.keys["codes"][:, :, 2])
+    lengths = [20, 30]  # the second has its 32 tokens after two of three steps
+    _, expected_pool, expected = decode(whole, exact, lengths)
+    program, pool, chosen = decode(split, halves, lengths)
+    for array in jax.tree.leaves(pool):
+        layers, kv_heads, *rest = array.shape
+        shards = [shard.data for shard in array.addressable_shards]
+        chex.assert_shape(shards, (layers, kv_heads // 2, *rest))
+    held = sum(array.nbytes for array in jax.tree.leaves((pool.keys, pool.values))) // 2
+    layer = pool.keys["codes"].nbytes // 2 // pool.keys["codes"].shape[0]
+    assert_pool_is_updated_in_place(program, pool_bytes=held, layer_bytes=layer)
+    chex.assert_trees_all_equal(chosen.tokens, expected.tokens)
+    chex.assert_trees_all_close(chosen.logprobs, expected.logprobs, rtol=0, atol=1e-5)
+    chex.assert_trees_all_close(pool.tail_keys, expected_pool.tail_keys, rtol=0, atol=1e-5)
+    sealed = np.asarray(pool.keys["codes"][:, :, 2])
+    assert (sealed != before).any()
+    # Of what a last bit decides there may be a few.
+    assert (sealed != np.asarray(expected_pool.keys["codes"][:, :, 2])).mean() < 0.01
+
+
+def half_of(array: jax.Array, mesh: Mesh) -> NamedSharding:
+    axes = (*CodedPool.AXES, *(None,) * (array.ndim - len(CodedPool.AXES)))
+    return logical_sharding(axes, array.shape, mesh)
+
+
 def pool_shape(model: Decoder) -> tuple[int, ...]:
     spec = model.cache_spec
     return spec.num_layers, spec.num_kv_heads, CHUNKS, CHUNK_SIZE, spec.head_dim
 
 
-def decode(model: Decoder, pool: ChunkPool) -> tuple[Compiled, ChunkPool, Chosen]:
+def decode(
+    model: Decoder, pool: AnyPool, lengths: Sequence[int] = (20, 27)
+) -> tuple[Compiled, AnyPool, Chosen]:
     """Three tokens for each of two rows that share a chunk, by a program that is given the pool."""
-    tables, lengths = [[0, 1], [0, 2]], [20, 27]
+    tables = [[0, 1], [0, 2, 3]]
     plan, _ = plan_decode(
-        tables, lengths, chunk_size=CHUNK_SIZE, num_chunks=CHUNKS, options=SHARE_ALL
+        tables, lengths, chunk_size=CHUNK_SIZE, num_chunks=pool.num_chunks, options=SHARE_ALL
     )
     rows = RowState(*np.array([[7, 8], lengths, [9, 9]], np.int32))
     table = RequestTable.of(rows, [SamplingParams(logprobs=1)] * 2, model.vocab_size)
@@ -112,4 +157,5 @@ if __name__ == "__main__":
     mesh = jax.make_mesh((2,), ("tp",), axis_types=(jax.sharding.AxisType.Auto,))
     check_weights(mesh)
     check_decoding(mesh)
+    check_decoding_encoded(mesh)
     check_programs(mesh)
