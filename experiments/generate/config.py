@@ -14,8 +14,8 @@ from experiments.harness.options import (
     ModelName,
     by_default,
     check_at_least_one,
-    check_codec,
     check_seed,
+    check_used_codec,
 )
 from experiments.sampling import MOST_TEMPERATURE, MOST_TOP_K
 
@@ -108,4 +108,4 @@ def check(config: GenerateConfig) -> None:
     if not 0 < config.top_p <= 1:
         raise UserError(f"--top-p must be above 0 and at most 1, got {config.top_p}")
     check_seed(config.seed)
-    check_codec(config.codec)
+    check_used_codec(config.codec)

@@ -12,8 +12,8 @@ from experiments.harness.options import (
     MaxPositions,
     by_default,
     check_at_least_one,
-    check_codec,
     check_seed,
+    check_used_codec,
 )
 from experiments.sampling import MOST_TEMPERATURE
 
@@ -79,7 +79,7 @@ def check(config: SearchConfig) -> None:
             f"--temperature must be a number above 0, at most {MOST_TEMPERATURE}, "
             f"got {config.temperature}"
         )
-    check_codec(config.codec)
+    check_used_codec(config.codec)
     check_seed(config.seed)
     if not config.question.strip():
         raise UserError("--question is empty")

@@ -16,8 +16,8 @@ from experiments.harness.options import (
     by_default,
     check_above_zero,
     check_at_least_one,
-    check_codec,
     check_seed,
+    check_used_codec,
     option,
 )
 from experiments.trace import BLOCK_TOKENS
@@ -174,7 +174,7 @@ def check(config: ServeConfig) -> None:
         raise UserError(
             f"--sides must name each side once, got: {' '.join(config.sides) or 'none'}"
         )
-    check_codec(config.codec)
+    check_used_codec(config.codec)
     check_seed(config.seed)
     _check_together(config)
 

@@ -14,8 +14,8 @@ from experiments.harness.options import (
     by_default,
     check_above_zero,
     check_at_least_one,
-    check_codec,
     check_seed,
+    check_used_codec,
 )
 from experiments.loading import ModelSource
 
@@ -81,7 +81,7 @@ def check(config: SoakConfig) -> None:
         raise UserError(
             f"--context-tokens must be at least {LEAST_CONTEXT}, got {config.context_tokens}"
         )
-    check_codec(config.codec)
+    check_used_codec(config.codec)
     check_seed(config.seed)
 
 

@@ -69,7 +69,8 @@ def codec_of(name: str, *, group: int | None = None) -> ChunkCodec | None:
 
     Args:
       name: "identity" for none; "int8", "int4" or "int2" for KIVI's codes, or two of these for keys
-        and values, as in "int4/int2"; "fp8" (e4m3) or "fp8_e5m2".
+        and values, as in "int4/int2"; "fp8" (e4m3) or "fp8_e5m2". Keys of 2 bits are no use to a
+        small model: SmolLM2-135M's perplexity rises by 65%, with "int4/int2" by 4%.
       group: numbers that share a scale, in KIVI's codes; None for 64, or what divides it.
 
     Raises:

@@ -15,6 +15,7 @@ import pytest
 from experiments.cli import COMMANDS, DEBUG_VARIABLE, EXPERIMENTS, main, run_and_report
 from experiments.harness.console import make_console
 from experiments.harness.errors import CheckFailed, UserError
+from experiments.harness.options import check_used_codec
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -305,3 +306,18 @@ def test_no_page_is_made_of_a_folder_that_it_cannot_name(
     (folder / "results.jsonl").touch()
     assert main(["report", "."]) == 2
     assert capsys.readouterr().err.startswith("error: '\\udcff' is no text in UTF-8")
+
+
+@pytest.mark.parametrize("command", ["generate", "serve", "search", "soak"])
+def test_a_codec_is_checked_before_anything_is_loaded(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main([command, "--codec", "int5", "--output", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("error: unknown codec 'int5'; known: identity, int8")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_codec_that_spoils_answers_is_warned_of(capsys: pytest.CaptureFixture[str]):
+    for codec, warned in (("int2", True), ("int4/int2", False), ("identity", False)):
+        check_used_codec(codec)
+        assert capsys.readouterr().err.startswith("warning: with keys of 2 bits") == warned
