@@ -50,6 +50,10 @@ class CodedKV:
     def _any(self) -> Array:
         return next(iter(self.keys.values()))
 
+    def layer_operand(self) -> Int32[Array, " 1"]:
+        """The layer, as Pallas kernels take it."""
+        return jnp.asarray(self.layer, jnp.int32).reshape(1)
+
     def all_keys(self) -> Float32[Array, "Hkv N C D"]:
         """Keys of every chunk."""
         return self.codec.keys.decode(self._of_layer(self.keys))

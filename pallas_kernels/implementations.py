@@ -37,7 +37,8 @@ class AttentionShapes:
     """What decides whether a kernel exists for a call.
 
     Attributes:
-      dtype: of the pool; the Pallas kernels round queries to it.
+      dtype: of the pool, or of the queries where its chunks are encoded; the Pallas kernels
+        multiply numbers rounded to it.
       group: query heads for each KV head, G.
       head_dim: D.
       chunk_size: C.
@@ -69,7 +70,8 @@ class AttentionShapes:
                 f"attention is of {heads.query_heads} and {heads.kv_heads}"
             )
         sizes = heads.group, stored.head_dim, stored.chunk_size
-        return cls(str(stored.dtype), *sizes, stored.codec)
+        dtype = stored.dtype if stored.codec is None else q.dtype
+        return cls(str(dtype), *sizes, stored.codec)
 
 
 @dataclass(frozen=True)

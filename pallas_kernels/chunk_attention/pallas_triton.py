@@ -3,8 +3,8 @@
 Chunk-first: one program for each (work item, KV head). It multiplies the queries of all the item's
 rows with the item's chunks on the tensor cores and leaves float32 partials in the item's slots. The
 query tile is chosen by each program for its item, 16 or 64 rows, so small groups waste no work.
-Sequence-first: one program for each (row, KV head). It attends to the row's private chunks, merges
-the row's partials and writes the output.
+Sequence-first: one program for each (row, KV head). It attends to the row's private chunks, and to
+its own exact one where those are encoded, merges the row's partials and writes the output.
 
 The words of `pallas_kernels.triton_tiles` are used here.
 """
@@ -21,18 +21,12 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention_spec import AttentionSpec
+from pallas_kernels.coded_kv import LayerKV
 from pallas_kernels.online_softmax import MASKED, Partial
 from pallas_kernels.plans import DecodeReads, PartialSlots, WorkItems, require_partials
-from pallas_kernels.stored_kv import StoredKV
-from pallas_kernels.triton_tiles import (
-    SMALL_TILE,
-    HeadKVRefs,
-    KernelShape,
-    Run,
-    attend,
-    load_queries,
-    unsupported,
-)
+from pallas_kernels.triton_runs import HeadKVRefs, Run, tiles_of
+from pallas_kernels.triton_shape import KernelShape, unsupported
+from pallas_kernels.triton_tiles import SMALL_TILE, attend, load_queries
 
 __all__ = ["chunk_attention", "chunk_first", "sequence_first", "unsupported"]
 
@@ -42,7 +36,7 @@ MERGE_VALUES = 8192
 
 def chunk_attention(
     q: Float[Array, "B Hq D"],
-    stored: StoredKV,
+    stored: LayerKV,
     reads: DecodeReads,
     attention: AttentionSpec,
     *,
@@ -56,7 +50,7 @@ def chunk_attention(
 
 def chunk_first(
     q: Float[Array, "B Hq D"],
-    stored: StoredKV,
+    stored: LayerKV,
     items: WorkItems,
     partials: PartialSlots,
     attention: AttentionSpec,
@@ -68,7 +62,7 @@ def chunk_first(
     The query rows of an item are consecutive, from its slot times G on. D is padded to a power of
     two, Dp. What no item owns is left as it was in memory.
     """
-    shape = KernelShape.of("chunk_first", stored, attention)
+    shape = KernelShape.of("chunk_first", q, stored, attention)
     kv_heads = stored.kv_heads
     rows = partials.slots.shape[0] * shape.group
     return Partial(
@@ -131,7 +125,8 @@ def _chunk_first_kernel(
             shape,
         )
         run = Run(chunks, (), chunk_begin[item], chunk_count[item] * shape.chunk_size)
-        result = attend(queries, HeadKVRefs(keys, values, layer[0], head), run, shape)
+        kv = HeadKVRefs(keys, values, layer[0], head)
+        result = attend(queries, tiles_of(kv, run, shape), shape)
         place = item_slot[item] * group + index
         dims = jnp.arange(shape.padded_dim, dtype=jnp.int32)
         plt.store(output.at[head, place[:, None], dims[None]], result.output, mask=inside[:, None])
@@ -155,16 +150,20 @@ def _chunk_first_kernel(
 
 def sequence_first(
     q: Float[Array, "B Hq D"],
-    stored: StoredKV,
+    stored: LayerKV,
     reads: DecodeReads,
     attention: AttentionSpec,
     shared: Partial,
     *,
     interpret: bool = False,
 ) -> Float[Array, "B Hq D"]:
-    """Attention to each row's private chunks, merged with its partials."""
-    shape = KernelShape.of("sequence_first", stored, attention)
+    """Attention to each row's private chunks and its own, merged with its partials."""
+    shape = KernelShape.of("sequence_first", q, stored, attention)
     plan, partials = reads.plan, require_partials(reads.plan)
+    in_pool, own = reads.pool_lengths(shape.chunk_size), None
+    if reads.own is not None:
+        slots = jnp.asarray(reads.own.slots)
+        own = reads.own.keys, reads.own.values, slots, jnp.asarray(reads.lengths) - in_pool
     return pl.pallas_call(
         partial(_sequence_first_kernel, shape=shape),
         grid=(q.shape[0], stored.kv_heads),
@@ -173,7 +172,7 @@ def sequence_first(
         interpret=interpret,
         name="sequence_first",
     )(
-        jnp.asarray(reads.lengths) - plan.covered_tokens,
+        jnp.asarray(in_pool) - plan.covered_tokens,
         plan.private_chunks,
         partials.row_begin,
         partials.slots,
@@ -181,6 +180,7 @@ def sequence_first(
         q,
         stored.keys,
         stored.values,
+        own,
         *shared,
     )
 
@@ -194,6 +194,7 @@ def _sequence_first_kernel(
     q,
     keys,
     values,
+    own,
     shared_output,
     shared_maximum,
     shared_total,
@@ -208,15 +209,23 @@ def _sequence_first_kernel(
     index = jnp.arange(tile, dtype=jnp.int32)
     queries = load_queries(q, row, heads.first_query_head(head) + index, index < group, shape)
     run = Run(private_chunks, (row,), 0, private_tokens[row])
-    own = attend(queries, HeadKVRefs(keys, values, layer[0], head), run, shape)
+    private = attend(queries, tiles_of(HeadKVRefs(keys, values, layer[0], head), run, shape), shape)
+    if own is not None:
+        own_keys, own_values, own_slots, own_tokens = own
+        exact = shape.exact(own_keys.shape[2])
+        run = Run(own_slots, (), row, own_tokens[row])
+        kv = HeadKVRefs(own_keys, own_values, layer[0], head)
+        private = attend(queries, tiles_of(kv, run, exact), exact, start=private)
 
     # Query rows of the tile beyond the group are padding: keep [G, D] of [tile, D].
     fold = (tile // padded_group, padded_group)
     real = (index < padded_group).reshape(fold)
     state = Partial(
-        jnp.where(real[:, :, None], own.output.reshape(*fold, shape.padded_dim), 0.0).sum(axis=0),
-        jnp.where(real, own.maximum.reshape(fold), MASKED).max(axis=0),
-        jnp.where(real, own.total.reshape(fold), 0.0).sum(axis=0),
+        jnp.where(real[:, :, None], private.output.reshape(*fold, shape.padded_dim), 0.0).sum(
+            axis=0
+        ),
+        jnp.where(real, private.maximum.reshape(fold), MASKED).max(axis=0),
+        jnp.where(real, private.total.reshape(fold), 0.0).sum(axis=0),
     )
     begin, end = slot_begin[row], slot_begin[row + 1]
     at_once = max(1, MERGE_VALUES // (padded_group * shape.padded_dim))

@@ -67,7 +67,7 @@ class AffineCodec:
         if chunk_size % self.per_byte:
             return f"{chunk_size} tokens do not fill bytes of {self.per_byte} codes"
         size = chunk_size if self.along == "tokens" else head_dim
-        if size % self._group_of(size):
+        if size % self.group_of(size):
             return f"groups of {self.group} do not divide {size} {self.along}"
         if self.fine_first and head_dim % 2:
             return f"{head_dim} numbers of 4 bits do not fill bytes"
@@ -76,9 +76,9 @@ class AffineCodec:
     def arrays(self, chunk_size: int, head_dim: int) -> dict[str, jax.ShapeDtypeStruct]:
         """What is stored of one chunk of one head."""
         if self.along == "tokens":
-            groups = chunk_size // self._group_of(chunk_size), head_dim
+            groups = chunk_size // self.group_of(chunk_size), head_dim
         else:
-            groups = chunk_size, head_dim // self._group_of(head_dim)
+            groups = chunk_size, head_dim // self.group_of(head_dim)
         arrays = {
             "codes": jax.ShapeDtypeStruct((chunk_size // self.per_byte, head_dim), jnp.uint8),
             "scale": jax.ShapeDtypeStruct(groups, jnp.float16),
@@ -126,10 +126,11 @@ class AffineCodec:
         """The numbers with an axis for those of one group, and which axis that is."""
         *chunks, tokens, channels = numbers.shape
         if self.along == "tokens":
-            return numbers.reshape(*chunks, -1, self._group_of(tokens), channels), -2
-        return numbers.reshape(*chunks, tokens, -1, self._group_of(channels)), -1
+            return numbers.reshape(*chunks, -1, self.group_of(tokens), channels), -2
+        return numbers.reshape(*chunks, tokens, -1, self.group_of(channels)), -1
 
-    def _group_of(self, size: int) -> int:
+    def group_of(self, size: int) -> int:
+        """Numbers that share scale and zero, of this many tokens or channels."""
         return math.gcd(size, GROUP) if self.group is None else self.group
 
     def _pack(self, codes: UInt8[Array, "*chunks C D"]) -> UInt8[Array, "*chunks C_bytes D"]:

@@ -3,7 +3,8 @@
 Chunk-first is the kernel of decoding, with tokens for rows: chunks wholly before the new tokens of
 one or several sequences are read once for all those tokens. The second kernel has a program for
 each (query tile, KV head) and up to 64 query rows of it: it attends causally to the sequence's own
-new chunks, merges the tokens' partials and writes the output.
+new chunks, merges the tokens' partials and writes the output. Where chunks are encoded, each token
+reads those before its own there, and the tokens of its own exact.
 """
 
 from __future__ import annotations
@@ -20,24 +21,19 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention.pallas_triton import chunk_first
+from pallas_kernels.coded_kv import LayerKV
 from pallas_kernels.online_softmax import MASKED, Partial
 from pallas_kernels.plans import PrefillReads, require_partials
-from pallas_kernels.stored_kv import StoredKV
-from pallas_kernels.triton_tiles import (
-    HeadKVRefs,
-    KernelShape,
-    Run,
-    attend,
-    load_queries,
-    unsupported,
-)
+from pallas_kernels.triton_runs import HeadKVRefs, PackedRun, Run, tiles_of
+from pallas_kernels.triton_shape import KernelShape, unsupported
+from pallas_kernels.triton_tiles import attend, load_queries
 
 __all__ = ["prefill_attention", "unsupported"]
 
 
 def prefill_attention(
     q: Float[Array, "T Hq D"],
-    stored: StoredKV,
+    stored: LayerKV,
     reads: PrefillReads,
     attention: AttentionSpec,
     *,
@@ -46,7 +42,8 @@ def prefill_attention(
     """See `pallas_kernels.prefill_attention.api.prefill_attention`."""
     plan, partials = reads.plan, require_partials(reads.plan)
     shared = chunk_first(q, stored, plan.items, partials, attention, interpret=interpret)
-    shape = _causal_shape(KernelShape.of("prefill_causal", stored, attention))
+    shape = _causal_shape(KernelShape.of("prefill_causal", q, stored, attention))
+    new = None if reads.new is None else (reads.new.keys, reads.new.values)
     tokens = q.shape[0]
     tiles = plan.tile_begin.shape[0]
     parts = pl.cdiv(min(reads.query_tile, tokens) * shape.group, shape.query_tile)
@@ -71,6 +68,7 @@ def prefill_attention(
         q,
         stored.keys,
         stored.values,
+        new,
         *shared,
     )
     # No program writes padding: tokens that no tile has, behind the others.
@@ -100,6 +98,7 @@ def _causal_kernel(
     q,
     keys,
     values,
+    new,
     shared_output,
     shared_maximum,
     shared_total,
@@ -121,8 +120,31 @@ def _causal_kernel(
         own_begin = own_chunk[sequence] * shape.chunk_size
         position = tile_position[tile] + local - own_begin  # counted from the first own chunk
         last = jnp.max(jnp.where(inside, position, 0))
-        run = Run(block_tables, (sequence,), own_chunk[sequence], last + 1)
-        state = attend(queries, HeadKVRefs(keys, values, layer[0], head), run, shape, position)
+
+        def in_pool(num_tokens):
+            run = Run(block_tables, (sequence,), own_chunk[sequence], num_tokens)
+            return tiles_of(HeadKVRefs(keys, values, layer[0], head), run, shape)
+
+        if new is None:
+            state = attend(queries, in_pool(last + 1), shape, last_seen=position)
+        else:
+            size = shape.chunk_size
+            chunk_begin = position // size * size  # of the token's own chunk
+            before = in_pool(last // size * size)
+            state = attend(queries, before, shape, last_seen=chunk_begin - 1)
+            first = (tile_position[tile] + first_row // group - own_begin) // size * size
+            begin = tile_begin[tile] - (tile_position[tile] - own_begin - first)
+            exact = shape.exact(shape.num_chunks)
+            new_keys, new_values = new
+            packed = PackedRun(new_keys, new_values, head, begin, last + 1 - first, exact)
+            state = attend(
+                queries,
+                packed,
+                exact,
+                first_seen=chunk_begin - first,
+                last_seen=position - first,
+                start=state,
+            )
 
         begin = plt.load(slot_begin.at[token], mask=inside, other=0)
         count = plt.load(slot_begin.at[token + 1], mask=inside, other=0) - begin

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_chunkattn.planning.planner import PlannerOptions, plan_decode
+from jax_chunkattn.planning.planner import plan_decode
 from jax_chunkattn.planning.prefill import QUERY_TILE
 from jax_chunkattn.planning.workloads import case_inputs
 from pallas_kernels.attention_spec import AttentionSpec
@@ -23,7 +23,9 @@ from pallas_kernels.prefill_attention import PREFILL_ATTENTION
 from pallas_kernels.specs import AttentionCase
 from pallas_kernels.targets import H200, use_target
 from tests import oracle
-from tests.pallas_kernels.test_chunk_attention import plain_attention
+from tests.interpreted import implementations
+from tests.pallas_kernels import test_prefill_attention
+from tests.pallas_kernels.test_chunk_attention import plain_attention, planner_options
 from tests.pallas_kernels.test_prefill_attention import pack
 
 LOSSY = ["int8", "int4", "int2", "int4/int2", "fp8", "fp8_e5m2"]
@@ -34,7 +36,6 @@ AFFINE = [
     AffineCodec(2, "channels", 8),
     *(AffineCodec(4, along, fine_first=True) for along in ALONG),
 ]
-RUNS = pytest.mark.parametrize("implementation", ["reference", "xla"])
 
 
 def lossy(name, **how) -> ChunkCodec:
@@ -160,12 +161,37 @@ def test_sizes_that_cannot_be_stored_are_refused():
     lossy("int4").check(16, 80)  # groups of 16, which divide 80
 
 
+class Halves:
+    """A codec that no kernel knows: what a user may write."""
+
+    def problem(self, chunk_size, head_dim):
+        return None
+
+    def arrays(self, chunk_size, head_dim):
+        return {"halves": jax.ShapeDtypeStruct((chunk_size, head_dim), jnp.float16)}
+
+    def encode(self, numbers):
+        return {"halves": numbers.astype(jnp.float16)}
+
+    def decode(self, stored):
+        return stored["halves"].astype(jnp.float32)
+
+
 def test_kernels_that_cannot_read_a_codec_say_so():
-    shapes = AttentionShapes("float32", 1, 64, 64, lossy("int4"))
+    int8 = AffineCodec(8, "channels")
+    by_48 = AffineCodec(8, "channels", 48)
+
+    def shapes(keys, values):
+        return AttentionShapes("float32", 1, 96, 64, ChunkCodec("mine", keys, values))
+
     with use_target(H200):
-        assert CHUNK_ATTENTION.resolve(None, shapes) == "xla"
-        with pytest.raises(ImplementationError, match="stored as they are, not int4"):
-            CHUNK_ATTENTION.resolve("pallas_triton", shapes)
+        for operation in (CHUNK_ATTENTION, PREFILL_ATTENTION):
+            assert operation.resolve("pallas_triton", shapes(int8, int8)) == "pallas_triton"
+            assert operation.resolve(None, shapes(Halves(), int8)) == "xla"
+            with pytest.raises(ImplementationError, match="not the keys of 'mine'"):
+                operation.resolve("pallas_triton", shapes(Halves(), int8))
+            with pytest.raises(ImplementationError, match="groups of 2, 4, 8.* channels, not 48"):
+                operation.resolve("pallas_triton", shapes(int8, by_48))
 
 
 def encoded(codec, keys, values, layer):
@@ -230,7 +256,7 @@ DECODE = [
 ]
 
 
-@RUNS
+@implementations
 @pytest.mark.parametrize(("tree", "heads", "kv_heads", "dim", "size", "ragged", "name"), DECODE)
 def test_a_row_reads_what_is_encoded_and_its_own_chunk(
     tree, heads, kv_heads, dim, size, ragged, name, implementation
@@ -244,7 +270,7 @@ def test_a_row_reads_what_is_encoded_and_its_own_chunk(
         (inputs.lengths[:rows] - 1).tolist(),
         chunk_size=size,
         num_chunks=num_chunks,
-        options=PlannerOptions(worth_sharing=lambda rows, chunks: rows > 1),
+        options=planner_options("share all", case, implementation),
     )
     assert summary.shared
     stored = encoded(codec, inputs.keys, inputs.values, 1)
@@ -282,13 +308,14 @@ PREFILL = [
 ]
 
 
-@RUNS
+@implementations
 @pytest.mark.parametrize(("ranges", "size", "num_tokens", "name"), PREFILL)
 def test_a_token_reads_chunks_before_its_own_encoded(
     ranges, size, num_tokens, name, implementation
 ):
     heads, kv_heads, dim = 4, 2, 24
-    segments, batch, num_chunks = pack(ranges, size, num_tokens)
+    options = test_prefill_attention.planner_options(implementation, heads, kv_heads, size)
+    segments, batch, num_chunks = pack(ranges, size, num_tokens, options=options)
     codec = lossy(name)
     random = np.random.default_rng(1)
     q = random.standard_normal((num_tokens, heads, dim), np.float32)

@@ -1,0 +1,169 @@
+"""Runs of tokens that the Triton kernels attend to, by where their keys and values are.
+
+The words of `pallas_kernels.triton_tiles` are used here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Bool, Float, Int32
+
+from pallas_kernels.triton_codes import ChunkRows, CodedHead, decoder
+from pallas_kernels.triton_shape import KernelShape
+from pallas_kernels.triton_tiles import Tile, Tiles
+
+
+@dataclass(frozen=True)
+class HeadKVRefs:
+    """Keys and values of one KV head of one layer, in a kernel."""
+
+    keys: Any  # the pool's reference [L, Hkv, N, C, D], or those of what a codec stores, by name
+    values: Any
+    layer: jax.Array
+    head: jax.Array
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive tokens in the chunks named by `table[*row, begin:]`."""
+
+    table: Any  # a reference
+    row: tuple[jax.Array, ...]
+    begin: jax.Array | int
+    num_tokens: jax.Array
+
+
+def tiles_of(kv: HeadKVRefs, run: Run, shape: KernelShape) -> Tiles:
+    """The tokens of a run of chunks, as these are stored."""
+    if shape.codec is not None:
+        return _CodedRun(kv, run, shape)
+    return _StoredRun(kv, run, shape, *_tile_indices(shape))
+
+
+@dataclass(frozen=True)
+class _StoredRun:
+    """Chunks stored as they are: a step has one tile, of one chunk or of several."""
+
+    kv: HeadKVRefs
+    run: Run
+    shape: KernelShape
+    dims: Int32[Array, " Dp"]
+    slot: Int32[Array, " T"]
+
+    def steps(self) -> Int32[Array, ""]:
+        return pl.cdiv(self.run.num_tokens, self.shape.key_tile)
+
+    def at(self, step: Int32[Array, ""]) -> list[Tile]:
+        kv, place = self.kv, _place(self.run, self.shape, step, self.slot)
+        token = step * self.shape.key_tile + self.slot
+        there = token < self.run.num_tokens
+
+        def load(pool: Any) -> Float[Array, "T Dp"]:
+            where = pool.at[kv.layer, kv.head, place.ids, place.rows[:, None], self.dims[None]]
+            return _load_exact(where, there, self.dims, self.shape)
+
+        return [Tile(token, there, lambda: load(kv.keys), lambda: load(kv.values))]
+
+
+@dataclass(frozen=True)
+class _CodedRun:
+    """Encoded chunks: a step has a tile of every part of a chunk, or of several."""
+
+    kv: HeadKVRefs
+    run: Run
+    shape: KernelShape
+
+    def steps(self) -> Int32[Array, ""]:
+        chunks = pl.cdiv(self.run.num_tokens, self.shape.chunk_size)
+        return pl.cdiv(chunks * self.shape.part_tokens, self.shape.key_tile)
+
+    def at(self, step: Int32[Array, ""]) -> list[Tile]:
+        kv, shape, codec = self.kv, self.shape, self.shape.codec
+        assert codec is not None
+
+        def place(slot: Int32[Array, " T"]) -> ChunkRows:
+            return _place(self.run, shape, step, slot)
+
+        keys = decoder(codec.keys, CodedHead(kv.keys, kv.layer, kv.head, place, shape))
+        values = decoder(codec.values, CodedHead(kv.values, kv.layer, kv.head, place, shape))
+        here = place(jnp.arange(shape.key_tile, dtype=jnp.int32))
+
+        def tile(part: int) -> Tile:
+            token = here.chunk * shape.chunk_size + part * shape.part_tokens + here.rows
+            return Tile(
+                token,
+                token < self.run.num_tokens,
+                lambda: keys(part).astype(shape.dtype),
+                lambda: values(part).astype(shape.dtype),
+            )
+
+        return [tile(part) for part in range(shape.parts)]
+
+
+def _place(
+    run: Run, shape: KernelShape, step: Int32[Array, ""], slot: Int32[Array, " T"]
+) -> ChunkRows:
+    """Where tokens are that have these indices in a tile of a step."""
+    tokens = shape.key_tile
+    if shape.part_tokens >= tokens:
+        per_part = shape.part_tokens // tokens
+        chunk = lax.div(step, jnp.int32(per_part))
+        ids = run.table[(*run.row, run.begin + chunk)]
+        rows = lax.rem(step, jnp.int32(per_part)) * tokens + slot
+    else:
+        chunk = step * (tokens // shape.part_tokens) + slot // shape.part_tokens
+        there = chunk * shape.chunk_size < run.num_tokens
+        ids = plt.load(run.table.at[(*run.row, run.begin + chunk)], mask=there, other=0)[:, None]
+        rows = slot % shape.part_tokens
+    return ChunkRows(chunk, jnp.clip(ids, 0, shape.num_chunks - 1), rows)
+
+
+@dataclass(frozen=True)
+class PackedRun:
+    """Exact tokens, one after another from `begin` on, in the order that a call computes them."""
+
+    keys: Any  # a reference [T, Hkv, D]
+    values: Any
+    head: jax.Array
+    begin: jax.Array
+    num_tokens: jax.Array
+    shape: KernelShape
+
+    def steps(self) -> Int32[Array, ""]:
+        return pl.cdiv(self.num_tokens, self.shape.key_tile)
+
+    def at(self, step: Int32[Array, ""]) -> list[Tile]:
+        dims, slot = _tile_indices(self.shape)
+        token = step * self.shape.key_tile + slot
+        there = token < self.num_tokens
+
+        def load(packed: Any) -> Float[Array, "T Dp"]:
+            where = packed.at[(self.begin + token)[:, None], self.head, dims[None]]
+            return _load_exact(where, there, dims, self.shape)
+
+        return [Tile(token, there, lambda: load(self.keys), lambda: load(self.values))]
+
+
+def _tile_indices(shape: KernelShape) -> tuple[Int32[Array, " Dp"], Int32[Array, " T"]]:
+    return (
+        jnp.arange(shape.padded_dim, dtype=jnp.int32),
+        jnp.arange(shape.key_tile, dtype=jnp.int32),
+    )
+
+
+def _load_exact(
+    where: Any, there: Bool[Array, " T"], dims: Int32[Array, " Dp"], shape: KernelShape
+) -> Float[Array, "T Dp"]:
+    """Numbers stored as they are, rounded to the kernel's dtype; zeros where there are none."""
+    mask = there[:, None]
+    if shape.padded_dim != shape.head_dim:
+        mask = mask & (dims < shape.head_dim)[None]
+    mask = jnp.broadcast_to(mask, (len(there), len(dims)))
+    return plt.load(where, mask=mask, other=0.0).astype(shape.dtype)
