@@ -17,7 +17,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Bool, Float32, Int32, Shaped, UInt8
+from jaxtyping import Array, Bool, Float32, Int32, Shaped
 
 from pallas_kernels.codecs import AffineCodec, ScaledFloatCodec, TensorCodec
 from pallas_kernels.triton_shape import KernelShape
@@ -27,9 +27,13 @@ from pallas_kernels.triton_shape import KernelShape
 class ChunkRows:
     """Where some tokens are: their chunks, one or one for each, and their rows in a part of it."""
 
-    chunk: Int32[Array, ""] | Int32[Array, " T"]  # counted from the run's first
-    ids: Int32[Array, ""] | Int32[Array, "T 1"]  # in the pool
-    rows: Int32[Array, " T"]
+    chunk: Int32[Array, "*chunks"]  # counted from the run's first
+    ids: Int32[Array, "*chunks"]  # in the pool
+    rows: Int32[Array, "*rows"]
+
+    def column(self) -> Int32[Array, "*column"]:
+        """The chunks' ids, to be used with all channels of a token."""
+        return self.ids[:, None] if self.ids.ndim else self.ids
 
 
 @dataclass(frozen=True)
@@ -44,33 +48,36 @@ class CodedHead:
     arrays: dict[str, Any]
     layer: Int32[Array, ""]
     head: Int32[Array, ""]
-    place: Callable[[Int32[Array, " T"]], ChunkRows]
+    place: Callable[[Int32[Array, "*slots"]], ChunkRows]
     shape: KernelShape
 
-    @property
     def tokens(self) -> ChunkRows:
         """Where all tokens of the tile are."""
         return self.place(jnp.arange(self.shape.key_tile, dtype=jnp.int32))
 
-    @property
-    def dims(self) -> Int32[Array, "1 Dp"]:
-        return jnp.arange(self.shape.padded_dim, dtype=jnp.int32)[None]
-
-    @property
-    def real(self) -> Bool[Array, "1 Dp"] | None:
-        """Which of `dims` are not padding; None for all."""
-        shape = self.shape
-        return None if shape.padded_dim == shape.head_dim else self.dims < shape.head_dim
+    def dims(self) -> Int32[Array, " Dp"]:
+        return jnp.arange(self.shape.padded_dim, dtype=jnp.int32)
 
     def load(
-        self, name: str, chunks: ChunkRows, *index: Any, mask: Bool[Array, "*mask"] | None = None
+        self,
+        name: str,
+        ids: Int32[Array, "*ids"],
+        *index: Int32[Array, "*_"],
+        mask: Bool[Array, "*mask"] | None = None,
     ) -> Shaped[Array, "*shape"]:
-        """What is stored of the chunks at an index; zeros where `mask` is false."""
-        size = jnp.broadcast_shapes(chunks.ids.shape, *map(jnp.shape, index))
-        where = self.arrays[name].at[self.layer, self.head, chunks.ids, *index]
+        """What is stored of chunks at an index; zeros where `mask` is false."""
+        where = self.arrays[name].at[self.layer, self.head, ids, *index]
         if mask is None:
             return plt.load(where)
+        size = jnp.broadcast_shapes(ids.shape, *(places.shape for places in index))
         return plt.load(where, mask=jnp.broadcast_to(mask, size), other=0)
+
+    def load_codes(self, part: int) -> Shaped[Array, "T Dp"]:
+        """The rows of a part, all channels of them."""
+        here, dims, shape = self.tokens(), self.dims()[None], self.shape
+        rows = (part * shape.part_tokens + here.rows)[:, None]
+        inside = None if shape.padded_dim == shape.head_dim else dims < shape.head_dim
+        return self.load("codes", here.column(), rows, dims, mask=inside)
 
 
 def decoder(codec: TensorCodec, head: CodedHead) -> Callable[[int], Float32[Array, "T Dp"]]:
@@ -82,22 +89,15 @@ def decoder(codec: TensorCodec, head: CodedHead) -> Callable[[int], Float32[Arra
 
 
 def _scaled_float(head: CodedHead, part: int) -> Float32[Array, "T Dp"]:
-    here = head.tokens
-    rows = part * head.shape.part_tokens + here.rows
-    codes = head.load("codes", here, rows[:, None], head.dims, mask=head.real)
-    only = jnp.zeros_like(here.ids)
-    return codes.astype(jnp.float32) * head.load("scale", here, only, only)
+    ids = head.tokens().column()
+    only = jnp.zeros_like(ids)
+    return head.load_codes(part).astype(jnp.float32) * head.load("scale", ids, only, only)
 
 
 def _affine(codec: AffineCodec, head: CodedHead) -> Callable[[int], Float32[Array, "T Dp"]]:
-    shape, here = head.shape, head.tokens
-    apart = shape.parts // codec.per_byte  # parts that have no byte in common
+    apart = head.shape.parts // codec.per_byte  # parts that have no byte in common
+    packed = cache(head.load_codes)
     groups = _token_groups if codec.along == "tokens" else _channel_groups
-
-    @cache
-    def packed(part: int) -> UInt8[Array, "T Dp"]:
-        rows = part * shape.part_tokens + here.rows
-        return head.load("codes", here, rows[:, None], head.dims, mask=head.real)
 
     def tile(part: int) -> Float32[Array, "T Dp"]:
         codes = packed(part % apart)
@@ -107,54 +107,67 @@ def _affine(codec: AffineCodec, head: CodedHead) -> Callable[[int], Float32[Arra
         if codec.fine_first and part == 0:
             steps = steps + _rest_of_first(head)
         grouped, scale, zero = groups(codec, head, part)
-        numbers = steps.reshape(grouped) * scale + zero
-        return numbers.reshape(steps.shape)
+        return (steps.reshape(grouped) * scale + zero).reshape(steps.shape)
 
     return tile
 
 
-Groups = tuple[tuple[int, ...], Float32[Array, "..."], Float32[Array, "..."]]
-"""The shape of a tile with an axis for a group's numbers, and the scale and zero of each."""
+Groups = tuple[tuple[int, ...], Float32[Array, "*groups"], Float32[Array, "*groups"]]
+"""The shape of a tile with an axis for a group's numbers, and the scale and zero of each.
+
+Where a tile has one group in an axis they are loaded without it: Triton computes in the layout of a
+two-dimensional load, and in that of a row of channels a thread has 64 bytes to load one by one.
+"""
 
 
 def _token_groups(codec: AffineCodec, head: CodedHead, part: int) -> Groups:
-    shape = head.shape
+    shape, dims = head.shape, head.dims()
     group = codec.group_of(shape.chunk_size)
     together = min(group, shape.part_tokens, shape.key_tile)  # rows of a tile in one group
     count = shape.key_tile // together
-    firsts = head.place(together * jnp.arange(count, dtype=jnp.int32))
-    of_chunk = (part * shape.part_tokens + firsts.rows) // group
-    scale, zero = (
-        head.load(name, firsts, of_chunk[:, None], head.dims, mask=head.real).astype(jnp.float32)
-        for name in ("scale", "zero")
-    )
-    if count == 1:
-        return (shape.key_tile, shape.padded_dim), scale, zero
-    return (count, together, shape.padded_dim), scale[:, None], zero[:, None]
+    inside = None if shape.padded_dim == shape.head_dim else dims < shape.head_dim
+
+    def load(name: str) -> Float32[Array, "*groups"]:
+        if count == 1:
+            first = head.place(jnp.int32(0))
+            of_chunk = (part * shape.part_tokens + first.rows) // group
+            return head.load(name, first.ids, of_chunk, dims, mask=inside).astype(jnp.float32)[None]
+        firsts = head.place(together * jnp.arange(count, dtype=jnp.int32))
+        of_chunk = ((part * shape.part_tokens + firsts.rows) // group)[:, None]
+        mask = None if inside is None else inside[None]
+        numbers = head.load(name, firsts.column(), of_chunk, dims[None], mask=mask)
+        return numbers.astype(jnp.float32)[:, None]
+
+    grouped = (shape.key_tile,) if count == 1 else (count, together)
+    return (*grouped, shape.padded_dim), load("scale"), load("zero")
 
 
 def _channel_groups(codec: AffineCodec, head: CodedHead, part: int) -> Groups:
-    shape, here = head.shape, head.tokens
+    shape, here = head.shape, head.tokens()
     group = codec.group_of(shape.head_dim)
     count = shape.padded_dim // group
-    of_token = jnp.arange(count, dtype=jnp.int32)[None]
     rows = part * shape.part_tokens + here.rows
-    real = None if head.real is None else of_token < shape.head_dim // group
-    scale, zero = (
-        head.load(name, here, rows[:, None], of_token, mask=real).astype(jnp.float32)
-        for name in ("scale", "zero")
-    )
-    if count == 1:
-        return (shape.key_tile, shape.padded_dim), scale, zero
-    return (shape.key_tile, count, group), scale[:, :, None], zero[:, :, None]
+
+    def load(name: str) -> Float32[Array, "*groups"]:
+        if count == 1:
+            numbers = head.load(name, here.ids, rows, jnp.int32(0))
+            return numbers.astype(jnp.float32)[:, None]
+        of_token = jnp.arange(count, dtype=jnp.int32)[None]
+        mask = None if shape.padded_dim == shape.head_dim else of_token * group < shape.head_dim
+        numbers = head.load(name, here.column(), rows[:, None], of_token, mask=mask)
+        return numbers.astype(jnp.float32)[:, :, None]
+
+    grouped = (shape.padded_dim,) if count == 1 else (count, group)
+    return (shape.key_tile, *grouped), load("scale"), load("zero")
 
 
 def _rest_of_first(head: CodedHead) -> Float32[Array, "T Dp"]:
     """What the code of each chunk's first token leaves, in steps; 0 for the other tokens."""
-    here, dims, half = head.tokens, head.dims, head.shape.head_dim // 2
+    here, dims, head_dim = head.tokens(), head.dims(), head.shape.head_dim
     is_first = (here.rows == 0)[:, None]
-    of_each = here.ids.ndim > 0  # chunks: do not read theirs again and again
-    inside = dims < head.shape.head_dim
-    packed = head.load("first", here, dims % half, mask=is_first & inside if of_each else inside)
-    rest = (packed >> jnp.where(dims < half, 0, 4).astype(jnp.uint8)) & jnp.uint8(15)
+    shift = jnp.where(dims < head_dim // 2, 0, 4).astype(jnp.uint8)
+    place, inside = dims % (head_dim // 2), dims < head_dim
+    if here.ids.ndim:  # of the chunks of all rows only theirs that are first
+        place, shift, inside = place[None], shift[None], inside[None] & is_first
+    rest = (head.load("first", here.column(), place, mask=inside) >> shift) & jnp.uint8(15)
     return jnp.where(is_first, (rest.astype(jnp.float32) - 7.5) / 16, 0)

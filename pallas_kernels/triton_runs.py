@@ -66,7 +66,7 @@ class _StoredRun:
         there = token < self.run.num_tokens
 
         def load(pool: Any) -> Float[Array, "T Dp"]:
-            where = pool.at[kv.layer, kv.head, place.ids, place.rows[:, None], self.dims[None]]
+            where = pool.at[kv.layer, kv.head, place.column(), place.rows[:, None], self.dims[None]]
             return _load_exact(where, there, self.dims, self.shape)
 
         return [Tile(token, there, lambda: load(kv.keys), lambda: load(kv.values))]
@@ -88,7 +88,7 @@ class _CodedRun:
         kv, shape, codec = self.kv, self.shape, self.shape.codec
         assert codec is not None
 
-        def place(slot: Int32[Array, " T"]) -> ChunkRows:
+        def place(slot: Int32[Array, "*slots"]) -> ChunkRows:
             return _place(self.run, shape, step, slot)
 
         keys = decoder(codec.keys, CodedHead(kv.keys, kv.layer, kv.head, place, shape))
@@ -108,7 +108,7 @@ class _CodedRun:
 
 
 def _place(
-    run: Run, shape: KernelShape, step: Int32[Array, ""], slot: Int32[Array, " T"]
+    run: Run, shape: KernelShape, step: Int32[Array, ""], slot: Int32[Array, "*slots"]
 ) -> ChunkRows:
     """Where tokens are that have these indices in a tile of a step."""
     tokens = shape.key_tile
@@ -120,7 +120,7 @@ def _place(
     else:
         chunk = step * (tokens // shape.part_tokens) + slot // shape.part_tokens
         there = chunk * shape.chunk_size < run.num_tokens
-        ids = plt.load(run.table.at[(*run.row, run.begin + chunk)], mask=there, other=0)[:, None]
+        ids = plt.load(run.table.at[(*run.row, run.begin + chunk)], mask=there, other=0)
         rows = slot % shape.part_tokens
     return ChunkRows(chunk, jnp.clip(ids, 0, shape.num_chunks - 1), rows)
 

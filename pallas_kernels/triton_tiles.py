@@ -78,10 +78,11 @@ def attend(
         maximum = jnp.maximum(state.maximum, reduce(jnp.maximum, scores).max(axis=1))
         keep = jnp.exp2(state.maximum - maximum)
         weights = [jnp.exp2(of_tile - maximum[:, None]) for of_tile in scores]
-        values = [tile.values() for tile in tiles]
-        output = state.output * keep[:, None]
-        for weight, v in zip(weights, values, strict=True):
-            output = output + plt.dot(weight.astype(v.dtype), v, precision=precision)
+        output = state.output
+        for index, (weight, tile) in enumerate(zip(weights, tiles, strict=True)):
+            v = tile.values()
+            kept = output if index else output * keep[:, None]
+            output = kept + plt.dot(weight.astype(v.dtype), v, precision=precision)
         return Partial(output, maximum, state.total * keep + reduce(jnp.add, weights).sum(axis=1))
 
     if start is None:
