@@ -22,6 +22,7 @@ class Case:
       donated: indices of the arguments that the program may overwrite.
       pool_bytes: keys and values of all layers, on one device; 0 when the function only reads it.
       layer_bytes: one layer's keys, on one device: a new array as large is a copy of the pool.
+      chunk_bytes: keys and values of a chunk of one head; 0 where that is not of interest.
     """
 
     function: Callable
@@ -29,6 +30,7 @@ class Case:
     donated: tuple[int, ...] = ()
     pool_bytes: int = 0
     layer_bytes: int = 0
+    chunk_bytes: int = 0
 
 
 CaseTable = Mapping[str, Callable[[GpuTarget], Case]]

@@ -17,7 +17,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.compile_report.hlo import Module
 from experiments.compile_report.pool_copies import pool_copies
-from experiments.compile_report.ptx import assemble, parse_entries, parse_mosaic_shared, parse_ptxas
+from experiments.compile_report.ptx import (
+    assemble,
+    count_instructions,
+    parse_entries,
+    parse_mosaic_shared,
+    parse_ptxas,
+)
 from experiments.compile_report.target import GpuTarget, device_mesh, find_ptxas, lowering_for
 from experiments.compile_report.thunks import (
     COMMAND_BUFFER,
@@ -46,6 +52,7 @@ class KernelResources:
 
     Attributes:
       backend: "triton" or "mosaic_gpu".
+      instructions: of the PTX.
       threads: of one program.
       shared: static and dynamic, of one program.
       occupancy: programs that one multiprocessor can hold at a time.
@@ -53,6 +60,7 @@ class KernelResources:
 
     name: str
     backend: str
+    instructions: int
     registers: int
     spill_stores: int
     spill_loads: int
@@ -192,34 +200,41 @@ def _triton_kernels(
     assert ptxas is not None  # device_mesh has checked
     wanted = {thunk.kernel: thunk for thunk in launches}
     for path in sorted(folder.glob("*.ptx")):
-        names = wanted.keys() & parse_entries(path.read_text()).keys()
+        instructions = count_instructions(path.read_text())
+        names = wanted.keys() & instructions.keys()
         if not names:
             continue
         assembled = assemble(ptxas, path, target.architecture)
         for name in sorted(names):
             launch, kernel = wanted.pop(name), assembled[name]
             shared = launch.shared + kernel.static_shared
-            yield _resources(name, "triton", target, kernel, shared, launch.threads)
+            size = instructions[name], shared, launch.threads
+            yield _resources(name, "triton", target, kernel, *size)
 
 
 def _mosaic_kernels(folder: Path, target: GpuTarget) -> Iterator[KernelResources]:
     """Mosaic dumps the assembler's report beside the PTX."""
     for report in sorted(folder.glob("*.ptxas")):
-        threads = parse_entries(report.with_suffix(".ptx").read_text())
+        ptx = report.with_suffix(".ptx").read_text()
+        threads, instructions = parse_entries(ptx), count_instructions(ptx)
         dynamic = parse_mosaic_shared(report.with_suffix(".mlir-passes.log"))
         for name, kernel in parse_ptxas(report.read_text()).items():
             shared = dynamic + kernel.static_shared
             short = name.removesuffix(_MOSAIC_SUFFIX)
-            yield _resources(short, "mosaic_gpu", target, kernel, shared, threads[name])
+            size = instructions[name], shared, threads[name]
+            yield _resources(short, "mosaic_gpu", target, kernel, *size)
 
 
-def _resources(name, backend, target: GpuTarget, kernel, shared, threads) -> KernelResources:
+def _resources(
+    name, backend, target: GpuTarget, kernel, instructions, shared, threads
+) -> KernelResources:
     occupancy = target.programs_per_multiprocessor(
         registers=kernel.registers, shared=shared, threads=threads
     )
     return KernelResources(
         name,
         backend,
+        instructions,
         kernel.registers,
         kernel.spill_stores,
         kernel.spill_loads,

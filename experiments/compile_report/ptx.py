@@ -10,6 +10,7 @@ from pathlib import Path
 
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(")
 _THREADS = re.compile(r"\.(?:reqntid|maxntid)\s+(\d+)(?:,\s*(\d+))?(?:,\s*(\d+))?")
+_INSTRUCTION = re.compile(r"^\s+(?:@!?%\w+\s+)?[a-z][\w.:]*(?:\s[^\n]*)?;", re.MULTILINE)
 _COMPILING = re.compile(r"Compiling entry function '([^']+)'")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers")
@@ -53,6 +54,15 @@ def parse_entries(ptx: str) -> dict[str, int]:
         found = _THREADS.search(text)
         threads[name] = math.prod(int(size or 1) for size in found.groups()) if found else 0
     return threads
+
+
+def count_instructions(ptx: str) -> dict[str, int]:
+    """Instructions of each kernel in a PTX file."""
+    _, *parts = _ENTRY.split(ptx)
+    return {
+        name: len(_INSTRUCTION.findall(text))
+        for name, text in zip(parts[::2], parts[1::2], strict=True)
+    }
 
 
 def parse_mosaic_shared(passes: Path) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -17,8 +19,10 @@ from jax_chunkattn.planning.planner import PlannerOptions
 from jax_chunkattn.planning.prefill import QUERY_TILE, Segment, pack_segments
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
+from pallas_kernels.codecs import IDENTITY, TensorCodec, codec_of
+from pallas_kernels.coded_kv import CodedKV, Encoded, LayerKV
 from pallas_kernels.implementations import AttentionShapes, Operation
-from pallas_kernels.plans import DecodeReads, PrefillPlan, PrefillReads
+from pallas_kernels.plans import DecodeReads, NewTokens, OwnChunks, PrefillPlan, PrefillReads
 from pallas_kernels.prefill_attention import PREFILL_ATTENTION
 from pallas_kernels.stored_kv import StoredKV
 
@@ -27,6 +31,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 HEAD_DIMS = (32, 64, 80, 128, 256)
 CHUNK_SIZES = (16, 32, 64, 128, 256)
 GROUPS = (1, 3, 4, 8, 16)
+CODECS = ("int8", "int4", "int4/int2", "fp8")
 _ROWS, _KV_HEADS, _LAYERS, _CHUNKS = 64, 8, 2, 1024
 
 
@@ -35,7 +40,7 @@ class KernelVariant:
     """An operation's kernels, for one set of the sizes they are compiled for.
 
     `query_tile` is that of Mosaic's chunk-first kernel; Triton's choose theirs as they run.
-    `softcap` is that of the attention.
+    `softcap` is that of the attention. `codec` is the name of what chunks are encoded by.
     """
 
     backend: str
@@ -46,6 +51,7 @@ class KernelVariant:
     operation: Operation = CHUNK_ATTENTION
     query_tile: int | None = None
     softcap: float | None = None
+    codec: str = IDENTITY
 
     @property
     def name(self) -> str:
@@ -53,11 +59,13 @@ class KernelVariant:
         tile = f" tile {self.query_tile}" if self.query_tile else ""
         prefill = " prefill" if self.operation is PREFILL_ATTENTION else ""
         softcap = " softcap" if self.softcap is not None else ""
-        return f"{self.backend}{prefill} {sizes}{tile}{softcap}"
+        codec = f" {self.codec}" if self.codec != IDENTITY else ""
+        return f"{self.backend}{prefill} {sizes}{tile}{softcap}{codec}"
 
     def unsupported(self) -> str | None:
         """Why the backend does not take these sizes; None when it does."""
-        shapes = AttentionShapes(self.dtype, self.group, self.head_dim, self.chunk_size)
+        sizes = self.group, self.head_dim, self.chunk_size
+        shapes = AttentionShapes(self.dtype, *sizes, codec_of(self.codec))
         return _module(self.operation, self.backend).unsupported(shapes)
 
     def case(self, target: GpuTarget) -> Case:
@@ -67,13 +75,41 @@ class KernelVariant:
         options = {} if self.query_tile is None else {"query_tile": self.query_tile}
         attend = self.operation.function(self.backend)
         q = abstract((_ROWS, num_heads, self.head_dim), self.dtype)
-        pool = abstract((_LAYERS, _KV_HEADS, _CHUNKS, self.chunk_size, self.head_dim), self.dtype)
-        stored = jax.eval_shape(StoredKV, pool, pool, abstract(()))
+        stored = self._stored()
+        exact = stored.codec is not None  # what a query reads beside the encoded chunks
         if self.operation is PREFILL_ATTENTION:
-            reads = PrefillReads(_prefill_plan(self), QUERY_TILE)
+            new = abstract((_ROWS, _KV_HEADS, self.head_dim), self.dtype)
+            new = jax.eval_shape(NewTokens, new, new) if exact else None
+            reads = PrefillReads(_prefill_plan(self), QUERY_TILE, new)
         else:
-            reads = jax.eval_shape(DecodeReads, abstract_plan(_ROWS), abstract((_ROWS,)))
-        return Case(lambda *operands: attend(*operands, attention, **options), (q, stored, reads))
+            lengths, tail = abstract((_ROWS,)), self._pool(_ROWS)
+            own = jax.eval_shape(OwnChunks, tail, tail, lengths) if exact else None
+            reads = jax.eval_shape(DecodeReads, abstract_plan(_ROWS), lengths, own)
+        return Case(
+            lambda *operands: attend(*operands, attention, **options),
+            (q, stored, reads),
+            chunk_bytes=_chunk_bytes(stored),
+        )
+
+    def _pool(self, num_chunks: int) -> Any:
+        shape = (_LAYERS, _KV_HEADS, num_chunks, self.chunk_size, self.head_dim)
+        return abstract(shape, self.dtype)
+
+    def _stored(self) -> LayerKV:
+        codec, pool = codec_of(self.codec), self._pool(_CHUNKS)
+        if codec is None:
+            return jax.eval_shape(StoredKV, pool, pool, abstract(()))
+        sizes = self.chunk_size, self.head_dim
+
+        def arrays(part: TensorCodec) -> Encoded:
+            outer = _LAYERS, _KV_HEADS, _CHUNKS
+            return {
+                name: abstract((*outer, *one.shape), one.dtype)
+                for name, one in part.arrays(*sizes).items()
+            }
+
+        coded = partial(CodedKV, codec=codec, chunk_size=sizes[0], head_dim=sizes[1])
+        return jax.eval_shape(coded, arrays(codec.keys), arrays(codec.values), abstract(()))
 
 
 def available_backends() -> tuple[str, ...]:
@@ -82,25 +118,26 @@ def available_backends() -> tuple[str, ...]:
 
 
 def variant_names(backends: Collection[str] = BACKENDS, every: bool = False) -> list[str]:
-    """The variants that exist: of all sizes, or of some around bfloat16, 128, 64, 4; and those
-    of Gemma 2.
+    """The variants that exist: of all sizes, or of some around bfloat16, 128, 64, 4; those of
+    Gemma 2, and those of encoded chunks.
     """
     choose = _every_combination if every else _one_at_a_time
     return [
         variant.name
         for backend in available_backends()
         if backend in backends
-        for variant in (*choose(backend), *_gemma_2(backend))
+        for variant in (*choose(backend), *_gemma_2(backend), *_coded(backend))
         if variant.unsupported() is None
     ]
 
 
 def kernel_variants() -> CaseTable:
-    """Every combination of backend and sizes and those of Gemma 2, by name; some do not exist."""
+    """Every combination of backend and sizes, those of Gemma 2 and those of encoded chunks, by
+    name; some do not exist."""
     return {
         variant.name: variant.case
         for backend in available_backends()
-        for variant in (*_every_combination(backend), *_gemma_2(backend))
+        for variant in (*_every_combination(backend), *_gemma_2(backend), *_coded(backend))
     }
 
 
@@ -132,6 +169,20 @@ def _gemma_2(backend: str) -> Iterator[KernelVariant]:
                 )
 
 
+def _coded(backend: str) -> Iterator[KernelVariant]:
+    """Every codec with the sizes of most models, and one with others."""
+    for operation in (CHUNK_ATTENTION, PREFILL_ATTENTION):
+        if backend in operation.implementations:
+            for codec in CODECS:
+                yield KernelVariant(backend, operation=operation, codec=codec)
+            int4 = partial(KernelVariant, backend, operation=operation, codec="int4")
+            yield int4(head_dim=64, group=1)
+            yield int4(chunk_size=16, group=8)
+            yield int4(chunk_size=256)
+            yield int4("float16")
+            yield int4("float32", head_dim=64)
+
+
 def _kinds(backend: str) -> Iterator[dict[str, Any]]:
     """The operations of a backend, each query tile of one apart."""
     yield {}
@@ -157,6 +208,11 @@ def _prefill_plan(variant: KernelVariant) -> PrefillPlan:
         options=options,
     )
     return jax.tree.map(lambda x: abstract(x.shape, x.dtype), batch.plan)
+
+
+def _chunk_bytes(stored: LayerKV) -> int:
+    arrays = jax.tree.leaves((stored.keys, stored.values))
+    return sum(math.prod(array.shape[3:]) * array.dtype.itemsize for array in arrays)
 
 
 def _module(operation: Operation, backend: str) -> ModuleType:

@@ -49,7 +49,7 @@ def figures(_: Result) -> dict[str, Figure]:
 
 
 def _kernels(device: str, records: Sequence[Record]) -> ResultTable:
-    names = ("registers", "spilled", "shared KiB", "threads", "per SM")
+    names = ("chunk", "instructions", "registers", "spilled", "shared KiB", "threads", "per SM")
     columns = [
         *(Column(name, numeric=False) for name in ("variant", "kernel")),
         *map(Column, names),
@@ -58,12 +58,15 @@ def _kernels(device: str, records: Sequence[Record]) -> ResultTable:
     rows = []
     for record in records:
         if "error" in record:
-            rows.append((record["name"], "does not compile", *[""] * 6))
+            rows.append((record["name"], "does not compile", *[""] * 8))
+        chunk_bytes = record.get("chunk_bytes")
         for index, kernel in enumerate(record.get("kernels", ())):
             rows.append(
                 (
                     "" if index else record["name"],
                     kernel["name"],
+                    "" if index or not chunk_bytes else format_bytes(chunk_bytes),
+                    str(kernel.get("instructions", "")),
                     str(kernel["registers"]),
                     format_bytes(kernel["spill_stores"]) if kernel["spill_stores"] else "",
                     f"{kernel['shared'] / 1024:.1f}",
@@ -73,7 +76,8 @@ def _kernels(device: str, records: Sequence[Record]) -> ResultTable:
                 )
             )
     note = (
-        "registers: of a thread; per SM: programs that a multiprocessor can hold at a time; "
+        "chunk: its keys and values, of one head; instructions: of the PTX; registers: of a "
+        "thread; per SM: programs that a multiprocessor can hold at a time; "
         "compile s: of the variant's kernels together"
     )
     return table_of(f"Kernels compiled for {device}", columns, rows, notes=[note])

@@ -140,6 +140,8 @@ def describe(name: str, target: GpuTarget, case: Any, dump: Path | None) -> dict
         "aliased_bytes": compiled.aliased_bytes,
         "compile_seconds": round(compiled.seconds, 3),
     }
+    if case.chunk_bytes:
+        record["chunk_bytes"] = case.chunk_bytes
     if case.pool_bytes:
         sizes = {"pool_bytes": case.pool_bytes, "layer_bytes": case.layer_bytes}
         record |= sizes | {"pool_copies": compiled.pool_copies(**sizes)}
