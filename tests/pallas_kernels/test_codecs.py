@@ -190,7 +190,7 @@ def test_kernels_that_cannot_read_a_codec_say_so():
             assert operation.resolve(None, shapes(Halves(), int8)) == "xla"
             with pytest.raises(ImplementationError, match="not the keys of 'mine'"):
                 operation.resolve("pallas_triton", shapes(Halves(), int8))
-            with pytest.raises(ImplementationError, match="groups of 2, 4, 8.* channels, not 48"):
+            with pytest.raises(ImplementationError, match=r"groups of 2, 4, 8.* channels, not 48"):
                 operation.resolve("pallas_triton", shapes(int8, by_48))
 
 
@@ -232,15 +232,15 @@ def mixed_context(exact, decoded, table, length):
 
 
 def assert_as_exact_as_plain(got, q, contexts, softcap=None):
-    """flash-attention's rule, against float64 over the decoded chunks."""
+    """flash-attention's rule: plain attention is in the queries' dtype, over decoded chunks."""
     width = max(k.shape[1] for k, _ in contexts)
     lengths = np.array([k.shape[1] for k, _ in contexts], np.int32)
 
     def padded(tokens):
-        return np.pad(tokens, ((0, 0), (0, width - tokens.shape[1]), (0, 0)))
+        return np.pad(tokens, ((0, 0), (0, width - tokens.shape[1]), (0, 0))).astype(q.dtype)
 
     dense = (np.stack([padded(one) for one in of_rows]) for of_rows in zip(*contexts, strict=True))
-    plain = np.asarray(plain_attention(q, *dense, lengths, None, softcap))
+    plain = np.asarray(plain_attention(q, *dense, lengths, None, softcap), np.float64)
     exact = np.stack(
         [oracle.attend(row, k, v, softcap=softcap) for row, (k, v) in zip(q, contexts, strict=True)]
     )
@@ -249,19 +249,26 @@ def assert_as_exact_as_plain(got, q, contexts, softcap=None):
 
 
 DECODE = [
-    ("1,5_100,40", 6, 2, 32, 16, 30, "int4"),
-    pytest.param("1,5_100,40", 6, 2, 32, 16, 30, "int8", marks=pytest.mark.slow),
-    ("1,3,12_80,48,16", 4, 4, 16, 16, 0, "int4/int2"),
-    pytest.param("1,4_256,64", 4, 2, 64, 64, 60, "fp8", marks=pytest.mark.slow),
+    pytest.param("1,5_100,40", 6, 2, 32, 16, 30, "int4", "float32", marks=pytest.mark.slow),
+    pytest.param("1,5_100,40", 6, 2, 32, 16, 30, "int8", "float32", marks=pytest.mark.slow),
+    pytest.param("1,5_100,40", 6, 2, 32, 16, 30, "int4", "bfloat16", marks=pytest.mark.slow),
+    pytest.param("1,3_200,90", 4, 2, 128, 64, 60, "int4", "bfloat16", marks=pytest.mark.slow),
+    pytest.param("1,3_200,90", 4, 2, 64, 64, 60, "int8", "float16", marks=pytest.mark.slow),
+    ("1,3,12_80,48,16", 4, 4, 16, 16, 0, "int4/int2", "float32"),
+    pytest.param("1,4_256,64", 4, 2, 64, 64, 60, "fp8", "float32", marks=pytest.mark.slow),
+    pytest.param("1,4_256,64", 4, 2, 64, 64, 60, "fp8_e5m2", "bfloat16", marks=pytest.mark.slow),
 ]
 
 
 @implementations
-@pytest.mark.parametrize(("tree", "heads", "kv_heads", "dim", "size", "ragged", "name"), DECODE)
+@pytest.mark.parametrize(
+    ("tree", "heads", "kv_heads", "dim", "size", "ragged", "name", "dtype"), DECODE
+)
 def test_a_row_reads_what_is_encoded_and_its_own_chunk(
-    tree, heads, kv_heads, dim, size, ragged, name, implementation
+    tree, heads, kv_heads, dim, size, ragged, name, dtype, implementation
 ):
-    case = AttentionCase(tree, heads, kv_heads, dim, chunk_size=size, ragged=ragged, softcap=5.0)
+    sizes = {"chunk_size": size, "dtype": dtype, "ragged": ragged}
+    case = AttentionCase(tree, heads, kv_heads, dim, softcap=5.0, **sizes)
     inputs, codec = case_inputs(case, layers=2), lossy(name)
     rows = len(inputs.tables)
     num_chunks = inputs.keys.shape[2]
@@ -280,7 +287,7 @@ def test_a_row_reads_what_is_encoded_and_its_own_chunk(
         table[(length - 1) // size]
         for table, length in zip(inputs.tables, inputs.lengths, strict=False)
     ]
-    tails = np.full((2, 2, kv_heads, rows + 3, size, dim), 1e3, np.float32)
+    tails = np.full((2, 2, kv_heads, rows + 3, size, dim), 1e3, inputs.q.dtype)
     for tail, pool in zip(tails, (inputs.keys, inputs.values), strict=True):
         tail[:, :, slots[:rows]] = pool[:, :, last]
     tails[:, 0] = np.nan  # another layer's
