@@ -14,6 +14,7 @@ from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.codecs import AffineCodec, ChunkCodec, ScaledFloatCodec, TensorCodec
 from pallas_kernels.coded_kv import LayerKV
 from pallas_kernels.implementations import AttentionShapes
+from pallas_kernels.targets import current_target
 
 # jax deprecated this backend in 0.11 and says so whenever a kernel is lowered. It stays the one for
 # GPUs before Hopper for as long as jax has it; whoever chose it here need not be told each time.
@@ -73,7 +74,8 @@ class KernelShape:
             )
         # Keys and values of all stages stay within 96 KiB, so that two programs fit an SM.
         key_tile = max(16, min(64, 8192 // padded_dim) // parts)
-        return cls(**sizes, query_tile=64, key_tile=key_tile, num_warps=4, num_stages=3)
+        query_tile = 32 if stored.codec is not None and _is_tight(padded_dim) else 64
+        return cls(**sizes, query_tile=query_tile, key_tile=key_tile, num_warps=4, num_stages=3)
 
     def exact(self, num_chunks: int) -> KernelShape:
         """For chunks of a smaller pool, stored as they are."""
@@ -112,6 +114,13 @@ def unsupported(shapes: AttentionShapes) -> str | None:
     if not 1 <= shapes.group <= 64:
         return f"the Triton kernels take up to 64 query heads a KV head, not {shapes.group}"
     return None if shapes.codec is None else _unreadable(shapes.codec, shapes.head_dim)
+
+
+def _is_tight(padded_dim: int) -> bool:
+    """Whether decoded chunks and 64 query rows do not fit registers: where the product reads both
+    from there, as before Hopper, and where a head has more than 128 numbers."""
+    capability = current_target().compute_capability
+    return padded_dim > 128 or (capability is not None and capability < (9, 0))
 
 
 def _unreadable(codec: ChunkCodec, head_dim: int) -> str | None:
