@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.gpu import prefill_cases
+from experiments.gpu import coded_cases, prefill_cases
 from experiments.gpu.bench import Bench, Program
 from experiments.gpu.loops import planner_options
 from experiments.gpu.oracle import Expected, expected
@@ -27,6 +27,7 @@ from jax_chunkattn.planning.planner import PlannerOptions, PlanShape, plan_decod
 from jax_chunkattn.planning.workloads import AttentionInputs, case_inputs
 from pallas_kernels import chunk_attention, specs
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
+from pallas_kernels.codecs import codec_of
 from pallas_kernels.implementations import AttentionShapes
 from pallas_kernels.specs import AttentionCase
 
@@ -97,6 +98,16 @@ def _makers(bench: Bench) -> Iterator[tuple[str, str, Callable[[], Check]]]:
                 continue
             make = functools.partial(_decode_check, case, backend, inputs, bench)
             yield case.name, backend, make
+    for case, codec in coded_cases.cases(bench.small):
+        sizes = case.num_heads // case.num_kv_heads, case.head_dim, case.chunk_size
+        shapes = AttentionShapes(case.dtype, *sizes, codec_of(codec))
+        for backend, missing in bench.backends.items():
+            name = f"{case.name} {codec}"
+            reason = missing or _unsupported(backend, shapes)
+            if reason:
+                bench.record.skipped(name, backend, reason)
+                continue
+            yield name, backend, functools.partial(_coded_check, case, codec, backend, bench)
     for prefill in prefill_cases.cases(bench.small):
         make = functools.partial(_prefill_check, prefill, bench)
         yield prefill.name, "pallas_triton", make
@@ -115,19 +126,28 @@ def _inputs(case: AttentionCase, seed: int) -> tuple[AttentionInputs, Callable[[
 
     @functools.cache
     def expect() -> Expected:
-        tokens = int(np.mean(inputs.lengths[: len(inputs.tables)])) + 1
-        return expected(
-            inputs.q,
-            inputs.keys[_LAYER],
-            inputs.values[_LAYER],
-            inputs.tables,
-            inputs.lengths.tolist(),
-            most=max(16, _MOST_VALUES // (tokens * case.head_dim)),
-            scale=case.scale,
-            softcap=case.softcap,
-        )
+        pool = inputs.keys[_LAYER], inputs.values[_LAYER]
+        return _expected(case, inputs, pool, inputs.tables)
 
     return inputs, expect
+
+
+def _expected(
+    case: AttentionCase,
+    inputs: AttentionInputs,
+    pool: tuple[np.ndarray, np.ndarray],
+    tables: Sequence[Sequence[int]],
+) -> Expected:
+    tokens = int(np.mean(inputs.lengths[: len(tables)])) + 1
+    return expected(
+        inputs.q,
+        *pool,
+        tables,
+        inputs.lengths.tolist(),
+        most=max(16, _MOST_VALUES // (tokens * case.head_dim)),
+        scale=case.scale,
+        softcap=case.softcap,
+    )
 
 
 def _decode_check(
@@ -137,7 +157,7 @@ def _decode_check(
     bench: Bench,
 ) -> Check:
     inputs, expect = make_inputs()
-    plans = _plans(case, backend, inputs)
+    plans = _plans(case, backend, inputs, inputs.lengths[: len(inputs.tables)].tolist())
     fixed = (inputs.q, inputs.keys, inputs.values)
     layer = np.int32(_LAYER)
 
@@ -150,7 +170,27 @@ def _decode_check(
     return Check(case.name, backend, program, arguments, len(inputs.tables), expect)
 
 
-def _plans(case: AttentionCase, backend: str, inputs: AttentionInputs) -> dict[str, Any]:
+def _coded_check(case: AttentionCase, codec: str, backend: str, bench: Bench) -> Check:
+    inputs = case_inputs(case, layers=_LAYERS, seed=bench.seed)
+    pool = coded_cases.CodedPool.of(codec, inputs.keys, inputs.values)
+    plans = _plans(case, backend, inputs, coded_cases.planned_lengths(inputs))
+    arguments = {name: coded_cases.arguments(inputs, pool, plan) for name, plan in plans.items()}
+    name = f"{case.name} {codec}"
+    function = coded_cases.attend(backend, case)
+    program = Program(("check", name, backend), function, next(iter(arguments.values())))
+    lengths = inputs.lengths[: len(inputs.tables)].tolist()
+    tables = [pool.table(*row) for row in zip(inputs.tables, lengths, strict=True)]
+
+    @functools.cache
+    def expect() -> Expected:
+        return _expected(case, inputs, (pool.keys, pool.values), tables)
+
+    return Check(name, backend, program, arguments, len(tables), expect)
+
+
+def _plans(
+    case: AttentionCase, backend: str, inputs: AttentionInputs, lengths: list[int]
+) -> dict[str, Any]:
     """Plans of one shape, by name."""
     options: dict[str, PlannerOptions] = {
         packing: planner_options(case, backend, packing=packing) for packing in PACKINGS
@@ -162,7 +202,7 @@ def _plans(case: AttentionCase, backend: str, inputs: AttentionInputs) -> dict[s
     def plan(options: PlannerOptions, at_least: PlanShape):
         return plan_decode(
             inputs.tables,
-            inputs.lengths[: len(inputs.tables)].tolist(),
+            lengths,
             chunk_size=case.chunk_size,
             num_chunks=inputs.keys.shape[2],
             options=options,

@@ -93,7 +93,7 @@ def _plain_attention(q, k, v, scale: float, softcap: float | None) -> np.ndarray
     def rounded(x):
         return x.astype(dtype).astype(np.float32)
 
-    q, k, v = (x.astype(np.float32) for x in (q, k, v))
+    q, k, v = (rounded(x) for x in (q, k, v))
     scores = rounded(rounded(q @ k.T) * rounded(np.float32(scale)))
     if softcap is not None:
         cap = rounded(np.float32(softcap))

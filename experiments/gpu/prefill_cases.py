@@ -8,10 +8,15 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.gpu.coded_cases import CODECS, CodedPool
 from experiments.gpu.oracle import Expected, expected
 from jax_chunkattn.planning.planner import PlannerOptions
 from jax_chunkattn.planning.prefill import QUERY_TILE, Segment, pack_segments
-from pallas_kernels import prefill_attention
+from pallas_kernels.attention_spec import AttentionSpec
+from pallas_kernels.codecs import IDENTITY
+from pallas_kernels.plans import NewTokens, PrefillReads
+from pallas_kernels.prefill_attention import PREFILL_ATTENTION
+from pallas_kernels.stored_kv import StoredKV
 from pallas_kernels.targets import current_target
 
 
@@ -22,6 +27,7 @@ class PrefillCase:
     Attributes:
       shared: chunks that all sequences begin with.
       softcap, scale: as in `prefill_attention`.
+      codec: the name of what chunks are encoded by; then each range begins where a chunk does.
     """
 
     ranges: tuple[tuple[int, int], ...]
@@ -34,6 +40,7 @@ class PrefillCase:
     shared: int = 0
     softcap: float | None = None
     scale: float | None = None
+    codec: str = IDENTITY
 
     @property
     def name(self) -> str:
@@ -42,12 +49,18 @@ class PrefillCase:
         size = f"d{self.head_dim} c{self.chunk_size} {self.dtype}"
         softcap = f" softcap {self.softcap:g}" if self.softcap is not None else ""
         scale = f" scale {self.scale:g}" if self.scale is not None else ""
-        return f"prefill {tokens} s{self.shared} {heads} {size}{softcap}{scale}"
+        codec = f" {self.codec}" if self.codec != IDENTITY else ""
+        return f"prefill {tokens} s{self.shared} {heads} {size}{softcap}{scale}{codec}"
 
 
 _LONG = ((4096, 4196), (4096, 4097), (4160, 4290), (4096, 4200))
 
-TINY = (PrefillCase(((16, 26), (0, 3)), 32, 4, 2, 16, chunk_size=16, dtype="float32"),)
+_ALIGNED = ((4096, 4196), (4096, 4097), (4160, 4290), (4352, 4400))
+
+TINY = tuple(
+    PrefillCase(((16, 40), (0, 3)), 32, 4, 2, 16, chunk_size=16, dtype="float32", codec=codec)
+    for codec in (IDENTITY, "int4")
+)
 ALL = (
     *TINY,
     PrefillCase(((0, 512),), 512, 8, 2, 128),
@@ -58,6 +71,9 @@ ALL = (
     PrefillCase(((20000, 20128),), 128, 8, 1, 80, chunk_size=64),
     PrefillCase(((64, 129), (0, 3), (640, 699), (15, 16)), 128, 6, 2, 32, chunk_size=16),
     PrefillCase(_LONG, 512, 8, 4, 256, shared=64, softcap=5.0, scale=0.25),
+    *(PrefillCase(_ALIGNED, 512, 8, 2, 128, shared=64, codec=codec) for codec in CODECS),
+    PrefillCase(_ALIGNED, 512, 9, 3, 80, chunk_size=16, shared=256, codec="int4"),
+    PrefillCase(_ALIGNED, 512, 8, 1, 64, chunk_size=32, dtype="float16", shared=128, codec="int8"),
 )
 
 
@@ -102,36 +118,49 @@ def make(case: PrefillCase, seed: int, *, most_values: int) -> MadePrefill:
     pool = (2, case.num_kv_heads, num_chunks, case.chunk_size, case.head_dim)
     keys, values = normal(*pool), normal(*pool)
 
-    def attend(q, keys, values, plan, layer):
-        return prefill_attention(
-            q,
-            keys,
-            values,
-            plan,
-            query_tile=QUERY_TILE,
-            layer=layer,
-            scale=case.scale,
-            softcap=case.softcap,
-            implementation="pallas_triton",
-        )
+    sizes = case.num_heads, case.num_kv_heads, case.head_dim
+    attention = AttentionSpec.of(*sizes, scale=case.scale, softcap=case.softcap)
+
+    def attend(q, stored, plan, new):
+        reads = PrefillReads(plan, QUERY_TILE, new)
+        return PREFILL_ATTENTION.attend(q, stored, reads, attention, implementation="pallas_triton")
 
     of_token = [(s, position) for s in segments for position in range(s.begin, s.end)]
     longest = max(position for _, position in of_token) + 1
+    tables = [segment.chunk_ids for segment, _ in of_token]
+    stored, new = StoredKV(jnp.asarray(keys), jnp.asarray(values), jnp.int32(1)), None
+    read = keys[1], values[1]
+    if case.codec != IDENTITY:
+        coded = CodedPool.of(case.codec, keys, values)
+        stored, read = coded.stored, (coded.keys, coded.values)
+        new = _new_tokens(case, (keys[1], values[1]), of_token)
+        tables = [coded.table(segment.chunk_ids, position + 1) for segment, position in of_token]
 
     def expect() -> Expected:
         return expected(
             q[: len(of_token)],
-            keys[1],
-            values[1],
-            [segment.chunk_ids for segment, _ in of_token],
+            *read,
+            tables,
             [position + 1 for _, position in of_token],
             most=max(16, most_values // (longest * case.head_dim)),
             scale=case.scale,
             softcap=case.softcap,
         )
 
-    arguments = (q, keys, values, batch.plan, np.int32(1))
+    arguments = (q, stored, batch.plan, new)
     return MadePrefill(attend, arguments, len(of_token), expect)
+
+
+def _new_tokens(case: PrefillCase, pool, of_token) -> NewTokens:
+    """Exact keys and values of the packed tokens, zeros for padding."""
+    exact = []
+    for chunks in pool:
+        tokens = np.zeros((case.num_tokens, case.num_kv_heads, case.head_dim), chunks.dtype)
+        for index, (segment, position) in enumerate(of_token):
+            chunk, offset = divmod(position, case.chunk_size)
+            tokens[index] = chunks[:, segment.chunk_ids[chunk], offset]
+        exact.append(jnp.asarray(tokens))
+    return NewTokens(*exact)
 
 
 def _segments(case: PrefillCase, random) -> tuple[list[Segment], int]:
