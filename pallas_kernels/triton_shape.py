@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.codecs import AffineCodec, ChunkCodec, ScaledFloatCodec, TensorCodec
-from pallas_kernels.coded_kv import LayerKV
+from pallas_kernels.coded_kv import CodedKV, LayerKV
 from pallas_kernels.implementations import AttentionShapes
 from pallas_kernels.targets import current_target
 
@@ -52,7 +52,12 @@ class KernelShape:
     def of(
         cls, kernel: str, q: Float[Array, "rows Hq D"], stored: LayerKV, attention: AttentionSpec
     ) -> KernelShape:
-        """The sizes of the kernel of that name."""
+        """The sizes of the kernel of that name.
+
+        Raises:
+          ValueError: for codes that the kernel cannot address.
+        """
+        _check_addressable(stored)
         dtype = jnp.dtype(AttentionShapes.of(q, stored, attention).dtype)
         padded_dim = _padded(stored.head_dim)
         parts = _parts(stored.codec)
@@ -136,6 +141,18 @@ def _unreadable(codec: ChunkCodec, head_dim: int) -> str | None:
             if group & (group - 1):
                 return f"the Triton kernels take groups of 2, 4, 8... channels, not {group}"
     return None
+
+
+def _check_addressable(stored: LayerKV) -> None:
+    """Pallas counts in 32 bits, signed, up to arrays of 4 GiB: enough for numbers of two bytes."""
+    if not isinstance(stored, CodedKV):
+        return
+    for name, array in (*stored.keys.items(), *stored.values.items()):
+        if array.dtype.itemsize == 1 and 2**31 < array.size <= 2**32:
+            raise ValueError(
+                f"the Triton kernels cannot address {name!r} of 2 to 4 GiB in the pool, and it has "
+                f"{array.size} bytes: make the pool smaller, or so large that it has more"
+            )
 
 
 def codes_per_byte(codec: TensorCodec) -> int:

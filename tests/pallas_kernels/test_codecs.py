@@ -38,6 +38,14 @@ AFFINE = [
 ]
 
 
+CASE = AttentionCase("1,4_96,16", 4, 2, 64)
+SWAPPED = ChunkCodec(
+    "swapped, in small groups",
+    keys=AffineCodec(4, "channels", 8, fine_first=True),
+    values=AffineCodec(2, "tokens", 16),
+)
+
+
 def lossy(name, **how) -> ChunkCodec:
     codec = codec_of(name, **how)
     assert codec is not None
@@ -194,6 +202,32 @@ def test_kernels_that_cannot_read_a_codec_say_so():
                 operation.resolve("pallas_triton", shapes(int8, by_48))
 
 
+@pytest.mark.parametrize(("num_chunks", "refused"), [(2**15, False), (2**17, True), (2**18, False)])
+def test_codes_that_32_bits_would_not_find_are_refused(num_chunks, refused):
+    """An array of 1 GiB, of 4 and of more; nothing is allocated."""
+    codec, outer = lossy("int8"), (4, 2, num_chunks)
+
+    def arrays(part):
+        return {
+            name: jax.ShapeDtypeStruct((*outer, *a.shape), a.dtype)
+            for name, a in part.arrays(64, 64).items()
+        }
+
+    def attend(keys, values):
+        stored = CodedKV(keys, values, 0, codec, 64, 64)
+        inputs = case_inputs(CASE, options=planner_options("auto", CASE, "pallas_triton"))
+        reads = DecodeReads(inputs.plan, inputs.lengths)
+        spec = AttentionSpec.of(4, 2, 64)
+        return CHUNK_ATTENTION.function("pallas_triton")(jnp.asarray(inputs.q), stored, reads, spec)
+
+    operands = arrays(codec.keys), arrays(codec.values)
+    if not refused:
+        assert jax.eval_shape(attend, *operands).dtype == jnp.float32
+        return
+    with pytest.raises(ValueError, match=r"cannot address 'codes' .* 4294967296 bytes"):
+        jax.eval_shape(attend, *operands)
+
+
 def encoded(codec, keys, values, layer):
     """A pool with every chunk encoded, made by writing it."""
     layers, kv_heads, num_chunks, size, head_dim = keys.shape
@@ -255,6 +289,7 @@ DECODE = [
     pytest.param("1,3_200,90", 4, 2, 128, 64, 60, "int4", "bfloat16", marks=pytest.mark.slow),
     pytest.param("1,3_200,90", 4, 2, 64, 64, 60, "int8", "float16", marks=pytest.mark.slow),
     ("1,3,12_80,48,16", 4, 4, 16, 16, 0, "int4/int2", "float32"),
+    pytest.param("1,4_256,64", 4, 2, 24, 64, 60, SWAPPED, "float32", marks=pytest.mark.slow),
     pytest.param("1,4_256,64", 4, 2, 64, 64, 60, "fp8", "float32", marks=pytest.mark.slow),
     pytest.param("1,4_256,64", 4, 2, 64, 64, 60, "fp8_e5m2", "bfloat16", marks=pytest.mark.slow),
 ]
@@ -269,7 +304,7 @@ def test_a_row_reads_what_is_encoded_and_its_own_chunk(
 ):
     sizes = {"chunk_size": size, "dtype": dtype, "ragged": ragged}
     case = AttentionCase(tree, heads, kv_heads, dim, softcap=5.0, **sizes)
-    inputs, codec = case_inputs(case, layers=2), lossy(name)
+    inputs, codec = case_inputs(case, layers=2), name if name is SWAPPED else lossy(name)
     rows = len(inputs.tables)
     num_chunks = inputs.keys.shape[2]
     plan, summary = plan_decode(  # as the loop has it: without the token that the step writes
