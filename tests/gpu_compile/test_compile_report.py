@@ -36,6 +36,8 @@ RECORD = {
     "compile_seconds": 1.5,
 }
 GOOD = {"name": "good", **RECORD, "pool_copies": []}
+CODED = {"name": "coded", **RECORD, "kernels": [KERNEL | {"instructions": 3844}]}
+CODED["chunk_bytes"] = 9280
 SPILLING = {"name": "tight", **RECORD, "kernels": [KERNEL | {"spill_stores": 64}]}
 COPYING = {"name": "loop", **RECORD, "pool_copies": ["copy bf16[2,8,64] in main"]}
 BROKEN = {"name": "odd", "error": "the compiler stopped: abort"}
@@ -50,11 +52,21 @@ def test_failures():
 
 
 def test_tables_show_every_case():
-    kernels = [{"kind": "kernel", **one} for one in (GOOD, SPILLING, BROKEN)]
+    kernels = [{"kind": "kernel", **one} for one in (GOOD, SPILLING, BROKEN, CODED)]
     programs = [{"kind": "program", **one} for one in (GOOD, COPYING)]
     result = make_result("compile-report", [*kernels, *programs], {"device_kind": "H200"})
     printed = text_of(tables(result))
-    for part in ("192", "64 B", "80.0", "does not compile", "1 of 1", "YES", "1.00 GiB"):
+    for part in (
+        "192",
+        "64 B",
+        "80.0",
+        "3844",
+        "9.1 KiB",
+        "does not compile",
+        "1 of 1",
+        "YES",
+        "1.00 GiB",
+    ):
         assert part in printed
     assert printed.count("compiled for H200") == 2
     backwards = make_result("compile-report", [*kernels, *programs][::-1], {"device_kind": "H200"})

@@ -6,6 +6,7 @@ from experiments.compile_report.hlo import Module
 from experiments.compile_report.pool_copies import pool_copies, pool_sized_operations
 from experiments.compile_report.ptx import (
     Assembled,
+    count_instructions,
     parse_entries,
     parse_mosaic_shared,
     parse_ptxas,
@@ -186,6 +187,30 @@ def test_entries_of_a_ptx_file():
 .maxntid 64, 2
 """
     assert parse_entries(ptx) == {"first": 128, "second": 128}
+
+
+def test_instructions_are_counted():
+    ptx = """.visible .entry first(
+	.param .u64 a
+)
+.reqntid 128, 1, 1
+{
+	.reg .b32 %r<3>;
+	.loc 1 2 3
+	ld.param.u64 %rd1, [a];
+$L__BB0_1:
+	@%p1 bra $L__BB0_1;
+	// a remark;
+	@!%p1 mov.b32 %r1, 1;
+	ret;
+}
+.entry second(
+)
+{
+	ret;
+}
+"""
+    assert count_instructions(ptx) == {"first": 4, "second": 1}
 
 
 def test_shared_memory_of_a_mosaic_kernel(tmp_path):
