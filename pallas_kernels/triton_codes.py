@@ -18,7 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
+from jaxtyping import Array, Bool, Float32, Int32, Shaped, UInt8
 
 from pallas_kernels.codecs import AffineCodec, ScaledFloatCodec, TensorCodec
 from pallas_kernels.targets import current_target
@@ -87,25 +87,26 @@ def decoder(codec: TensorCodec, head: CodedHead) -> Callable[[int], Float32[Arra
     if isinstance(codec, AffineCodec):
         return _affine(codec, head)
     assert isinstance(codec, ScaledFloatCodec)  # others are `unsupported`
-    return lambda part: _scaled_float(head, part)
+    return lambda part: _scaled_float(codec, head, part)
 
 
-def _scaled_float(head: CodedHead, part: int) -> Float32[Array, "T Dp"]:
+def _scaled_float(codec: ScaledFloatCodec, head: CodedHead, part: int) -> Float32[Array, "T Dp"]:
     ids = head.tokens().column()
     only = jnp.zeros_like(ids)
-    return _as_float32(head.load_codes(part)) * head.load("scale", ids, only, only)
+    numbers = _as_float32(head.load_codes(part), codec.dtype)
+    return numbers * head.load("scale", ids, only, only)
 
 
-def _as_float32(codes: Float[Array, "T Dp"]) -> Float32[Array, "T Dp"]:
+def _as_float32(codes: UInt8[Array, "T Dp"], dtype: str) -> Float32[Array, "T Dp"]:
     """The numbers of 8-bit floats; GPUs before compute capability 8.9 convert no float8_e4m3fn.
 
     There its sign, exponent and fraction are put where float16 has them, whose exponents count from
     8 more, in 6 instructions for a number instead of half of one.
     """
     capability = current_target().compute_capability
-    if codes.dtype != jnp.float8_e4m3fn or capability is None or capability >= (8, 9):
-        return codes.astype(jnp.float32)
-    bits = lax.bitcast_convert_type(codes, jnp.uint8).astype(jnp.uint16)
+    if dtype != "float8_e4m3fn" or capability is None or capability >= (8, 9):
+        return lax.bitcast_convert_type(codes, dtype).astype(jnp.float32)
+    bits = codes.astype(jnp.uint16)
     sign, others = bits & jnp.uint16(0x80), bits & jnp.uint16(0x7F)
     half = (sign << jnp.uint16(8)) | (others << jnp.uint16(7))
     return lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32) * 2**8

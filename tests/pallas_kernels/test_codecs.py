@@ -16,6 +16,7 @@ from jax_chunkattn.planning.workloads import case_inputs
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
 from pallas_kernels.codecs import AffineCodec, ChunkCodec, ScaledFloatCodec, codec_of
+from pallas_kernels.codecs.scaled_float import widen
 from pallas_kernels.coded_kv import CodedKV
 from pallas_kernels.implementations import AttentionShapes, ImplementationError
 from pallas_kernels.plans import DecodeReads, NewTokens, OwnChunks, PrefillReads
@@ -112,6 +113,17 @@ def test_small_floats_keep_the_bits_that_they_have(dtype, relative):
     np.testing.assert_array_equal(codec.decode(codec.encode(zeros)), zeros)
     bad = jnp.full((32, 48), jnp.inf).at[0, 0].set(jnp.nan)
     assert np.isfinite(codec.decode(codec.encode(bad))).all()
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_small_floats_are_widened_exactly(dtype):
+    codes = jnp.arange(256, dtype=jnp.uint8)
+    right = np.asarray(codes.view(dtype)).astype(np.float32)
+    finite = np.isfinite(right)
+    assert finite.sum() > 240
+    widened = np.asarray(jax.jit(widen, static_argnums=1)(codes, dtype))
+    np.testing.assert_array_equal(widened[finite], right[finite])
+    np.testing.assert_array_equal(np.signbit(widened[finite]), np.signbit(right[finite]))
 
 
 @pytest.mark.parametrize("name", LOSSY)
