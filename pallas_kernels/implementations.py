@@ -13,6 +13,7 @@ import jax
 # Here and not with the kernels: importing it adds to JAX's configuration, after which whatever was
 # traced before is traced and compiled again.
 import jax.experimental.pallas
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention_spec import AttentionSpec
@@ -37,8 +38,8 @@ class AttentionShapes:
     """What decides whether a kernel exists for a call.
 
     Attributes:
-      dtype: of the pool, or of the queries where its chunks are encoded; the Pallas kernels
-        multiply numbers rounded to it.
+      dtype: of the pool, or of what is read exactly where it is encoded; the Pallas kernels round
+        queries to it.
       group: query heads for each KV head, G.
       head_dim: D.
       chunk_size: C.
@@ -53,7 +54,11 @@ class AttentionShapes:
 
     @classmethod
     def of(
-        cls, q: Float[HostOrDevice, "rows Hq D"], stored: LayerKV, attention: AttentionSpec
+        cls,
+        q: Float[HostOrDevice, "rows Hq D"],
+        stored: LayerKV,
+        reads: DecodeReads | PrefillReads,
+        attention: AttentionSpec,
     ) -> AttentionShapes:
         """Of an attention and its operands.
 
@@ -70,8 +75,13 @@ class AttentionShapes:
                 f"attention is of {heads.query_heads} and {heads.kv_heads}"
             )
         sizes = heads.group, stored.head_dim, stored.chunk_size
-        dtype = stored.dtype if stored.codec is None else q.dtype
-        return cls(str(dtype), *sizes, stored.codec)
+        return cls(str(exact_dtype(stored, reads)), *sizes, stored.codec)
+
+
+def exact_dtype(stored: LayerKV, reads: DecodeReads | PrefillReads) -> jnp.dtype:
+    """The dtype of the keys and values that are not encoded, or that all are decoded to."""
+    exact = reads.own if isinstance(reads, DecodeReads) else reads.new
+    return stored.dtype if exact is None else exact.keys.dtype
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,7 @@ class Operation(Generic[Reads]):
           ValueError: for queries or keys that are not the attention's, or a plan without what the
             implementation needs.
         """
-        name = self.resolve(implementation, AttentionShapes.of(q, stored, attention))
+        name = self.resolve(implementation, AttentionShapes.of(q, stored, reads, attention))
         return _attend(
             q,
             stored,

@@ -176,3 +176,14 @@ def require_partials(plan: DecodePlan | PrefillPlan) -> PartialSlots:
     if plan.partials is None:
         raise ValueError("the plan has no slots for partials: plan with PlannerOptions.for_gpu")
     return plan.partials
+
+
+def require_own(reads: DecodeReads) -> OwnChunks:
+    """The rows' own chunks.
+
+    Raises:
+      ValueError: when there are none.
+    """
+    if reads.own is None:
+        raise ValueError("encoded chunks are read here only with what each row has of its own")
+    return reads.own

@@ -58,7 +58,7 @@ class KernelShape:
           ValueError: for codes that the kernel cannot address.
         """
         _check_addressable(stored)
-        dtype = jnp.dtype(AttentionShapes.of(q, stored, attention).dtype)
+        dtype = jnp.dtype(stored.dtype if stored.codec is None else q.dtype)
         padded_dim = _padded(stored.head_dim)
         parts = _parts(stored.codec)
         sizes = {

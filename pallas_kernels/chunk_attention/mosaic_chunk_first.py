@@ -19,22 +19,22 @@ from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention.mosaic_shape import (
     WARPGROUP_AXIS,
     WARPGROUP_ROWS,
-    Buffers,
     TileShape,
 )
 from pallas_kernels.chunk_attention.mosaic_tiles import Run, attend, load_rows, store_rows
+from pallas_kernels.coded_kv import LayerKV
 from pallas_kernels.online_softmax import Partial
 from pallas_kernels.plans import PartialSlots, WorkItems
-from pallas_kernels.stored_kv import StoredKV
 
 
 def chunk_first(
     q: Float[Array, "B Hq D"],
-    stored: StoredKV,
+    stored: LayerKV,
     items: WorkItems,
     partials: PartialSlots,
     attention: AttentionSpec,
     *,
+    dtype: Any = None,
     query_tile: int = WARPGROUP_ROWS,
     stages: int | None = None,
     interpret: Any = False,
@@ -43,10 +43,15 @@ def chunk_first(
     [s * G, (s + 1) * G). Maxima are in units of log2. Rows of slots that no item has are undefined.
 
     query_tile is 64, or 128: two warpgroups that share what they read. Slots must be reserved for
-    whole warpgroups, see `PartialSlots`.
+    whole warpgroups, see `PartialSlots`. `dtype` is what is multiplied; None for what is stored.
     """
     shape = TileShape.of(
-        stored, attention, query_tile=query_tile, stages=stages, interpret=interpret
+        stored,
+        attention,
+        stored.dtype if dtype is None else dtype,
+        query_tile=query_tile,
+        stages=stages,
+        interpret=interpret,
     )
     kv_heads, group = stored.kv_heads, shape.group
     # Room for the last item's last warpgroup, whatever its slots' place is.
@@ -67,7 +72,7 @@ def chunk_first(
         output,
         maximum,
         total,
-        *buffers,
+        buffers,
     ):
         item, head = lax.axis_index("item"), lax.axis_index("head")
 
@@ -102,7 +107,7 @@ def chunk_first(
                 whole_chunks=True,
             )
             tiles = lax.div(rows + (shape.query_tile - 1), jnp.int32(shape.query_tile))
-            attend(shape, Buffers(*buffers), run, tiles, load_queries, store)
+            attend(shape, buffers, run, tiles, load_queries, store)
 
     vector = jax.ShapeDtypeStruct((kv_heads, slot_rows), jnp.float32)
     matrix = jax.ShapeDtypeStruct((*vector.shape, shape.head_dim), jnp.float32)
@@ -113,9 +118,8 @@ def chunk_first(
         {"item": items.row_begin.shape[0], "head": kv_heads},
     )
     output, maximum, total = run_kernel(
-        queries_by_head(q, stored, attention, shape.query_tile),
-        stored.keys,
-        stored.values,
+        queries_by_head(q, shape, shape.query_tile),
+        *shape.chunk_operands(stored),
         *(jnp.asarray(x) for x in (items.row_begin, items.row_count)),
         *(jnp.asarray(x) for x in (items.chunk_begin, items.chunk_count, items.chunks)),
         jnp.asarray(items.count)[None],
@@ -126,12 +130,12 @@ def chunk_first(
 
 
 def queries_by_head(
-    q: Float[Array, "B Hq D"], stored: StoredKV, attention: AttentionSpec, padding: int
+    q: Float[Array, "B Hq D"], shape: TileShape, padding: int
 ) -> Float[Array, "Hkv rows D"]:
-    """The B * G query rows of each KV head in the pool's dtype, and `padding` behind them.
+    """The B * G query rows of each KV head in the dtype of products, and `padding` behind them.
 
     Any run of rows is contiguous, for any G, and a tile that begins in the last row has its room.
     """
-    grouped = attention.heads.split(q.astype(stored.dtype)).transpose(1, 0, 2, 3)
-    rows = grouped.reshape(stored.kv_heads, -1, stored.head_dim)
+    grouped = shape.attention.heads.split(q.astype(shape.dtype)).transpose(1, 0, 2, 3)
+    rows = grouped.reshape(grouped.shape[0], -1, shape.head_dim)
     return jnp.pad(rows, ((0, 0), (0, padding), (0, 0)))

@@ -19,11 +19,11 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention.mosaic_chunk_first import queries_by_head
-from pallas_kernels.chunk_attention.mosaic_shape import WARPGROUP_ROWS, Buffers, TileShape
-from pallas_kernels.chunk_attention.mosaic_tiles import Run, attend, load_rows, store_rows
+from pallas_kernels.chunk_attention.mosaic_shape import WARPGROUP_ROWS, TileShape
+from pallas_kernels.chunk_attention.mosaic_tiles import OwnChunk, Run, attend, load_rows, store_rows
+from pallas_kernels.coded_kv import LayerKV
 from pallas_kernels.online_softmax import MASKED, Partial
-from pallas_kernels.plans import DecodeReads, require_partials
-from pallas_kernels.stored_kv import StoredKV
+from pallas_kernels.plans import DecodeReads, require_own, require_partials
 
 MAX_GROUP = 32
 # Rows of the staging tile that no query row of the group needs: maxima and totals go there.
@@ -42,23 +42,26 @@ class Block(NamedTuple):
 
 def sequence_first(
     q: Float[Array, "B Hq D"],
-    stored: StoredKV,
+    stored: LayerKV,
     reads: DecodeReads,
     attention: AttentionSpec,
     shared: Partial,
     *,
+    dtype: Any = None,
     stages: int | None = None,
     interpret: Any = False,
 ) -> Float[Array, "B Hq D"]:
     """Attention to the private chunks, merged with `shared`, in q's dtype.
 
-    shared is what `chunk_first` gives: Partial [Hkv, F], where F > S * G.
+    shared is what `chunk_first` gives: Partial [Hkv, F], where F > S * G. `dtype` is what is
+    multiplied; None for what is stored.
     """
     batch, _, head_dim = q.shape
     kv_heads = stored.kv_heads
     shape = TileShape.of(
         stored,
         attention,
+        stored.dtype if dtype is None else dtype,
         stages=stages,
         other_memory=WARPGROUP_ROWS * head_dim * 4,
         interpret=interpret,
@@ -84,9 +87,10 @@ def sequence_first(
         shared_output,
         shared_maximum,
         shared_total,
+        own: OwnChunk | None,
         out,
         staging,
-        *buffers,
+        buffers,
     ):
         row, head = lax.axis_index("row"), lax.axis_index("head")
 
@@ -129,6 +133,9 @@ def sequence_first(
                 result = block.output * _by_row(inverses, block.output.shape)
                 out[row, head, pl.ds(i * block_rows, block_rows)] = result.astype(out.dtype)
 
+        if own is not None:
+            slot = jnp.minimum(own.slot[row], own.keys.shape[2] - 1)
+            own = own._replace(slot=slot, tokens=own.tokens[row])
         run = Run(
             keys_ref,
             values_ref,
@@ -136,10 +143,16 @@ def sequence_first(
             head,
             chunk_id=lambda index: private_chunks[row, index],
             tokens=lengths_ref[row] - covered_tokens[row],
-            whole_chunks=False,
+            whole_chunks=own is not None,
+            own=own,
         )
-        attend(shape, Buffers(*buffers), run, jnp.int32(1), load_queries, finish)
+        attend(shape, buffers, run, jnp.int32(1), load_queries, finish)
 
+    lengths, own_chunks = jnp.asarray(reads.pool_lengths(shape.chunk_size)), None
+    if shape.codes is not None:
+        tails = require_own(reads)
+        own_tokens = jnp.asarray(reads.lengths) - lengths
+        own_chunks = OwnChunk(tails.keys, tails.values, jnp.asarray(tails.slots), own_tokens)
     run_kernel = shape.kernel(
         sequence_first_kernel,
         jax.ShapeDtypeStruct((batch, kv_heads, padded_group, head_dim), q.dtype),
@@ -147,13 +160,13 @@ def sequence_first(
         {"row": batch, "head": kv_heads},
     )
     out = run_kernel(
-        queries_by_head(q, stored, attention, WARPGROUP_ROWS),
-        stored.keys,
-        stored.values,
-        *(jnp.asarray(x) for x in (plan.private_chunks, reads.lengths, plan.covered_tokens)),
+        queries_by_head(q, shape, WARPGROUP_ROWS),
+        *shape.chunk_operands(stored),
+        *(jnp.asarray(x) for x in (plan.private_chunks, lengths, plan.covered_tokens)),
         stored.layer_operand(),
         *(jnp.asarray(x) for x in (partials.row_begin, partials.slots)),
         *shared,
+        own_chunks,
     )
     return attention.heads.join(out[:, :, :group])
 

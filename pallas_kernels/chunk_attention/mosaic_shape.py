@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention_spec import AttentionSpec
+from pallas_kernels.chunk_attention.mosaic_codes import StepCodes
+from pallas_kernels.coded_kv import CodedKV, LayerKV
 from pallas_kernels.stored_kv import StoredKV
 
 LOG2_E = math.log2(math.e)
@@ -33,34 +35,43 @@ class TileShape:
     key_tile: int  # tokens of one step
     stages: int
     interpret: Any
+    codes: tuple[StepCodes, StepCodes] | None = None  # of keys and values, where they are encoded
 
     @classmethod
     def of(
         cls,
-        stored: StoredKV,
+        stored: LayerKV,
         attention: AttentionSpec,
+        dtype: Any,
         *,
         query_tile: int = WARPGROUP_ROWS,
         stages: int | None = None,
         other_memory: int = 0,
         interpret: Any = False,
     ) -> TileShape:
-        """`stages` None chooses; `other_memory` is shared memory beside `Buffers`, in bytes."""
+        """`dtype` is what is multiplied; `stages` None chooses; `other_memory` is shared memory
+        beside `Buffers`, in bytes."""
         head_dim, chunk_size = stored.head_dim, stored.chunk_size
         # The matrix instruction takes no fewer than 64 tokens. 128 cost less per token, but should
         # not be several chunks: of a short run, most would be padding.
         key_tile = 128 if head_dim == 64 and chunk_size % 128 == 0 else 64
         warpgroups = query_tile // WARPGROUP_ROWS
+        codes, step_bytes = None, key_tile * head_dim * 4
+        if isinstance(stored, CodedKV):
+            codes = StepCodes.of(stored, key_tile)
+            other_memory += step_bytes  # that a step is decoded to
+            step_bytes = max(1, key_tile // chunk_size) * sum(x.bytes_a_chunk() for x in codes)
         return cls(
             attention=attention,
             head_dim=head_dim,
             chunk_size=chunk_size,
             num_chunks=stored.num_chunks,
-            dtype=stored.dtype,
+            dtype=dtype,
             warpgroups=warpgroups,
             key_tile=key_tile,
-            stages=stages or _default_stages(head_dim, key_tile, warpgroups, other_memory),
+            stages=stages or _default_stages(head_dim, step_bytes, warpgroups, other_memory),
             interpret=interpreter() if interpret is True else interpret,
+            codes=codes,
         )
 
     @property
@@ -85,6 +96,14 @@ class TileShape:
     def steps_per_chunk(self) -> int:
         return max(1, self.chunk_size // self.key_tile)
 
+    def chunk_operands(self, stored: LayerKV) -> tuple[Any, Any]:
+        """The pool's keys and values, as the kernel takes them."""
+        if isinstance(stored, StoredKV):
+            return stored.keys, stored.values
+        assert self.codes is not None
+        keys, values = self.codes
+        return keys.operands(stored.keys), values.operands(stored.values)
+
     def kernel(self, body: Callable, out_type, scratch: tuple, grid: dict[str, int]) -> Callable:
         """`plgpu.kernel` with the program's buffers for `attend` after the other scratch."""
         # This lowering puts a barrier of the warpgroup before each copy into shared memory. The
@@ -98,7 +117,7 @@ class TileShape:
         return plgpu.kernel(
             body,
             out_type=out_type,
-            scratch_types=(*scratch, *self._buffers()),
+            scratch_types=(*scratch, self._buffers()),
             grid=tuple(grid.values()),
             grid_names=tuple(grid),
             num_threads=self.warpgroups,
@@ -107,15 +126,35 @@ class TileShape:
             **options,
         )
 
-    def _buffers(self) -> tuple:
+    def _buffers(self) -> Buffers:
         swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
         buffer = partial(plgpu.SMEM, dtype=self.dtype, transforms=swizzled)
-        ring = buffer((self.stages, self.key_tile, self.head_dim))
-        copied = plgpu.Barrier(num_arrivals=self.chunks_per_step, num_barriers=self.stages)
-        read = plgpu.Barrier(num_arrivals=self.warpgroups, num_barriers=self.stages)
-        queries = buffer((self.warpgroups, WARPGROUP_ROWS, self.head_dim))
-        weights = buffer((self.warpgroups, WARPGROUP_ROWS, self.key_tile))
-        return (queries, ring, ring, copied, copied, read) + (weights,) * bool(self.interpret)
+        tile = self.key_tile, self.head_dim
+        rings, copies = [buffer((self.stages, *tile))] * 2, (1, 1)
+        tiles = decoded = own_copied = None
+        if self.codes is not None:
+            rings = [codes.ring(self.stages, self.chunks_per_step) for codes in self.codes]
+            copies = [codes.copies for codes in self.codes]
+            tiles = buffer(tile), buffer(tile)
+            own_copied = plgpu.Barrier(num_arrivals=2 * self.chunks_per_step)
+            if self.warpgroups > 1:
+                decoded = plgpu.Barrier(num_arrivals=self.warpgroups, num_barriers=2)
+        copied = [
+            plgpu.Barrier(num_arrivals=self.chunks_per_step * each, num_barriers=self.stages)
+            for each in copies
+        ]
+        return Buffers(
+            buffer((self.warpgroups, WARPGROUP_ROWS, self.head_dim)),
+            rings[0],
+            rings[1],
+            copied[0],
+            copied[1],
+            plgpu.Barrier(num_arrivals=self.warpgroups, num_barriers=self.stages),
+            buffer((self.warpgroups, WARPGROUP_ROWS, self.key_tile)) if self.interpret else None,
+            tiles,
+            decoded,
+            own_copied,
+        )
 
 
 def interpreter(**options):
@@ -123,7 +162,7 @@ def interpreter(**options):
     return plgpu.InterpretGPUParams(**options)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _default_stages(head_dim: int, key_tile: int, warpgroups: int, other_memory: int) -> int:
+def _default_stages(head_dim: int, step_bytes: int, warpgroups: int, other_memory: int) -> int:
     """As many as let two programs of one warpgroup share an SM, or one program of two fill it.
 
     Either way the SM has two warpgroups, of which one multiplies while the other exponentiates,
@@ -132,16 +171,21 @@ def _default_stages(head_dim: int, key_tile: int, warpgroups: int, other_memory:
     programs = 1 if head_dim == 256 else 2 // warpgroups
     queries = warpgroups * WARPGROUP_ROWS * head_dim * 2
     left = SM_SHARED_MEMORY // programs - 1024 - BARRIER_MEMORY - queries - other_memory
-    return min(6, left // (key_tile * head_dim * 4))
+    return min(6, left // step_bytes)
 
 
 class Buffers(NamedTuple):
     """Shared memory and barriers of one program."""
 
     queries: Any  # [warpgroups, 64, D]
-    keys: Any  # [stages, key_tile, D]
+    keys: Any  # [stages, key_tile, D], or what is stored of encoded chunks
     values: Any
     keys_copied: Any  # [stages]
     values_copied: Any
     read: Any  # [stages]; every warpgroup has read the keys and the values
-    weights: Any = None  # [warpgroups, 64, key_tile]; only when interpreting
+    weights: Any  # [warpgroups, 64, key_tile]; only when interpreting
+    tiles: Any  # two of [key_tile, D]: decoded keys and values; only where chunks are encoded
+    decoded: (
+        Any  # [2]; every warpgroup has decoded its share of keys, of values; if there are several
+    )
+    own_copied: Any  # the tiles have tokens of the row's own chunk

@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.chunk_attention.mosaic_codes import Place
 from pallas_kernels.chunk_attention.mosaic_shape import (
     LOG2_E,
     WARPGROUP_AXIS,
@@ -33,16 +34,26 @@ PER_ROW = MATRIX.reduce(1)
 ACCUMULATOR = plgpu.WGMMAAccumulatorRef
 
 
+class OwnChunk(NamedTuple):
+    """The chunk that a row's last token lies in, exact, where those before it are encoded."""
+
+    keys: Any  # the reference [L, Hkv, S, C, D]
+    values: Any
+    slot: Any  # of the row, that exists
+    tokens: Any  # the first so many of it
+
+
 class Run(NamedTuple):
     """What a program's queries attend to."""
 
-    keys: Any  # the pool's reference [L, Hkv, N, C, D]
+    keys: Any  # the pool's reference [L, Hkv, N, C, D], or those of encoded chunks
     values: Any
     layer: Any
     head: Any
     chunk_id: Callable  # index in the run -> id in the pool, of a chunk that exists
     tokens: Any  # the first so many of the run
     whole_chunks: bool  # static: tokens is a multiple of C
+    own: OwnChunk | None = None  # attended to before the run
 
 
 def attend(
@@ -65,6 +76,8 @@ def attend(
     fetch = partial(_fetch, shape, buffers, run, warpgroup, steps, total)
     chunk_ids = partial(_chunk_ids, shape, run, steps)
 
+    if run.own is not None:
+        _fetch_own(shape, buffers, run, run.own, jnp.int32(0))
     for ahead in range(stages - 1):
         fetch(jnp.int32(ahead), chunk_ids(jnp.int32(ahead)))
 
@@ -87,12 +100,20 @@ def attend(
             next_ids = chunk_ids(position + stages)  # read now, so that the next step need not wait
             slot = _rem(position, stages)
             visible = run.tokens - index * shape.key_tile
-            state = _attend_step(shape, buffers, run, warpgroup, slot, visible, state)
+            if run.whole_chunks and shape.chunks_per_step == 1:
+                visible = None
+            keys, values = (
+                partial(_await, shape, buffers, run, warpgroup, slot, index, i) for i in range(2)
+            )
+            state = _attend_step(shape, buffers, warpgroup, keys, values, visible, state)
             if shape.warpgroups > 1:
                 plgpu.barrier_arrive(buffers.read.at[slot])
             return state, next_ids
 
-        state, next_ids = lax.fori_loop(0, steps, step, (_empty(shape), next_ids))
+        state = _empty(shape)
+        if run.own is not None:
+            state = _attend_own(shape, buffers, run, run.own, warpgroup, state)
+        state, next_ids = lax.fori_loop(0, steps, step, (state, next_ids))
         store(tile, state)
         return next_ids
 
@@ -127,32 +148,100 @@ def _fetch(shape: TileShape, buffers: Buffers, run: Run, warpgroup, steps, total
     slot = _rem(position, shape.stages)
     step = _rem(position, jnp.maximum(steps, 1))
     tokens = min(shape.chunk_size, shape.key_tile)
-    part = pl.ds(_rem(step, shape.steps_per_chunk) * tokens, tokens)
+    step_of_chunk = _rem(step, shape.steps_per_chunk)
+    part = pl.ds(step_of_chunk * tokens, tokens)
 
     @pl.when((warpgroup == 0) & (position < total))
     def _():
-        for pool, ring, copied in (
-            (run.keys, buffers.keys, buffers.keys_copied),
-            (run.values, buffers.values, buffers.values_copied),
+        for pool, ring, copied, codes in zip(
+            (run.keys, run.values),
+            (buffers.keys, buffers.values),
+            (buffers.keys_copied, buffers.values_copied),
+            shape.codes or (None, None),
+            strict=True,
         ):
             for i, chunk in enumerate(ids):
+                barrier = copied.at[slot]
+                if codes is not None:
+                    place = Place(pool, ring, slot, step_of_chunk)
+                    codes.copy(place, run.layer, run.head, chunk, i, barrier)
+                    continue
                 place = ring.at[slot, pl.ds(i * tokens, tokens)]
                 chunk_ref = pool.at[run.layer, run.head, chunk, part]
-                plgpu.copy_gmem_to_smem(chunk_ref, place, copied.at[slot])
+                plgpu.copy_gmem_to_smem(chunk_ref, place, barrier)
 
 
-def _attend_step(shape, buffers, run: Run, warpgroup, slot, visible, state: Partial) -> Partial:
-    """Merges the attention over one step's tokens, the first `visible` of them, into the state."""
+def _fetch_own(shape: TileShape, buffers: Buffers, run: Run, own: OwnChunk, step) -> None:
+    """Starts the copy of some tokens of the row's own chunk to where steps are decoded.
+
+    A chunk that is shorter than the tile fills it several times: see `_chunk_ids`.
+    """
+    tokens = min(shape.chunk_size, shape.key_tile)
+
+    @pl.when(step * tokens < own.tokens)
+    def _():
+        for pool, tile in zip((own.keys, own.values), buffers.tiles, strict=True):
+            source = pool.at[run.layer, run.head, own.slot, pl.ds(step * tokens, tokens)]
+            for i in range(shape.chunks_per_step):
+                place = tile.at[pl.ds(i * tokens, tokens)]
+                plgpu.copy_gmem_to_smem(source, place, buffers.own_copied)
+
+
+def _attend_own(
+    shape: TileShape, buffers: Buffers, run: Run, own: OwnChunk, warpgroup, state: Partial
+) -> Partial:
+    """Merges the attention over the row's own chunk, whose first copies have started."""
+    keys, values = buffers.tiles
+
+    def attend(step, state):
+        plgpu.barrier_wait(buffers.own_copied)
+        visible = own.tokens - step * shape.key_tile
+        state = _attend_step(
+            shape, buffers, warpgroup, lambda: keys, lambda: values, visible, state
+        )
+        _fetch_own(shape, buffers, run, own, step + 1)
+        return state
+
+    return lax.fori_loop(0, _ceil_div(own.tokens, shape.key_tile), attend, state)
+
+
+def _await(shape: TileShape, buffers: Buffers, run: Run, warpgroup, slot, index, which: int) -> Any:
+    """Keys (0) or values (1) of a step, when they are in shared memory: [key_tile, D]."""
+    plgpu.barrier_wait((buffers.keys_copied, buffers.values_copied)[which].at[slot])
+    ring = (buffers.keys, buffers.values)[which]
+    if shape.codes is None:
+        return ring.at[slot]
+    codes, tile = shape.codes[which], buffers.tiles[which]
+    place = Place((run.keys, run.values)[which], ring, slot, _rem(index, shape.steps_per_chunk))
+    for chunk in range(shape.chunks_per_step):
+        codes.decode(place, chunk, tile, warpgroup, shape.warpgroups)
+    plgpu.commit_smem()
+    if shape.warpgroups > 1:
+        plgpu.barrier_arrive(buffers.decoded.at[which])
+        plgpu.barrier_wait(buffers.decoded.at[which])
+    return tile
+
+
+def _attend_step(
+    shape: TileShape,
+    buffers: Buffers,
+    warpgroup,
+    keys: Callable,
+    values: Callable,
+    visible,
+    state: Partial,
+) -> Partial:
+    """Merges the attention over one step's tokens into the state: the first `visible` of them, or
+    all for None. keys() and values() wait for them: [key_tile, D]."""
     rows, tokens = WARPGROUP_ROWS, shape.key_tile
-    plgpu.barrier_wait(buffers.keys_copied.at[slot])
+    step_keys = keys()
 
     def score(accumulator):
-        keys = buffers.keys.at[slot]
-        plgpu.wgmma(accumulator, buffers.queries.at[warpgroup], _transpose(keys))
+        plgpu.wgmma(accumulator, buffers.queries.at[warpgroup], _transpose(step_keys))
         return accumulator[...]
 
     scores = _scores(shape, pl.run_scoped(score, ACCUMULATOR((rows, tokens), jnp.float32)))
-    if not run.whole_chunks or shape.chunks_per_step > 1:
+    if visible is not None:
         token = plgpu.broadcasted_iota(jnp.int32, (rows, tokens), 1, layout=MATRIX)
         scores = jnp.where(token < visible, scores, MASKED)
     maximum = jnp.maximum(state.maximum, scores.max(axis=1))
@@ -161,9 +250,8 @@ def _attend_step(shape, buffers, run: Run, warpgroup, slot, visible, state: Part
     total = state.total * rescale + weights.sum(axis=1)
     output = state.output * lax.broadcast_in_dim(rescale, state.output.shape, [0])
     weights = weights.astype(shape.dtype)
-    plgpu.barrier_wait(buffers.values_copied.at[slot])
-    values = buffers.values.at[slot]
-    return Partial(_accumulate(shape, buffers, warpgroup, output, weights, values), maximum, total)
+    output = _accumulate(shape, buffers, warpgroup, output, weights, values())
+    return Partial(output, maximum, total)
 
 
 def _scores(shape: TileShape, products) -> Any:

@@ -12,10 +12,11 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention.mosaic_chunk_first import chunk_first
+from pallas_kernels.chunk_attention.mosaic_codes import unsupported_codec
 from pallas_kernels.chunk_attention.mosaic_sequence_first import MAX_GROUP, sequence_first
-from pallas_kernels.implementations import AttentionShapes
+from pallas_kernels.coded_kv import LayerKV
+from pallas_kernels.implementations import AttentionShapes, exact_dtype
 from pallas_kernels.plans import DecodeReads, require_partials
-from pallas_kernels.stored_kv import StoredKV
 
 __all__ = ["chunk_attention", "chunk_first", "sequence_first", "unsupported"]
 
@@ -26,8 +27,6 @@ CHUNK_SIZES = (16, 32)  # and multiples of 64
 
 def unsupported(shapes: AttentionShapes) -> str | None:
     """Why these shapes cannot run here, or None."""
-    if shapes.codec is not None:
-        return f"the Mosaic GPU kernels read chunks stored as they are, not {shapes.codec.name}"
     if shapes.dtype not in DTYPES:
         return f"the Mosaic GPU kernels take bfloat16 and float16, not {shapes.dtype}"
     if shapes.head_dim not in HEAD_DIMS:
@@ -42,12 +41,14 @@ def unsupported(shapes: AttentionShapes) -> str | None:
             f"the Mosaic GPU kernels take up to {MAX_GROUP} query heads a KV head, "
             f"not {shapes.group}"
         )
+    if shapes.codec is not None:
+        return unsupported_codec(shapes.codec, shapes.chunk_size, shapes.head_dim)
     return None
 
 
 def chunk_attention(
     q: Float[Array, "B Hq D"],
-    stored: StoredKV,
+    stored: LayerKV,
     reads: DecodeReads,
     attention: AttentionSpec,
     *,
@@ -59,7 +60,6 @@ def chunk_attention(
     `interpret` is False, True, or `InterpretGPUParams`.
     """
     items, partials = reads.plan.items, require_partials(reads.plan)
-    shared = chunk_first(
-        q, stored, items, partials, attention, query_tile=query_tile, interpret=interpret
-    )
-    return sequence_first(q, stored, reads, attention, shared, interpret=interpret)
+    how = {"dtype": exact_dtype(stored, reads), "interpret": interpret}
+    shared = chunk_first(q, stored, items, partials, attention, query_tile=query_tile, **how)
+    return sequence_first(q, stored, reads, attention, shared, **how)

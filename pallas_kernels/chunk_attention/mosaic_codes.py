@@ -1,0 +1,318 @@
+"""Encoded chunks inside a Mosaic GPU kernel (Hopper): how they are copied, and how decoded.
+
+What a codec stores is copied by TMA as it is. A warpgroup then decodes a step's tokens once, for
+all query rows of the program, into a tile of the form that the matrix instruction reads.
+
+Decoding moves nothing between threads: each loads 8 neighbouring codes of a token and stores 8
+numbers. A byte of 4-bit codes is of two tokens, half a chunk apart. So where a chunk takes several
+steps, a step has the tokens of consecutive bytes, which are several runs of tokens. Keys and values
+agree on which, and nothing else depends on their order: encoded chunks are read whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Shaped
+
+from pallas_kernels.codecs import AffineCodec, ChunkCodec
+from pallas_kernels.coded_kv import CodedKV, Encoded
+
+CHANNELS = 64  # decoded at once: a row of the tile's swizzled blocks
+COPY_BYTES = 128  # a copy has a multiple of so many
+CODES, FIRST = "codes", "first"
+FIRST_ROWS = 16  # decoded with the token that has finer codes
+
+
+def unsupported_codec(codec: ChunkCodec, chunk_size: int, head_dim: int) -> str | None:
+    """Why chunks of these sizes cannot be read here, or None."""
+    for what, part in (("keys", codec.keys), ("values", codec.values)):
+        problem = _unsupported_part(part, chunk_size, head_dim)
+        if problem is not None:
+            return f"the Mosaic GPU kernels do not read {what} stored as {codec.name}: {problem}"
+    return None
+
+
+def _unsupported_part(part: Any, chunk_size: int, head_dim: int) -> str | None:
+    if not isinstance(part, AffineCodec):
+        return f"they know no {type(part).__name__}"
+    if part.bits not in (8, 4):
+        return f"they take 8 or 4 bits, not {part.bits}"
+    size = chunk_size if part.along == "tokens" else head_dim
+    allowed, group = math.gcd(size, CHANNELS), _group(part, chunk_size, head_dim)
+    if group != allowed:
+        return f"they take groups of {allowed} {part.along}, not of {group}"
+    return None
+
+
+def _group(codec: AffineCodec, chunk_size: int, head_dim: int) -> int:
+    """Numbers that share a scale."""
+    tokens, channels = codec.arrays(chunk_size, head_dim)["scale"].shape
+    return chunk_size // tokens if codec.along == "tokens" else head_dim // channels
+
+
+class Place(NamedTuple):
+    """Where a step's codes are, inside a kernel."""
+
+    arrays: dict[str, Any]  # of the pool, see `StepCodes.operands`
+    ring: dict[str, Any]  # in shared memory, see `StepCodes.ring`
+    slot: Any  # of the ring
+    step: Any  # of those that a chunk takes
+
+
+@dataclass(frozen=True)
+class StepCodes:
+    """What one step reads of the keys, or of the values, of each of its chunks.
+
+    Letters: C tokens of a chunk, D numbers of a head, T tokens of a chunk in a step.
+    """
+
+    codec: AffineCodec
+    chunk_size: int  # C
+    head_dim: int  # D
+    tokens: int  # T
+    runs: int  # of consecutive tokens, in a step of a chunk that takes several
+
+    @classmethod
+    def of(cls, stored: CodedKV, key_tile: int) -> tuple[StepCodes, StepCodes]:
+        """Of keys, and of values."""
+        codec, chunk_size = stored.codec, stored.chunk_size
+        tokens = min(chunk_size, key_tile)
+        parts = [part for part in (codec.keys, codec.values) if isinstance(part, AffineCodec)]
+        runs = 1 if tokens == chunk_size else max(part.per_byte for part in parts)
+        keys, values = (cls(part, chunk_size, stored.head_dim, tokens, runs) for part in parts)
+        return keys, values
+
+    @property
+    def whole(self) -> bool:
+        """Whether a step has all of a chunk."""
+        return self.tokens == self.chunk_size
+
+    @property
+    def code_runs(self) -> int:
+        """Runs of consecutive bytes of codes."""
+        return max(1, self.runs // self.codec.per_byte)
+
+    @property
+    def run_rows(self) -> int:
+        """Rows of bytes in such a run, R: each has the codes of `per_byte` tokens."""
+        return self.tokens // self.codec.per_byte // self.code_runs
+
+    @property
+    def group(self) -> int:
+        return _group(self.codec, self.chunk_size, self.head_dim)
+
+    @property
+    def copies(self) -> int:
+        """How many copies a chunk of a step takes."""
+        return self.code_runs + 2 * self.runs + self.codec.fine_first
+
+    @property
+    def group_run(self) -> int:
+        """Scales of one run of tokens, as many as the pool has one after another."""
+        tokens = self.chunk_size if self.whole else self.tokens // self.runs
+        return self._scales_before(tokens) or self.head_dim
+
+    def _scales_before(self, token):
+        """Scales that are stored before a token's group."""
+        if self.codec.along == "tokens":
+            return token // self.group * self.head_dim
+        return token * (self.head_dim // self.group)
+
+    def ring(self, stages: int, chunks: int) -> dict[str, Any]:
+        """Shared memory for `stages` steps of so many chunks each."""
+        rows = self.code_runs * self.run_rows
+        scales = plgpu.SMEM((stages, chunks, self.runs, _line(self.group_run, 2)), jnp.float16)
+        ring = {
+            CODES: plgpu.SMEM((stages, chunks, rows, self.head_dim), jnp.uint8),
+            "scale": scales,
+            "zero": scales,
+        }
+        if self.codec.fine_first:
+            ring[FIRST] = plgpu.SMEM(
+                (stages, chunks, COPY_BYTES + _line(self.head_dim // 2, 1)), jnp.uint8
+            )
+        return ring
+
+    def bytes_a_chunk(self) -> int:
+        """Of the ring, for one step."""
+        return sum(
+            math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
+            for array in self.ring(1, 1).values()
+        )
+
+    def operands(self, encoded: Encoded) -> dict[str, Shaped[Array, "L Hkv ..."]]:
+        """The pool's arrays as the kernel takes them: codes as they are, of the others all numbers
+        of a layer's head one after another."""
+
+        def flat(array):
+            layers, heads = array.shape[:2]
+            flattened = array.reshape(layers, heads, -1)
+            room = _line(1, array.dtype.itemsize) - flattened.shape[-1]
+            return jnp.pad(flattened, ((0, 0), (0, 0), (0, max(0, room))))
+
+        return {name: array if name == CODES else flat(array) for name, array in encoded.items()}
+
+    def copy(self, place: Place, layer, head, chunk, index: int, barrier) -> None:
+        """Starts the copies of one chunk, the `index`-th of the step."""
+        arrays, ring, slot, step = place
+        rows, tokens = self.run_rows, self.tokens // self.runs
+        for run in range(self.code_runs):
+            begin = run * (self.chunk_size // self.runs) + step * rows
+            source = arrays[CODES].at[layer, head, chunk, pl.ds(begin, rows)]
+            target = ring[CODES].at[slot, index, pl.ds(run * rows, rows)]
+            plgpu.copy_gmem_to_smem(source, target, barrier)
+        of_chunk = self._scales_before(self.chunk_size)
+        for name in ("scale", "zero"):
+            target = ring[name].at[slot, index]
+            for run in range(self.runs):
+                token = run * (self.chunk_size // self.runs) + step * tokens
+                begin = chunk * of_chunk + self._scales_before(token)
+                source = arrays[name].at[layer, head, pl.ds(begin, target.shape[-1])]
+                plgpu.copy_gmem_to_smem(source, target.at[run], barrier)
+        if self.codec.fine_first:
+            target = ring[FIRST].at[slot, index]
+            count = target.shape[-1] - COPY_BYTES
+            begin = chunk * (self.head_dim // 2)
+            source = arrays[FIRST].at[layer, head, pl.ds(begin, count)]
+            plgpu.copy_gmem_to_smem(source, target.at[pl.ds(COPY_BYTES, count)], barrier)
+
+    def decode(self, place: Place, index: int, tile, share, shares: int) -> None:
+        """Writes the numbers of the `index`-th chunk's tokens to their rows of tile [key_tile, D],
+        in its dtype; of `shares` warpgroups, the calling one writes what is its `share`."""
+        blocks = list(self._blocks())
+        for number, block in enumerate(blocks):
+
+            def write(block=block):
+                for row, columns, numbers in self._decoded(place, index, *block):
+                    target = tile.at[pl.ds(index * self.tokens + row, numbers.shape[0]), columns]
+                    target[...] = numbers.astype(tile.dtype)
+
+            if shares == 1:
+                write()
+            else:
+                pl.when(share == number % shares)(write)
+
+    def _blocks(self) -> Iterator[tuple[int, int, int, int]]:
+        """What is decoded at once: the run of bytes, the first row in it, how many, the first
+        channel."""
+        for run in range(self.code_runs):
+            row = 0
+            while row < self.run_rows:
+                rows = self.run_rows - row
+                if self.codec.along == "tokens":
+                    rows = min(rows, self.group)
+                if self.codec.fine_first and run == row == 0:
+                    rows = min(rows, FIRST_ROWS)
+                for channel in range(0, self.head_dim, CHANNELS):
+                    yield run, row, rows, channel
+                row += rows
+
+    def _decoded(self, place: Place, index: int, run: int, row: int, rows: int, channel: int):
+        """Rows of the tile, columns, and their numbers, of each of the codes in a block's bytes."""
+        bits, layout = self.codec.bits, _layout(rows)
+        columns = pl.ds(channel, CHANNELS)
+        source = place.ring[CODES].at[place.slot, index, pl.ds(run * self.run_rows + row, rows)]
+        packed = _load(source.at[:, columns], layout)
+        for part in range(self.codec.per_byte):
+            # Not shifted but left where they are: the scale is of that unit.
+            unit = 2 ** (bits * part)
+            codes = packed if bits == 8 else packed & jnp.uint8((2**bits - 1) * unit)
+            steps = codes.astype(jnp.float32)
+            token_run = part * self.code_runs + run
+            if self.codec.fine_first and token_run == row == 0:
+                steps = steps + self._first(place, index, rows, channel)
+            where = place, index, token_run, row, rows, channel
+            scale, zero = self._scales("scale", 1 / unit, *where), self._scales("zero", 1, *where)
+            yield token_run * self.run_rows + row, columns, steps * scale + zero
+
+    def _scales(
+        self,
+        name: str,
+        factor: float,
+        place: Place,
+        index: int,
+        token_run: int,
+        row: int,
+        rows: int,
+        channel: int,
+    ):
+        """Scales, or zeros, of a block, times the factor: float32 [rows, CHANNELS]."""
+        if self.whole:
+            token_run, row = 0, token_run * self.run_rows + row
+        line = place.ring[name].at[place.slot, index, token_run]
+        if self.codec.along == "tokens":
+            begin, axis = self._scales_before(row) + channel, 0
+            source = line.at[pl.ds(begin, CHANNELS)]
+        else:
+            each, axis = self.head_dim // self.group, 1
+            source = line.at[pl.ds(row * each, rows * each)]
+            if each > 1:
+                source = source.reshape(rows, each).at[:, channel // self.group]
+        layout = _layout(rows)
+        scales = _load(source, layout.reduce(axis)).astype(jnp.float32)
+        if factor != 1:
+            scales = scales * factor
+        return plgpu.layout_cast(lax.broadcast_in_dim(scales, (rows, CHANNELS), [1 - axis]), layout)
+
+    def _first(self, place: Place, index: int, rows: int, channel: int):
+        """What the first token's finer codes add to a block's codes."""
+        shape, layout, half = (rows, CHANNELS), _layout(rows), self.head_dim // 2
+        line = place.ring[FIRST].at[place.slot, index]
+
+        def load(begin):
+            return _load(line.at[pl.ds(COPY_BYTES + begin, CHANNELS)], layout.reduce(0))
+
+        if half >= CHANNELS:
+            packed = load(channel % half)
+            sixteenths = _low(packed) if channel < half else _high(packed)
+        else:
+            # Channel 32 + c has the high bits of byte c. What lies before the bytes is not used.
+            column = plgpu.broadcasted_iota(jnp.int32, (CHANNELS,), 0, layout=layout.reduce(0))
+            sixteenths = jnp.where(column < half, _low(load(0)), _high(load(-half)))
+        rest = (sixteenths - 7.5) * (1 / 16)
+        token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
+        first = token == 0 if self.whole else (token == 0) & (place.step == 0)
+        rest = plgpu.layout_cast(lax.broadcast_in_dim(rest, shape, [1]), layout)
+        return jnp.where(first, rest, 0.0)
+
+
+def _low(packed):
+    return (packed & jnp.uint8(0x0F)).astype(jnp.float32)
+
+
+def _high(packed):
+    return (packed & jnp.uint8(0xF0)).astype(jnp.float32) * (1 / 16)
+
+
+def _line(numbers: int, itemsize: int) -> int:
+    """Numbers of so many bytes that a copy has, to have these at least."""
+    return -(-numbers * itemsize // COPY_BYTES) * COPY_BYTES // itemsize
+
+
+def _layout(rows: int):
+    """How a block [rows, CHANNELS] lies in registers: a thread has 8 channels of a token, or 4.
+
+    A warp has whole rows, so that neither loading bytes nor storing 16-bit numbers to swizzled
+    memory makes its threads wait for one another.
+    """
+    if rows % 16 == 0:
+        tiles, warps = ((16, CHANNELS), (4, CHANNELS), (8,)), 5
+    else:
+        tiles, warps = ((8, CHANNELS), (2, CHANNELS), (4,)), 5
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(tiles), warp_dims=(-warps,), lane_dims=(-3, -2), vector_dim=-1
+    )
+
+
+def _load(reference, layout):
+    index = ((),) if jax.__version_info__ < (0, 11) else ()
+    return plgpu.load(reference, *index, layout=layout, optimized=False)
