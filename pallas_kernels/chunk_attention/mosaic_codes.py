@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Float16, Shaped, UInt16
 
 from pallas_kernels.codecs import AffineCodec, ChunkCodec
 from pallas_kernels.coded_kv import CodedKV, Encoded
@@ -46,6 +46,8 @@ def _unsupported_part(part: Any, chunk_size: int, head_dim: int) -> str | None:
         return f"they know no {type(part).__name__}"
     if part.bits not in (8, 4):
         return f"they take 8 or 4 bits, not {part.bits}"
+    if part.bits == 8 and part.fine_first:
+        return "they take a finer first token of 4 bits only"
     size = chunk_size if part.along == "tokens" else head_dim
     allowed, group = math.gcd(size, CHANNELS), _group(part, chunk_size, head_dim)
     if group != allowed:
@@ -194,7 +196,7 @@ class StepCodes:
             def write(block=block):
                 for row, columns, numbers in self._decoded(place, index, *block):
                     target = tile.at[pl.ds(index * self.tokens + row, numbers.shape[0]), columns]
-                    target[...] = numbers.astype(tile.dtype)
+                    target[...] = _rounded(numbers, tile.dtype)
 
             if shares == 1:
                 write()
@@ -218,26 +220,22 @@ class StepCodes:
 
     def _decoded(self, place: Place, index: int, run: int, row: int, rows: int, channel: int):
         """Rows of the tile, columns, and their numbers, of each of the codes in a block's bytes."""
-        bits, layout = self.codec.bits, _layout(rows)
+        layout = _layout(rows)
         columns = pl.ds(channel, CHANNELS)
         source = place.ring[CODES].at[place.slot, index, pl.ds(run * self.run_rows + row, rows)]
-        packed = _load(source.at[:, columns], layout)
+        packed = _load(source.at[:, columns], layout).astype(jnp.uint16)
         for part in range(self.codec.per_byte):
-            # Not shifted but left where they are: the scale is of that unit.
-            unit = 2 ** (bits * part)
-            codes = packed if bits == 8 else packed & jnp.uint8((2**bits - 1) * unit)
-            steps = codes.astype(jnp.float32)
+            steps = _floats(packed, self.codec.bits, part)
             token_run = part * self.code_runs + run
             if self.codec.fine_first and token_run == row == 0:
                 steps = steps + self._first(place, index, rows, channel)
             where = place, index, token_run, row, rows, channel
-            scale, zero = self._scales("scale", 1 / unit, *where), self._scales("zero", 1, *where)
+            scale, zero = (self._scales(name, *where) for name in ("scale", "zero"))
             yield token_run * self.run_rows + row, columns, steps * scale + zero
 
     def _scales(
         self,
         name: str,
-        factor: float,
         place: Place,
         index: int,
         token_run: int,
@@ -245,7 +243,7 @@ class StepCodes:
         rows: int,
         channel: int,
     ):
-        """Scales, or zeros, of a block, times the factor: float32 [rows, CHANNELS]."""
+        """Scales, or zeros, of a block: float16 [rows, CHANNELS]."""
         if self.whole:
             token_run, row = 0, token_run * self.run_rows + row
         line = place.ring[name].at[place.slot, index, token_run]
@@ -258,9 +256,7 @@ class StepCodes:
             if each > 1:
                 source = source.reshape(rows, each).at[:, channel // self.group]
         layout = _layout(rows)
-        scales = _load(source, layout.reduce(axis)).astype(jnp.float32)
-        if factor != 1:
-            scales = scales * factor
+        scales = _load(source, layout.reduce(axis))
         return plgpu.layout_cast(lax.broadcast_in_dim(scales, (rows, CHANNELS), [1 - axis]), layout)
 
     def _first(self, place: Place, index: int, rows: int, channel: int):
@@ -269,28 +265,40 @@ class StepCodes:
         line = place.ring[FIRST].at[place.slot, index]
 
         def load(begin):
-            return _load(line.at[pl.ds(COPY_BYTES + begin, CHANNELS)], layout.reduce(0))
+            packed = line.at[pl.ds(COPY_BYTES + begin, CHANNELS)]
+            return _load(packed, layout.reduce(0)).astype(jnp.uint16)
 
         if half >= CHANNELS:
-            packed = load(channel % half)
-            sixteenths = _low(packed) if channel < half else _high(packed)
+            sixteenths = _floats(load(channel % half), 4, channel // half)
         else:
             # Channel 32 + c has the high bits of byte c. What lies before the bytes is not used.
             column = plgpu.broadcasted_iota(jnp.int32, (CHANNELS,), 0, layout=layout.reduce(0))
-            sixteenths = jnp.where(column < half, _low(load(0)), _high(load(-half)))
-        rest = (sixteenths - 7.5) * (1 / 16)
+            sixteenths = jnp.where(
+                column < half, _floats(load(0), 4, 0), _floats(load(-half), 4, 1)
+            )
+        rest = (sixteenths - jnp.float16(7.5)) * jnp.float16(1 / 16)
         token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
         first = token == 0 if self.whole else (token == 0) & (place.step == 0)
         rest = plgpu.layout_cast(lax.broadcast_in_dim(rest, shape, [1]), layout)
-        return jnp.where(first, rest, 0.0)
+        return jnp.where(first, rest, jnp.float16(0))
 
 
-def _low(packed):
-    return (packed & jnp.uint8(0x0F)).astype(jnp.float32)
+def _rounded(numbers, dtype):
+    """float16 in the dtype; there is no instruction from one to the other 16-bit float."""
+    return numbers.astype(jnp.float32).astype(dtype) if dtype != jnp.float16 else numbers
 
 
-def _high(packed):
-    return (packed & jnp.uint8(0xF0)).astype(jnp.float32) * (1 / 16)
+def _floats(packed: UInt16[Array, "*shape"], bits: int, part: int) -> Float16[Array, "*shape"]:
+    """Codes as numbers: of 8 bits, or the low (0) or high (1) 4 bits of a byte.
+
+    Put behind the bits of 1024, which is as many units as float16 counts exactly, rather than
+    converted: that takes two instructions for two codes.
+    """
+    mask = ((1 << bits) - 1) << (bits * part)
+    offset = lax.bitcast_convert_type(packed & jnp.uint16(mask) | jnp.uint16(0x6400), jnp.float16)
+    if part == 0:
+        return offset - jnp.float16(1024)
+    return offset * jnp.float16(1 / 16) - jnp.float16(64)
 
 
 def _line(numbers: int, itemsize: int) -> int:
