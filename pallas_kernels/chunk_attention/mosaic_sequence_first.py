@@ -20,7 +20,14 @@ from jaxtyping import Array, Float
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention.mosaic_chunk_first import queries_by_head
 from pallas_kernels.chunk_attention.mosaic_shape import WARPGROUP_ROWS, TileShape
-from pallas_kernels.chunk_attention.mosaic_tiles import OwnChunk, Run, attend, load_rows, store_rows
+from pallas_kernels.chunk_attention.mosaic_tiles import (
+    OwnChunk,
+    Run,
+    attend,
+    await_warps,
+    load_rows,
+    store_rows,
+)
 from pallas_kernels.coded_kv import LayerKV
 from pallas_kernels.online_softmax import MASKED, Partial
 from pallas_kernels.plans import DecodeReads, require_own, require_partials
@@ -106,7 +113,7 @@ def sequence_first(
             )
 
         def finish(tile, private: Partial):
-            _stage(staging, private)
+            _stage(shape, staging, private)
             state = [_staged_block(staging, i, block_rows) for i in range(0, group, block_rows)]
 
             begin, end = slot_begin[row], slot_begin[row + 1]
@@ -171,12 +178,14 @@ def sequence_first(
     return attention.heads.join(out[:, :, :group])
 
 
-def _stage(staging, private: Partial) -> None:
+def _stage(shape: TileShape, staging, private: Partial) -> None:
     """Puts a tile's result where any thread can read any row of it."""
     store_rows(staging, private.output)
+    await_warps(shape)  # rows of it are written over
     columns = pl.ds(0, WARPGROUP_ROWS)
     store_rows(staging.at[MAXIMUM_ROW, columns], private.maximum)
     store_rows(staging.at[TOTAL_ROW, columns], private.total)
+    await_warps(shape)
 
 
 def _staged_block(staging, first: int, block_rows: int) -> Block:

@@ -108,9 +108,12 @@ class TileShape:
         """`plgpu.kernel` with the program's buffers for `attend` after the other scratch."""
         # This lowering puts a barrier of the warpgroup before each copy into shared memory. The
         # ring relies on it: one thread starts the copy, when all four warps have read the buffer.
+        # Encoded chunks take several copies each, and many small stores, which have such barriers
+        # too: there the program has all that it needs itself, see `await_warps`.
         params = plgpu.CompilerParams(
             approx_math=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=self.codes is not None,
             reduction_scratch_bytes=0,  # for reductions across warps, and there are none
         )
         options = {"interpret": self.interpret} if self.interpret else {}

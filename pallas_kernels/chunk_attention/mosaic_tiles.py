@@ -199,6 +199,7 @@ def _attend_own(
         state = _attend_step(
             shape, buffers, warpgroup, lambda: keys, lambda: values, visible, state
         )
+        await_warps(shape)  # before the tiles are written again
         _fetch_own(shape, buffers, run, own, step + 1)
         return state
 
@@ -215,6 +216,9 @@ def _await(shape: TileShape, buffers: Buffers, run: Run, warpgroup, slot, index,
     place = Place((run.keys, run.values)[which], ring, slot, _rem(index, shape.steps_per_chunk))
     for chunk in range(shape.chunks_per_step):
         codes.decode(place, chunk, tile, warpgroup, shape.warpgroups)
+    # The warps' only barrier of a step, there is one for keys and one for values. What a step reads
+    # before the one for values is free behind it: queries, the keys' tile, the ring's slot. The
+    # values' tile is, behind the one for the next keys.
     plgpu.commit_smem()
     if shape.warpgroups > 1:
         plgpu.barrier_arrive(buffers.decoded.at[which])
@@ -286,6 +290,12 @@ def _accumulate(shape: TileShape, buffers: Buffers, warpgroup, output, weights, 
         return accumulator[...]
 
     return output + pl.run_scoped(multiply, ACCUMULATOR(output.shape, jnp.float32))
+
+
+def await_warps(shape: TileShape) -> None:
+    """Lets a warpgroup's warps wait for one another, where the lowering does not at each access."""
+    if shape.codes is not None:
+        plgpu.commit_smem()
 
 
 def load_rows(reference):
