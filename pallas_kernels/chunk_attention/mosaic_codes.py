@@ -18,9 +18,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, vector
 from jaxtyping import Array, Float16, Shaped, UInt16
 
 from pallas_kernels.codecs import AffineCodec, ChunkCodec
@@ -82,15 +86,18 @@ class StepCodes:
     head_dim: int  # D
     tokens: int  # T
     runs: int  # of consecutive tokens, in a step of a chunk that takes several
+    interpret: bool
 
     @classmethod
-    def of(cls, stored: CodedKV, key_tile: int) -> tuple[StepCodes, StepCodes]:
+    def of(cls, stored: CodedKV, key_tile: int, interpret: bool) -> tuple[StepCodes, StepCodes]:
         """Of keys, and of values."""
         codec, chunk_size = stored.codec, stored.chunk_size
         tokens = min(chunk_size, key_tile)
         parts = [part for part in (codec.keys, codec.values) if isinstance(part, AffineCodec)]
         runs = 1 if tokens == chunk_size else max(part.per_byte for part in parts)
-        keys, values = (cls(part, chunk_size, stored.head_dim, tokens, runs) for part in parts)
+        keys, values = (
+            cls(part, chunk_size, stored.head_dim, tokens, runs, interpret) for part in parts
+        )
         return keys, values
 
     @property
@@ -223,7 +230,8 @@ class StepCodes:
         layout = _layout(rows)
         columns = pl.ds(channel, CHANNELS)
         source = place.ring[CODES].at[place.slot, index, pl.ds(run * self.run_rows + row, rows)]
-        packed = _load(source.at[:, columns], layout).astype(jnp.uint16)
+        packed = _load(source.at[:, columns], layout)
+        packed = _or_1024(packed) if self.interpret else _pair_with_1024(packed, layout)
         for part in range(self.codec.per_byte):
             steps = _floats(packed, self.codec.bits, part)
             token_run = part * self.code_runs + run
@@ -266,7 +274,7 @@ class StepCodes:
 
         def load(begin):
             packed = line.at[pl.ds(COPY_BYTES + begin, CHANNELS)]
-            return _load(packed, layout.reduce(0)).astype(jnp.uint16)
+            return _or_1024(_load(packed, layout.reduce(0)))
 
         if half >= CHANNELS:
             sixteenths = _floats(load(channel % half), 4, channel // half)
@@ -288,14 +296,52 @@ def _rounded(numbers, dtype):
     return numbers.astype(jnp.float32).astype(dtype) if dtype != jnp.float16 else numbers
 
 
-def _floats(packed: UInt16[Array, "*shape"], bits: int, part: int) -> Float16[Array, "*shape"]:
-    """Codes as numbers: of 8 bits, or the low (0) or high (1) 4 bits of a byte.
+def _or_1024(packed: UInt8[Array, "*shape"]) -> UInt16[Array, "*shape"]:
+    """Bytes as the last bits of 1024, which is as many units as float16 counts exactly."""
+    return packed.astype(jnp.uint16) | jnp.uint16(0x6400)
 
-    Put behind the bits of 1024, which is as many units as float16 counts exactly, rather than
-    converted: that takes two instructions for two codes.
-    """
-    mask = ((1 << bits) - 1) << (bits * part)
-    offset = lax.bitcast_convert_type(packed & jnp.uint16(mask) | jnp.uint16(0x6400), jnp.float16)
+
+def _pair_with_1024(
+    packed: UInt8[Array, "rows channels"], layout
+) -> UInt16[Array, "rows channels"]:
+    """`_or_1024` in one instruction for two bytes; the compiler takes four to widen them."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout,),
+        return_type=plgpu.ShapeDtypeStruct(packed.shape, jnp.uint16, layout=layout),
+    )
+    def widen(_, array):
+        i8, i16, i32 = (ir.IntegerType.get_signless(bits) for bits in (8, 16, 32))
+        four, pair = ir.VectorType.get((4,), i8), ir.VectorType.get((2,), i16)
+        high = arith.constant(i32, ir.IntegerAttr.get(i32, 0x64646464))
+        high = vector.bitcast(four, vector.broadcast(ir.VectorType.get((1,), i32), high))
+
+        def widen_register(register):
+            count = ir.VectorType(register.type).shape[0]
+            pairs = []
+            for first in range(0, count, 4):
+                bytes_ = vector.shuffle(register, register, list(range(first, first + 4)))
+                for mask in ([0, 4, 1, 5], [2, 6, 3, 7]):
+                    pairs.append(vector.bitcast(pair, vector.shuffle(bytes_, high, mask)))
+            while len(pairs) > 1:
+                wider = list(range(2 * ir.VectorType(pairs[0].type).shape[0]))
+                halves = zip(pairs[::2], pairs[1::2], strict=True)
+                pairs = [vector.shuffle(low, high, wider) for low, high in halves]
+            return pairs[0]
+
+        registers = np.empty(array.registers.shape, object)
+        for index, register in np.ndenumerate(array.registers):
+            registers[index] = widen_register(register)
+        return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=False)
+
+    return widen(packed)
+
+
+def _floats(packed: UInt16[Array, "*shape"], bits: int, part: int) -> Float16[Array, "*shape"]:
+    """Codes as numbers, of bytes behind 1024: all 8 bits, or the low (0) or high (1) 4 bits."""
+    if bits < 8:
+        packed = packed & jnp.uint16(0x6400 | ((1 << bits) - 1) << (bits * part))
+    offset = lax.bitcast_convert_type(packed, jnp.float16)
     if part == 0:
         return offset - jnp.float16(1024)
     return offset * jnp.float16(1 / 16) - jnp.float16(64)

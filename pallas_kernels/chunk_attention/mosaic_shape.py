@@ -58,7 +58,7 @@ class TileShape:
         warpgroups = query_tile // WARPGROUP_ROWS
         codes, step_bytes = None, key_tile * head_dim * 4
         if isinstance(stored, CodedKV):
-            codes = StepCodes.of(stored, key_tile)
+            codes = StepCodes.of(stored, key_tile, bool(interpret))
             other_memory += step_bytes  # that a step is decoded to
             step_bytes = max(1, key_tile // chunk_size) * sum(x.bytes_a_chunk() for x in codes)
         return cls(
