@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +34,7 @@ from pallas_kernels.coded_kv import CodedKV, Encoded
 CHANNELS = 64  # decoded at once: a row of the tile's swizzled blocks
 COPY_BYTES = 128  # a copy has a multiple of so many
 CODES, FIRST = "codes", "first"
+UNROLLED = 2  # times CHANNELS of a head; with more there are too few registers
 FIRST_ROWS = 16  # decoded with the token that has finer codes
 
 
@@ -72,6 +74,14 @@ class Place(NamedTuple):
     ring: dict[str, Any]  # in shared memory, see `StepCodes.ring`
     slot: Any  # of the ring
     step: Any  # of those that a chunk takes
+
+
+class Block(NamedTuple):
+    """Some bytes of codes."""
+
+    run: int
+    row: int  # the first, in the run
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -197,22 +207,32 @@ class StepCodes:
     def decode(self, place: Place, index: int, tile, share, shares: int) -> None:
         """Writes the numbers of the `index`-th chunk's tokens to their rows of tile [key_tile, D],
         in its dtype; of `shares` warpgroups, the calling one writes what is its `share`."""
-        blocks = list(self._blocks())
-        for number, block in enumerate(blocks):
+        blocks, columns = list(self._blocks()), self.head_dim // CHANNELS
 
-            def write(block=block):
-                for row, columns, numbers in self._decoded(place, index, *block):
-                    target = tile.at[pl.ds(index * self.tokens + row, numbers.shape[0]), columns]
-                    target[...] = _rounded(numbers, tile.dtype)
+        def write(block: Block, column) -> None:
+            for token, numbers in self._decoded(place, index, block, column):
+                rows = tile.at[pl.ds(index * self.tokens + token, block.rows)]
+                target = rows.at[:, pl.ds(column * CHANNELS, CHANNELS)]
+                target[...] = _rounded(numbers, tile.dtype)
 
-            if shares == 1:
-                write()
-            else:
-                pl.when(share == number % shares)(write)
+        if columns % shares:
+            for number, block in enumerate(blocks):
+                pl.when(share == number % shares)(partial(write, block, 0))
+            return
 
-    def _blocks(self) -> Iterator[tuple[int, int, int, int]]:
-        """What is decoded at once: the run of bytes, the first row in it, how many, the first
-        channel."""
+        def write_column(step) -> None:
+            for block in blocks:
+                write(block, step if shares == 1 else step * shares + share)
+
+        steps = columns // shares
+        if steps > UNROLLED:
+            pl.loop(0, steps)(write_column)
+        else:
+            for step in range(steps):
+                write_column(step)
+
+    def _blocks(self) -> Iterator[Block]:
+        """What is decoded at once, CHANNELS wide."""
         for run in range(self.code_runs):
             row = 0
             while row < self.run_rows:
@@ -221,74 +241,74 @@ class StepCodes:
                     rows = min(rows, self.group)
                 if self.codec.fine_first and run == row == 0:
                     rows = min(rows, FIRST_ROWS)
-                for channel in range(0, self.head_dim, CHANNELS):
-                    yield run, row, rows, channel
+                yield Block(run, row, rows)
                 row += rows
 
-    def _decoded(self, place: Place, index: int, run: int, row: int, rows: int, channel: int):
-        """Rows of the tile, columns, and their numbers, of each of the codes in a block's bytes."""
-        layout = _layout(rows)
-        columns = pl.ds(channel, CHANNELS)
-        source = place.ring[CODES].at[place.slot, index, pl.ds(run * self.run_rows + row, rows)]
-        packed = _load(source.at[:, columns], layout)
+    def _decoded(self, place: Place, index: int, block: Block, column) -> Iterator[tuple[int, Any]]:
+        """Of each code in a block's bytes: the row of the first in the chunk's part of the tile,
+        and the numbers: float16 [rows, CHANNELS]."""
+        layout = _layout(block.rows)
+        rows = pl.ds(block.run * self.run_rows + block.row, block.rows)
+        source = place.ring[CODES].at[place.slot, index, rows]
+        packed = _load(source.at[:, pl.ds(column * CHANNELS, CHANNELS)], layout)
         packed = _or_1024(packed) if self.interpret else _pair_with_1024(packed, layout)
         for part in range(self.codec.per_byte):
-            steps = _floats(packed, self.codec.bits, part)
-            token_run = part * self.code_runs + run
-            if self.codec.fine_first and token_run == row == 0:
-                steps = steps + self._first(place, index, rows, channel)
-            where = place, index, token_run, row, rows, channel
-            scale, zero = (self._scales(name, *where) for name in ("scale", "zero"))
-            yield token_run * self.run_rows + row, columns, steps * scale + zero
+            codes = _floats(packed, self.codec.bits, part)
+            token_run = part * self.code_runs + block.run
+            if self.codec.fine_first and token_run == block.row == 0:
+                codes = codes + self._first(place, index, block.rows, column)
+            of_run = block._replace(run=token_run)
+            scale = self._scales("scale", place, index, of_run, column)
+            zero = self._scales("zero", place, index, of_run, column)
+            yield token_run * self.run_rows + block.row, codes * scale + zero
 
-    def _scales(
-        self,
-        name: str,
-        place: Place,
-        index: int,
-        token_run: int,
-        row: int,
-        rows: int,
-        channel: int,
-    ):
-        """Scales, or zeros, of a block: float16 [rows, CHANNELS]."""
+    def _scales(self, name: str, place: Place, index: int, block: Block, column):
+        """Scales, or zeros, of a run of tokens: float16 [rows, CHANNELS]."""
+        run, row, rows = block
         if self.whole:
-            token_run, row = 0, token_run * self.run_rows + row
-        line = place.ring[name].at[place.slot, index, token_run]
+            run, row = 0, run * self.run_rows + row
+        line, layout = place.ring[name].at[place.slot, index, run], _layout(rows)
+        begin = self._scales_before(row)
         if self.codec.along == "tokens":
-            begin, axis = self._scales_before(row) + channel, 0
-            source = line.at[pl.ds(begin, CHANNELS)]
-        else:
-            each, axis = self.head_dim // self.group, 1
-            source = line.at[pl.ds(row * each, rows * each)]
-            if each > 1:
-                source = source.reshape(rows, each).at[:, channel // self.group]
-        layout = _layout(rows)
-        scales = _load(source, layout.reduce(axis))
-        return plgpu.layout_cast(lax.broadcast_in_dim(scales, (rows, CHANNELS), [1 - axis]), layout)
+            source = line.at[pl.ds(begin + column * CHANNELS, CHANNELS)]
+            return _spread(_load(source, layout.reduce(0)), (rows, CHANNELS), 0)
+        columns = self.head_dim // CHANNELS  # each of them a group
+        source = line.at[pl.ds(begin, rows * columns)]
+        if columns > 1:
+            source = source.reshape(rows, columns).at[:, column]
+        return _spread(_load(source, layout.reduce(1)), (rows, CHANNELS), 1)
 
-    def _first(self, place: Place, index: int, rows: int, channel: int):
-        """What the first token's finer codes add to a block's codes."""
-        shape, layout, half = (rows, CHANNELS), _layout(rows), self.head_dim // 2
+    def _first(self, place: Place, index: int, rows: int, column):
+        """What the first token's finer codes add to a block's codes: float16 [rows, CHANNELS]."""
+        layout, half = _layout(rows), self.head_dim // 2
         line = place.ring[FIRST].at[place.slot, index]
 
         def load(begin):
             packed = line.at[pl.ds(COPY_BYTES + begin, CHANNELS)]
             return _or_1024(_load(packed, layout.reduce(0)))
 
+        first_channel = column * CHANNELS
         if half >= CHANNELS:
-            sixteenths = _floats(load(channel % half), 4, channel // half)
+            low = high = load(first_channel & (half - 1))
         else:
             # Channel 32 + c has the high bits of byte c. What lies before the bytes is not used.
-            column = plgpu.broadcasted_iota(jnp.int32, (CHANNELS,), 0, layout=layout.reduce(0))
-            sixteenths = jnp.where(
-                column < half, _floats(load(0), 4, 0), _floats(load(-half), 4, 1)
-            )
-        rest = (sixteenths - jnp.float16(7.5)) * jnp.float16(1 / 16)
-        token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
-        first = token == 0 if self.whole else (token == 0) & (place.step == 0)
-        rest = plgpu.layout_cast(lax.broadcast_in_dim(rest, shape, [1]), layout)
-        return jnp.where(first, rest, jnp.float16(0))
+            low, high = load(0), load(-half)
+        channel = plgpu.broadcasted_iota(jnp.int32, (CHANNELS,), 0, layout=layout.reduce(0))
+        is_low = channel < half - first_channel
+        sixteenths = jnp.where(is_low, _floats(low, 4, 0), _floats(high, 4, 1))
+        rest = sixteenths * jnp.float16(1 / 16) - jnp.float16(7.5 / 16)
+        token = plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=layout.reduce(1))
+        is_first = token == 0 if self.whole else (token == 0) & (place.step == 0)
+        # As a factor, because selecting takes an instruction for each number.
+        factor = jnp.where(is_first, jnp.float16(1), jnp.float16(0))
+        shape = rows, CHANNELS
+        return _spread(rest, shape, 0) * _spread(factor, shape, 1)
+
+
+def _spread(numbers, shape: tuple[int, int], axis: int):
+    """A number for each column (axis 0) or row (axis 1), in a block of that shape."""
+    block = lax.broadcast_in_dim(numbers, shape, [1 - axis])
+    return plgpu.layout_cast(block, _layout(shape[0]))
 
 
 def _rounded(numbers, dtype):
