@@ -98,7 +98,7 @@ def attend(
             wait_for_readers(position)  # of the buffer that this step refills: the previous one's
             fetch(position + (stages - 1), next_ids)
             next_ids = chunk_ids(position + stages)  # read now, so that the next step need not wait
-            slot = _rem(position, stages)
+            slot = _slot(shape, position)
             visible = run.tokens - index * shape.key_tile
             if run.whole_chunks and shape.chunks_per_step == 1:
                 visible = None
@@ -143,9 +143,19 @@ def _chunk_ids(shape: TileShape, run: Run, steps, position) -> tuple:
     return tuple(jnp.clip(chunk, 0, shape.num_chunks - 1) for chunk in ids)
 
 
+def _slot(shape: TileShape, position):
+    """The place in the ring of a step."""
+    slot = _rem(position, shape.stages)
+    if shape.codes is None:
+        return slot
+    # An address of each array of a ring follows from it. The compiler would have each of them grow
+    # along with the position, in two registers that none is left for.
+    return lax.optimization_barrier(slot)
+
+
 def _fetch(shape: TileShape, buffers: Buffers, run: Run, warpgroup, steps, total, position, ids):
     """Starts the copy of a step's keys and values into its place in the ring."""
-    slot = _rem(position, shape.stages)
+    slot = _slot(shape, position)
     step = _rem(position, jnp.maximum(steps, 1))
     tokens = min(shape.chunk_size, shape.key_tile)
     step_of_chunk = _rem(step, shape.steps_per_chunk)
