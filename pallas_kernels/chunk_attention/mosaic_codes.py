@@ -34,7 +34,7 @@ from pallas_kernels.coded_kv import CodedKV, Encoded
 CHANNELS = 64  # decoded at once: a row of the tile's swizzled blocks
 COPY_BYTES = 128  # a copy has a multiple of so many
 CODES, FIRST = "codes", "first"
-UNROLLED = 2  # times CHANNELS of a head; with more there are too few registers
+HEAD_DIMS = (64, 128)  # with 256 the kernels need some registers more than there are
 FIRST_ROWS = 16  # decoded with the token that has finer codes
 
 
@@ -44,6 +44,10 @@ def unsupported_codec(codec: ChunkCodec, chunk_size: int, head_dim: int) -> str 
         problem = _unsupported_part(part, chunk_size, head_dim)
         if problem is not None:
             return f"the Mosaic GPU kernels do not read {what} stored as {codec.name}: {problem}"
+    if head_dim not in HEAD_DIMS:
+        return (
+            f"the Mosaic GPU kernels read encoded chunks of a head_dim of 64 or 128, not {head_dim}"
+        )
     return None
 
 
@@ -224,12 +228,8 @@ class StepCodes:
             for block in blocks:
                 write(block, step if shares == 1 else step * shares + share)
 
-        steps = columns // shares
-        if steps > UNROLLED:
-            pl.loop(0, steps)(write_column)
-        else:
-            for step in range(steps):
-                write_column(step)
+        for step in range(columns // shares):
+            write_column(step)
 
     def _blocks(self) -> Iterator[Block]:
         """What is decoded at once, CHANNELS wide."""
