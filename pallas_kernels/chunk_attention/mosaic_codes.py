@@ -26,7 +26,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, vector
-from jaxtyping import Array, Float16, Shaped, UInt16
+from jaxtyping import Array, Float16, Shaped, UInt8, UInt16
 
 from pallas_kernels.codecs import AffineCodec, ChunkCodec
 from pallas_kernels.coded_kv import CodedKV, Encoded
@@ -57,7 +57,7 @@ def _unsupported_part(part: Any, chunk_size: int, head_dim: int) -> str | None:
     if part.bits not in (8, 4):
         return f"they take 8 or 4 bits, not {part.bits}"
     if part.bits == 8 and part.fine_first:
-        return "they take a finer first token of 4 bits only"
+        return "they take a finer first token of codes of 4 bits only"
     size = chunk_size if part.along == "tokens" else head_dim
     allowed, group = math.gcd(size, CHANNELS), _group(part, chunk_size, head_dim)
     if group != allowed:
@@ -165,12 +165,11 @@ class StepCodes:
             )
         return ring
 
-    def bytes_a_chunk(self) -> int:
-        """Of the ring, for one step."""
-        return sum(
-            math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
-            for array in self.ring(1, 1).values()
-        )
+    def ring_bytes(self, stages: int, chunks: int) -> int:
+        """What such a ring takes: each array begins at a multiple of 1024 bytes."""
+        arrays = self.ring(stages, chunks).values()
+        sizes = (math.prod(array.shape) * jnp.dtype(array.dtype).itemsize for array in arrays)
+        return sum(-(-size // 1024) * 1024 for size in sizes)
 
     def operands(self, encoded: Encoded) -> dict[str, Shaped[Array, "L Hkv ..."]]:
         """The pool's arrays as the kernel takes them: codes as they are, of the others all numbers
@@ -274,6 +273,9 @@ class StepCodes:
             return _spread(_load(source, layout.reduce(0)), (rows, CHANNELS), 0)
         columns = self.head_dim // CHANNELS  # each of them a group
         source = line.at[pl.ds(begin, rows * columns)]
+        if self.interpret:  # it knows no references of another shape
+            scales = lax.dynamic_index_in_dim(source[...].reshape(rows, columns), column, 1, False)
+            return _spread(scales, (rows, CHANNELS), 1)
         if columns > 1:
             source = source.reshape(rows, columns).at[:, column]
         return _spread(_load(source, layout.reduce(1)), (rows, CHANNELS), 1)
@@ -326,10 +328,6 @@ def _pair_with_1024(
 ) -> UInt16[Array, "rows channels"]:
     """`_or_1024` in one instruction for two bytes; the compiler takes four to widen them."""
 
-    @plgpu.inline_mgpu(
-        arg_types=(layout,),
-        return_type=plgpu.ShapeDtypeStruct(packed.shape, jnp.uint16, layout=layout),
-    )
     def widen(_, array):
         i8, i16, i32 = (ir.IntegerType.get_signless(bits) for bits in (8, 16, 32))
         four, pair = ir.VectorType.get((4,), i8), ir.VectorType.get((2,), i16)
@@ -354,7 +352,9 @@ def _pair_with_1024(
             registers[index] = widen_register(register)
         return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=False)
 
-    return widen(packed)
+    result = plgpu.ShapeDtypeStruct(packed.shape, jnp.uint16, layout=layout)
+    inline: Any = plgpu.inline_mgpu(arg_types=(layout,), return_type=result)
+    return inline(widen)(packed)
 
 
 def _floats(packed: UInt16[Array, "*shape"], bits: int, part: int) -> Float16[Array, "*shape"]:

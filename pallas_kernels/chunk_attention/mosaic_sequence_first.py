@@ -180,8 +180,9 @@ def sequence_first(
 
 def _stage(shape: TileShape, staging, private: Partial) -> None:
     """Puts a tile's result where any thread can read any row of it."""
+    await_warps(shape)  # they may still read what was there
     store_rows(staging, private.output)
-    await_warps(shape)  # rows of it are written over
+    await_warps(shape)  # some rows are written over
     columns = pl.ds(0, WARPGROUP_ROWS)
     store_rows(staging.at[MAXIMUM_ROW, columns], private.maximum)
     store_rows(staging.at[TOTAL_ROW, columns], private.total)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -56,11 +56,18 @@ class TileShape:
         # not be several chunks: of a short run, most would be padding.
         key_tile = 128 if head_dim == 64 and chunk_size % 128 == 0 else 64
         warpgroups = query_tile // WARPGROUP_ROWS
-        codes, step_bytes = None, key_tile * head_dim * 4
+        tiles_bytes = key_tile * head_dim * 4  # of keys and values
+        codes = None
         if isinstance(stored, CodedKV):
             codes = StepCodes.of(stored, key_tile, bool(interpret))
-            other_memory += step_bytes  # that a step is decoded to
-            step_bytes = max(1, key_tile // chunk_size) * sum(x.bytes_a_chunk() for x in codes)
+            other_memory = max(other_memory, tiles_bytes)  # in one place, see `kernel`
+
+        def ring_bytes(stages: int) -> int:
+            if codes is None:
+                return stages * tiles_bytes
+            chunks = max(1, key_tile // chunk_size)
+            return sum(part.ring_bytes(stages, chunks) for part in codes)
+
         return cls(
             attention=attention,
             head_dim=head_dim,
@@ -69,7 +76,7 @@ class TileShape:
             dtype=dtype,
             warpgroups=warpgroups,
             key_tile=key_tile,
-            stages=stages or _default_stages(head_dim, step_bytes, warpgroups, other_memory),
+            stages=stages or _default_stages(head_dim, ring_bytes, warpgroups, other_memory),
             interpret=interpreter() if interpret is True else interpret,
             codes=codes,
         )
@@ -105,7 +112,15 @@ class TileShape:
         return keys.operands(stored.keys), values.operands(stored.values)
 
     def kernel(self, body: Callable, out_type, scratch: tuple, grid: dict[str, int]) -> Callable:
-        """`plgpu.kernel` with the program's buffers for `attend` after the other scratch."""
+        """`plgpu.kernel` with the program's buffers for `attend` after the other scratch.
+
+        Where chunks are encoded, what they are decoded to has its place in the other scratch, which
+        must not be used before `attend` has ended.
+        """
+        buffers = self._buffers()
+        if self.codes is not None:
+            buffers = buffers._replace(tiles=plgpu.RefUnion(buffers.tiles, scratch))
+            body, scratch = _with_tiles(body), ()
         # This lowering puts a barrier of the warpgroup before each copy into shared memory. The
         # ring relies on it: one thread starts the copy, when all four warps have read the buffer.
         # Encoded chunks take several copies each, and many small stores, which have such barriers
@@ -120,7 +135,7 @@ class TileShape:
         return plgpu.kernel(
             body,
             out_type=out_type,
-            scratch_types=(*scratch, self._buffers()),
+            scratch_types=(*scratch, buffers),
             grid=tuple(grid.values()),
             grid_names=tuple(grid),
             num_threads=self.warpgroups,
@@ -160,12 +175,26 @@ class TileShape:
         )
 
 
+def _with_tiles(body: Callable) -> Callable:
+    """A body that has tiles and scratch apart, of one that has them in one place."""
+
+    @wraps(body)
+    def kernel_body(*refs):
+        *operands, buffers = refs
+        tiles, scratch = buffers.tiles
+        return body(*operands, *scratch, buffers._replace(tiles=tiles))
+
+    return kernel_body
+
+
 def interpreter(**options):
     """Parameters of the interpreter; there is none before jax 0.11."""
     return plgpu.InterpretGPUParams(**options)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _default_stages(head_dim: int, step_bytes: int, warpgroups: int, other_memory: int) -> int:
+def _default_stages(
+    head_dim: int, ring_bytes: Callable[[int], int], warpgroups: int, other_memory: int
+) -> int:
     """As many as let two programs of one warpgroup share an SM, or one program of two fill it.
 
     Either way the SM has two warpgroups, of which one multiplies while the other exponentiates,
@@ -174,7 +203,7 @@ def _default_stages(head_dim: int, step_bytes: int, warpgroups: int, other_memor
     programs = 1 if head_dim == 256 else 2 // warpgroups
     queries = warpgroups * WARPGROUP_ROWS * head_dim * 2
     left = SM_SHARED_MEMORY // programs - 1024 - BARRIER_MEMORY - queries - other_memory
-    return min(6, left // step_bytes)
+    return max(stages for stages in range(1, 7) if ring_bytes(stages) <= left)
 
 
 class Buffers(NamedTuple):
@@ -188,7 +217,5 @@ class Buffers(NamedTuple):
     read: Any  # [stages]; every warpgroup has read the keys and the values
     weights: Any  # [warpgroups, 64, key_tile]; only when interpreting
     tiles: Any  # two of [key_tile, D]: decoded keys and values; only where chunks are encoded
-    decoded: (
-        Any  # [2]; every warpgroup has decoded its share of keys, of values; if there are several
-    )
+    decoded: Any  # [2]; every warpgroup has decoded its share; only where there are several
     own_copied: Any  # the tiles have tokens of the row's own chunk

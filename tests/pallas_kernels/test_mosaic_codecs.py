@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import os
 from typing import NamedTuple
 
 import jax
@@ -14,8 +16,9 @@ from jax_chunkattn.planning.planner import PlannerOptions, plan_decode
 from jax_chunkattn.planning.workloads import AttentionInputs, case_inputs
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention.mosaic_shape import interpreter
-from pallas_kernels.codecs import ChunkCodec
+from pallas_kernels.codecs import AffineCodec, ChunkCodec, ScaledFloatCodec
 from pallas_kernels.coded_kv import CodedKV
+from pallas_kernels.implementations import AttentionShapes
 from pallas_kernels.plans import DecodePlan, DecodeReads, OwnChunks
 from pallas_kernels.specs import AttentionCase
 from tests import oracle
@@ -37,7 +40,7 @@ class Problem(NamedTuple):
     inputs: AttentionInputs
     plan: DecodePlan
     stored: CodedKV
-    own: OwnChunks
+    own: OwnChunks | None
 
 
 def coded_problem(case: AttentionCase, codec: ChunkCodec, options: PlannerOptions) -> Problem:
@@ -112,9 +115,19 @@ def attend(problem: Problem, case: AttentionCase, query_tile: int = 64):
     return got
 
 
-def assert_as_exact_as_naive(case, codec, options, query_tile=64):
-    problem = coded_problem(case, codec, options)
-    got = attend(problem, case, query_tile)
+class Coded(NamedTuple):
+    """A case, and how its chunks are encoded and its work planned."""
+
+    case: AttentionCase
+    codec: ChunkCodec
+    options: PlannerOptions = share()
+    query_tile: int = 64
+
+
+def assert_as_exact_as_naive(coded: Coded) -> None:
+    """flash-attention's rule, against float64 over what is decoded."""
+    case, problem = coded.case, coded_problem(coded.case, coded.codec, coded.options)
+    got = attend(problem, case, coded.query_tile)
     inputs, rows = problem.inputs, len(problem.inputs.tables)
     pools, tables = what_is_read(problem)
     how = {"scale": case.scale, "softcap": case.softcap}
@@ -127,15 +140,137 @@ def assert_as_exact_as_naive(case, codec, options, query_tile=64):
     np.testing.assert_array_equal(got[rows:], 0)
 
 
-slow = pytest.mark.slow
 NUMERICS = {
-    "int8": (AttentionCase("1,3_70,20", 3, 1, 64, chunk_size=32, dtype="float16", ragged=9), 64),
-    "int4": (AttentionCase("1,3_70,20", 3, 1, 64, chunk_size=32, dtype="bfloat16", ragged=9), 64),
+    "int8, two chunks a step": Coded(
+        AttentionCase("1,3_70,20", 3, 1, 64, chunk_size=32, dtype="float16", ragged=9),
+        lossy("int8"),
+    ),
+    "int4, chunks as long as a step": Coded(
+        AttentionCase("1,3_128,20", 2, 1, 64, dtype="bfloat16", ragged=9), lossy("int4")
+    ),
+}
+SLOW = {
+    "int4, nothing shared, two KV heads": Coded(
+        AttentionCase("3_200", 4, 2, 128, dtype="bfloat16", ragged=150),
+        lossy("int4"),
+        PlannerOptions(sharing=False),
+    ),
+    "int4, small chunks": Coded(
+        AttentionCase("1,2,6_64,100,5", 8, 1, 64, chunk_size=16, dtype="float16", ragged=40),
+        lossy("int4"),
+    ),
+    "int4, small chunks of large heads, a softcap": Coded(
+        AttentionCase("1,3_64,20", 2, 1, 128, chunk_size=16, dtype="bfloat16", softcap=5.0),
+        lossy("int4"),
+    ),
+    "int4, chunks of several steps": Coded(
+        AttentionCase("1,3_512,150", 4, 1, 128, chunk_size=256, dtype="float16", ragged=60),
+        lossy("int4"),
+        share(max_item_rows=2),
+    ),
+    "int4, chunks of two long steps": Coded(
+        AttentionCase("1,2_512,70", 1, 1, 64, chunk_size=256, dtype="bfloat16"), lossy("int4")
+    ),
+    "int8 keys and int4 values agree on a step's tokens": Coded(
+        AttentionCase("1,2_256,70", 2, 1, 128, chunk_size=128, dtype="float16"),
+        lossy("int8/int4"),
+    ),
+    "int8, chunks of several steps and groups": Coded(
+        AttentionCase("1,2_512,70", 2, 1, 64, chunk_size=256, dtype="float16"), lossy("int8")
+    ),
+    "keys grouped along channels, values along tokens": Coded(
+        AttentionCase("1,3_140,20", 2, 1, 128, chunk_size=32, dtype="float16", ragged=9),
+        ChunkCodec("odd", AffineCodec(8, "channels"), AffineCodec(4, "tokens", fine_first=True)),
+    ),
+}
+
+TWO_WARPGROUPS = {
+    "columns": Coded(
+        AttentionCase("1,3_128,5", 4, 1, 128, dtype="bfloat16"), lossy("int4"), query_tile=128
+    ),
+    "rows": Coded(
+        AttentionCase("1,3_128,5", 4, 1, 64, chunk_size=32, dtype="float16"),
+        lossy("int4"),
+        query_tile=128,
+    ),
 }
 
 
 @interpreted
-@pytest.mark.parametrize("name", NUMERICS)
+@pytest.mark.parametrize(
+    "name", [*NUMERICS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
 def test_error_is_at_most_twice_the_naive_one(name):
-    case, query_tile = NUMERICS[name]
-    assert_as_exact_as_naive(case, lossy(name), share(), query_tile)
+    assert_as_exact_as_naive((NUMERICS | SLOW)[name])
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.skipif(
+    int(os.environ.get("NPROC", os.cpu_count() or 1)) < 4,
+    reason="warpgroups that wait for each other take a thread of XLA's each: set NPROC=8",
+)
+@pytest.mark.parametrize("name", TWO_WARPGROUPS)
+def test_two_warpgroups_decode_one_part_each(name):
+    assert_as_exact_as_naive(TWO_WARPGROUPS[name])
+
+
+@interpreted
+@pytest.mark.slow
+def test_chunks_that_no_row_reads_do_not_show():
+    """Nor what the copies of scales bring along from the next chunk."""
+    case = AttentionCase("1,3_70,20", 3, 1, 64, chunk_size=16, dtype="float16", ragged=9)
+    problem = coded_problem(case, lossy("int4"), share())
+    expected = attend(problem, case)
+    owned = {chunk for table in problem.inputs.tables for chunk in table}
+    foreign = [c for c in range(problem.stored.num_chunks) if c not in owned]
+    assert foreign
+
+    def spoil(array):
+        worst = jnp.inf if array.dtype == jnp.float16 else 255
+        return array.at[:, :, np.array(foreign)].set(jnp.asarray(worst, array.dtype))
+
+    stored = problem.stored
+    keys, values = (jax.tree.map(spoil, encoded) for encoded in (stored.keys, stored.values))
+    stored = dataclasses.replace(stored, keys=keys, values=values)
+    np.testing.assert_array_equal(attend(problem._replace(stored=stored), case), expected)
+
+
+@dataclasses.dataclass(frozen=True)
+class OnesCodec(ScaledFloatCodec):
+    """A user's own."""
+
+
+def two_parts(part) -> ChunkCodec:
+    return ChunkCodec("mine", part, part)
+
+
+@pytest.mark.parametrize(
+    ("codec", "head_dim", "reason"),
+    [
+        (lossy("int8"), 64, None),
+        (lossy("int4"), 128, None),
+        (lossy("int8/int4"), 128, None),
+        (lossy("int2"), 64, "do not read keys stored as int2: they take 8 or 4 bits, not 2"),
+        (lossy("int4/int2"), 64, "do not read values stored as int4/int2: they take 8 or 4 bits"),
+        (lossy("int4", group=32), 64, "they take groups of 64 tokens, not of 32"),
+        (two_parts(AffineCodec(8, "tokens", fine_first=True)), 64, "of codes of 4 bits only"),
+        (two_parts(OnesCodec("float8_e4m3fn")), 64, "stored as mine: they know no OnesCodec"),
+        (lossy("int4"), 256, "encoded chunks of a head_dim of 64 or 128, not 256"),
+    ],
+)
+def test_codecs_that_cannot_be_read_are_named(codec, head_dim, reason):
+    got = mosaic.unsupported(AttentionShapes("bfloat16", 4, head_dim, 64, codec))
+    assert got is None if reason is None else reason in got
+
+
+def test_exact_tokens_decide_on_the_dtype():
+    shapes = AttentionShapes("float32", 4, 64, 64, lossy("int4"))
+    assert "take bfloat16 and float16, not float32" in mosaic.unsupported(shapes)
+
+
+def test_the_rows_own_chunks_are_asked_for():
+    case = AttentionCase("1,3_70,20", 3, 1, 64, chunk_size=32, dtype="float16")
+    problem = coded_problem(case, lossy("int4"), share())
+    with pytest.raises(ValueError, match="of its own"):
+        attend(problem._replace(own=None), case)
