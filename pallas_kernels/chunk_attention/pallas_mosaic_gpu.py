@@ -1,7 +1,8 @@
 """Two-phase attention as two Mosaic GPU kernels, for Hopper.
 
 Chunk-first: `mosaic_chunk_first`; sequence-first: `mosaic_sequence_first`; what both do with a run
-of chunks: `mosaic_tiles`. Between them, float32 partials pass through memory.
+of chunks: `mosaic_tiles`, and with encoded ones: `mosaic_codes`. Between the two, float32 partials
+pass through memory.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pallas_kernels.chunk_attention.mosaic_codes import unsupported_codec
 from pallas_kernels.chunk_attention.mosaic_sequence_first import MAX_GROUP, sequence_first
 from pallas_kernels.coded_kv import LayerKV
 from pallas_kernels.implementations import AttentionShapes, exact_dtype
-from pallas_kernels.plans import DecodeReads, require_partials
+from pallas_kernels.plans import DecodeReads, require_own, require_partials
 
 __all__ = ["chunk_attention", "chunk_first", "sequence_first", "unsupported"]
 
@@ -60,6 +61,8 @@ def chunk_attention(
     `interpret` is False, True, or `InterpretGPUParams`.
     """
     items, partials = reads.plan.items, require_partials(reads.plan)
+    if stored.codec is not None:
+        require_own(reads)
     how = {"dtype": exact_dtype(stored, reads), "interpret": interpret}
     shared = chunk_first(q, stored, items, partials, attention, query_tile=query_tile, **how)
     return sequence_first(q, stored, reads, attention, shared, **how)

@@ -23,8 +23,4 @@ def test_kernels_that_decode_do_not_spill(monkeypatch):
     table = "tests.gpu_compile.coded_cases:cases"
     records = compile_cases(table, list(VARIANTS), TARGETS["h200"])
     assert failures_of(records) == []
-    for record in records:
-        assert [kernel["name"] for kernel in record["kernels"]] == [
-            "chunk_first_kernel",
-            "sequence_first_kernel",
-        ], record["name"]
+    assert all(record["pallas_launches"] == 2 for record in records)
