@@ -28,7 +28,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, vector
 from jaxtyping import Array, Float16, Shaped, UInt8, UInt16
 
-from pallas_kernels.codecs import AffineCodec, ChunkCodec
+from pallas_kernels.codecs import AffineCodec, ChunkCodec, ScaledFloatCodec
 from pallas_kernels.coded_kv import CodedKV, Encoded
 
 CHANNELS = 64  # decoded at once: a row of the tile's swizzled blocks
@@ -52,7 +52,9 @@ def unsupported_codec(codec: ChunkCodec, chunk_size: int, head_dim: int) -> str 
 
 
 def _unsupported_part(part: Any, chunk_size: int, head_dim: int) -> str | None:
-    if not isinstance(part, AffineCodec):
+    if type(part) is ScaledFloatCodec:
+        return None
+    if type(part) is not AffineCodec:
         return f"they know no {type(part).__name__}"
     if part.bits not in (8, 4):
         return f"they take 8 or 4 bits, not {part.bits}"
@@ -69,6 +71,11 @@ def _group(codec: AffineCodec, chunk_size: int, head_dim: int) -> int:
     """Numbers that share a scale."""
     tokens, channels = codec.arrays(chunk_size, head_dim)["scale"].shape
     return chunk_size // tokens if codec.along == "tokens" else head_dim // channels
+
+
+def _per_byte(codec: AffineCodec | ScaledFloatCodec) -> int:
+    """Codes in a byte."""
+    return codec.per_byte if isinstance(codec, AffineCodec) else 1
 
 
 class Place(NamedTuple):
@@ -95,11 +102,13 @@ class StepCodes:
     Letters: C tokens of a chunk, D numbers of a head, T tokens of a chunk in a step.
     """
 
-    codec: AffineCodec
+    codec: AffineCodec | ScaledFloatCodec
     chunk_size: int  # C
     head_dim: int  # D
     tokens: int  # T
     runs: int  # of consecutive tokens, in a step of a chunk that takes several
+    kv_heads: int  # Hkv
+    num_chunks: int  # N
     interpret: bool
 
     @classmethod
@@ -107,10 +116,13 @@ class StepCodes:
         """Of keys, and of values."""
         codec, chunk_size = stored.codec, stored.chunk_size
         tokens = min(chunk_size, key_tile)
-        parts = [part for part in (codec.keys, codec.values) if isinstance(part, AffineCodec)]
-        runs = 1 if tokens == chunk_size else max(part.per_byte for part in parts)
+        known = AffineCodec, ScaledFloatCodec
+        parts = [part for part in (codec.keys, codec.values) if isinstance(part, known)]
+        runs = 1 if tokens == chunk_size else max(map(_per_byte, parts))
+        sizes = stored.kv_heads, stored.num_chunks
         keys, values = (
-            cls(part, chunk_size, stored.head_dim, tokens, runs, interpret) for part in parts
+            cls(part, chunk_size, stored.head_dim, tokens, runs, *sizes, interpret)
+            for part in parts
         )
         return keys, values
 
@@ -122,21 +134,34 @@ class StepCodes:
     @property
     def code_runs(self) -> int:
         """Runs of consecutive bytes of codes."""
-        return max(1, self.runs // self.codec.per_byte)
+        return max(1, self.runs // _per_byte(self.codec))
 
     @property
     def run_rows(self) -> int:
         """Rows of bytes in such a run, R: each has the codes of `per_byte` tokens."""
-        return self.tokens // self.codec.per_byte // self.code_runs
+        return self.tokens // _per_byte(self.codec) // self.code_runs
+
+    @property
+    def affine(self) -> AffineCodec:
+        """The codec, where it has groups."""
+        assert isinstance(self.codec, AffineCodec)
+        return self.codec
 
     @property
     def group(self) -> int:
-        return _group(self.codec, self.chunk_size, self.head_dim)
+        return _group(self.affine, self.chunk_size, self.head_dim)
+
+    @property
+    def fine_first(self) -> bool:
+        """Whether the first token has finer codes."""
+        return isinstance(self.codec, AffineCodec) and self.codec.fine_first
 
     @property
     def copies(self) -> int:
         """How many copies a chunk of a step takes."""
-        return self.code_runs + 2 * self.runs + self.codec.fine_first
+        if isinstance(self.codec, ScaledFloatCodec):
+            return self.code_runs + 1
+        return self.code_runs + 2 * self.runs + self.fine_first
 
     @property
     def group_run(self) -> int:
@@ -146,20 +171,23 @@ class StepCodes:
 
     def _scales_before(self, token):
         """Scales that are stored before a token's group."""
-        if self.codec.along == "tokens":
+        if self.affine.along == "tokens":
             return token // self.group * self.head_dim
         return token * (self.head_dim // self.group)
 
     def ring(self, stages: int, chunks: int) -> dict[str, Any]:
         """Shared memory for `stages` steps of so many chunks each."""
-        rows = self.code_runs * self.run_rows
+        codes = (stages, chunks, self.code_runs * self.run_rows, self.head_dim)
+        if isinstance(self.codec, ScaledFloatCodec):
+            scale = plgpu.SMEM((stages, chunks, _line(1, 4)), jnp.float32)
+            return {CODES: plgpu.SMEM(codes, jnp.dtype(self.codec.dtype)), "scale": scale}
         scales = plgpu.SMEM((stages, chunks, self.runs, _line(self.group_run, 2)), jnp.float16)
         ring = {
-            CODES: plgpu.SMEM((stages, chunks, rows, self.head_dim), jnp.uint8),
+            CODES: plgpu.SMEM(codes, jnp.uint8),
             "scale": scales,
             "zero": scales,
         }
-        if self.codec.fine_first:
+        if self.fine_first:
             ring[FIRST] = plgpu.SMEM(
                 (stages, chunks, COPY_BYTES + _line(self.head_dim // 2, 1)), jnp.uint8
             )
@@ -176,10 +204,11 @@ class StepCodes:
         of a layer's head one after another."""
 
         def flat(array):
-            layers, heads = array.shape[:2]
-            flattened = array.reshape(layers, heads, -1)
+            # One number a chunk is not the 16 bytes that a head's must be a multiple of.
+            outer = () if isinstance(self.codec, ScaledFloatCodec) else array.shape[:2]
+            flattened = array.reshape(*outer, -1)
             room = _line(1, array.dtype.itemsize) - flattened.shape[-1]
-            return jnp.pad(flattened, ((0, 0), (0, 0), (0, max(0, room))))
+            return jnp.pad(flattened, (*((0, 0) for _ in outer), (0, max(0, room))))
 
         return {name: array if name == CODES else flat(array) for name, array in encoded.items()}
 
@@ -192,6 +221,12 @@ class StepCodes:
             source = arrays[CODES].at[layer, head, chunk, pl.ds(begin, rows)]
             target = ring[CODES].at[slot, index, pl.ds(run * rows, rows)]
             plgpu.copy_gmem_to_smem(source, target, barrier)
+        if isinstance(self.codec, ScaledFloatCodec):
+            target = ring["scale"].at[slot, index]
+            begin = (layer * self.kv_heads + head) * self.num_chunks + chunk
+            source = arrays["scale"].at[pl.ds(begin, target.shape[-1])]
+            plgpu.copy_gmem_to_smem(source, target, barrier)
+            return
         of_chunk = self._scales_before(self.chunk_size)
         for name in ("scale", "zero"):
             target = ring[name].at[slot, index]
@@ -200,7 +235,7 @@ class StepCodes:
                 begin = chunk * of_chunk + self._scales_before(token)
                 source = arrays[name].at[layer, head, pl.ds(begin, target.shape[-1])]
                 plgpu.copy_gmem_to_smem(source, target.at[run], barrier)
-        if self.codec.fine_first:
+        if self.fine_first:
             target = ring[FIRST].at[slot, index]
             count = target.shape[-1] - COPY_BYTES
             begin = chunk * (self.head_dim // 2)
@@ -236,25 +271,30 @@ class StepCodes:
             row = 0
             while row < self.run_rows:
                 rows = self.run_rows - row
-                if self.codec.along == "tokens":
+                if isinstance(self.codec, AffineCodec) and self.codec.along == "tokens":
                     rows = min(rows, self.group)
-                if self.codec.fine_first and run == row == 0:
+                if self.fine_first and run == row == 0:
                     rows = min(rows, FIRST_ROWS)
                 yield Block(run, row, rows)
                 row += rows
 
     def _decoded(self, place: Place, index: int, block: Block, column) -> Iterator[tuple[int, Any]]:
         """Of each code in a block's bytes: the row of the first in the chunk's part of the tile,
-        and the numbers: float16 [rows, CHANNELS]."""
+        and the numbers: float [rows, CHANNELS]."""
         layout = _layout(block.rows)
         rows = pl.ds(block.run * self.run_rows + block.row, block.rows)
         source = place.ring[CODES].at[place.slot, index, rows]
         packed = _load(source.at[:, pl.ds(column * CHANNELS, CHANNELS)], layout)
+        if isinstance(self.codec, ScaledFloatCodec):
+            scale = place.ring["scale"][place.slot, index, 0]
+            numbers = packed.astype(jnp.float16).astype(jnp.float32) * scale
+            yield block.run * self.run_rows + block.row, numbers
+            return
         packed = _or_1024(packed) if self.interpret else _pair_with_1024(packed, layout)
-        for part in range(self.codec.per_byte):
-            codes = _floats(packed, self.codec.bits, part)
+        for part in range(self.affine.per_byte):
+            codes = _floats(packed, self.affine.bits, part)
             token_run = part * self.code_runs + block.run
-            if self.codec.fine_first and token_run == block.row == 0:
+            if self.fine_first and token_run == block.row == 0:
                 codes = codes + self._first(place, index, block.rows, column)
             of_run = block._replace(run=token_run)
             scale = self._scales("scale", place, index, of_run, column)
@@ -268,7 +308,7 @@ class StepCodes:
             run, row = 0, run * self.run_rows + row
         line, layout = place.ring[name].at[place.slot, index, run], _layout(rows)
         begin = self._scales_before(row)
-        if self.codec.along == "tokens":
+        if self.affine.along == "tokens":
             source = line.at[pl.ds(begin + column * CHANNELS, CHANNELS)]
             return _spread(_load(source, layout.reduce(0)), (rows, CHANNELS), 0)
         columns = self.head_dim // CHANNELS  # each of them a group
@@ -314,8 +354,8 @@ def _spread(numbers, shape: tuple[int, int], axis: int):
 
 
 def _rounded(numbers, dtype):
-    """float16 in the dtype; there is no instruction from one to the other 16-bit float."""
-    return numbers.astype(jnp.float32).astype(dtype) if dtype != jnp.float16 else numbers
+    """Floats in the dtype; there is no instruction from one to the other 16-bit float."""
+    return numbers if numbers.dtype == dtype else numbers.astype(jnp.float32).astype(dtype)
 
 
 def _or_1024(packed: UInt8[Array, "*shape"]) -> UInt16[Array, "*shape"]:

@@ -22,6 +22,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int4, small chunks of float16": {"codec": "int4", "chunk_size": 16, "dtype": "float16"},
     "int4, large chunks": {"codec": "int4", "chunk_size": 256, "group": 16, "softcap": 50.0},
     "int8 and int4, large chunks": {"codec": "int8/int4", "chunk_size": 256, "group": 3},
+    "fp8": {"codec": "fp8"},
+    "fp8_e5m2, small chunks": {"codec": "fp8_e5m2", "chunk_size": 16, "dtype": "float16"},
     "int8, large chunks, two warpgroups": {
         "codec": "int8",
         "chunk_size": 256,

@@ -148,8 +148,16 @@ NUMERICS = {
     "int4, chunks as long as a step": Coded(
         AttentionCase("1,3_128,20", 2, 1, 64, dtype="bfloat16", ragged=9), lossy("int4")
     ),
+    "fp8, two chunks a step": Coded(
+        AttentionCase("1,3_70,20", 3, 1, 64, chunk_size=32, dtype="bfloat16", ragged=9),
+        lossy("fp8"),
+    ),
 }
 SLOW = {
+    "fp8_e5m2, chunks of several steps, two KV heads": Coded(
+        AttentionCase("1,2_512,70", 4, 2, 128, chunk_size=256, dtype="float16"),
+        lossy("fp8_e5m2"),
+    ),
     "int4, nothing shared, two KV heads": Coded(
         AttentionCase("3_200", 4, 2, 128, dtype="bfloat16", ragged=150),
         lossy("int4"),
@@ -251,6 +259,7 @@ def two_parts(part) -> ChunkCodec:
         (lossy("int8"), 64, None),
         (lossy("int4"), 128, None),
         (lossy("int8/int4"), 128, None),
+        (lossy("fp8"), 128, None),
         (lossy("int2"), 64, "do not read keys stored as int2: they take 8 or 4 bits, not 2"),
         (lossy("int4/int2"), 64, "do not read values stored as int4/int2: they take 8 or 4 bits"),
         (lossy("int4", group=32), 64, "they take groups of 64 tokens, not of 32"),
