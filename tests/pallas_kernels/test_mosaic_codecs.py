@@ -278,6 +278,7 @@ def test_exact_tokens_decide_on_the_dtype():
     assert "take bfloat16 and float16, not float32" in mosaic.unsupported(shapes)
 
 
+@interpreted
 def test_the_rows_own_chunks_are_asked_for():
     case = AttentionCase("1,3_70,20", 3, 1, 64, chunk_size=32, dtype="float16")
     problem = coded_problem(case, lossy("int4"), share())
