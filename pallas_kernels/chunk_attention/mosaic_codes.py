@@ -180,7 +180,7 @@ class StepCodes:
         codes = (stages, chunks, self.code_runs * self.run_rows, self.head_dim)
         if isinstance(self.codec, ScaledFloatCodec):
             scale = plgpu.SMEM((stages, chunks, _line(1, 4)), jnp.float32)
-            return {CODES: plgpu.SMEM(codes, jnp.dtype(self.codec.dtype)), "scale": scale}
+            return {CODES: plgpu.SMEM(codes, jnp.uint8), "scale": scale}
         scales = plgpu.SMEM((stages, chunks, self.runs, _line(self.group_run, 2)), jnp.float16)
         ring = {
             CODES: plgpu.SMEM(codes, jnp.uint8),
@@ -287,7 +287,8 @@ class StepCodes:
         packed = _load(source.at[:, pl.ds(column * CHANNELS, CHANNELS)], layout)
         if isinstance(self.codec, ScaledFloatCodec):
             scale = place.ring["scale"][place.slot, index, 0]
-            numbers = packed.astype(jnp.float16).astype(jnp.float32) * scale
+            floats = lax.bitcast_convert_type(packed, jnp.dtype(self.codec.dtype))
+            numbers = floats.astype(jnp.float16).astype(jnp.float32) * scale
             yield block.run * self.run_rows + block.row, numbers
             return
         packed = _or_1024(packed) if self.interpret else _pair_with_1024(packed, layout)
