@@ -181,6 +181,11 @@ def _coded(backend: str) -> Iterator[KernelVariant]:
             yield int4(chunk_size=256)
             yield int4("float16")
             yield int4("float32", head_dim=64)
+    if backend == "pallas_mosaic_gpu":
+        yield KernelVariant(backend, query_tile=128, codec="int4")
+        yield KernelVariant(backend, head_dim=64, chunk_size=256, query_tile=128, codec="int8")
+        yield KernelVariant(backend, chunk_size=256, group=3, codec="int8/int4")
+        yield KernelVariant(backend, "float16", chunk_size=16, codec="fp8_e5m2")
 
 
 def _kinds(backend: str) -> Iterator[dict[str, Any]]:
