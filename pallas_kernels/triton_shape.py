@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
 
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.codecs import AffineCodec, ChunkCodec, ScaledFloatCodec, TensorCodec
@@ -50,15 +50,16 @@ class KernelShape:
 
     @classmethod
     def of(
-        cls, kernel: str, q: Float[Array, "rows Hq D"], stored: LayerKV, attention: AttentionSpec
+        cls, kernel: str, dtype: DTypeLike | None, stored: LayerKV, attention: AttentionSpec
     ) -> KernelShape:
-        """The sizes of the kernel of that name.
+        """The sizes of the kernel of that name, which multiplies numbers of `dtype`; None for that
+        of what is stored.
 
         Raises:
           ValueError: for codes that the kernel cannot address.
         """
         _check_addressable(stored)
-        dtype = jnp.dtype(stored.dtype if stored.codec is None else q.dtype)
+        dtype = jnp.dtype(stored.dtype if dtype is None else dtype)
         padded_dim = _padded(stored.head_dim)
         parts = _parts(stored.codec)
         sizes = {

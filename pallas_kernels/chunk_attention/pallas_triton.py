@@ -18,10 +18,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.coded_kv import LayerKV
+from pallas_kernels.implementations import exact_dtype
 from pallas_kernels.online_softmax import MASKED, Partial
 from pallas_kernels.plans import DecodeReads, PartialSlots, WorkItems, require_partials
 from pallas_kernels.triton_runs import HeadKVRefs, Run, tiles_of
@@ -44,8 +46,9 @@ def chunk_attention(
 ) -> Float[Array, "B Hq D"]:
     """See `pallas_kernels.chunk_attention.api.chunk_attention`."""
     items, partials = reads.plan.items, require_partials(reads.plan)
-    shared = chunk_first(q, stored, items, partials, attention, interpret=interpret)
-    return sequence_first(q, stored, reads, attention, shared, interpret=interpret)
+    how = {"dtype": exact_dtype(stored, reads), "interpret": interpret}
+    shared = chunk_first(q, stored, items, partials, attention, **how)
+    return sequence_first(q, stored, reads, attention, shared, **how)
 
 
 def chunk_first(
@@ -55,14 +58,16 @@ def chunk_first(
     partials: PartialSlots,
     attention: AttentionSpec,
     *,
+    dtype: DTypeLike | None = None,
     interpret: bool = False,
 ) -> Partial:
     """The partials of all work items: output [Hkv, S * G, Dp], maximum and total [Hkv, S * G].
 
     The query rows of an item are consecutive, from its slot times G on. D is padded to a power of
-    two, Dp. What no item owns is left as it was in memory.
+    two, Dp. What no item owns is left as it was in memory. `dtype` is what is multiplied; None for
+    what is stored.
     """
-    shape = KernelShape.of("chunk_first", q, stored, attention)
+    shape = KernelShape.of("chunk_first", dtype, stored, attention)
     kv_heads = stored.kv_heads
     rows = partials.slots.shape[0] * shape.group
     return Partial(
@@ -155,10 +160,11 @@ def sequence_first(
     attention: AttentionSpec,
     shared: Partial,
     *,
+    dtype: DTypeLike | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B Hq D"]:
     """Attention to each row's private chunks and its own, merged with its partials."""
-    shape = KernelShape.of("sequence_first", q, stored, attention)
+    shape = KernelShape.of("sequence_first", dtype, stored, attention)
     plan, partials = reads.plan, require_partials(reads.plan)
     in_pool, own = reads.pool_lengths(shape.chunk_size), None
     if reads.own is not None:

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention.pallas_triton import chunk_first
 from pallas_kernels.coded_kv import LayerKV
+from pallas_kernels.implementations import exact_dtype
 from pallas_kernels.online_softmax import MASKED, Partial
 from pallas_kernels.plans import PrefillReads, require_partials
 from pallas_kernels.triton_runs import HeadKVRefs, PackedRun, Run, tiles_of
@@ -41,8 +42,9 @@ def prefill_attention(
 ) -> Float[Array, "T Hq D"]:
     """See `pallas_kernels.prefill_attention.api.prefill_attention`."""
     plan, partials = reads.plan, require_partials(reads.plan)
-    shared = chunk_first(q, stored, plan.items, partials, attention, interpret=interpret)
-    shape = _causal_shape(KernelShape.of("prefill_causal", q, stored, attention))
+    how = {"dtype": exact_dtype(stored, reads), "interpret": interpret}
+    shared = chunk_first(q, stored, plan.items, partials, attention, **how)
+    shape = _causal_shape(KernelShape.of("prefill_causal", how["dtype"], stored, attention))
     new = None if reads.new is None else (reads.new.keys, reads.new.values)
     tokens = q.shape[0]
     tiles = plan.tile_begin.shape[0]
