@@ -38,6 +38,10 @@ class QualityConfig:
         "windows": 8,
         "chunk_size": 16,
         "prefill_tokens": 32,
+        "answers": 4,
+        "answer_tokens": 8,
+        "copy_lengths": (192,),
+        "copy_strings": 1,
     }
 
     model: ModelName = "smollm2"
@@ -74,7 +78,8 @@ class QualityConfig:
     """Windows, one after another in the text; they are decoded together."""
 
     answers: int = 32
-    """With --codec: chunks of the text, each behind the prefix, that the model goes on after."""
+    """With --codec: pieces of the text, of a chunk at most, that the model goes on after, each
+    behind the prefix."""
 
     answer_tokens: int = 64
     """With --codec: how far it goes on, greedily."""
@@ -170,11 +175,6 @@ def _check_codecs(config: QualityConfig, sizes: Sizes) -> None:
         raise UserError(
             f"--prefill-tokens must hold a whole chunk of --chunk-size {config.chunk_size}, got "
             f"{config.prefill_tokens}"
-        )
-    if config.chunk_size >= sizes.window:
-        raise UserError(
-            f"--window must be longer than a chunk of --chunk-size {config.chunk_size}, after "
-            f"which answers begin, got {sizes.window}"
         )
     least = 3 * config.copy_strings * 64
     for length in config.copy_lengths:

@@ -182,8 +182,9 @@ class _Scoring:
         scored = passage_tokens(*shape)
         tokens = self._tokens(scored + max(config.copy_lengths))
         text = Passage.of(tokens, *shape)
-        pieces = text.inputs[:, : sizes.window // config.chunk_size * config.chunk_size]
-        pieces = pieces.reshape(-1, config.chunk_size)[: config.answers]
+        piece = min(config.chunk_size, sizes.window)
+        pieces = text.inputs[:, : sizes.window // piece * piece].reshape(-1, piece)
+        pieces = pieces[: config.answers]
         passages = {
             "text": text,
             "answers": answer_passage(

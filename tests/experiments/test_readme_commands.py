@@ -30,6 +30,7 @@ LONG = (
     "decode",
     "engine",
     "generate",
+    "quality",
     "report",
     "search",
     "serve",

@@ -121,6 +121,7 @@ def test_a_step_encodes_the_tails_that_it_fills_and_nothing_else():
     )
 
 
+@pytest.mark.slow
 def test_codes_are_never_written_twice():
     """Whoever shares a chunk reads what was encoded when it was computed first."""
     [prompt, other, _] = token_tree((1, 40), (3, 23), seed=3)
