@@ -45,7 +45,7 @@ class CodedPool:
     """The second layer of two of a pool, encoded, and what it holds.
 
     Attributes:
-      stored: as a kernel reads it; arrays of NumPy.
+      stored: as a kernel reads it.
       keys, values: decoded chunks, and behind them exact ones: [Hkv, 2 N, C, D].
     """
 
@@ -62,7 +62,7 @@ class CodedPool:
             codes = codec.keys.encode(keys), codec.values.encode(values)
             return codes, codec.keys.decode(codes[0])[1], codec.values.decode(codes[1])[1]
 
-        codes, *decoded = jax.tree.map(np.asarray, jax.jit(encode)(keys, values))
+        codes, *decoded = jax.jit(encode)(keys, values)
         stored = CodedKV(codes[0], codes[1], jnp.int32(1), codec, *keys.shape[3:])
         exact = (pool[1].astype(np.float32) for pool in (keys, values))
         both = [np.concatenate(of_one, axis=1) for of_one in zip(decoded, exact, strict=True)]
