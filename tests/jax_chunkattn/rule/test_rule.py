@@ -29,8 +29,9 @@ TOLERANCE = 1e-5  # of log-probabilities, in float32
 
 def takes_long(history, feature: Feature) -> bool:
     """Many rows, or a pool of another size, are programs that no other history needs."""
-    names = {"among_mates"} if feature is FEATURES[0] else {"among_mates", "preempted", "evicted"}
-    return history.__name__ in names
+    if feature is FEATURES[0]:
+        return history.__name__ == "among_mates"
+    return history.__name__ in {"among_mates", "joined_at_any_step", "preempted", "evicted"}
 
 
 @functools.cache
