@@ -25,10 +25,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class QualityConfig:
-    """Compare a model's predictions through the shared cache with those of a plain forward pass.
-
-    With --codec, what the codecs do to them instead.
-    """
+    """Compare a model's predictions through the shared cache with those of a plain forward pass, or
+    over encoded chunks with those over chunks as they are."""
 
     SMOKE: ClassVar[dict[str, Any]] = {
         "model": "random:tiny",
