@@ -143,9 +143,7 @@ def tokens_in_the_same_bytes(name: str, chunk_size: int, head_dim: int) -> float
     codec = codec_of(name)
     if codec is None:
         return 1.0
-    arrays = (part.arrays(chunk_size, head_dim) for part in (codec.keys, codec.values))
-    coded = sum(a.size * a.dtype.itemsize for of_part in arrays for a in of_part.values())
-    return 2 * chunk_size * head_dim * 2 / coded
+    return 2 * chunk_size * head_dim * 2 / codec.head_bytes(chunk_size, head_dim)
 
 
 def _codec_hit_rates(record: Record) -> Record:

@@ -53,10 +53,8 @@ def coded_bytes(operands: CaseOperands, codec: str) -> int:
     """Bytes that a step reads at least: each distinct chunk's codes, and the rows' last chunks."""
     case, chunk_codec = operands.case, codec_of(codec)
     assert chunk_codec is not None, "a side of its own"
-    parts = (chunk_codec.keys, chunk_codec.values)
-    arrays = [part.arrays(case.chunk_size, case.head_dim) for part in parts]
-    of_head = sum(a.size * a.dtype.itemsize for of_part in arrays for a in of_part.values())
     size = case.chunk_size
+    of_head = chunk_codec.head_bytes(size, case.head_dim)
     tails = [(length - 1) % size + 1 for length in operands.row_lengths]
     full = {
         chunk

@@ -93,10 +93,7 @@ class CacheConfig:
         if codec is None:
             return self.exact_bytes(spec)
         codec.check(self.chunk_size, spec.head_dim)
-        arrays = (
-            part.arrays(self.chunk_size, spec.head_dim) for part in (codec.keys, codec.values)
-        )
-        of_head = sum(a.size * a.dtype.itemsize for of_part in arrays for a in of_part.values())
+        of_head = codec.head_bytes(self.chunk_size, spec.head_dim)
         return of_head * spec.num_layers * spec.num_kv_heads
 
     def exact_bytes(self, spec: CacheSpec) -> int:

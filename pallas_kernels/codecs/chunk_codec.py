@@ -53,6 +53,11 @@ class ChunkCodec:
     keys: TensorCodec
     values: TensorCodec
 
+    def head_bytes(self, chunk_size: int, head_dim: int) -> int:
+        """Bytes that the keys and values of one chunk of one head take."""
+        arrays = (part.arrays(chunk_size, head_dim) for part in (self.keys, self.values))
+        return sum(a.size * a.dtype.itemsize for of_part in arrays for a in of_part.values())
+
     def check(self, chunk_size: int, head_dim: int) -> None:
         """Raises CodecError when chunks of these sizes cannot be stored."""
         for what, codec in (("keys", self.keys), ("values", self.values)):
