@@ -11,7 +11,7 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
 from pallas_kernels.attention_spec import AttentionSpec
-from pallas_kernels.codecs import AffineCodec, ChunkCodec, ScaledFloatCodec, TensorCodec
+from pallas_kernels.codecs import AffineCodec, ChunkCodec, ScaledFloatCodec, codes_per_byte
 from pallas_kernels.coded_kv import CodedKV, LayerKV
 from pallas_kernels.implementations import AttentionShapes
 from pallas_kernels.targets import current_target
@@ -154,11 +154,6 @@ def _check_addressable(stored: LayerKV) -> None:
                 f"the Triton kernels cannot address {name!r} of 2 to 4 GiB in the pool, and it has "
                 f"{array.size} bytes: make the pool smaller, or so large that it has more"
             )
-
-
-def codes_per_byte(codec: TensorCodec) -> int:
-    """Tokens that have a code in each byte."""
-    return codec.per_byte if isinstance(codec, AffineCodec) else 1
 
 
 def _parts(codec: ChunkCodec | None) -> int:

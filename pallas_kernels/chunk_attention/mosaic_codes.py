@@ -28,7 +28,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, vector
 from jaxtyping import Array, Float16, Shaped, UInt8, UInt16
 
-from pallas_kernels.codecs import AffineCodec, ChunkCodec, ScaledFloatCodec
+from pallas_kernels.codecs import AffineCodec, ChunkCodec, ScaledFloatCodec, codes_per_byte
 from pallas_kernels.coded_kv import CodedKV, Encoded
 
 CHANNELS = 64  # decoded at once: a row of the tile's swizzled blocks
@@ -61,21 +61,10 @@ def _unsupported_part(part: Any, chunk_size: int, head_dim: int) -> str | None:
     if part.bits == 8 and part.fine_first:
         return "they take a finer first token of codes of 4 bits only"
     size = chunk_size if part.along == "tokens" else head_dim
-    allowed, group = math.gcd(size, CHANNELS), _group(part, chunk_size, head_dim)
+    allowed, group = math.gcd(size, CHANNELS), part.group_of(size)
     if group != allowed:
         return f"they take groups of {allowed} {part.along}, not of {group}"
     return None
-
-
-def _group(codec: AffineCodec, chunk_size: int, head_dim: int) -> int:
-    """Numbers that share a scale."""
-    tokens, channels = codec.arrays(chunk_size, head_dim)["scale"].shape
-    return chunk_size // tokens if codec.along == "tokens" else head_dim // channels
-
-
-def _per_byte(codec: AffineCodec | ScaledFloatCodec) -> int:
-    """Codes in a byte."""
-    return codec.per_byte if isinstance(codec, AffineCodec) else 1
 
 
 class Place(NamedTuple):
@@ -118,7 +107,7 @@ class StepCodes:
         tokens = min(chunk_size, key_tile)
         known = AffineCodec, ScaledFloatCodec
         parts = [part for part in (codec.keys, codec.values) if isinstance(part, known)]
-        runs = 1 if tokens == chunk_size else max(map(_per_byte, parts))
+        runs = 1 if tokens == chunk_size else max(map(codes_per_byte, parts))
         sizes = stored.kv_heads, stored.num_chunks
         keys, values = (
             cls(part, chunk_size, stored.head_dim, tokens, runs, *sizes, interpret)
@@ -134,12 +123,12 @@ class StepCodes:
     @property
     def code_runs(self) -> int:
         """Runs of consecutive bytes of codes."""
-        return max(1, self.runs // _per_byte(self.codec))
+        return max(1, self.runs // codes_per_byte(self.codec))
 
     @property
     def run_rows(self) -> int:
         """Rows of bytes in such a run, R: each has the codes of `per_byte` tokens."""
-        return self.tokens // _per_byte(self.codec) // self.code_runs
+        return self.tokens // codes_per_byte(self.codec) // self.code_runs
 
     @property
     def affine(self) -> AffineCodec:
@@ -149,7 +138,8 @@ class StepCodes:
 
     @property
     def group(self) -> int:
-        return _group(self.affine, self.chunk_size, self.head_dim)
+        along_tokens = self.affine.along == "tokens"
+        return self.affine.group_of(self.chunk_size if along_tokens else self.head_dim)
 
     @property
     def fine_first(self) -> bool:

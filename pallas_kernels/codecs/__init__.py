@@ -9,6 +9,7 @@ from pallas_kernels.codecs.chunk_codec import (
     CodecError,
     TensorCodec,
     codec_of,
+    codes_per_byte,
 )
 from pallas_kernels.codecs.scaled_float import ScaledFloatCodec
 
@@ -20,4 +21,5 @@ __all__ = [
     "ScaledFloatCodec",
     "TensorCodec",
     "codec_of",
+    "codes_per_byte",
 ]

@@ -66,6 +66,11 @@ class ChunkCodec:
                 raise CodecError(f"codec {self.name!r} cannot store {what}: {problem}")
 
 
+def codes_per_byte(codec: TensorCodec) -> int:
+    """Tokens that have a code in each byte."""
+    return codec.per_byte if isinstance(codec, AffineCodec) else 1
+
+
 IDENTITY = "identity"
 
 
