@@ -13,7 +13,8 @@ its own chunk exact, and chunks before it encoded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -45,28 +46,48 @@ class Agreement:
 
 def compare(model: Decoder, exact: np.ndarray, coded: np.ndarray, targets: np.ndarray) -> Agreement:
     """Two passes by their hidden states [W, T, M], with the tokens that follow in the text."""
-    split, count = nnx.split(model), targets.size
+    divergence, logprobs, greedy = _in_blocks(_compare, model, exact, coded, targets)
+    return Agreement(divergence, Scores(logprobs, greedy))
+
+
+def likeliest(model: Decoder, hidden: np.ndarray) -> np.ndarray:
+    """The tokens that hidden states [W, T, M] make likeliest, int32 [W, T]."""
+    [greedy] = _in_blocks(_likeliest, model, hidden)
+    return greedy
+
+
+def _in_blocks(function: Callable, model: Decoder, *sides: np.ndarray) -> list[np.ndarray]:
+    """What a function finds for each token of `sides`, each [W, T, ...], some tokens at a time."""
+    split, shape = nnx.split(model), sides[0].shape[:2]
+    count = math.prod(shape)
     blocks = -(-count // _BLOCK)
 
     def flat(array: np.ndarray) -> np.ndarray:
         array = array.reshape(count, *array.shape[2:])
         return np.pad(array, ((0, blocks * _BLOCK - count), *((0, 0),) * (array.ndim - 1)))
 
-    sides = [flat(array) for array in (exact, coded, targets)]
+    padded = [flat(array) for array in sides]
     found = [
-        _compare(*split, *(side[at : at + _BLOCK] for side in sides))
+        function(*split, *(side[at : at + _BLOCK] for side in padded))
         for at in range(0, blocks * _BLOCK, _BLOCK)
     ]
-    divergence, logprobs, greedy = (
-        np.concatenate(parts)[:count].reshape(targets.shape) for parts in zip(*found, strict=True)
-    )
-    return Agreement(divergence, Scores(logprobs, greedy))
+    return [np.concatenate(parts)[:count].reshape(shape) for parts in zip(*found, strict=True)]
+
+
+@partial(jax.jit, static_argnums=0)
+def _likeliest(graphdef, state, hidden):
+    logits = nnx.merge(graphdef, state).logits(hidden.astype(_dtype(state)))
+    return (jnp.argmax(logits, axis=1).astype(jnp.int32),)
+
+
+def _dtype(state) -> jnp.dtype:
+    return jnp.result_type(*jax.tree.leaves(state))
 
 
 @partial(jax.jit, static_argnums=0)
 def _compare(graphdef, state, exact, coded, targets):
     model = nnx.merge(graphdef, state)
-    dtype = jnp.result_type(*jax.tree.leaves(state))
+    dtype = _dtype(state)
     logits = model.logits(coded.astype(dtype)).astype(jnp.float32)
     ours = jax.nn.log_softmax(logits)
     theirs = jax.nn.log_softmax(model.logits(exact.astype(dtype)).astype(jnp.float32))

@@ -22,7 +22,14 @@ from experiments.harness.units import measure_units
 from experiments.harness.views import finish
 from experiments.loading import LoadOptions, ModelSource, load_model
 from experiments.prompts import read_text
-from experiments.quality.codecs import Agreement, answer_passage, compare, copied, copy_passage
+from experiments.quality.codecs import (
+    Agreement,
+    answer_passage,
+    compare,
+    copied,
+    copy_passage,
+    likeliest,
+)
 from experiments.quality.config import QualityConfig, sizes_of
 from experiments.quality.measures import codec_measures
 from experiments.quality.run import tokens_of
@@ -97,11 +104,11 @@ class _Scoring:
         model, config = self._loaded.model, self._config
         cache = CacheConfig(1, config.chunk_size, self._dtype, codec=codec)
         per_token = cache.bytes_per_chunk(model.cache_spec) / config.chunk_size
-        text = self._compare("text", codec)
-        answers = self._compare("answers", codec).scores.greedy[:, -config.answer_tokens :]
+        text = compare(model, *self._hidden_of("text", codec), self._passages["text"].targets)
+        answers = self._likeliest("answers", codec)[:, -config.answer_tokens :]
         expected = self._passages["answers"].targets[:, -config.answer_tokens :]
         copies = {
-            name: copied(passage, self._compare(name, codec).scores.greedy)
+            name: copied(passage, self._likeliest(name, codec))
             for name, passage in self._passages.items()
             if name.isdigit()
         }
@@ -140,10 +147,15 @@ class _Scoring:
             "seconds": round(time.perf_counter() - began, 3),
         }
 
-    def _compare(self, name: str, codec: str) -> Agreement:
-        passage, exact = self._passages[name], self._exact[name]
-        hidden = exact if codec == IDENTITY else self._hidden(passage, codec)
-        return compare(self._loaded.model, exact, hidden, passage.targets)
+    def _likeliest(self, name: str, codec: str) -> np.ndarray:
+        return likeliest(self._loaded.model, self._hidden_of(name, codec)[1])
+
+    def _hidden_of(self, name: str, codec: str) -> tuple[np.ndarray, np.ndarray]:
+        """Hidden states of a passage without a codec, and with this one."""
+        exact = self._exact[name]
+        if codec == IDENTITY:
+            return exact, exact
+        return exact, self._hidden(self._passages[name], codec)
 
     def _hidden(self, passage: Passage, codec: str) -> np.ndarray:
         config = self._config
