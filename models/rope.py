@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.rotation import rotate_pairs
+
 
 @dataclass(frozen=True)
 class LinearScaling:
@@ -190,9 +192,4 @@ def rotate(x: jax.Array, angles: Angles) -> jax.Array:
 
     `angles` are cos and sin, each `[T, 1, R/2]`. Dimensions from R on are unchanged.
     """
-    cos, sin = angles
-    half = cos.shape[-1]
-    wide = x.astype(jnp.float32)
-    first, second, rest = jnp.split(wide, [half, 2 * half], axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin, rest]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    return rotate_pairs(x, *angles)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
-from pallas_kernels.codecs import ChunkCodec
+from pallas_kernels.codecs import ChunkCodec, ChunkContext, Constants, spread
 from pallas_kernels.plans import HostOrDevice
 from pallas_kernels.stored_kv import StoredKV
 
@@ -32,6 +32,8 @@ class CodedKV:
     codec: ChunkCodec = field(metadata={"static": True})
     chunk_size: int = field(metadata={"static": True})
     head_dim: int = field(metadata={"static": True})
+    key_constants: Constants = field(default_factory=dict)  # L Hkv n
+    value_constants: Constants = field(default_factory=dict)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -56,13 +58,15 @@ class CodedKV:
 
     def all_keys(self) -> Float32[Array, "Hkv N C D"]:
         """Keys of every chunk."""
-        return self.codec.keys.decode(self._of_layer(self.keys))
+        constants = spread(self._of_layer(self.key_constants), (self.kv_heads, 1))
+        return self.codec.keys.decode(self._of_layer(self.keys), constants)
 
     def all_values(self) -> Float32[Array, "Hkv N C D"]:
         """Values of every chunk."""
-        return self.codec.values.decode(self._of_layer(self.values))
+        constants = spread(self._of_layer(self.value_constants), (self.kv_heads, 1))
+        return self.codec.values.decode(self._of_layer(self.values), constants)
 
-    def _of_layer(self, encoded: Encoded) -> dict[str, Shaped[Array, "Hkv N ..."]]:
+    def _of_layer(self, encoded: Encoded) -> dict[str, Shaped[Array, "Hkv ..."]]:
         return jax.tree.map(lambda array: array[self.layer], encoded)
 
     def gather(
@@ -70,34 +74,45 @@ class CodedKV:
     ) -> tuple[Float32[Array, "*rows tokens D"], Float32[Array, "*rows tokens D"]]:
         """Keys and values of one head, of the W * C tokens of these chunks, which must be there."""
 
-        def tokens(codec, encoded):
+        def tokens(codec, encoded, constants):
             def chunks(array):
                 return array.at[self.layer, head, chunk_ids].get(mode="promise_in_bounds")
 
-            return codec.decode(jax.tree.map(chunks, encoded)).reshape(
+            of_head = {name: array[self.layer, head] for name, array in constants.items()}
+            known = spread(of_head, (1,) * chunk_ids.ndim)
+            return codec.decode(jax.tree.map(chunks, encoded), known).reshape(
                 *chunk_ids.shape[:-1], -1, self.head_dim
             )
 
-        return tokens(self.codec.keys, self.keys), tokens(self.codec.values, self.values)
+        return (
+            tokens(self.codec.keys, self.keys, self.key_constants),
+            tokens(self.codec.values, self.values, self.value_constants),
+        )
 
     def write(
         self,
         k: Float[Array, "M C Hkv D"],
         v: Float[Array, "M C Hkv D"],
         chunks: Int32[HostOrDevice, " M"],
+        begin: Int32[HostOrDevice, " M"],
     ) -> CodedKV:
-        """With chunk `chunks[m]` holding the codes of `k[m]` and `v[m]`; N or more drops them."""
+        """With chunk `chunks[m]` holding the codes of `k[m]` and `v[m]`, tokens at positions from
+        `begin[m]` on; N or more drops them."""
+        begins = jnp.broadcast_to(jnp.asarray(begin)[:, None], (len(begin), self.kv_heads))
 
-        def put(codec, encoded, new):
+        def put(codec, encoded, new, constants):
+            known = spread(self._of_layer(constants), (1, self.kv_heads))
+            codes = codec.encode(jnp.swapaxes(new, 1, 2), ChunkContext(begins, known))
+
             def put_one(array, codes):
                 target = array.at[self.layer, :, chunks]
                 return target.set(codes, mode="drop", unique_indices=True)
 
-            return jax.tree.map(put_one, encoded, codec.encode(jnp.swapaxes(new, 1, 2)))
+            return jax.tree.map(put_one, encoded, codes)
 
-        keys = put(self.codec.keys, self.keys, k)
-        values = put(self.codec.values, self.values, v)
-        return CodedKV(keys, values, self.layer, self.codec, self.chunk_size, self.head_dim)
+        keys = put(self.codec.keys, self.keys, k, self.key_constants)
+        values = put(self.codec.values, self.values, v, self.value_constants)
+        return replace(self, keys=keys, values=values)
 
 
 LayerKV = StoredKV | CodedKV

@@ -78,6 +78,7 @@ class Sealing:
     """
 
     begin: Int32[HostOrDevice, " M"]  # the first of a chunk's packed tokens; the others follow it
+    positions: Int32[HostOrDevice, " M"]  # of that token in its sequence
     chunks: Int32[HostOrDevice, " M"]  # N for padding
     tail_slots: Int32[HostOrDevice, " T"]  # one past the last slot where a token is not kept
 

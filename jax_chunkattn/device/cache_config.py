@@ -92,7 +92,7 @@ class CacheConfig:
         codec = self.chunk_codec
         if codec is None:
             return self.exact_bytes(spec)
-        codec.check(self.chunk_size, spec.head_dim)
+        codec.check(self.chunk_size, spec.head_dim, (spec.num_layers, spec.num_kv_heads))
         of_head = codec.head_bytes(self.chunk_size, spec.head_dim)
         return of_head * spec.num_layers * spec.num_kv_heads
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32
 from jax_chunkattn.device.cache_config import CacheConfig
 from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.model_interface import CacheSpec
-from pallas_kernels.codecs import ChunkCodec, TensorCodec
+from pallas_kernels.codecs import ChunkCodec, ChunkContext, Constants, TensorCodec
 from pallas_kernels.coded_kv import CodedKV, Encoded
 from pallas_kernels.plans import HostOrDevice, NewTokens, OwnChunks, PrefillPlan
 
@@ -38,6 +38,8 @@ class CodedPool:
     tail_keys: Float[Array, "L Hkv S C D"]
     tail_values: Float[Array, "L Hkv S C D"]
     codec: ChunkCodec = field(metadata={"static": True})
+    key_constants: Constants = field(default_factory=dict)  # L Hkv n
+    value_constants: Constants = field(default_factory=dict)
 
     @classmethod
     def allocate(cls, spec: CacheSpec, config: CacheConfig, num_slots: int) -> CodedPool:
@@ -65,6 +67,8 @@ class CodedPool:
             jnp.zeros(tails, config.dtype),
             jnp.zeros(tails, config.dtype),
             codec,
+            jax.tree.map(jnp.asarray, dict(codec.constants.keys)),
+            jax.tree.map(jnp.asarray, dict(codec.constants.values)),
         )
 
     @property
@@ -82,7 +86,8 @@ class CodedPool:
     def at_layer(self, layer: Int32[Array, ""]) -> CodedKV:
         """Codes of one layer, where they are."""
         sizes = self.chunk_size, self.tail_keys.shape[4]
-        return CodedKV(self.keys, self.values, layer, self.codec, *sizes)
+        constants = self.key_constants, self.value_constants
+        return CodedKV(self.keys, self.values, layer, self.codec, *sizes, *constants)
 
     def write_rows(
         self,
@@ -117,7 +122,9 @@ class CodedPool:
         def complete(tokens):
             return tokens.at[packed].get(mode="clip")  # of padding, for which there is no chunk
 
-        coded = self.at_layer(layer).write(complete(k), complete(v), sealing.chunks)
+        coded = self.at_layer(layer).write(
+            complete(k), complete(v), sealing.chunks, sealing.positions
+        )
         pool = replace(self, keys=coded.keys, values=coded.values)
         pool = pool._write_tails(layer, k, v, sealing.tail_slots, plan.write_offsets)
         return pool, NewTokens(k, v)
@@ -126,13 +133,19 @@ class CodedPool:
         """With the tails that the token just written has filled encoded, each into its chunk."""
         chunks, offsets = rows.place(self.num_chunks, self.chunk_size)
         full = rows.active & (offsets == self.chunk_size - 1)
+        heads = self.tail_keys.shape[:2]
         order = jnp.argsort(~full)  # those first
 
         def seal_row(index, codes: tuple[Encoded, Encoded]) -> tuple[Encoded, Encoded]:
-            slot, chunk = rows.slots[order[index]], chunks[order[index]]
+            row = order[index]
+            slot, chunk = rows.slots[row], chunks[row]
+            begin = jnp.broadcast_to(rows.lengths[row] + 1 - self.chunk_size, heads)
 
-            def put(part: TensorCodec, encoded: Encoded, tails: Array) -> Encoded:
-                arrays = part.encode(lax.dynamic_index_in_dim(tails, slot, 2, keepdims=False))
+            def put(
+                part: TensorCodec, encoded: Encoded, tails: Array, constants: Constants
+            ) -> Encoded:
+                tail = lax.dynamic_index_in_dim(tails, slot, 2, keepdims=False)
+                arrays = part.encode(tail, ChunkContext(begin, constants))
                 return jax.tree.map(
                     lambda array, codes: array.at[:, :, chunk].set(codes, mode="drop"),
                     encoded,
@@ -141,8 +154,8 @@ class CodedPool:
 
             keys, values = codes
             return (
-                put(self.codec.keys, keys, self.tail_keys),
-                put(self.codec.values, values, self.tail_values),
+                put(self.codec.keys, keys, self.tail_keys, self.key_constants),
+                put(self.codec.values, values, self.tail_values, self.value_constants),
             )
 
         count = full.sum(dtype=jnp.int32)

@@ -197,7 +197,7 @@ def _sealing(
     segments: Sequence[Segment], num_tokens: int, chunk_size: int, num_chunks: int, num_slots: int
 ) -> Sealing:
     """The chunks that are full behind a segment and were not before, and where the rest goes."""
-    begins, chunks = [], []
+    begins, positions, chunks = [], [], []
     tail_slots = np.full(num_tokens, num_slots, np.int32)
     start = 0
     for segment in segments:
@@ -210,13 +210,19 @@ def _sealing(
         for index in range(segment.begin // chunk_size, full):
             if index * chunk_size >= segment.write_from:
                 begins.append(start + index * chunk_size - segment.begin)
+                positions.append(index * chunk_size)
                 chunks.append(segment.chunk_ids[index])
         if segment.tail_slot is not None:
             end = start + segment.end - segment.begin
             tail_slots[start + full * chunk_size - segment.begin : end] = segment.tail_slot
         start += segment.end - segment.begin
     most = max(1, num_tokens // chunk_size)
-    return Sealing(pad(np.array(begins), most), pad(np.array(chunks), most, num_chunks), tail_slots)
+    return Sealing(
+        pad(np.array(begins), most),
+        pad(np.array(positions), most),
+        pad(np.array(chunks), most, num_chunks),
+        tail_slots,
+    )
 
 
 def _items_before(

@@ -11,15 +11,27 @@ from pallas_kernels.codecs.chunk_codec import (
     codec_of,
     codes_per_byte,
 )
+from pallas_kernels.codecs.context import (
+    NO_CONSTANTS,
+    ChunkContext,
+    Constants,
+    HeadConstants,
+    spread,
+)
 from pallas_kernels.codecs.scaled_float import ScaledFloatCodec
 
 __all__ = [
     "IDENTITY",
+    "NO_CONSTANTS",
     "AffineCodec",
     "ChunkCodec",
+    "ChunkContext",
     "CodecError",
+    "Constants",
+    "HeadConstants",
     "ScaledFloatCodec",
     "TensorCodec",
     "codec_of",
     "codes_per_byte",
+    "spread",
 ]

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float16, Float32, Shaped, UInt8
 
+from pallas_kernels.codecs.context import ChunkContext, Constants
+
 GROUP = 64
 """With 32 there are twice as many scales, and an exact first chunk lowers the error more (measured
 on SmolLM2-135M)."""
@@ -88,7 +90,9 @@ class AffineCodec:
             arrays["first"] = jax.ShapeDtypeStruct((head_dim // 2,), jnp.uint8)
         return arrays
 
-    def encode(self, numbers: Float[Array, "*chunks C D"]) -> dict[str, Shaped[Array, "*_"]]:
+    def encode(
+        self, numbers: Float[Array, "*chunks C D"], context: ChunkContext | None = None
+    ) -> dict[str, Shaped[Array, "*_"]]:
         """The arrays of each chunk.
 
         No code is further from its number than half its group's scale, and a group of equal numbers
@@ -110,7 +114,9 @@ class AffineCodec:
             stored["first"] = _pack_rest((steps - nearest).reshape(numbers.shape)[..., 0, :])
         return stored
 
-    def decode(self, stored: dict[str, Shaped[Array, "*_"]]) -> Float32[Array, "*chunks C D"]:
+    def decode(
+        self, stored: dict[str, Shaped[Array, "*_"]], constants: Constants | None = None
+    ) -> Float32[Array, "*chunks C D"]:
         """The numbers of each chunk."""
         codes = self._unpack(stored["codes"])
         steps = codes.astype(jnp.float32)

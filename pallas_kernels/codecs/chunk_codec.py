@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, Float32, Shaped
 
 from pallas_kernels.codecs.affine import AffineCodec
+from pallas_kernels.codecs.context import NO_CONSTANTS, ChunkContext, Constants, HeadConstants
 from pallas_kernels.codecs.scaled_float import ScaledFloatCodec
 
 
@@ -31,12 +32,19 @@ class TensorCodec(Protocol):
         """Names, shapes and dtypes of what is stored of one chunk of one head."""
         ...
 
-    def encode(self, numbers: Float[Array, "*chunks C D"]) -> dict[str, Shaped[Array, "*_"]]:
+    def encode(
+        self, numbers: Float[Array, "*chunks C D"], context: ChunkContext | None = None
+    ) -> dict[str, Shaped[Array, "*_"]]:
         """What is stored of each chunk. All of it decodes to finite numbers, whatever came in: an
-        infinity left in a chunk would reach whoever reads it."""
+        infinity left in a chunk would reach whoever reads it.
+
+        What is in `context` beside the numbers, the codec may use; the pool gives it.
+        """
         ...
 
-    def decode(self, stored: dict[str, Shaped[Array, "*_"]]) -> Float32[Array, "*chunks C D"]:
+    def decode(
+        self, stored: dict[str, Shaped[Array, "*_"]], constants: Constants | None = None
+    ) -> Float32[Array, "*chunks C D"]:
         """The numbers of each chunk, in the order of their tokens."""
         ...
 
@@ -47,19 +55,28 @@ class ChunkCodec:
 
     Attributes:
       name: in results, statistics and messages.
+      constants: what the codecs of keys and values were calibrated to, if they were.
     """
 
     name: str
     keys: TensorCodec
     values: TensorCodec
+    constants: HeadConstants = field(default=NO_CONSTANTS)
 
     def head_bytes(self, chunk_size: int, head_dim: int) -> int:
         """Bytes that the keys and values of one chunk of one head take."""
         arrays = (part.arrays(chunk_size, head_dim) for part in (self.keys, self.values))
         return sum(a.size * a.dtype.itemsize for of_part in arrays for a in of_part.values())
 
-    def check(self, chunk_size: int, head_dim: int) -> None:
-        """Raises CodecError when chunks of these sizes cannot be stored."""
+    def check(self, chunk_size: int, head_dim: int, heads: tuple[int, int] | None = None) -> None:
+        """Raises CodecError when chunks of these sizes cannot be stored; with `heads`, the layers
+        and KV heads of a model, when it was calibrated to others."""
+        made_for = self.constants.heads
+        if heads is not None and made_for is not None and made_for != heads:
+            raise CodecError(
+                f"codec {self.name!r} was calibrated for another model: of {made_for[0]} layers of "
+                f"{made_for[1]} KV heads, and this one has {heads[0]} of {heads[1]}"
+            )
         for what, codec in (("keys", self.keys), ("values", self.values)):
             problem = codec.problem(chunk_size, head_dim)
             if problem is not None:

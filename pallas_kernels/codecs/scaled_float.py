@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Shaped, UInt8
 
+from pallas_kernels.codecs.context import ChunkContext, Constants
+
 
 @dataclass(frozen=True)
 class ScaledFloatCodec:
@@ -42,7 +44,9 @@ class ScaledFloatCodec:
             "scale": jax.ShapeDtypeStruct((1, 1), jnp.float32),
         }
 
-    def encode(self, numbers: Float[Array, "*chunks C D"]) -> dict[str, Shaped[Array, "*_"]]:
+    def encode(
+        self, numbers: Float[Array, "*chunks C D"], context: ChunkContext | None = None
+    ) -> dict[str, Shaped[Array, "*_"]]:
         """The arrays of each chunk; NaN is stored as 0, infinities as the largest float32."""
         finite = jnp.nan_to_num(numbers.astype(jnp.float32))
         most = float(jnp.finfo(self.dtype).max)
@@ -52,7 +56,9 @@ class ScaledFloatCodec:
         codes = jnp.clip(finite / scale, -most, most).astype(self.dtype)
         return {"codes": lax.bitcast_convert_type(codes, jnp.uint8), "scale": scale}
 
-    def decode(self, stored: dict[str, Shaped[Array, "*_"]]) -> Float32[Array, "*chunks C D"]:
+    def decode(
+        self, stored: dict[str, Shaped[Array, "*_"]], constants: Constants | None = None
+    ) -> Float32[Array, "*chunks C D"]:
         """The numbers of each chunk."""
         return widen(stored["codes"], self.dtype) * stored["scale"]
 

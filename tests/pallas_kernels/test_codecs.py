@@ -190,10 +190,10 @@ class Halves:
     def arrays(self, chunk_size, head_dim):
         return {"halves": jax.ShapeDtypeStruct((chunk_size, head_dim), jnp.float16)}
 
-    def encode(self, numbers):
+    def encode(self, numbers, context=None):
         return {"halves": numbers.astype(jnp.float16)}
 
-    def decode(self, stored):
+    def decode(self, stored, constants=None):
         return stored["halves"].astype(jnp.float32)
 
 
@@ -252,7 +252,8 @@ def encoded(codec, keys, values, layer):
 
     stored = CodedKV(empty(codec.keys), empty(codec.values), layer, codec, size, head_dim)
     k, v = (jnp.asarray(np.moveaxis(pool[layer], 0, 2)) for pool in (keys, values))
-    return jax.jit(CodedKV.write)(stored, k, v, np.arange(num_chunks, dtype=np.int32))
+    chunks = np.arange(num_chunks, dtype=np.int32)
+    return jax.jit(CodedKV.write)(stored, k, v, chunks, chunks * size)
 
 
 def decoded(codec, keys, values):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jax_chunkattn import Engine
-from pallas_kernels.codecs import ChunkCodec
+from pallas_kernels.codecs import ChunkCodec, ChunkContext, Constants
 from tests.jax_chunkattn.engine.engines import make_engine
 
 
@@ -48,10 +48,10 @@ class Marked:
     def arrays(self, chunk_size: int, head_dim: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {"numbers": jax.ShapeDtypeStruct((chunk_size, head_dim), jnp.float32)}
 
-    def encode(self, numbers: Array) -> dict[str, Array]:
+    def encode(self, numbers: Array, context: ChunkContext | None = None) -> dict[str, Array]:
         return {"numbers": numbers.astype(jnp.float32) * 1.5}
 
-    def decode(self, stored: dict[str, Array]) -> Array:
+    def decode(self, stored: dict[str, Array], constants: Constants | None = None) -> Array:
         return stored["numbers"]
 
 
