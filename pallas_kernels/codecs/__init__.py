@@ -11,6 +11,7 @@ from pallas_kernels.codecs.chunk_codec import (
     codec_of,
     codes_per_byte,
 )
+from pallas_kernels.codecs.codebook import CodebookCodec
 from pallas_kernels.codecs.context import (
     NO_CONSTANTS,
     ChunkContext,
@@ -26,6 +27,7 @@ __all__ = [
     "AffineCodec",
     "ChunkCodec",
     "ChunkContext",
+    "CodebookCodec",
     "CodecError",
     "Constants",
     "HeadConstants",
