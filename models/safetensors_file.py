@@ -1,4 +1,4 @@
-"""Reads one .safetensors file: an 8-byte length, a JSON header, and the tensors' bytes.
+"""One .safetensors file: an 8-byte length, a JSON header, and the tensors' bytes.
 
 The `safetensors` package is not used for the memory it holds. Of a 1.2 GB checkpoint whose largest
 tensor has 96 MiB, read tensor by tensor, safetensors 0.8.0 left 1,216 MiB resident with a handle
@@ -16,7 +16,9 @@ import dataclasses
 import json
 import math
 import mmap
-from collections.abc import Iterator
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,45 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
         )
     _check_cover(path, tensors, data_begin, data_begin + data_bytes)
     return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the header says beside its tensors; {} for nothing.
+
+    Raises CheckpointError as `read_tensors`.
+    """
+    header, _, _ = _read_header(path)
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
+        raise CheckpointError(f"{path}: corrupt header: its metadata are no texts by name")
+    return metadata
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Writes a file of float32 tensors: all of it, or what was there before stays."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    begin = 0
+    arrays = {name: np.ascontiguousarray(array, "<f4") for name, array in tensors.items()}
+    for name, array in arrays.items():
+        offsets = [begin, begin + array.nbytes]
+        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": offsets}
+        begin += array.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % LENGTH_BYTES)  # tensors begin at a multiple, for mapping
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        try:
+            file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+            for array in arrays.values():
+                file.write(array.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 def refuse_lfs_pointer(path: Path, begin: bytes) -> None:

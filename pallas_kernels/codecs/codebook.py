@@ -312,7 +312,7 @@ def _cos_and_sin(
 ) -> tuple[Float32[Array, "*shape"], Float32[Array, "*shape"]]:
     """Looked up row by row once they are computed, so that XLA on a CPU does not compute them again
     for every number that is multiplied by them: that takes ten times as long."""
-    rows = angles.reshape(-1, angles.shape[-1])
+    rows = angles.reshape(math.prod(angles.shape[:-1]), angles.shape[-1])
     row = jnp.arange(len(rows), dtype=jnp.int32)
     both = jnp.concatenate([jnp.cos(rows), jnp.sin(rows)], axis=-1)
     both = both.at[row].get(mode="promise_in_bounds", unique_indices=True)

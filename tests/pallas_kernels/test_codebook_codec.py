@@ -140,6 +140,18 @@ def test_nothing_but_finite_numbers_comes_out(codec):
     assert np.isfinite(decoded).all()
 
 
+def test_a_model_without_rotation_has_none():
+    codec = CodebookCodec(4, "tokens", before_rotation=True)
+    constants = constants_of(codec) | {"frequencies": jnp.zeros(0)}
+    chunk, context = random_chunks(), ChunkContext(jnp.int32(6400), constants)
+    stored = jax.jit(codec.encode)(chunk, context)
+    plain = replace(codec, before_rotation=False)
+    expected = jax.jit(plain.encode)(chunk, context)
+    chex.assert_trees_all_equal(stored, expected | {"begin": stored["begin"]})
+    decoded = jax.jit(codec.decode)(stored, constants)
+    np.testing.assert_array_equal(decoded, jax.jit(plain.decode)(expected, constants))
+
+
 def test_equal_numbers_of_a_token_are_exact():
     codec = CodebookCodec(2, "channels", first_exact=False)
     chunks = np.broadcast_to(np.arange(SIZE, dtype=np.float32)[:, None] / 8, (SIZE, DIM))
