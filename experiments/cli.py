@@ -18,6 +18,7 @@ from typing import Annotated, Any, Union
 import tyro
 
 from experiments.cache.command import CACHE
+from experiments.calibrate.command import CALIBRATE
 from experiments.compile_report.command import COMPILE_REPORT
 from experiments.decode.command import DECODE
 from experiments.doctor.command import DOCTOR
@@ -61,6 +62,7 @@ EXPERIMENTS: dict[str, Experiment[Any]] = {
         DECODE,
         SERVE,
         QUALITY,
+        CALIBRATE,
         CACHE,
         SEARCH,
         ENGINE,

@@ -63,6 +63,24 @@ def shipped_asset(name: str) -> str:
     return resources.files("experiments").joinpath("assets", name).read_text(encoding="utf-8")
 
 
+def tokens_of(loaded: LoadedModel, text: str) -> list[int]:
+    """Of the model's tokenizer; for a model without one the bytes of the text."""
+    if loaded.tokenizer is not None:
+        return loaded.tokenizer.encode(text, parse_special=False)
+    if loaded.config.vocab_size < 256:
+        raise UserError(
+            f"{loaded.name} has no tokenizer, and a vocabulary too small for the bytes of a text"
+        )
+    return list(text.encode())
+
+
+def python_help() -> str:
+    """The help that ships with Python: texts about its grammar and types, by their names."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
 def read_text(path: Path, purpose: str) -> str:
     """The text of a file the user named.
 

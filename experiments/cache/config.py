@@ -8,13 +8,12 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import tyro
 
+from experiments.codecs import CODECS, check_codec
 from experiments.harness.errors import UserError
 from experiments.harness.options import (
-    CODECS,
     by_default,
     check_above_zero,
     check_at_least_one,
-    check_codec,
     check_seed,
     option,
 )

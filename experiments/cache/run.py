@@ -13,12 +13,12 @@ from experiments.cache.recency import replay_free_at_once, replay_lru, replay_un
 from experiments.cache.simulation import simulate
 from experiments.cache.touches import Replay, Touches, count_refused, find_touches
 from experiments.cache.workload import Workload, read_workload
+from experiments.codecs import codec_named
 from experiments.harness.environment import describe_deviceless
 from experiments.harness.reading import Record
 from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
-from pallas_kernels.codecs import codec_of
 
 NO_BOUND = "no bound"
 
@@ -140,7 +140,7 @@ class _Replays:
 
 def tokens_in_the_same_bytes(name: str, chunk_size: int, head_dim: int) -> float:
     """How many times the tokens of a float16 pool one of the same bytes holds with a codec."""
-    codec = codec_of(name)
+    codec = codec_named(name)
     if codec is None:
         return 1.0
     return 2 * chunk_size * head_dim * 2 / codec.head_bytes(chunk_size, head_dim)

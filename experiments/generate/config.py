@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from experiments.codecs import CodecName, check_used_codec
 from experiments.harness.errors import UserError
 from experiments.harness.options import (
     AttentionImplementation,
-    CodecName,
     MaxPositions,
     ModelName,
     by_default,
     check_at_least_one,
     check_seed,
-    check_used_codec,
 )
 from experiments.sampling import MOST_TEMPERATURE, MOST_TOP_K
 

@@ -22,6 +22,7 @@ from jax_chunkattn import (
     SamplingParams,
     chunks_needed,
 )
+from pallas_kernels.codecs import ChunkCodec
 
 OnFinished = Callable[[int, RequestHandle], None]
 """Called with a request and its index in the batch."""
@@ -48,7 +49,7 @@ class BatchSettings:
     """How a batch is decoded; the fields are those of `Engine` and `CacheConfig`."""
 
     chunk_size: int
-    codec: str
+    codec: str | ChunkCodec
     dtype: str
     sharing: bool
     implementation: str | None

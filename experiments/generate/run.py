@@ -6,6 +6,7 @@ import dataclasses
 import time
 from typing import Any
 
+from experiments.codecs import codec_for
 from experiments.generate import views as generate_views
 from experiments.generate.comparison import PREFILL_SECONDS, affordable_batch
 from experiments.generate.config import GenerateConfig
@@ -88,7 +89,7 @@ def decode(
     """Answer all of `prompts` as `config` says."""
     settings = BatchSettings(
         chunk_size=config.chunk_size,
-        codec=config.codec,
+        codec=codec_for(config.codec, loaded.model),
         dtype=config.dtype,
         sharing=config.sharing,
         implementation=config.implementation,

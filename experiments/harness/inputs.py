@@ -34,12 +34,20 @@ def inputs_of(config: Any, fields: Sequence[str] | None = None) -> dict[str, str
         try:
             if name == "model" and isinstance(value, str):
                 inputs |= model_inputs(value)
-            elif isinstance(value, Path) and value.exists() and not value.is_dir():
-                inputs[str(value)] = digest(value) if value.is_file() else NO_FILE
+            for path in _paths_in(name, value):
+                if path.exists() and not path.is_dir():
+                    inputs[str(path)] = digest(path) if path.is_file() else NO_FILE
         except OSError as error:
             where = error.filename or value
             raise UserError(f"{where} cannot be read ({error.strerror or error})") from error
     return inputs
+
+
+def _paths_in(name: str, value: Any) -> list[Path]:
+    """What a field names that may be a file: any path, and codecs that may be a name too."""
+    if name != "codec":
+        return [value] if isinstance(value, Path) else []
+    return [Path(one) for one in ((value,) if isinstance(value, str) else value)]
 
 
 def check_unchanged(inputs: Mapping[str, str], config: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -37,18 +36,6 @@ AttentionImplementation = Annotated[
     ),
 ]
 """The option `--implementation` of all that run an engine by a chosen one."""
-
-CODECS = "{identity,int8,int4,int2,int4/int2,fp8,fp8_e5m2}"
-"""How the names of codecs are shown."""
-
-CodecName = Annotated[
-    str,
-    tyro.conf.arg(
-        metavar=CODECS,
-        help="How full chunks of the KV cache are stored, keys/values if they differ.",
-    ),
-]
-"""The option `--codec`; see `pallas_kernels.codecs`."""
 
 MaxPositions = Annotated[
     int | None,
@@ -87,28 +74,6 @@ def check_above_zero(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{option(name)} must be a number above 0, got {value}")
-
-
-def check_used_codec(name: str) -> None:
-    """Raise `CodecError` for a `--codec` that there is none of; say on standard error what a model
-    that uses it must expect, if it is much."""
-    check_codec(name)
-    if name == "int2":
-        print(
-            "warning: with keys of 2 bits answers are much worse (SmolLM2's perplexity by 65%); "
-            "int4/int2 has values of 2 bits alone",
-            file=sys.stderr,
-        )
-
-
-def check_codec(name: str, *, chunk_size: int | None = None, head_dim: int | None = None) -> None:
-    """Raise `CodecError` for a `--codec` that there is none of, or that cannot store chunks of
-    these sizes, if they are given."""
-    from pallas_kernels.codecs import codec_of  # and JAX, which --help can do without
-
-    codec = codec_of(name)
-    if codec is not None and chunk_size is not None and head_dim is not None:
-        codec.check(chunk_size, head_dim)
 
 
 def check_seed(seed: int) -> None:

@@ -8,15 +8,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
+from experiments.codecs import CODECS, check_codec
 from experiments.harness.errors import UserError
 from experiments.harness.options import (
-    CODECS,
     AttentionImplementation,
     MaxPositions,
     ModelName,
     by_default,
     check_at_least_one,
-    check_codec,
     check_seed,
 )
 

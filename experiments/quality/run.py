@@ -17,7 +17,7 @@ from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
 from experiments.loading import LoadOptions, ModelSource, load_model
-from experiments.prompts import read_text, shipped_asset
+from experiments.prompts import read_text, shipped_asset, tokens_of
 from experiments.quality.config import QualityConfig, sizes_of
 from experiments.quality.measures import PATHS, measures_of
 from experiments.quality.scoring import Passage, Scores, SharedScorer, passage_tokens, score_plain
@@ -152,17 +152,6 @@ class _Scoring:
                 f"--windows take {needed:,}: choose fewer, or a longer --text"
             )
         return Passage.of(tokens, *shape)
-
-
-def tokens_of(loaded: LoadedModel, text: str) -> list[int]:
-    """Of the model's tokenizer; for a model without one the bytes of the text."""
-    if loaded.tokenizer is not None:
-        return loaded.tokenizer.encode(text, parse_special=False)
-    if loaded.config.vocab_size < 256:
-        raise UserError(
-            f"{loaded.name} has no tokenizer, and a vocabulary too small for the bytes of a text"
-        )
-    return list(text.encode())
 
 
 def _lists(scores: Scores) -> Record:

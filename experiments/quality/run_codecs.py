@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Mapping
-from pydoc_data.topics import topics
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.baselines import kivi
+from experiments.codecs import codec_for, codec_named
 from experiments.harness.compilations import compilation_cache
 from experiments.harness.environment import describe_environment
 from experiments.harness.errors import UserError
@@ -21,7 +21,7 @@ from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
 from experiments.loading import LoadOptions, ModelSource, load_model
-from experiments.prompts import read_text
+from experiments.prompts import python_help, read_text, tokens_of
 from experiments.quality.codecs import (
     Agreement,
     answer_passage,
@@ -32,11 +32,10 @@ from experiments.quality.codecs import (
 )
 from experiments.quality.config import QualityConfig, sizes_of
 from experiments.quality.measures import codec_measures
-from experiments.quality.run import tokens_of
 from experiments.quality.scoring import Passage, SharedScorer, passage_tokens
 from jax_chunkattn import CacheConfig
 from models import LoadedModel
-from pallas_kernels.codecs import IDENTITY, AffineCodec, codec_of
+from pallas_kernels.codecs import IDENTITY, AffineCodec
 
 _SETTING = (
     "model",
@@ -65,7 +64,7 @@ def measure(config: QualityConfig, source: ModelSource, folder: ResultFolder) ->
     units = {IDENTITY: functools.partial(scoring.score, IDENTITY)}
     for name in config.codec:
         units[name] = functools.partial(scoring.score, name)
-        codec = codec_of(name)
+        codec = codec_named(name)
         if codec is not None and isinstance(codec.keys, AffineCodec):
             units[f"{name}, as KIVI"] = functools.partial(scoring.score_as_kivi, name)
     records = measure_units(folder, units, "score")
@@ -79,11 +78,6 @@ def measure(config: QualityConfig, source: ModelSource, folder: ResultFolder) ->
         "environment": environment,
     }
     return finish(folder, summary)
-
-
-def python_help() -> str:
-    """Texts about Python's grammar and types, by their names."""
-    return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 class _Scoring:
@@ -102,7 +96,8 @@ class _Scoring:
     def score(self, codec: str) -> Record:
         began = time.perf_counter()
         model, config = self._loaded.model, self._config
-        cache = CacheConfig(1, config.chunk_size, self._dtype, codec=codec)
+        chunk_codec = codec_for(codec, model)
+        cache = CacheConfig(1, config.chunk_size, self._dtype, codec=chunk_codec)
         per_token = cache.bytes_per_chunk(model.cache_spec) / config.chunk_size
         text = compare(model, *self._hidden_of("text", codec), self._passages["text"].targets)
         answers = self._likeliest("answers", codec)[:, -config.answer_tokens :]
@@ -114,7 +109,7 @@ class _Scoring:
         }
         return {
             "kind": "codec",
-            "codec": codec,
+            "codec": cache.codec_name,
             "reads": "chunks",
             "bytes_per_token": per_token,
             **_lists(text),
@@ -127,7 +122,7 @@ class _Scoring:
         """The text alone, for which no pool is needed."""
         began = time.perf_counter()
         model, passage = self._loaded.model, self._passages["text"]
-        codec = codec_of(name)
+        codec = codec_named(name)
         assert codec is not None
         hidden = [
             kivi.hidden_states(
@@ -164,7 +159,7 @@ class _Scoring:
             passage,
             dtype=self._dtype,
             chunk_size=config.chunk_size,
-            codec=codec,
+            codec=codec_for(codec, self._loaded.model),
             prefill_tokens=config.prefill_tokens,
             implementation=config.implementation,
         )

@@ -9,6 +9,7 @@ from typing import Any
 from rich.text import Text
 from rich.tree import Tree
 
+from experiments.codecs import codec_for
 from experiments.harness.compilations import compilation_cache
 from experiments.harness.console import make_console
 from experiments.harness.environment import describe_environment, free_memory_bytes
@@ -129,7 +130,8 @@ def cache_of(config: SearchConfig, loaded: LoadedModel, prompt_tokens: int) -> C
     shared = prompt_tokens // config.chunk_size
     own = chunks_to_finish(prompt_tokens, longest, config.chunk_size) - shared + 1
     num_chunks = shared + at_once * own
-    cache = CacheConfig(num_chunks, config.chunk_size, codec=config.codec)
+    codec = codec_for(config.codec, loaded.model)
+    cache = CacheConfig(num_chunks, config.chunk_size, codec=codec)
     needed = num_chunks * cache.bytes_per_chunk(loaded.model.cache_spec)
     free = free_memory_bytes()
     if free is not None and needed > free:

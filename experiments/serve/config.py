@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from experiments.codecs import CodecName, check_used_codec
 from experiments.harness.errors import UserError
 from experiments.harness.options import (
     AttentionImplementation,
-    CodecName,
     MaxPositions,
     ModelName,
     by_default,
     check_above_zero,
     check_at_least_one,
     check_seed,
-    check_used_codec,
     option,
 )
 from experiments.trace import BLOCK_TOKENS

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from experiments.codecs import codec_for
 from experiments.harness.errors import UserError
 from experiments.serve.config import ServeConfig, Side
 from experiments.serve.replay import Replayed, Served, replay
@@ -38,9 +39,10 @@ def pool_for(config: ServeConfig, loaded: LoadedModel, workload: Workload) -> Ca
         chunks_to_finish(len(request.prompt), request.output_tokens, chunk_size)
         for request in workload.requests
     ]
+    codec = codec_for(config.codec, loaded.model)
     try:
         memory = config.pool_memory or DEFAULT_MEMORY
-        cache = CacheConfig(None, chunk_size, config.dtype, memory, config.codec)
+        cache = CacheConfig(None, chunk_size, config.dtype, memory, codec)
         within = cache.chunks_for(spec, config.max_running)
     except CodecError:
         raise
@@ -54,7 +56,7 @@ def pool_for(config: ServeConfig, loaded: LoadedModel, workload: Workload) -> Ca
             f"the largest request takes {max(needs)} chunks of {chunk_size} tokens and the pool "
             f"has {num_chunks}: choose more by --pool-chunks or --pool-memory, or a larger --scale"
         )
-    return CacheConfig(num_chunks, chunk_size, config.dtype, codec=config.codec)
+    return CacheConfig(num_chunks, chunk_size, config.dtype, codec=codec)
 
 
 def warm_up(

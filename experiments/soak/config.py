@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from experiments.codecs import CodecName, check_used_codec
 from experiments.harness.errors import UserError
 from experiments.harness.options import (
-    CodecName,
     MaxPositions,
     ModelName,
     by_default,
     check_above_zero,
     check_at_least_one,
     check_seed,
-    check_used_codec,
 )
 from experiments.loading import ModelSource
 

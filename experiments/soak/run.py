@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.codecs import codec_for
 from experiments.harness.compilations import Compilations, compilation_cache, count_compilations
 from experiments.harness.environment import describe_environment, resident_bytes, usable_cpus
 from experiments.harness.interrupts import deferred_interrupts
@@ -53,10 +54,12 @@ def soak(config: SoakConfig, source: ModelSource, folder: ResultFolder) -> dict[
     sizes = sizes_for(config, source, loaded.config.max_positions)
     folder.begin(environment, **asdict(sizes))
 
+    codec = codec_for(config.codec, loaded.model)
+
     def make_engine() -> Engine:
         engine = Engine(
             loaded.model,
-            CacheConfig(sizes.num_chunks, config.chunk_size, codec=config.codec),
+            CacheConfig(sizes.num_chunks, config.chunk_size, codec=codec),
             tokenizer=loaded.tokenizer,
             max_running=config.rows,
             steps_per_call=config.steps_per_call,

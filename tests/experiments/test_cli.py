@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from experiments.cli import COMMANDS, DEBUG_VARIABLE, EXPERIMENTS, main, run_and_report
+from experiments.codecs import check_used_codec
 from experiments.harness.console import make_console
 from experiments.harness.errors import CheckFailed, UserError
-from experiments.harness.options import check_used_codec
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,0 +1,1 @@
+"""`calibrate`: codecs fitted to a model, each in a file that `--codec` takes."""
