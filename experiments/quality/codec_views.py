@@ -62,7 +62,7 @@ def table(result: Result) -> ResultTable:
         f"{depths} of a text of that many tokens, those found again behind their first {SHOWN}, "
         "in %.",
         "A token reads chunks before its own encoded; as KIVI: keys before the last whole 128, "
-        "values before its last 128.",
+        "values before its last 128; as KVQuant: everything.",
     ]
     title = f"{config['model']}: codecs of the KV cache, chunks of {config['chunk_size']} tokens"
     return table_of(title, columns, rows, notes=notes)

@@ -21,7 +21,8 @@ With `--codec` it shows what codecs of the KV cache do to predictions, each agai
 over chunks that are stored as they are: how far the distributions are apart (KL divergence), what
 that does to the perplexity, how often the likeliest token is the same, in the text and in answers
 of the model's own, and how much the model still finds of strings of random tokens that it read long
-before. Beside each stands the same codec read as KIVI does, which keeps the last 128 tokens exact.
+before. Beside each stands the same codec read as its paper has it: KIVI keeps the last 128 tokens
+exact, KVQuant none.
 The text is then the help that ships with Python (`pydoc_data.topics`).
 
     python -m experiments quality --codec int8 int4 int4/int2

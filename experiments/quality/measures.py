@@ -56,7 +56,8 @@ class CodecMeasures:
     """What one codec does, against chunks that are stored as they are.
 
     Attributes:
-      reads: "chunks", as the pool has it; or "as KIVI", whose last 128 tokens are exact.
+      reads: "chunks", as the pool has it; "as KIVI", whose last 128 tokens are exact; or "as
+        KVQuant", of which none is.
       perplexity_change: relative; `standard_error` is its own.
       divergence: KL of the next token's distribution, in nats; mean over the tokens of the text.
       same_token: share of the text's tokens for which both find the same token likeliest.

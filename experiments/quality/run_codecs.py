@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.baselines import kivi
+from experiments.baselines import encoded_at_once
 from experiments.codecs import codec_for, codec_named
 from experiments.harness.compilations import compilation_cache
 from experiments.harness.environment import describe_environment
@@ -35,7 +35,7 @@ from experiments.quality.measures import codec_measures
 from experiments.quality.scoring import Passage, SharedScorer, passage_tokens
 from jax_chunkattn import CacheConfig
 from models import LoadedModel
-from pallas_kernels.codecs import IDENTITY, AffineCodec
+from pallas_kernels.codecs import IDENTITY, AffineCodec, CodebookCodec
 
 _SETTING = (
     "model",
@@ -66,7 +66,9 @@ def measure(config: QualityConfig, source: ModelSource, folder: ResultFolder) ->
         units[name] = functools.partial(scoring.score, name)
         codec = codec_named(name)
         if codec is not None and isinstance(codec.keys, AffineCodec):
-            units[f"{name}, as KIVI"] = functools.partial(scoring.score_as_kivi, name)
+            units[f"{name}, as KIVI"] = functools.partial(scoring.score_as, "KIVI", name)
+        if codec is not None and isinstance(codec.keys, CodebookCodec):
+            units[f"{name}, as KVQuant"] = functools.partial(scoring.score_as, "KVQuant", name)
     records = measure_units(folder, units, "score")
     summary = {
         "experiment": "quality",
@@ -118,26 +120,27 @@ class _Scoring:
             "seconds": round(time.perf_counter() - began, 3),
         }
 
-    def score_as_kivi(self, name: str) -> Record:
+    def score_as(self, original: str, name: str) -> Record:
         """The text alone, for which no pool is needed."""
         began = time.perf_counter()
         model, passage = self._loaded.model, self._passages["text"]
         codec = codec_named(name)
         assert codec is not None
         hidden = [
-            kivi.hidden_states(
+            encoded_at_once.hidden_states(
                 model,
                 jnp.concatenate([passage.prefix, window]),
                 codec,
                 chunk_size=self._config.chunk_size,
+                window=encoded_at_once.KIVI_WINDOW if original == "KIVI" else 0,
             )[len(passage.prefix) :]
             for window in passage.inputs
         ]
         found = compare(model, self._exact["text"], np.asarray(hidden), passage.targets)
         return {
             "kind": "codec",
-            "codec": name,
-            "reads": "as KIVI",
+            "codec": codec.name,
+            "reads": f"as {original}",
             **_lists(found),
             "seconds": round(time.perf_counter() - began, 3),
         }

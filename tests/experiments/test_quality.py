@@ -23,6 +23,7 @@ from experiments.quality.command import headline, run
 from experiments.quality.config import QualityConfig, check, sizes_of
 from experiments.quality.measures import PATHS, SHOWN, STRING, measures_of
 from experiments.quality.scoring import Passage, Scores, SharedScorer, score_plain
+from models.calibration import fit, key_frequencies, recipe_of, sample, write_codec
 
 SMALL = QualityConfig(**QualityConfig.SMOKE)
 SIZES = sizes_of(SMALL)
@@ -148,18 +149,30 @@ def test_what_a_codec_changes_does_not_hang_on_how_it_was_computed(codec: str, c
 
 @pytest.fixture(scope="module")
 def codecs_compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a whole run with `--codec`."""
-    folder = tmp_path_factory.mktemp("codecs") / "run"
-    run(dataclasses.replace(CODECS, output=folder))
-    return folder
+    """The folder of a whole run with `--codec`, of a name and a file."""
+    folder = tmp_path_factory.mktemp("codecs")
+    model = models.load("random:tiny").model
+    tokens = np.random.default_rng(0).integers(0, 128, 256).astype(np.int32)
+    frequencies = key_frequencies(model.config)
+    codec = fit(recipe_of("nuq2"), sample(model, tokens, 1), frequencies)
+    file = folder / "nuq2.safetensors"
+    write_codec(file, codec, model)
+    run(dataclasses.replace(CODECS, codec=("int4", str(file)), output=folder / "run"))
+    return folder / "run"
 
 
 @pytest.mark.slow
 def test_codecs_are_compared_with_none(codecs_compared: Path):
     result = read_result(codecs_compared)
     assert result.summary is not None
-    identity, int4, as_kivi = result.summary["codecs"]
-    assert [one["reads"] for one in (identity, int4, as_kivi)] == ["chunks", "chunks", "as KIVI"]
+    identity, int4, as_kivi, nuq2, as_kvquant = result.summary["codecs"]
+    assert [one["reads"] for one in result.summary["codecs"]] == [
+        "chunks",
+        "chunks",
+        "as KIVI",
+        "chunks",
+        "as KVQuant",
+    ]
     for value, none in (("divergence", 0), ("perplexity_change", 0), ("same_token", 1)):
         assert identity[value] == pytest.approx(none, abs=1e-7)
     assert identity["answers"] == 1.0  # what prefill and decoding find likeliest is the same
@@ -171,9 +184,11 @@ def test_codecs_are_compared_with_none(codecs_compared: Path):
     assert int4["bytes_per_token"] == numbers * (2 * (0.5 + 4 / 16) + 0.5 / 16)
     # Everything is within 128 tokens, which KIVI keeps.
     assert as_kivi["divergence"] == pytest.approx(0, abs=1e-6)
+    # More is encoded, so more is off.
+    assert int4["divergence"] < nuq2["divergence"] < as_kvquant["divergence"]
     assert set(int4["copied"]) == {"192"}
     [table] = quality_views.tables(result)
-    assert [row[0] for row in table.rows] == ["identity", "int4", "int4"]
+    assert [row[0] for row in table.rows] == ["identity", "int4", "int4", "nuq2-1%", "nuq2-1%"]
     assert (codecs_compared / "quality.png").stat().st_size > 10_000
     assert headline(result.summary)["same_token"] == int4["same_token"]
 
