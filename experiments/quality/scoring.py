@@ -23,11 +23,14 @@ from jax_chunkattn.device.decode_loop import decode_attend
 from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.pool import Pool, empty_pool
 from jax_chunkattn.device.prefill import prefill_attend
+from jax_chunkattn.planning.planner import bucket
 from jax_chunkattn.planning.prefill import CALL_TOKENS, Segment, next_call, pack_segments
 from models import Decoder
 from models.dense_attention import dense_attend
 from models.dense_attention import empty_pool as empty_dense_pool
 from pallas_kernels.codecs import IDENTITY, ChunkCodec
+
+_LEAST_CHUNKS = 64  # of a pool
 
 Places = list[tuple[int, slice]]
 """Windows, and which of their tokens."""
@@ -117,8 +120,9 @@ class SharedScorer:
         self._split = nnx.split(model)
         self._passage = passage
         self._tables = [[*range(shared), *chunks] for chunks in own.tolist()]
-        self._cache = CacheConfig(shared + own.size, chunk_size, dtype, codec=codec)
-        self._sizes: Any = {"chunk_size": chunk_size, "num_chunks": shared + own.size}
+        num_chunks = bucket(shared + own.size, _LEAST_CHUNKS)  # so that passages share programs
+        self._cache = CacheConfig(num_chunks, chunk_size, dtype, codec=codec)
+        self._sizes: Any = {"chunk_size": chunk_size, "num_chunks": num_chunks}
         self._backend = choose_backend(model.cache_spec, self._cache, implementation=implementation)
         lengths = [len(passage.prefix)] * windows
         self._plan, self.plan_summary = plan_decode(

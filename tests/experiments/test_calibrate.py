@@ -14,6 +14,7 @@ from experiments.calibrate.config import CalibrateConfig, check
 from experiments.calibrate.run import second_half
 from experiments.cli import main
 from experiments.codecs import codec_for, codec_named
+from experiments.generate import run as generate_run
 from experiments.harness.errors import UserError
 from experiments.harness.inputs import inputs_of
 from experiments.harness.reading import read_result
@@ -157,18 +158,26 @@ def test_files_stand_for_codecs(calibrated: Path):
     assert inputs_of(SearchConfig(model="random:tiny", codec="int4")) == {}
 
 
-@pytest.mark.slow
-def test_answers_are_generated_with_a_file(
-    calibrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_engine_gets_the_codec_of_a_file_for_its_model(
+    calibrated: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     path = str(calibrated / "nuq3.safetensors")
+    given = []
+
+    def decode_batch(model, prompts, sampling, settings, *args, **kwargs):
+        given.append(settings.codec)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate_run, "decode_batch", decode_batch)
     generate = ["generate", "--smoke", "--model", "random:tiny", "--codec", path]
-    assert main([*generate, "--output", str(tmp_path / "out")]) == 0
-    assert read_result(tmp_path / "out").header["inputs"].keys() == {path}
+    assert main([*generate, "--output", str(tmp_path / "out")]) == 130
+    assert given == [read_codec(path).codec]
     capsys.readouterr()
     assert main([*generate, "--seed", "1", "--output", str(tmp_path / "other")]) == 2
-    error = capsys.readouterr().err
-    assert error == (
+    assert capsys.readouterr().err == (
         f"error: {path} was calibrated for another model of the same sizes: its embedding is "
         "another\n"
     )
