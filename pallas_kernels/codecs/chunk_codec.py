@@ -9,6 +9,7 @@ import jax
 from jaxtyping import Array, Float, Float32, Shaped
 
 from pallas_kernels.codecs.affine import AffineCodec
+from pallas_kernels.codecs.codebook import CodebookCodec
 from pallas_kernels.codecs.context import NO_CONSTANTS, ChunkContext, Constants, HeadConstants
 from pallas_kernels.codecs.scaled_float import ScaledFloatCodec
 
@@ -77,8 +78,14 @@ class ChunkCodec:
                 f"codec {self.name!r} was calibrated for another model: of {made_for[0]} layers of "
                 f"{made_for[1]} KV heads, and this one has {heads[0]} of {heads[1]}"
             )
-        for what, codec in (("keys", self.keys), ("values", self.values)):
+        known = self.constants
+        for what, codec, constants in (
+            ("keys", self.keys, known.keys),
+            ("values", self.values, known.values),
+        ):
             problem = codec.problem(chunk_size, head_dim)
+            if problem is None and isinstance(codec, CodebookCodec):
+                problem = codec.lacking(constants, head_dim)
             if problem is not None:
                 raise CodecError(f"codec {self.name!r} cannot store {what}: {problem}")
 

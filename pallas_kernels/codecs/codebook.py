@@ -15,11 +15,13 @@ follow from where the chunk stands, and turned again when they are decoded.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped, UInt8
 
 from pallas_kernels.codecs.context import ChunkContext, Constants
@@ -99,6 +101,17 @@ class CodebookCodec:
         if self.before_rotation:
             sizes["frequencies"] = None
         return sizes
+
+    def lacking(self, constants: Mapping[str, np.ndarray], head_dim: int) -> str | None:
+        """Why these `[L, Hkv, n]` are not the constants of a model whose heads have D numbers, if
+        they are not."""
+        for name, size in self.constants(head_dim).items():
+            if name not in constants:
+                return f"it was not calibrated: there is no {name!r}"
+            found = constants[name].shape[-1]
+            if size is not None and found != size:
+                return f"it was calibrated for another model: {name!r} has {found:,}, not {size:,}"
+        return None
 
     def _count(self, numbers: int) -> int:
         return math.ceil(self.outliers * numbers)

@@ -14,7 +14,14 @@ from jax_chunkattn.planning.planner import plan_decode
 from jax_chunkattn.planning.workloads import case_inputs
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
-from pallas_kernels.codecs import ChunkCodec, ChunkContext, CodebookCodec, CodecError, HeadConstants
+from pallas_kernels.codecs import (
+    NO_CONSTANTS,
+    ChunkCodec,
+    ChunkContext,
+    CodebookCodec,
+    CodecError,
+    HeadConstants,
+)
 from pallas_kernels.coded_kv import CodedKV
 from pallas_kernels.implementations import AttentionShapes, ImplementationError
 from pallas_kernels.plans import DecodeReads, OwnChunks
@@ -199,6 +206,10 @@ def test_sizes_that_cannot_be_stored_are_refused():
         codec.check(12, DIM)
     with pytest.raises(CodecError, match="16 bits do not find outliers among 131,072 numbers"):
         codec.check(512, 256)
+    with pytest.raises(CodecError, match="keys: it was not calibrated: there is no 'codebook'"):
+        replace(codec, constants=NO_CONSTANTS).check(64, DIM)
+    with pytest.raises(CodecError, match=r"another model: 'low' has 24, not 64"):
+        codec.check(64, 64)
     with pytest.raises(ValueError, match="4, 3 or 2 bits, not 8"):
         CodebookCodec(8, "tokens")
     with pytest.raises(ValueError, match="share of outliers"):
