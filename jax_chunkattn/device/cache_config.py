@@ -23,8 +23,9 @@ class CacheConfig:
       memory: of the pool, in bytes or as text with a unit: "2GiB", "500 MB". Instead of
         `num_chunks`, not beside it.
       codec: what full chunks are encoded by: a name such as "int4" (see `pallas_kernels.codecs`),
-        "identity" for none, or a codec itself. Then `dtype` is of the rows' last chunks, which are
-        exact: one for each row that an engine may run.
+        "identity" for none, or a codec itself, such as `models.calibration.load_codec` reads. Then
+        `dtype` is of the rows' last chunks, which are exact: one for each row that an engine may
+        run.
 
     Raises:
       ValueError: for sizes below 1, a memory that cannot be read, a dtype that is not a float, or a

@@ -76,13 +76,7 @@ def load_codec(path: str | Path, model: Decoder) -> ChunkCodec:
             f"{path} was calibrated for another model: its layers, KV heads and head_dim are "
             f"{made_for}, and this one's {(spec.num_layers, spec.num_kv_heads, spec.head_dim)}"
         )
-    signature = _signature(model)
-    apart = (
-        np.linalg.norm(signature - stored.signature)
-        if len(signature) == len(stored.signature)
-        else np.inf
-    )
-    if not apart <= _SAME * np.linalg.norm(signature):
+    if not _same_embedding(stored.signature, _signature(model)):
         raise CodecError(
             f"{path} was calibrated for another model of the same sizes: its embedding is another"
         )
@@ -93,6 +87,13 @@ def load_codec(path: str | Path, model: Decoder) -> ChunkCodec:
             "with other --max-positions where those choose how positions are stretched"
         )
     return stored.codec
+
+
+def _same_embedding(stored: np.ndarray, signature: np.ndarray) -> bool:
+    if stored.shape != signature.shape:
+        return False
+    apart = np.linalg.norm(signature - stored)
+    return bool(apart <= _SAME * np.linalg.norm(signature))
 
 
 def _same_rotation(stored: np.ndarray, frequencies: np.ndarray) -> bool:
