@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
-from models.calibration.fitting import constants_of
 from models.calibration.samples import key_frequencies
 from models.decoder import Decoder
 from models.errors import CheckpointError
 from models.safetensors_file import read_metadata, read_tensors, write_tensors
-from pallas_kernels.codecs import ChunkCodec, CodebookCodec, CodecError
+from pallas_kernels.codecs import ChunkCodec, CodebookCodec, CodecError, HeadConstants
 
 FORMAT = "jax_chunkattn codec 1"
 _SIGNS = 1024
@@ -148,9 +147,7 @@ def _stored(metadata: Mapping[str, str], tensors: dict[str, np.ndarray]) -> Stor
             raise ValueError(f"its constants of {part} have shapes {found}, not {expected}")
         if not all(np.isfinite(array).all() for array in constants[part].values()):
             raise ValueError(f"constants of {part} are not finite")
-    codec = ChunkCodec(
-        metadata["name"], **parts, constants=constants_of(constants["keys"], constants["values"])
-    )
+    codec = ChunkCodec(metadata["name"], **parts, constants=HeadConstants.of(**constants))
     return StoredCodec(codec, head_dim, signature)
 
 

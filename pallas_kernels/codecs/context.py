@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -41,6 +42,17 @@ class HeadConstants:
     digest: str
     keys: Mapping[str, np.ndarray] = field(compare=False, repr=False)
     values: Mapping[str, np.ndarray] = field(compare=False, repr=False)
+
+    @classmethod
+    def of(cls, keys: Mapping[str, np.ndarray], values: Mapping[str, np.ndarray]) -> HeadConstants:
+        """With their digest."""
+        hashed = hashlib.sha256()
+        for of_part in (keys, values):
+            for name in sorted(of_part):
+                array = np.ascontiguousarray(of_part[name], np.float32)
+                hashed.update(f"{name} {array.shape} ".encode())
+                hashed.update(array.tobytes())
+        return cls(hashed.hexdigest(), keys, values)
 
     @property
     def heads(self) -> tuple[int, int] | None:
