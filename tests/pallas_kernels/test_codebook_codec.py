@@ -22,13 +22,12 @@ from pallas_kernels.codecs import (
     CodecError,
     HeadConstants,
 )
-from pallas_kernels.coded_kv import CodedKV
 from pallas_kernels.implementations import AttentionShapes, ImplementationError
 from pallas_kernels.plans import DecodeReads, OwnChunks
 from pallas_kernels.specs import AttentionCase
 from pallas_kernels.targets import H200, use_target
 from tests.pallas_kernels.test_chunk_attention import planner_options
-from tests.pallas_kernels.test_codecs import assert_as_exact_as_plain, mixed_context
+from tests.pallas_kernels.test_codecs import assert_as_exact_as_plain, encoded, mixed_context
 
 SIZE, DIM, TURNING = 32, 24, 16
 PARTS = [
@@ -245,7 +244,7 @@ def test_a_row_reads_what_is_encoded_with_the_constants_of_each_head(implementat
     begin = np.zeros(num_chunks, np.int32)
     for table in inputs.tables:
         begin[table] = np.arange(len(table)) * SIZE
-    stored = encoded(codec, inputs.keys[1], inputs.values[1], begin)
+    stored = encoded(codec, inputs.keys, inputs.values, 1, begin)
     plan, summary = plan_decode(
         inputs.tables,
         (inputs.lengths[:rows] - 1).tolist(),
@@ -280,25 +279,6 @@ def test_a_row_reads_what_is_encoded_with_the_constants_of_each_head(implementat
         for table, length in zip(inputs.tables, inputs.lengths, strict=False)
     ]
     assert_as_exact_as_plain(got[:rows], inputs.q[:rows], contexts)
-
-
-def encoded(codec, keys, values, begin):
-    """The second layer of a pool of two, with every chunk encoded by writing it."""
-    kv_heads, num_chunks, size, dim = keys.shape
-
-    def empty(part):
-        return {
-            name: jnp.zeros((2, kv_heads, num_chunks, *a.shape), a.dtype)
-            for name, a in part.arrays(size, dim).items()
-        }
-
-    constants = (
-        {name: jnp.asarray(array) for name, array in part.items()}
-        for part in (codec.constants.keys, codec.constants.values)
-    )
-    stored = CodedKV(empty(codec.keys), empty(codec.values), 1, codec, size, dim, *constants)
-    k, v = (jnp.asarray(np.moveaxis(pool, 0, 2)) for pool in (keys, values))
-    return jax.jit(CodedKV.write)(stored, k, v, np.arange(num_chunks, dtype=np.int32), begin)
 
 
 def decoded_alone(part, chunks, begin, constants, head):

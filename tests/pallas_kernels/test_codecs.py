@@ -240,8 +240,9 @@ def test_codes_that_32_bits_would_not_find_are_refused(num_chunks, refused):
         jax.eval_shape(attend, *operands)
 
 
-def encoded(codec, keys, values, layer):
-    """A pool with every chunk encoded, made by writing it."""
+def encoded(codec, keys, values, layer, begin=None):
+    """A pool with every chunk of a layer encoded, made by writing it; they stand at `begin`, or one
+    after another."""
     layers, kv_heads, num_chunks, size, head_dim = keys.shape
 
     def empty(part):
@@ -250,10 +251,15 @@ def encoded(codec, keys, values, layer):
             for name, a in part.arrays(size, head_dim).items()
         }
 
-    stored = CodedKV(empty(codec.keys), empty(codec.values), layer, codec, size, head_dim)
+    parts = empty(codec.keys), empty(codec.values)
+    constants = (
+        {name: jnp.asarray(array) for name, array in part.items()}
+        for part in (codec.constants.keys, codec.constants.values)
+    )
+    stored = CodedKV(*parts, layer, codec, size, head_dim, *constants)
     k, v = (jnp.asarray(np.moveaxis(pool[layer], 0, 2)) for pool in (keys, values))
     chunks = np.arange(num_chunks, dtype=np.int32)
-    return jax.jit(CodedKV.write)(stored, k, v, chunks, chunks * size)
+    return jax.jit(CodedKV.write)(stored, k, v, chunks, chunks * size if begin is None else begin)
 
 
 def decoded(codec, keys, values):
