@@ -35,7 +35,7 @@ from experiments.quality.measures import codec_measures
 from experiments.quality.scoring import Passage, SharedScorer, passage_tokens
 from jax_chunkattn import CacheConfig
 from models import LoadedModel
-from pallas_kernels.codecs import IDENTITY, AffineCodec, CodebookCodec
+from pallas_kernels.codecs import IDENTITY, AffineCodec, ChunkCodec, CodebookCodec
 
 _SETTING = (
     "model",
@@ -95,11 +95,11 @@ class _Scoring:
         self._text = text
         self._inputs = inputs
 
-    def score(self, codec: str) -> Record:
+    def score(self, name: str) -> Record:
         began = time.perf_counter()
         model, config = self._loaded.model, self._config
-        chunk_codec = codec_for(codec, model)
-        cache = CacheConfig(1, config.chunk_size, self._dtype, codec=chunk_codec)
+        codec = codec_for(name, model)
+        cache = CacheConfig(1, config.chunk_size, self._dtype, codec=codec)
         per_token = cache.bytes_per_chunk(model.cache_spec) / config.chunk_size
         text = compare(model, *self._hidden_of("text", codec), self._passages["text"].targets)
         answers = self._likeliest("answers", codec)[:, -config.answer_tokens :]
@@ -145,24 +145,24 @@ class _Scoring:
             "seconds": round(time.perf_counter() - began, 3),
         }
 
-    def _likeliest(self, name: str, codec: str) -> np.ndarray:
+    def _likeliest(self, name: str, codec: str | ChunkCodec) -> np.ndarray:
         return likeliest(self._loaded.model, self._hidden_of(name, codec)[1])
 
-    def _hidden_of(self, name: str, codec: str) -> tuple[np.ndarray, np.ndarray]:
+    def _hidden_of(self, name: str, codec: str | ChunkCodec) -> tuple[np.ndarray, np.ndarray]:
         """Hidden states of a passage without a codec, and with this one."""
         exact = self._exact[name]
         if codec == IDENTITY:
             return exact, exact
         return exact, self._hidden(self._passages[name], codec)
 
-    def _hidden(self, passage: Passage, codec: str) -> np.ndarray:
+    def _hidden(self, passage: Passage, codec: str | ChunkCodec) -> np.ndarray:
         config = self._config
         scorer = SharedScorer(
             self._loaded.model,
             passage,
             dtype=self._dtype,
             chunk_size=config.chunk_size,
-            codec=codec_for(codec, self._loaded.model),
+            codec=codec,
             prefill_tokens=config.prefill_tokens,
             implementation=config.implementation,
         )
