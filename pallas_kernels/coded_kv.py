@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
-from pallas_kernels.codecs import ChunkCodec, ChunkContext, Constants, spread
+from pallas_kernels.codecs import ChunkCodec, ChunkContext, Constants, TensorCodec, spread
 from pallas_kernels.plans import HostOrDevice
 from pallas_kernels.stored_kv import StoredKV
 
@@ -74,20 +74,31 @@ class CodedKV:
     ) -> tuple[Float32[Array, "*rows tokens D"], Float32[Array, "*rows tokens D"]]:
         """Keys and values of one head, of the W * C tokens of these chunks, which must be there."""
 
-        def tokens(codec, encoded, constants):
-            def chunks(array):
-                return array.at[self.layer, head, chunk_ids].get(mode="promise_in_bounds")
+        values = self.codec.values, self.values, self.value_constants
+        return self.gather_keys(head, chunk_ids), self._gather(*values, head, chunk_ids)
 
-            of_head = {name: array[self.layer, head] for name, array in constants.items()}
-            known = spread(of_head, (1,) * chunk_ids.ndim)
-            return codec.decode(jax.tree.map(chunks, encoded), known).reshape(
-                *chunk_ids.shape[:-1], -1, self.head_dim
-            )
+    def gather_keys(
+        self, head: Int32[Array, ""], chunk_ids: Int32[HostOrDevice, "*rows W"]
+    ) -> Float32[Array, "*rows tokens D"]:
+        """The keys alone."""
+        keys = self.codec.keys, self.keys, self.key_constants
+        return self._gather(*keys, head, chunk_ids)
 
-        return (
-            tokens(self.codec.keys, self.keys, self.key_constants),
-            tokens(self.codec.values, self.values, self.value_constants),
-        )
+    def _gather(
+        self,
+        codec: TensorCodec,
+        encoded: Encoded,
+        constants: Constants,
+        head: Int32[Array, ""],
+        chunk_ids: Int32[HostOrDevice, "*rows W"],
+    ) -> Float32[Array, "*rows tokens D"]:
+        def chunks(array):
+            return array.at[self.layer, head, chunk_ids].get(mode="promise_in_bounds")
+
+        of_head = {name: array[self.layer, head] for name, array in constants.items()}
+        known = spread(of_head, (1,) * chunk_ids.ndim)
+        numbers = codec.decode(jax.tree.map(chunks, encoded), known)
+        return numbers.reshape(*chunk_ids.shape[:-1], -1, self.head_dim)
 
     def write(
         self,

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.codecs import ChunkCodec
 from pallas_kernels.coded_kv import LayerKV
-from pallas_kernels.plans import DecodeReads, HostOrDevice, PrefillReads
+from pallas_kernels.plans import DecodeReads, HostOrDevice, PrefillReads, check_windows
 from pallas_kernels.targets import Target, current_target
 
 PREFERENCE = ("pallas_mosaic_gpu", "pallas_triton", "xla")
@@ -44,6 +44,7 @@ class AttentionShapes:
       head_dim: D.
       chunk_size: C.
       codec: what chunks are encoded by, if they are.
+      chosen: whether rows may read a part of an item's chunks.
     """
 
     dtype: str
@@ -51,6 +52,7 @@ class AttentionShapes:
     head_dim: int
     chunk_size: int
     codec: ChunkCodec | None = None
+    chosen: bool = False
 
     @classmethod
     def of(
@@ -75,7 +77,8 @@ class AttentionShapes:
                 f"attention is of {heads.query_heads} and {heads.kv_heads}"
             )
         sizes = heads.group, stored.head_dim, stored.chunk_size
-        return cls(str(exact_dtype(stored, reads)), *sizes, stored.codec)
+        chosen = reads.plan.items.chosen is not None
+        return cls(str(exact_dtype(stored, reads)), *sizes, stored.codec, chosen)
 
 
 def exact_dtype(stored: LayerKV, reads: DecodeReads | PrefillReads) -> jnp.dtype:
@@ -116,6 +119,7 @@ class Operation(Generic[Reads]):
           ValueError: for queries or keys that are not the attention's, or a plan without what the
             implementation needs.
         """
+        check_windows(reads)
         name = self.resolve(implementation, AttentionShapes.of(q, stored, reads, attention))
         return _attend(
             q,

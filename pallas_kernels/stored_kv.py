@@ -64,12 +64,17 @@ class StoredKV:
         self, head: Int32[Array, ""], chunk_ids: Int32[HostOrDevice, "*rows W"]
     ) -> tuple[Float32[Array, "*rows tokens D"], Float32[Array, "*rows tokens D"]]:
         """Keys and values of one head, of the W * C tokens of these chunks, which must be there."""
+        return self.gather_keys(head, chunk_ids), self._gather(self.values, head, chunk_ids)
 
-        def tokens(pool):
-            chunks = pool.at[self.layer, head, chunk_ids].get(mode="promise_in_bounds")
-            return chunks.reshape(*chunk_ids.shape[:-1], -1, pool.shape[-1]).astype(jnp.float32)
+    def gather_keys(
+        self, head: Int32[Array, ""], chunk_ids: Int32[HostOrDevice, "*rows W"]
+    ) -> Float32[Array, "*rows tokens D"]:
+        """The keys alone."""
+        return self._gather(self.keys, head, chunk_ids)
 
-        return tokens(self.keys), tokens(self.values)
+    def _gather(self, pool: Array, head: Array, chunk_ids: HostOrDevice) -> Array:
+        chunks = pool.at[self.layer, head, chunk_ids].get(mode="promise_in_bounds")
+        return chunks.reshape(*chunk_ids.shape[:-1], -1, pool.shape[-1]).astype(jnp.float32)
 
     def write(
         self,
@@ -89,8 +94,23 @@ class StoredKV:
         float16 are written in place.
         """
 
+        return self._write(k, v, (slice(None), chunks, offsets))
+
+    def write_by_head(
+        self,
+        k: Float[Array, "T Hkv D"],
+        v: Float[Array, "T Hkv D"],
+        chunks: Int32[HostOrDevice, "Hkv T"],
+        offsets: Int32[HostOrDevice, " T"],
+    ) -> StoredKV:
+        """The same with chunks of each head."""
+        heads = jnp.arange(self.kv_heads, dtype=jnp.int32)
+        by_token = jnp.asarray(chunks).T, jnp.asarray(offsets)[:, None]
+        return self._write(k, v, (heads[None], *by_token))
+
+    def _write(self, k: Array, v: Array, place: tuple) -> StoredKV:
         def put(pool, new):
-            target = pool.at[self.layer, :, chunks, offsets]
+            target = pool.at[self.layer, *place]
             return target.set(new.astype(pool.dtype), mode="drop", unique_indices=True)
 
         keys = put(self.keys, k)

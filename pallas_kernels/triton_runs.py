@@ -69,7 +69,7 @@ class _StoredRun:
             where = pool.at[kv.layer, kv.head, place.column(), place.rows[:, None], self.dims[None]]
             return _load_exact(where, there, self.dims, self.shape)
 
-        return [Tile(token, there, lambda: load(kv.keys), lambda: load(kv.values))]
+        return [Tile(token, there, place.chunk, lambda: load(kv.keys), lambda: load(kv.values))]
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ class _CodedRun:
             return Tile(
                 token,
                 token < self.run.num_tokens,
+                here.chunk,
                 lambda: keys(part).astype(shape.dtype),
                 lambda: values(part).astype(shape.dtype),
             )
@@ -148,7 +149,8 @@ class PackedRun:
             where = packed.at[(self.begin + token)[:, None], self.head, dims[None]]
             return _load_exact(where, there, dims, self.shape)
 
-        return [Tile(token, there, lambda: load(self.keys), lambda: load(self.values))]
+        keys, values = self.keys, self.values
+        return [Tile(token, there, jnp.int32(0), lambda: load(keys), lambda: load(values))]
 
 
 def _tile_indices(shape: KernelShape) -> tuple[Int32[Array, " Dp"], Int32[Array, " T"]]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plt
@@ -29,8 +30,38 @@ class Tile(NamedTuple):
 
     token: Int32[Array, " T"]  # counted from the run's first
     there: Bool[Array, " T"]  # whether the run has it
+    chunk: Int32[Array, "*T"]  # that it is in, of the run's; one number if all are in the same
     keys: Callable[[], Float[Array, "T Dp"]]
     values: Callable[[], Float[Array, "T Dp"]]
+
+
+class ChoiceRefs(NamedTuple):
+    """Which chunks of an item each query has chosen, in a kernel."""
+
+    columns: Any  # a reference [*W K]
+    by_row: Any  # a reference [*W B P]
+    window: tuple[jax.Array, ...]
+    begin: jax.Array  # of the item's chunks
+    row: Int32[Array, " R"]
+    inside: Bool[Array, " R"]
+
+    def reads(self, tile: Tile) -> Bool[Array, "R tokens"]:
+        """Whether each query has chosen the chunk that these tokens are in, or the chunks."""
+        place = (*self.window, self.begin + tile.chunk)
+        row, mask = self.row[:, None], self.inside[:, None]
+        if tile.chunk.ndim:
+            mask = mask & tile.there[None]
+            column = plt.load(self.columns.at[place], mask=tile.there, other=0)[None]
+        else:
+            column = jnp.broadcast_to(self.columns[place], row.shape)
+        return plt.load(self.by_row.at[(*self.window, row, column)], mask=mask, other=0) != 0
+
+
+class Hidden(NamedTuple):
+    """Tokens of a run that a window hides: from `begin` up to an end for each query."""
+
+    begin: Int32[Array, ""]
+    end: Int32[Array, " R"]
 
 
 @runtime_checkable
@@ -53,13 +84,16 @@ def attend(
     *,
     first_seen: Int32[Array, " R"] | None = None,
     last_seen: Int32[Array, " R"] | None = None,
+    hidden: Hidden | None = None,
+    chosen: ChoiceRefs | None = None,
     start: Partial | None = None,
 ) -> Partial:
     """Attention over the tokens of `run`, merged with `start`, in log2 units: Partial [R].
 
     `first_seen` and `last_seen` are the first and the last token of the run that each query sees,
-    None for all. A query that matters sees a token of `start`, of this run or of one that has the
-    result for its start: until it does, its output is any finite number.
+    None for all; of those between, `hidden` are not seen, and of chunks only those `chosen`. A
+    query that matters sees a token of `start`, of this run or of one that has the result for its
+    start: until it does, its output is any finite number. With `chosen` it may see none at all.
     """
     precision = lax.Precision.HIGHEST if shape.dtype == jnp.float32 else None
 
@@ -70,12 +104,19 @@ def attend(
             visible = visible & (tile.token[None] >= first_seen[:, None])
         if last_seen is not None:
             visible = visible & (tile.token[None] <= last_seen[:, None])
+        if hidden is not None:
+            token = tile.token[None]
+            visible = visible & ((token < hidden.begin) | (token >= hidden.end[:, None]))
+        if chosen is not None:
+            visible = visible & chosen.reads(tile)
         return jnp.where(visible, scores, MASKED)
 
     def step(index, state: Partial) -> Partial:
         tiles = run.at(index)
         scores = [scores_of(tile) for tile in tiles]
         maximum = jnp.maximum(state.maximum, reduce(jnp.maximum, scores).max(axis=1))
+        if chosen is not None:  # above what is masked: weights are 0 where a query sees nothing
+            maximum = jnp.maximum(maximum, MASKED / 2)
         keep = jnp.exp2(state.maximum - maximum)
         weights = [jnp.exp2(of_tile - maximum[:, None]) for of_tile in scores]
         output = state.output

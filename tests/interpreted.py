@@ -22,6 +22,13 @@ implementations = pytest.mark.parametrize(
     "implementation", ["reference", "xla", "pallas_triton"], indirect=True
 )
 
+# Where rounding counts. What XLA makes of an interpreted kernel nobody runs but these tests.
+optimised_implementations = pytest.mark.parametrize(
+    "implementation",
+    ["reference", pytest.param("xla", marks=pytest.mark.optimised), "pallas_triton"],
+    indirect=True,
+)
+
 
 @pytest.fixture
 def implementation(request):

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.implementations import Operation
-from pallas_kernels.plans import DecodePlan, DecodeReads, HostOrDevice
+from pallas_kernels.plans import DecodePlan, DecodeReads, HostOrDevice, windows_of_heads
 from pallas_kernels.stored_kv import StoredKV
 
 CHUNK_ATTENTION: Operation[DecodeReads] = Operation(
@@ -28,6 +28,7 @@ def chunk_attention(
     layer: int | Int32[Array, ""] = 0,
     scale: float | None = None,
     softcap: float | None = None,
+    head_windows: Int32[HostOrDevice, " Hkv"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B Hq D"]:
     """Softmax attention of one query per row over that row's chunks of the pool.
@@ -49,16 +50,18 @@ def chunk_attention(
       scale: multiplies the scores; `1 / sqrt(D)` by default.
       softcap: keeps scaled scores within (-softcap, softcap), as `softcap * tanh(score / softcap)`
         (Gemma 2, arXiv 2408.00118, section 2). None leaves them as they are.
+      head_windows: by which of the windows that the plan was made for each KV head reads, from 0 to
+        W - 1; None by the first. For plans with windows; the row's query is its last token then.
       implementation: one of `IMPLEMENTATIONS`, or None for the best that runs here: Mosaic on
         Hopper GPUs, Triton on other NVIDIA GPUs from Ampere on, XLA elsewhere.
 
     Raises:
       ValueError: for an implementation that is unknown or cannot run here, a plan without what it
-        needs, heads that do not divide, a head_dim that differs from the pool's, or a softcap that
-        is not positive and finite.
+        needs, heads that do not divide, a head_dim that differs from the pool's, a softcap that is
+        not positive and finite, or windows of heads for a plan that has none.
     """
     stored = StoredKV(jnp.asarray(keys), jnp.asarray(values), layer)
     sizes = q.shape[1], stored.kv_heads, stored.head_dim
     attention = AttentionSpec.of(*sizes, scale=scale, softcap=softcap)
-    reads = DecodeReads(plan, lengths)
+    reads = DecodeReads(plan, lengths, head_windows=windows_of_heads(plan, head_windows, sizes[1]))
     return CHUNK_ATTENTION.attend(q, stored, reads, attention, implementation=implementation)

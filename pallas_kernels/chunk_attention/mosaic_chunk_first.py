@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention.mosaic_shape import (
@@ -21,10 +21,16 @@ from pallas_kernels.chunk_attention.mosaic_shape import (
     WARPGROUP_ROWS,
     TileShape,
 )
-from pallas_kernels.chunk_attention.mosaic_tiles import Run, attend, load_rows, store_rows
+from pallas_kernels.chunk_attention.mosaic_tiles import (
+    Run,
+    attend,
+    load_rows,
+    load_vector,
+    store_rows,
+)
 from pallas_kernels.coded_kv import LayerKV
-from pallas_kernels.online_softmax import Partial
-from pallas_kernels.plans import PartialSlots, WorkItems
+from pallas_kernels.online_softmax import MASKED, Partial
+from pallas_kernels.plans import HostOrDevice, PartialSlots, WorkItems, window_index
 
 
 def chunk_first(
@@ -33,6 +39,7 @@ def chunk_first(
     items: WorkItems,
     partials: PartialSlots,
     attention: AttentionSpec,
+    head_windows: Int32[HostOrDevice, " Hkv"] | None = None,
     *,
     dtype: Any = None,
     query_tile: int = WARPGROUP_ROWS,
@@ -44,6 +51,8 @@ def chunk_first(
 
     query_tile is 64, or 128: two warpgroups that share what they read. Slots must be reserved for
     whole warpgroups, see `PartialSlots`. `dtype` is what is multiplied; None for what is stored.
+    With windows, each KV head has the items of its own. Rows that have chosen chunks need those of
+    64 tokens or more.
     """
     shape = TileShape.of(
         stored,
@@ -55,12 +64,13 @@ def chunk_first(
     )
     kv_heads, group = stored.kv_heads, shape.group
     # Room for the last item's last warpgroup, whatever its slots' place is.
-    slot_rows = (-(-partials.slots.shape[0] * group // WARPGROUP_ROWS) + 1) * WARPGROUP_ROWS
+    slot_rows = (-(-partials.slots.shape[-1] * group // WARPGROUP_ROWS) + 1) * WARPGROUP_ROWS
 
     def chunk_first_kernel(
         q_ref,
         keys_ref,
         values_ref,
+        windows,
         row_begin,
         row_count,
         chunk_begin,
@@ -69,14 +79,18 @@ def chunk_first(
         count,
         item_slot,
         layer_ref,
+        columns,
+        shifts,
         output,
         maximum,
         total,
         buffers,
     ):
-        item, head = lax.axis_index("item"), lax.axis_index("head")
+        number, head = lax.axis_index("item"), lax.axis_index("head")
+        window = window_index(windows, head)
+        item = (*window, number)
 
-        @pl.when(item < count[0])
+        @pl.when(number < count[window or 0])
         def _():
             first_row, rows = row_begin[item] * group, row_count[item] * group
             first_slot = item_slot[item] * group
@@ -97,14 +111,20 @@ def chunk_first(
                     store_rows(maximum.at[head, place], partial.maximum)
                     store_rows(total.at[head, place], partial.total)
 
+            def shift(tile, chunk):
+                column = columns[(*window, first_chunk + chunk)]
+                row = first_row + tile * shape.query_tile + begin
+                return load_vector(shifts.at[(*window, column, pl.ds(row, WARPGROUP_ROWS))])
+
             run = Run(
                 keys_ref,
                 values_ref,
                 layer_ref[0],
                 head,
-                chunk_id=lambda index: chunks[first_chunk + index],
+                chunk_id=lambda index: chunks[(*window, first_chunk + index)],
                 tokens=chunk_count[item] * shape.chunk_size,
                 whole_chunks=True,
+                shift=None if columns is None else shift,
             )
             tiles = lax.div(rows + (shape.query_tile - 1), jnp.int32(shape.query_tile))
             attend(shape, buffers, run, tiles, load_queries, store)
@@ -115,18 +135,34 @@ def chunk_first(
         chunk_first_kernel,
         (matrix, vector, vector),
         (),
-        {"item": items.row_begin.shape[0], "head": kv_heads},
+        {"item": items.row_begin.shape[-1], "head": kv_heads},
     )
     output, maximum, total = run_kernel(
         queries_by_head(q, shape, shape.query_tile),
         *shape.chunk_operands(stored),
+        None if head_windows is None else jnp.asarray(head_windows),
         *(jnp.asarray(x) for x in (items.row_begin, items.row_count)),
         *(jnp.asarray(x) for x in (items.chunk_begin, items.chunk_count, items.chunks)),
-        jnp.asarray(items.count)[None],
+        jnp.asarray(items.count).reshape(-1),
         jnp.asarray(partials.item_slot),
         stored.layer_operand(),
+        *_choices_operands(items, shape),
     )
     return Partial(output, maximum, total)
+
+
+def _choices_operands(
+    items: WorkItems, shape: TileShape
+) -> tuple[Int32[Array, "*W K"] | None, Float32[Array, "*W P rows"] | None]:
+    """Columns of the items' chunks, and what each query row adds to the scores of a column's chunk:
+    0 if it has chosen that, or `MASKED`."""
+    chosen = items.chosen
+    if chosen is None:
+        return None, None
+    shifts = jnp.where(jnp.swapaxes(chosen.by_row, -1, -2), jnp.float32(0), MASKED)
+    shifts = jnp.repeat(shifts, shape.group, axis=-1)
+    room = [(0, 0)] * (shifts.ndim - 1) + [(0, shape.query_tile)]
+    return chosen.columns, jnp.pad(shifts, room, constant_values=MASKED)
 
 
 def queries_by_head(

@@ -21,6 +21,7 @@ from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention.mosaic_chunk_first import queries_by_head
 from pallas_kernels.chunk_attention.mosaic_shape import WARPGROUP_ROWS, TileShape
 from pallas_kernels.chunk_attention.mosaic_tiles import (
+    Hidden,
     OwnChunk,
     Run,
     attend,
@@ -30,13 +31,31 @@ from pallas_kernels.chunk_attention.mosaic_tiles import (
 )
 from pallas_kernels.coded_kv import LayerKV
 from pallas_kernels.online_softmax import MASKED, Partial
-from pallas_kernels.plans import DecodeReads, require_own, require_partials
+from pallas_kernels.plans import DecodeReads, require_own, require_partials, window_index
 
 MAX_GROUP = 32
 # Rows of the staging tile that no query row of the group needs: maxima and totals go there.
 MAXIMUM_ROW, TOTAL_ROW = MAX_GROUP, MAX_GROUP + 1
 THREADS = 128
 BLOCKS_AT_ONCE = 16  # of partials in registers, while they are merged
+
+
+class WindowRefs(NamedTuple):
+    """`HiddenTokens`, and the lengths that their windows end at."""
+
+    size: Any  # [W]
+    sinks: Any  # [W]
+    begin: Any  # [W, B]
+    offset: Any  # [W, B]
+    lengths: Any  # [B]
+
+    @classmethod
+    def of(cls, reads: DecodeReads) -> WindowRefs | None:
+        hidden = reads.plan.hidden
+        if hidden is None:
+            return None
+        places = hidden.size, hidden.sinks, hidden.begin, hidden.offset
+        return cls(*map(jnp.asarray, (*places, reads.lengths)))
 
 
 class Block(NamedTuple):
@@ -85,9 +104,11 @@ def sequence_first(
         q_ref,
         keys_ref,
         values_ref,
+        windows,
         private_chunks,
         lengths_ref,
         covered_tokens,
+        hidden: WindowRefs | None,
         layer_ref,
         slot_begin,
         slots,
@@ -100,6 +121,8 @@ def sequence_first(
         buffers,
     ):
         row, head = lax.axis_index("row"), lax.axis_index("head")
+        window = window_index(windows, head)
+        place = (*window, row)
 
         def load_queries(tile):
             return load_rows(q_ref.at[head, pl.ds(row * group, WARPGROUP_ROWS)])
@@ -116,11 +139,13 @@ def sequence_first(
             _stage(shape, staging, private)
             state = [_staged_block(staging, i, block_rows) for i in range(0, group, block_rows)]
 
-            begin, end = slot_begin[row], slot_begin[row + 1]
+            begin, end = slot_begin[place], slot_begin[(*window, row + 1)]
 
             def merge_slots(step, state):
                 entries = [begin + step * slots_at_once + i for i in range(slots_at_once)]
-                places = [slots[jnp.minimum(entry, end - 1)] * group for entry in entries]
+                places = [
+                    slots[(*window, jnp.minimum(entry, end - 1))] * group for entry in entries
+                ]
                 loaded = [
                     [
                         load_block(place + i * block_rows, entry < end)
@@ -140,18 +165,25 @@ def sequence_first(
                 result = block.output * _by_row(inverses, block.output.shape)
                 out[row, head, pl.ds(i * block_rows, block_rows)] = result.astype(out.dtype)
 
+        hidden_of_run = hidden_of_own = None
+        if hidden is not None:
+            opens = hidden.lengths[row] - hidden.size[window]
+            hidden_of_run = Hidden(hidden.begin[place], opens - hidden.offset[place])
+            whole = Hidden(hidden.sinks[window], opens)
+            hidden_of_own = whole.behind(lengths_ref[row]) if own is not None else None
         if own is not None:
             slot = jnp.minimum(own.slot[row], own.keys.shape[2] - 1)
-            own = own._replace(slot=slot, tokens=own.tokens[row])
+            own = own._replace(slot=slot, tokens=own.tokens[row], hidden=hidden_of_own)
         run = Run(
             keys_ref,
             values_ref,
             layer_ref[0],
             head,
-            chunk_id=lambda index: private_chunks[row, index],
-            tokens=lengths_ref[row] - covered_tokens[row],
+            chunk_id=lambda index: private_chunks[(*place, index)],
+            tokens=lengths_ref[row] - covered_tokens[place],
             whole_chunks=own is not None,
             own=own,
+            hidden=hidden_of_run,
         )
         attend(shape, buffers, run, jnp.int32(1), load_queries, finish)
 
@@ -169,7 +201,9 @@ def sequence_first(
     out = run_kernel(
         queries_by_head(q, shape, WARPGROUP_ROWS),
         *shape.chunk_operands(stored),
+        None if reads.head_windows is None else jnp.asarray(reads.head_windows),
         *(jnp.asarray(x) for x in (plan.private_chunks, lengths, plan.covered_tokens)),
+        WindowRefs.of(reads),
         stored.layer_operand(),
         *(jnp.asarray(x) for x in (partials.row_begin, partials.slots)),
         *shared,

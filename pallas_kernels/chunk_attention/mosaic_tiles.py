@@ -34,6 +34,17 @@ PER_ROW = MATRIX.reduce(1)
 ACCUMULATOR = plgpu.WGMMAAccumulatorRef
 
 
+class Hidden(NamedTuple):
+    """Tokens that a window hides: from `begin` up to `end`."""
+
+    begin: Any
+    end: Any
+
+    def behind(self, tokens) -> Hidden:
+        """The same, counted from behind so many tokens."""
+        return Hidden(self.begin - tokens, self.end - tokens)
+
+
 class OwnChunk(NamedTuple):
     """The chunk that a row's last token lies in, exact, where those before it are encoded."""
 
@@ -41,6 +52,7 @@ class OwnChunk(NamedTuple):
     values: Any
     slot: Any  # of the row, that exists
     tokens: Any  # the first so many of it
+    hidden: Hidden | None = None  # of these
 
 
 class Run(NamedTuple):
@@ -54,6 +66,17 @@ class Run(NamedTuple):
     tokens: Any  # the first so many of the run
     whole_chunks: bool  # static: tokens is a multiple of C
     own: OwnChunk | None = None  # attended to before the run
+    hidden: Hidden | None = None  # of the run's tokens
+    shift: Callable | None = None  # tile, chunk of the run -> see `Seen`
+
+
+class Seen(NamedTuple):
+    """Which tokens of a step count: the first so many, or all for None, less those hidden; and of
+    whole steps those whose `shift` [64] is 0 for a row, not `MASKED`."""
+
+    first: Any
+    hidden: Hidden | None
+    shift: Any = None
 
 
 def attend(
@@ -102,10 +125,15 @@ def attend(
             visible = run.tokens - index * shape.key_tile
             if run.whole_chunks and shape.chunks_per_step == 1:
                 visible = None
+            shift = run.shift
+            if shift is not None:
+                shift = shift(tile, lax.div(index, jnp.int32(shape.steps_per_chunk)))
+            hidden = run.hidden and run.hidden.behind(index * shape.key_tile)
+            seen = Seen(visible, hidden, shift)
             keys, values = (
                 partial(_await, shape, buffers, run, warpgroup, slot, index, i) for i in range(2)
             )
-            state = _attend_step(shape, buffers, warpgroup, keys, values, visible, state)
+            state = _attend_step(shape, buffers, warpgroup, keys, values, seen, state)
             if shape.warpgroups > 1:
                 plgpu.barrier_arrive(buffers.read.at[slot])
             return state, next_ids
@@ -205,10 +233,9 @@ def _attend_own(
 
     def attend(step, state):
         plgpu.barrier_wait(buffers.own_copied)
-        visible = own.tokens - step * shape.key_tile
-        state = _attend_step(
-            shape, buffers, warpgroup, lambda: keys, lambda: values, visible, state
-        )
+        begin = step * shape.key_tile
+        seen = Seen(own.tokens - begin, own.hidden and own.hidden.behind(begin))
+        state = _attend_step(shape, buffers, warpgroup, lambda: keys, lambda: values, seen, state)
         await_warps(shape)  # before the tiles are written again
         _fetch_own(shape, buffers, run, own, step + 1)
         return state
@@ -242,11 +269,11 @@ def _attend_step(
     warpgroup,
     keys: Callable,
     values: Callable,
-    visible,
+    seen: Seen,
     state: Partial,
 ) -> Partial:
-    """Merges the attention over one step's tokens into the state: the first `visible` of them, or
-    all for None. keys() and values() wait for them: [key_tile, D]."""
+    """Merges the attention over one step's tokens into the state. keys() and values() wait for
+    them: [key_tile, D]."""
     rows, tokens = WARPGROUP_ROWS, shape.key_tile
     step_keys = keys()
 
@@ -255,10 +282,18 @@ def _attend_step(
         return accumulator[...]
 
     scores = _scores(shape, pl.run_scoped(score, ACCUMULATOR((rows, tokens), jnp.float32)))
-    if visible is not None:
+    if seen.first is not None or seen.hidden is not None:
         token = plgpu.broadcasted_iota(jnp.int32, (rows, tokens), 1, layout=MATRIX)
-        scores = jnp.where(token < visible, scores, MASKED)
+        if seen.first is not None:
+            scores = jnp.where(token < seen.first, scores, MASKED)
+        if seen.hidden is not None:
+            begin, end = seen.hidden
+            scores = jnp.where((token < begin) | (token >= end), scores, MASKED)
+    if seen.shift is not None:
+        scores = scores + lax.broadcast_in_dim(seen.shift, scores.shape, [0])
     maximum = jnp.maximum(state.maximum, scores.max(axis=1))
+    if seen.shift is not None:  # above what is masked, so that weights are 0 where all is
+        maximum = jnp.maximum(maximum, MASKED / 2)
     rescale = jnp.exp2(state.maximum - maximum)
     weights = jnp.exp2(scores - lax.broadcast_in_dim(maximum, scores.shape, [0]))
     total = state.total * rescale + weights.sum(axis=1)
@@ -312,6 +347,12 @@ def load_rows(reference):
     """A matrix in global memory, as registers. Rows may begin anywhere, unlike those of a TMA."""
     index = ((),) if jax.__version_info__ < (0, 11) else ()
     return plgpu.load(reference, *index, layout=MATRIX, optimized=False)
+
+
+def load_vector(reference):
+    """A number for each row, from global memory."""
+    index = ((),) if jax.__version_info__ < (0, 11) else ()
+    return plgpu.load(reference, *index, layout=PER_ROW, optimized=False)
 
 
 def store_rows(reference, value) -> None:

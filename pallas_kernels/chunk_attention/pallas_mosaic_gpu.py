@@ -42,6 +42,11 @@ def unsupported(shapes: AttentionShapes) -> str | None:
             f"the Mosaic GPU kernels take up to {MAX_GROUP} query heads a KV head, "
             f"not {shapes.group}"
         )
+    if shapes.chosen and shapes.chunk_size % 64:
+        return (
+            "the Mosaic GPU kernels take a chunk_size that is a multiple of 64 where rows choose "
+            f"chunks, not {shapes.chunk_size}"
+        )
     if shapes.codec is not None:
         return unsupported_codec(shapes.codec, shapes.chunk_size, shapes.head_dim)
     return None
@@ -64,5 +69,7 @@ def chunk_attention(
     if stored.codec is not None:
         require_own(reads)
     how = {"dtype": exact_dtype(stored, reads), "interpret": interpret}
-    shared = chunk_first(q, stored, items, partials, attention, query_tile=query_tile, **how)
+    shared = chunk_first(
+        q, stored, items, partials, attention, reads.head_windows, query_tile=query_tile, **how
+    )
     return sequence_first(q, stored, reads, attention, shared, **how)

@@ -19,16 +19,23 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int8, Int32
 
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.coded_kv import LayerKV
 from pallas_kernels.implementations import exact_dtype
 from pallas_kernels.online_softmax import MASKED, Partial
-from pallas_kernels.plans import DecodeReads, PartialSlots, WorkItems, require_partials
+from pallas_kernels.plans import (
+    DecodeReads,
+    HostOrDevice,
+    PartialSlots,
+    WorkItems,
+    require_partials,
+    window_index,
+)
 from pallas_kernels.triton_runs import HeadKVRefs, Run, tiles_of
 from pallas_kernels.triton_shape import KernelShape, unsupported
-from pallas_kernels.triton_tiles import SMALL_TILE, attend, load_queries
+from pallas_kernels.triton_tiles import SMALL_TILE, ChoiceRefs, Hidden, attend, load_queries
 
 __all__ = ["chunk_attention", "chunk_first", "sequence_first", "unsupported"]
 
@@ -47,7 +54,7 @@ def chunk_attention(
     """See `pallas_kernels.chunk_attention.api.chunk_attention`."""
     items, partials = reads.plan.items, require_partials(reads.plan)
     how = {"dtype": exact_dtype(stored, reads), "interpret": interpret}
-    shared = chunk_first(q, stored, items, partials, attention, **how)
+    shared = chunk_first(q, stored, items, partials, attention, reads.head_windows, **how)
     return sequence_first(q, stored, reads, attention, shared, **how)
 
 
@@ -57,6 +64,7 @@ def chunk_first(
     items: WorkItems,
     partials: PartialSlots,
     attention: AttentionSpec,
+    head_windows: Int32[HostOrDevice, " Hkv"] | None = None,
     *,
     dtype: DTypeLike | None = None,
     interpret: bool = False,
@@ -65,15 +73,15 @@ def chunk_first(
 
     The query rows of an item are consecutive, from its slot times G on. D is padded to a power of
     two, Dp. What no item owns is left as it was in memory. `dtype` is what is multiplied; None for
-    what is stored.
+    what is stored. With windows, each KV head has the items of its own.
     """
     shape = KernelShape.of("chunk_first", dtype, stored, attention)
     kv_heads = stored.kv_heads
-    rows = partials.slots.shape[0] * shape.group
+    rows = partials.slots.shape[-1] * shape.group
     return Partial(
         *pl.pallas_call(
             partial(_chunk_first_kernel, shape=shape),
-            grid=(items.row_begin.shape[0], kv_heads),
+            grid=(items.row_begin.shape[-1], kv_heads),
             out_shape=(
                 jax.ShapeDtypeStruct((kv_heads, rows, shape.padded_dim), jnp.float32),
                 jax.ShapeDtypeStruct((kv_heads, rows), jnp.float32),
@@ -83,7 +91,9 @@ def chunk_first(
             interpret=interpret,
             name="chunk_first",
         )(
-            jnp.reshape(items.count, 1),
+            head_windows,
+            choices_operand(items),
+            jnp.reshape(items.count, -1),
             items.row_begin,
             items.row_count,
             items.chunk_begin,
@@ -98,7 +108,15 @@ def chunk_first(
     )
 
 
+def choices_operand(items: WorkItems) -> tuple[Int32[Array, "*W K"], Int8[Array, "*W B P"]] | None:
+    """What rows have chosen of items, as kernels take it."""
+    chosen = items.chosen
+    return None if chosen is None else (chosen.columns, chosen.by_row.astype(jnp.int8))
+
+
 def _chunk_first_kernel(
+    head_windows,
+    chosen,
     count,
     row_begin,
     row_count,
@@ -116,8 +134,10 @@ def _chunk_first_kernel(
     *,
     shape: KernelShape,
 ):
-    item, head = pl.program_id(0), pl.program_id(1)
+    number, head = pl.program_id(0), pl.program_id(1)
     group, heads = shape.group, shape.attention.heads
+    window = window_index(head_windows, head)
+    item, last = (*window, number), (window or (0,))
 
     def attend_tile(tile: int, tile_begin):
         index = tile_begin + jnp.arange(tile, dtype=jnp.int32)
@@ -129,16 +149,21 @@ def _chunk_first_kernel(
             inside,
             shape,
         )
-        run = Run(chunks, (), chunk_begin[item], chunk_count[item] * shape.chunk_size)
+        run = Run(chunks, window, chunk_begin[item], chunk_count[item] * shape.chunk_size)
         kv = HeadKVRefs(keys, values, layer[0], head)
-        result = attend(queries, tiles_of(kv, run, shape), shape)
+        choice = None
+        if chosen is not None:
+            columns, by_row = chosen
+            row = row_begin[item] + index // group
+            choice = ChoiceRefs(columns, by_row, window, chunk_begin[item], row, inside)
+        result = attend(queries, tiles_of(kv, run, shape), shape, chosen=choice)
         place = item_slot[item] * group + index
         dims = jnp.arange(shape.padded_dim, dtype=jnp.int32)
         plt.store(output.at[head, place[:, None], dims[None]], result.output, mask=inside[:, None])
         plt.store(maximum.at[head, place], result.maximum, mask=inside)
         plt.store(total.at[head, place], result.total, mask=inside)
 
-    @pl.when(item < count[0])
+    @pl.when(number < count[last])
     def _():
         query_rows = row_count[item] * group
 
@@ -178,7 +203,10 @@ def sequence_first(
         interpret=interpret,
         name="sequence_first",
     )(
-        jnp.asarray(in_pool) - plan.covered_tokens,
+        reads.head_windows,
+        jnp.asarray(reads.lengths),
+        jnp.broadcast_to(jnp.asarray(in_pool), plan.covered_tokens.shape) - plan.covered_tokens,
+        plan.hidden,
         plan.private_chunks,
         partials.row_begin,
         partials.slots,
@@ -192,7 +220,10 @@ def sequence_first(
 
 
 def _sequence_first_kernel(
+    head_windows,
+    lengths,
     private_tokens,
+    hidden,
     private_chunks,
     slot_begin,
     slots,
@@ -214,14 +245,24 @@ def _sequence_first_kernel(
     tile = max(SMALL_TILE, padded_group)
     index = jnp.arange(tile, dtype=jnp.int32)
     queries = load_queries(q, row, heads.first_query_head(head) + index, index < group, shape)
-    run = Run(private_chunks, (row,), 0, private_tokens[row])
-    private = attend(queries, tiles_of(HeadKVRefs(keys, values, layer[0], head), run, shape), shape)
+    window = window_index(head_windows, head)
+    place = (*window, row)
+    run = Run(private_chunks, place, 0, private_tokens[place])
+    tiles = tiles_of(HeadKVRefs(keys, values, layer[0], head), run, shape)
+    of_run = of_own = None
+    if hidden is not None:
+        opens = lengths[row] - hidden.size[window]
+        of_run = Hidden(hidden.begin[place], jnp.full(tile, opens - hidden.offset[place]))
+    private = attend(queries, tiles, shape, hidden=of_run)
     if own is not None:
         own_keys, own_values, own_slots, own_tokens = own
         exact = shape.exact(own_keys.shape[2])
         run = Run(own_slots, (), row, own_tokens[row])
         kv = HeadKVRefs(own_keys, own_values, layer[0], head)
-        private = attend(queries, tiles_of(kv, run, exact), exact, start=private)
+        if hidden is not None:
+            begin = lengths[row] - own_tokens[row]  # of the chunk
+            of_own = Hidden(hidden.sinks[window] - begin, jnp.full(tile, opens - begin))
+        private = attend(queries, tiles_of(kv, run, exact), exact, hidden=of_own, start=private)
 
     # Query rows of the tile beyond the group are padding: keep [G, D] of [tile, D].
     fold = (tile // padded_group, padded_group)
@@ -233,14 +274,14 @@ def _sequence_first_kernel(
         jnp.where(real, private.maximum.reshape(fold), MASKED).max(axis=0),
         jnp.where(real, private.total.reshape(fold), 0.0).sum(axis=0),
     )
-    begin, end = slot_begin[row], slot_begin[row + 1]
+    begin, end = slot_begin[place], slot_begin[(*window, row + 1)]
     at_once = max(1, MERGE_VALUES // (padded_group * shape.padded_dim))
     members = jnp.arange(padded_group, dtype=jnp.int32)
     dims = jnp.arange(shape.padded_dim, dtype=jnp.int32)
 
     def merge(step, state: Partial) -> Partial:
         entry = begin + step * at_once + jnp.arange(at_once, dtype=jnp.int32)
-        slot = plt.load(slots.at[entry], mask=entry < end, other=0)
+        slot = plt.load(slots.at[(*window, entry)], mask=entry < end, other=0)
         place = slot[:, None] * group + members[None]
         known = (entry < end)[:, None] & (members < group)[None]
         part_maximum = plt.load(shared_maximum.at[head, place], mask=known, other=MASKED)

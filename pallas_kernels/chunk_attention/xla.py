@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels.attention_spec import AttentionSpec
+from pallas_kernels.chunk_attention.xla_tiles import attend_tiles
 from pallas_kernels.coded_kv import HeadKV, LayerKV
 from pallas_kernels.online_softmax import MASKED, Partial, empty, merge, normalise
 from pallas_kernels.plans import DecodeReads, HostOrDevice, WorkItems
@@ -46,9 +47,13 @@ def chunk_attention(
     """See `pallas_kernels.chunk_attention.api.chunk_attention`."""
 
     def attend_head(kv: HeadKV, queries: Float32[Array, "B G D"]) -> Float32[Array, "B G D"]:
-        shared = chunk_first(queries, kv, reads.plan.items, attention)
-        private = _sequence_first(queries, kv, reads, attention)
-        return normalise(merge(shared, private))
+        of_head = reads.by_head(kv.head)
+        shared = chunk_first(queries, kv, of_head.plan.items, attention)
+        private = _sequence_first(queries, kv, of_head, attention)
+        state = merge(shared, private)
+        if of_head.plan.tiles is not None:
+            state = merge(state, attend_tiles(queries, kv, of_head.plan.tiles, attention))
+        return normalise(state)
 
     return map_heads(attend_head, q, stored, attention)
 
@@ -72,7 +77,7 @@ def chunk_first(
 ) -> Partial:
     """All work items, merged into the rows they cover: Partial [B, G]."""
     batch, group, head_dim = queries.shape
-    tiles = _row_tiles(batch)
+    tiles = row_tiles(batch)
 
     def attend_item(tile, item, state: Partial) -> Partial:
         first, rows = items.row_begin[item], items.row_count[item]
@@ -176,7 +181,7 @@ def _piece_sizes(chunk_size: int, rows: int, longest: int) -> list[int]:
     return sizes
 
 
-def _row_tiles(batch: int) -> list[int]:
+def row_tiles(batch: int) -> list[int]:
     """Row counts an item is padded to: the batch, and eighths of it down to 4.
 
     Few, because each adds a copy of the phase to the program, and padding is cheap on CPU: a chunk
@@ -204,8 +209,8 @@ def _sequence_first(
     def step(index, state: Partial) -> Partial:
         ids = lax.dynamic_slice_in_dim(private, index * step_chunks, step_chunks, axis=1)
         k, v = kv.gather(ids)
-        position = index * step_tokens + jnp.arange(step_tokens, dtype=jnp.int32)
-        visible = position[None] < remaining[:, None]
+        place = index * step_tokens + jnp.arange(step_tokens, dtype=jnp.int32)
+        visible = reads.sees(place, remaining)
         return merge(state, _attend_rows(queries, k, v, attention, visible))
 
     steps = lax.div(jnp.max(remaining) + (step_tokens - 1), jnp.int32(step_tokens))
@@ -216,9 +221,7 @@ def _sequence_first(
             chunks.at[kv.stored.layer, kv.head, own.slots].get(mode="clip").astype(jnp.float32)
             for chunks in (own.keys, own.values)
         )
-        count = reads.lengths - reads.pool_lengths(chunk_size)
-        visible = jnp.arange(chunk_size, dtype=jnp.int32)[None] < count[:, None]
-        start = _attend_rows(queries, k, v, attention, visible)
+        start = _attend_rows(queries, k, v, attention, reads.sees_own(chunk_size))
     return lax.fori_loop(0, steps, step, start)
 
 

@@ -24,10 +24,10 @@ from pallas_kernels.chunk_attention.pallas_triton import chunk_first
 from pallas_kernels.coded_kv import LayerKV
 from pallas_kernels.implementations import exact_dtype
 from pallas_kernels.online_softmax import MASKED, Partial
-from pallas_kernels.plans import PrefillReads, require_partials
+from pallas_kernels.plans import PrefillReads, require_partials, window_index
 from pallas_kernels.triton_runs import HeadKVRefs, PackedRun, Run, tiles_of
 from pallas_kernels.triton_shape import KernelShape, unsupported
-from pallas_kernels.triton_tiles import attend, load_queries
+from pallas_kernels.triton_tiles import Hidden, attend, load_queries
 
 __all__ = ["prefill_attention", "unsupported"]
 
@@ -43,7 +43,7 @@ def prefill_attention(
     """See `pallas_kernels.prefill_attention.api.prefill_attention`."""
     plan, partials = reads.plan, require_partials(reads.plan)
     how = {"dtype": exact_dtype(stored, reads), "interpret": interpret}
-    shared = chunk_first(q, stored, plan.items, partials, attention, **how)
+    shared = chunk_first(q, stored, plan.items, partials, attention, reads.head_windows, **how)
     shape = _causal_shape(KernelShape.of("prefill_causal", how["dtype"], stored, attention))
     new = None if reads.new is None else (reads.new.keys, reads.new.values)
     tokens = q.shape[0]
@@ -57,6 +57,8 @@ def prefill_attention(
         interpret=interpret,
         name="prefill_causal",
     )(
+        reads.head_windows,
+        plan.hidden,
         jnp.reshape(plan.num_tiles, 1),
         plan.tile_begin,
         plan.tile_count,
@@ -87,6 +89,8 @@ def _causal_shape(shape: KernelShape) -> KernelShape:
 
 
 def _causal_kernel(
+    head_windows,
+    hidden,
     num_tiles,
     tile_begin,
     tile_count,
@@ -118,26 +122,34 @@ def _causal_kernel(
         inside = local < tile_count[tile]
         token = tile_begin[tile] + local
         queries = load_queries(q, token, heads.first_query_head(head) + member, inside, shape)
-        sequence = tile_sequence[tile]
+        window = window_index(head_windows, head)
+        sequence = (*window, tile_sequence[tile])
         own_begin = own_chunk[sequence] * shape.chunk_size
         position = tile_position[tile] + local - own_begin  # counted from the first own chunk
         last = jnp.max(jnp.where(inside, position, 0))
+        of_run = of_new = None
+        if hidden is not None:
+            opens = own_begin + position + 1 - hidden.size[window]
+            of_run = Hidden(hidden.begin[sequence], opens - hidden.offset[sequence])
 
         def in_pool(num_tokens):
-            run = Run(block_tables, (sequence,), own_chunk[sequence], num_tokens)
+            run = Run(block_tables, sequence, own_chunk[sequence], num_tokens)
             return tiles_of(HeadKVRefs(keys, values, layer[0], head), run, shape)
 
         if new is None:
-            state = attend(queries, in_pool(last + 1), shape, last_seen=position)
+            state = attend(queries, in_pool(last + 1), shape, last_seen=position, hidden=of_run)
         else:
             size = shape.chunk_size
             chunk_begin = position // size * size  # of the token's own chunk
             before = in_pool(last // size * size)
-            state = attend(queries, before, shape, last_seen=chunk_begin - 1)
+            state = attend(queries, before, shape, last_seen=chunk_begin - 1, hidden=of_run)
             first = (tile_position[tile] + first_row // group - own_begin) // size * size
             begin = tile_begin[tile] - (tile_position[tile] - own_begin - first)
             exact = shape.exact(shape.num_chunks)
             new_keys, new_values = new
+            if hidden is not None:
+                at = own_begin + first  # the position of the first packed token that is read
+                of_new = Hidden(hidden.sinks[window] - at, opens - at)
             packed = PackedRun(new_keys, new_values, head, begin, last + 1 - first, exact)
             state = attend(
                 queries,
@@ -145,16 +157,17 @@ def _causal_kernel(
                 exact,
                 first_seen=chunk_begin - first,
                 last_seen=position - first,
+                hidden=of_new,
                 start=state,
             )
 
-        begin = plt.load(slot_begin.at[token], mask=inside, other=0)
-        count = plt.load(slot_begin.at[token + 1], mask=inside, other=0) - begin
+        begin = plt.load(slot_begin.at[(*window, token)], mask=inside, other=0)
+        count = plt.load(slot_begin.at[(*window, token + 1)], mask=inside, other=0) - begin
         dims = jnp.arange(shape.padded_dim, dtype=jnp.int32)
 
         def merge(entry, state: Partial) -> Partial:
             known = entry < count
-            slot = plt.load(slots.at[begin + entry], mask=known, other=0)
+            slot = plt.load(slots.at[(*window, begin + entry)], mask=known, other=0)
             place = slot * group + member
             part_maximum = plt.load(shared_maximum.at[head, place], mask=known, other=MASKED)
             part_total = plt.load(shared_total.at[head, place], mask=known, other=0.0)

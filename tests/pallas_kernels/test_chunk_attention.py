@@ -15,7 +15,8 @@ from pallas_kernels import chunk_attention, write_kv
 from pallas_kernels.implementations import needs_partials
 from pallas_kernels.specs import NUMERICS, AttentionCase
 from tests import oracle
-from tests.interpreted import implementations
+from tests.effort import optimised
+from tests.interpreted import implementations, optimised_implementations
 
 cases = pytest.mark.parametrize("case", NUMERICS, ids=lambda case: case.name)
 PLANS = ["auto", "share all", "share nothing", "cut", "whole"]
@@ -85,7 +86,8 @@ def naive_attention(q, keys, values, tables, lengths, scale=None, softcap=None):
         return np.moveaxis(pool[:, padded], 0, 1).reshape(rows, len(pool), -1, pool.shape[-1])
 
     args = q[:rows], dense(keys), dense(values), lengths[:rows]
-    return np.asarray(plain_attention(*args, scale, softcap))
+    with optimised():
+        return np.asarray(plain_attention(*args, scale, softcap))
 
 
 def planned_inputs(case, implementation, plan="share all", **options):
@@ -112,7 +114,7 @@ def assert_as_exact_as_naive(case, implementation, plan="share all", layers=2):
     return inputs
 
 
-@implementations
+@optimised_implementations
 @cases
 def test_error_is_at_most_twice_the_naive_one(case, implementation):
     assert_as_exact_as_naive(case, implementation)
@@ -127,7 +129,7 @@ def test_every_way_to_cut_the_work_gives_the_same_attention(plan, implementation
         assert inputs.summary.shared == (plan != "share nothing")
 
 
-@implementations
+@optimised_implementations
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", [NUMERICS[at] for at in (4, 7, -1)], ids=lambda case: case.name)
 def test_half_precision_accumulates_in_float32(case, dtype, implementation):
@@ -228,7 +230,7 @@ def test_a_query_that_is_no_number_shows(implementation):
     chex.assert_tree_all_finite(np.delete(got, 2, axis=0))
 
 
-@implementations
+@optimised_implementations
 def test_scores_may_all_be_far_below_zero(implementation):
     """The softmax is of differences: padding must not stand in for a score of 0."""
     case = AttentionCase("1,3_80,20", 6, 2, 16, chunk_size=16)
@@ -272,6 +274,7 @@ def test_layer_may_be_traced():
     assert not np.array_equal(by_trace, chunk_attention(*args, layer=0))
 
 
+@pytest.mark.optimised
 def test_a_shared_chunk_is_multiplied_once_for_all_its_rows():
     """Floating-point operations as XLA counts them: the matrix products of the chunk-first phase
     have the queries of all rows as one operand, and no buffer holds the prefix once per row."""

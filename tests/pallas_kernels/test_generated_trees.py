@@ -14,7 +14,7 @@ from jax_chunkattn.tree.prefix_tree import PrefixTree
 from pallas_kernels import chunk_attention
 from pallas_kernels.implementations import needs_partials
 from tests import oracle
-from tests.interpreted import implementations
+from tests.interpreted import optimised_implementations
 
 CHUNK, CHUNKS, ROWS, HEADS, KV_HEADS, HEAD_DIM = 16, 160, 8, 6, 2, 16
 RANDOM = np.random.default_rng(0)
@@ -48,7 +48,7 @@ attend = jax.jit(
 )
 
 
-@implementations
+@optimised_implementations
 @settings(
     max_examples=150,
     deadline=None,

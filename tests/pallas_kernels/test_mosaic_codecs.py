@@ -27,6 +27,7 @@ from tests.pallas_kernels.test_codecs import decoded, encoded, lossy
 from tests.pallas_kernels.test_mosaic_gpu import (
     _races_of_matrix_operands,  # noqa: F401
     interpreted,
+    raise_if_it_raced,
     reserve_slots,
     share,
 )
@@ -109,8 +110,7 @@ def attend(problem: Problem, case: AttentionCase, query_tile: int = 64):
 
     reads = DecodeReads(problem.plan, inputs.lengths, problem.own)
     got = np.asarray(run(inputs.q, problem.stored, reads))
-    state = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call")
-    assert not state.get_races().races_found
+    raise_if_it_raced()
     assert got.dtype == inputs.q.dtype
     return got
 

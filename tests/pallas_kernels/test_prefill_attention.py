@@ -10,7 +10,7 @@ from jax_chunkattn.planning.prefill import QUERY_TILE, Segment, pack_segments
 from pallas_kernels import prefill_attention
 from pallas_kernels.implementations import needs_partials
 from tests import oracle
-from tests.interpreted import implementations
+from tests.interpreted import implementations, optimised_implementations
 from tests.pallas_kernels.test_chunk_attention import naive_attention, write_overflowed
 
 
@@ -64,7 +64,7 @@ CASES = [
 ]
 
 
-@implementations
+@optimised_implementations
 @pytest.mark.parametrize(("ranges", "chunk_size", "num_tokens", "heads", "kv_heads"), CASES)
 def test_each_token_sees_its_sequence_up_to_itself(
     ranges, chunk_size, num_tokens, heads, kv_heads, implementation

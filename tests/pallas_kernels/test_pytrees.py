@@ -19,7 +19,12 @@ PLAN = DecodePlan(ITEMS, IDS[:, None], IDS)
 @pytest.mark.parametrize("leaf", [jax.ShapeDtypeStruct((7,), "float32"), PartitionSpec(), "text"])
 def test_a_tree_holds_whatever_takes_the_place_of_an_array(leaf):
     mapped = jax.tree.map(lambda _: leaf, PLAN)
-    assert dataclasses.astuple(mapped) == ((leaf,) * 6, leaf, leaf, None)
+    assert dataclasses.astuple(mapped) == (
+        (*(leaf,) * 6, None),
+        leaf,
+        leaf,
+        *(None,) * 4,
+    )
 
 
 def test_leaves_are_named_by_their_fields():
