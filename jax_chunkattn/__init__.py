@@ -20,7 +20,8 @@ from jax_chunkattn.planning.planner import PlannerOptions, PlanSummary, plan_dec
 from jax_chunkattn.sampling import SamplingParams, TokenLogprobs
 from jax_chunkattn.tree.allocator import ChunkAllocator, PoolExhausted
 from jax_chunkattn.tree.prefix_tree import PrefixTree
-from pallas_kernels import DecodePlan, chunk_attention, prefill_attention
+from pallas_kernels import DecodePlan, Window, WindowMap, chunk_attention, prefill_attention
+from pallas_kernels.selection import ChunkSelector
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "CacheSpec",
     "ChunkAllocator",
     "ChunkPool",
+    "ChunkSelector",
     "Completion",
     "DecodePlan",
     "DecoderModel",
@@ -50,6 +52,8 @@ __all__ = [
     "StreamEvent",
     "TokenLogprobs",
     "WarmUp",
+    "Window",
+    "WindowMap",
     "__version__",
     "allocate_pool",
     "beam_search",

@@ -43,7 +43,8 @@ def choose_backend(
     """
     group = spec.attention.heads.group
     sizes = group, spec.head_dim, cache.chunk_size
-    shapes = AttentionShapes(cache.dtype, *sizes, cache.chunk_codec)
+    chosen = cache.selector is not None
+    shapes = AttentionShapes(cache.dtype, *sizes, cache.chunk_codec, chosen)
     decode = CHUNK_ATTENTION.resolve(implementation, shapes)
     has_prefill = decode in PREFILL_ATTENTION.implementations
     prefill = PREFILL_ATTENTION.resolve(decode if has_prefill else None, shapes)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
 from jax_chunkattn.device.model_interface import CacheSpec
+from jax_chunkattn.tree.window_room import WindowRoom
 from pallas_kernels.codecs import IDENTITY, ChunkCodec, codec_of
+from pallas_kernels.selection import ChunkSelector, Landmarks
+
+UNUSED_PART = 4
+"""Of the chunks, one in so many is kept for heads with windows beside those in use."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,12 @@ class CacheConfig:
         "identity" for none, or a codec itself, such as `models.calibration.load_codec` reads. Then
         `dtype` is of the rows' last chunks, which are exact: one for each row that an engine may
         run.
+      selector: what queries read of the chunks before theirs; None where they read all.
+      window_chunks: chunks of heads with windows, M, where a model has some. They may be fewer than
+        `num_chunks`, since what all windows have left can be given up; then `num_chunks` are of the
+        heads that see all. None takes what the rows of an engine can come to need, and a quarter of
+        `num_chunks` for prefixes that nobody uses, or all if that is no less. With a codec or a
+        selector nothing is given up, and this must be None.
 
     Raises:
       ValueError: for sizes below 1, a memory that cannot be read, a dtype that is not a float, or a
@@ -37,13 +48,15 @@ class CacheConfig:
     dtype: str = "float32"
     memory: int | str | None = None
     codec: str | ChunkCodec = IDENTITY
+    selector: ChunkSelector | None = None
+    window_chunks: int | None = None
 
     def __post_init__(self):
         if (self.num_chunks is None) == (self.memory is None):
             raise ValueError("a pool needs num_chunks or memory, and not both")
         if self.memory is not None:
             parse_bytes(self.memory)
-        for name in ("num_chunks", "chunk_size"):
+        for name in ("num_chunks", "chunk_size", "window_chunks"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -52,6 +65,8 @@ class CacheConfig:
                 f"dtype must be float32, bfloat16 or float16 for a KV pool, got {self.dtype!r}"
             )
         _ = self.chunk_codec
+        if self.window_chunks is not None and self.whole_chunks:
+            raise ValueError("window_chunks is not for pools with a codec or a selector")
 
     @property
     def chunk_codec(self) -> ChunkCodec | None:
@@ -63,6 +78,43 @@ class CacheConfig:
         """Of the codec, "identity" where chunks are stored as they are."""
         codec = self.chunk_codec
         return codec.name if codec is not None else IDENTITY
+
+    @property
+    def whole_chunks(self) -> bool:
+        """Whether something is made of full chunks, so that prefill calls have each as a whole."""
+        return self.chunk_codec is not None or self.selector is not None
+
+    @property
+    def copies_tails(self) -> bool:
+        """Whether a fork can go on from its parent's last chunk. Not where rows choose: what the
+        parent had chosen where the fork begins may be gone."""
+        return self.chunk_codec is not None and self.selector is None
+
+    @property
+    def landmarks(self) -> Landmarks:
+        """What is kept of full chunks beside keys and values, for a selector.
+
+        Raises:
+          ValueError: when there is none.
+        """
+        if self.selector is None:
+            raise ValueError("queries choose nothing here")
+        return Landmarks.of(self.selector, encoded=self.chunk_codec is not None)
+
+    def check(self, spec: CacheSpec) -> None:
+        """Raises CodecError when the codec cannot store a model's chunks, and ValueError when the
+        selector cannot choose among them."""
+        codec = self.chunk_codec
+        if codec is not None:
+            heads = spec.num_layers, spec.num_kv_heads
+            codec.check(self.chunk_size, spec.head_dim, heads)
+        if self.selector is not None:
+            self.selector.check(self.chunk_size, spec.num_layers)
+            problem = self.landmarks.problem(self.chunk_size, spec.head_dim)
+            if problem is not None:
+                raise ValueError(f"selector {self.selector.name!r} keeps codes of keys: {problem}")
+            if spec.windows is not None and None not in spec.different_windows:
+                raise ValueError("all heads have windows, so there is nothing to select among")
 
     def chunks_for(self, spec: CacheSpec, num_slots: int = 0) -> int:
         """Chunks in the pool of a model, N: those asked for, or those that fit into `memory`, with
@@ -84,18 +136,75 @@ class CacheConfig:
             )
         return num_chunks
 
+    def with_window_room(
+        self, spec: CacheSpec, rows: int, *, num_slots: int, ahead: int, call: int
+    ) -> tuple[CacheConfig, WindowRoom | None]:
+        """With `num_chunks`, and what heads with windows have where that is less.
+
+        Args:
+          rows: at once.
+          num_slots: of the request table, at least as many.
+          ahead, call: tokens that have room before they are computed, at most: of a row, and of a
+            prefill call.
+
+        Raises:
+          ValueError: when not even one chunk fits, or too few for windows, or `window_chunks` is
+            given for a model without windows.
+        """
+        window = spec.largest_window
+        if window is None or self.whole_chunks:
+            if self.window_chunks is not None:
+                raise ValueError("window_chunks is for models with windows, and this has none")
+            return replace(self, num_chunks=self.chunks_for(spec, num_slots), memory=None), None
+        needed = WindowRoom(1, window, ahead, call).needed(rows, self.chunk_size)
+        num_chunks = self._most_chunks(spec, needed)
+        chunks = self._windowed(num_chunks, needed)
+        config = replace(self, num_chunks=num_chunks, memory=None)
+        if chunks >= num_chunks:
+            return config, None
+        return config, WindowRoom(chunks, window, ahead, call)
+
+    def _windowed(self, num_chunks: int, needed: int) -> int:
+        """Chunks of heads with windows, beside so many of others."""
+        if self.window_chunks is not None:
+            return self.window_chunks
+        return needed + num_chunks // UNUSED_PART
+
+    def _most_chunks(self, spec: CacheSpec, needed: int) -> int:
+        """Chunks of heads that see all: as asked for, or as many as fit."""
+        if self.num_chunks is not None:
+            return self.num_chunks
+        assert self.memory is not None, "checked when made"
+        memory, exact = parse_bytes(self.memory), self.exact_bytes(spec)
+        windowed = self.windowed_bytes(spec)
+        few, many = self.chunks_for(spec), memory  # the first fit, whatever there is to give up
+        while many - few > 1:
+            tried = (few + many) // 2
+            chunks = min(tried, self._windowed(tried, needed))
+            fits = tried * (exact - windowed) + chunks * windowed <= memory
+            few, many = (tried, many) if fits else (few, tried)
+        return few
+
+    def windowed_bytes(self, spec: CacheSpec) -> int:
+        """Bytes of a chunk that is stored as it is that are of heads with windows."""
+        heads = [window for layer in spec.windows_of_heads for window in layer]
+        return self.exact_bytes(spec) * sum(map(bool, heads)) // len(heads)
+
     def bytes_per_chunk(self, spec: CacheSpec) -> int:
-        """Bytes that one full chunk's keys and values take over all layers.
+        """Bytes that one full chunk's keys and values take over all layers, and its landmarks.
 
         Raises:
           CodecError: when the codec cannot store the model's.
+          ValueError: when the selector cannot choose among them.
         """
-        codec = self.chunk_codec
+        self.check(spec)
+        codec, heads = self.chunk_codec, spec.num_layers * spec.num_kv_heads
+        kept = 0
+        if self.selector is not None:
+            kept = heads * self.landmarks.bytes(self.chunk_size, spec.head_dim)
         if codec is None:
-            return self.exact_bytes(spec)
-        codec.check(self.chunk_size, spec.head_dim, (spec.num_layers, spec.num_kv_heads))
-        of_head = codec.head_bytes(self.chunk_size, spec.head_dim)
-        return of_head * spec.num_layers * spec.num_kv_heads
+            return self.exact_bytes(spec) + kept
+        return codec.head_bytes(self.chunk_size, spec.head_dim) * heads + kept
 
     def exact_bytes(self, spec: CacheSpec) -> int:
         """Bytes that a chunk takes as it is: of each row's last one, with a codec."""

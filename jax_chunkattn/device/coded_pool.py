@@ -15,7 +15,7 @@ from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.model_interface import CacheSpec
 from pallas_kernels.codecs import ChunkCodec, ChunkContext, Constants, TensorCodec
 from pallas_kernels.coded_kv import CodedKV, Encoded
-from pallas_kernels.plans import HostOrDevice, NewTokens, OwnChunks, PrefillPlan
+from pallas_kernels.plans import HostOrDevice, NewTokens, OwnChunks, PrefillPlan, Reads
 
 Arrays = TypeVar("Arrays")
 """Any tree of arrays."""
@@ -72,6 +72,10 @@ class CodedPool:
         )
 
     @property
+    def dtype(self) -> jnp.dtype:
+        return self.tail_keys.dtype
+
+    @property
     def num_chunks(self) -> int:
         return next(iter(self.keys.values())).shape[2]
 
@@ -88,6 +92,10 @@ class CodedPool:
         sizes = self.chunk_size, self.tail_keys.shape[4]
         constants = self.key_constants, self.value_constants
         return CodedKV(self.keys, self.values, layer, self.codec, *sizes, *constants)
+
+    def locate(self, layer: Int32[Array, ""], reads: Reads) -> Reads:
+        """What a layer reads: chunks lie where the plan says."""
+        return reads
 
     def write_rows(
         self,
@@ -117,28 +125,26 @@ class CodedPool:
         sealing = plan.sealing
         assert sealing is not None, "planned for a pool that encodes"
         k, v = self._exact(k, v)
-        packed = sealing.begin[:, None] + jnp.arange(self.chunk_size, dtype=jnp.int32)[None]
-
-        def complete(tokens):
-            return tokens.at[packed].get(mode="clip")  # of padding, for which there is no chunk
-
-        coded = self.at_layer(layer).write(
-            complete(k), complete(v), sealing.chunks, sealing.positions
-        )
+        keys, values = (sealing.chunks_of(tokens, self.chunk_size) for tokens in (k, v))
+        coded = self.at_layer(layer).write(keys, values, sealing.chunks, sealing.positions)
         pool = replace(self, keys=coded.keys, values=coded.values)
         pool = pool._write_tails(layer, k, v, sealing.tail_slots, plan.write_offsets)
         return pool, NewTokens(k, v)
 
+    def last_keys(
+        self, slot: Int32[Array, ""], chunk: Int32[Array, ""]
+    ) -> Float[Array, "L Hkv C D"]:
+        """Exact keys of the chunk that the row in a slot has just filled."""
+        return self.tail_keys.at[:, :, slot].get(mode="clip")
+
     def seal(self, rows: DecodeRows) -> CodedPool:
         """With the tails that the token just written has filled encoded, each into its chunk."""
-        chunks, offsets = rows.place(self.num_chunks, self.chunk_size)
-        full = rows.active & (offsets == self.chunk_size - 1)
         heads = self.tail_keys.shape[:2]
-        order = jnp.argsort(~full)  # those first
 
-        def seal_row(index, codes: tuple[Encoded, Encoded]) -> tuple[Encoded, Encoded]:
-            row = order[index]
-            slot, chunk = rows.slots[row], chunks[row]
+        def seal_row(
+            row: Int32[Array, ""], chunk: Int32[Array, ""], codes: tuple[Encoded, Encoded]
+        ) -> tuple[Encoded, Encoded]:
+            slot = rows.slots[row]
             begin = jnp.broadcast_to(rows.lengths[row] + 1 - self.chunk_size, heads)
 
             def put(
@@ -158,8 +164,8 @@ class CodedPool:
                 put(self.codec.values, values, self.tail_values, self.value_constants),
             )
 
-        count = full.sum(dtype=jnp.int32)
-        keys, values = lax.fori_loop(0, count, seal_row, (self.keys, self.values))
+        sizes = self.num_chunks, self.chunk_size
+        keys, values = rows.for_each_filled(*sizes, seal_row, (self.keys, self.values))
         return replace(self, keys=keys, values=values)
 
     def copy(
@@ -168,6 +174,13 @@ class CodedPool:
         """With chunks copied as they are encoded; all are read before any is written."""
         keys, values = copied((self.keys, self.values), sources, destinations)
         return replace(self, keys=keys, values=values)
+
+    def copy_tails(
+        self, sources: Int32[HostOrDevice, " M"], destinations: Int32[HostOrDevice, " M"]
+    ) -> CodedPool:
+        """With slots' tails copied; all are read before any is written. Slot S drops one."""
+        keys, values = copied((self.tail_keys, self.tail_values), sources, destinations)
+        return replace(self, tail_keys=keys, tail_values=values)
 
     def _exact(self, k: Float[Array, "T Hkv D"], v: Float[Array, "T Hkv D"]) -> tuple[Array, Array]:
         """As tails keep them, so that it does not matter where a token was read; values are finite,
@@ -193,8 +206,8 @@ class CodedPool:
 def copied(
     arrays: Arrays, sources: Int32[HostOrDevice, " M"], destinations: Int32[HostOrDevice, " M"]
 ) -> Arrays:
-    """Arrays of all layers, heads and chunks with chunks copied; a destination of N and more drops
-    one."""
+    """Arrays of all layers, heads and chunks (or slots) with some copied; a destination behind the
+    last drops one."""
     return jax.tree.map(
         lambda array: array.at[:, :, destinations].set(array[:, :, sources], mode="drop"), arrays
     )

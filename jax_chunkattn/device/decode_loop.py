@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from jax_chunkattn.device.choices import RowChoices, item_columns, row_choices
 from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.model_interface import Attend, CacheSpec, DecoderModel
-from jax_chunkattn.device.pool import Pool
+from jax_chunkattn.device.pool import Pool, SelectivePool
+from jax_chunkattn.device.read_counts import ReadCounts
 from jax_chunkattn.device.request_table import DeviceState, count_tokens
 from jax_chunkattn.sampling import Logprobs, log_probabilities, sample
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
@@ -28,6 +30,7 @@ class Chosen:
 
     tokens: Int32[HostOrDevice, "*K B"]
     logprobs: Logprobs  # *K B
+    counts: ReadCounts | None = None  # of all steps together, where rows choose what they read
 
 
 def decode_steps(
@@ -55,6 +58,7 @@ def decode_steps(
     table = state.table
     slots = jnp.asarray(slots)
     rows, sampling = table.take(slots)
+    columns = item_columns(model.cache_spec, state.pool, plan)
 
     def unfinished(carry):
         step, _, _, rows, _ = carry
@@ -64,7 +68,8 @@ def decode_steps(
         step, pool, counts, rows, chosen = carry
         active = rows.remaining > 0
         here = DecodeRows(plan, slots, rows.lengths, active)
-        attend = decode_attend(model.cache_spec, here, implementation)
+        choices = row_choices(model.cache_spec, pool, here, columns)
+        attend = decode_attend(model.cache_spec, here, implementation, choices)
         hidden, pool = model(rows.tokens, rows.lengths, pool, attend)
         pool = pool.seal(here)
         logits = model.logits(hidden)
@@ -78,9 +83,14 @@ def decode_steps(
         rows = replace(rows, lengths=rows.lengths + active.astype(jnp.int32))
         return step + 1, pool, counts, rows, chosen
 
-    start = (jnp.int32(0), state.pool, table.counts, rows, _nothing(num_steps, len(slots)))
+    pool = state.pool
+    if isinstance(pool, SelectivePool):
+        pool = pool.counting_anew()
+    start = (jnp.int32(0), pool, table.counts, rows, _nothing(num_steps, len(slots)))
     _, pool, counts, rows, chosen = lax.while_loop(unfinished, advance, start)
     table = replace(table.put(slots, rows), counts=counts)
+    if isinstance(pool, SelectivePool):
+        chosen = replace(chosen, counts=pool.counts)
     return DeviceState(pool, table), chosen
 
 
@@ -90,9 +100,14 @@ def _nothing(num_steps: int, batch: int) -> Chosen:
     return Chosen(jnp.full((num_steps, batch), NOTHING, jnp.int32), logprobs)
 
 
-def decode_attend(spec: CacheSpec, rows: DecodeRows, implementation: str | None) -> Attend:
-    """The `attend` a model is given while decoding: write one token a row, attend by the plan."""
-
+def decode_attend(
+    spec: CacheSpec,
+    rows: DecodeRows,
+    implementation: str | None,
+    choices: RowChoices | None = None,
+) -> Attend:
+    """The `attend` a model is given while decoding: write one token a row, attend by the plan, or
+    where rows choose to what they have chosen of it."""
     attention = spec.attention
 
     def attend(
@@ -105,8 +120,10 @@ def decode_attend(spec: CacheSpec, rows: DecodeRows, implementation: str | None)
         pool = pool.write_rows(layer, k, v, rows)
         # Of frozen rows only padding gives zeros; what the others get is thrown away.
         visible = jnp.where(rows.active, rows.lengths + 1, 0)
-        reads = DecodeReads(rows.plan, visible, pool.own_chunks(rows))
-        stored = pool.at_layer(layer)
+        reads = DecodeReads(rows.plan, visible, pool.own_chunks(rows), spec.head_windows(layer))
+        if choices is not None:
+            reads, pool = choices.apply(pool, layer, q, reads)
+        stored, reads = pool.at_layer(layer), pool.locate(layer, reads)
         output = CHUNK_ATTENTION.attend(q, stored, reads, attention, implementation=implementation)
         return output, pool
 

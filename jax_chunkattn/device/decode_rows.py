@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Int32
 
 from pallas_kernels.plans import DecodePlan
+
+State = TypeVar("State")
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,38 @@ class DecodeRows:
         self, num_chunks: int, chunk_size: int
     ) -> tuple[Int32[Array, " B"], Int32[Array, " B"]]:
         """The chunk and the offset in it where the step's token goes; chunk N for frozen rows."""
-        plan = self.plan
-        slot = self.lengths - plan.covered_tokens
-        index = jnp.minimum(slot // chunk_size, plan.private_chunks.shape[1] - 1)
-        chunks = jnp.take_along_axis(plan.private_chunks, index[:, None], axis=1)[:, 0]
-        return jnp.where(self.active, chunks, num_chunks), slot % chunk_size
+        chunks, offsets = self.place_by_window(num_chunks, chunk_size)
+        if self.plan.hidden is not None:  # all windows' rows end in the same chunks
+            chunks, offsets = chunks[0], offsets[0]
+        return chunks, offsets
+
+    def place_by_window(
+        self, num_chunks: int, chunk_size: int
+    ) -> tuple[Int32[Array, "*W B"], Int32[Array, "*W B"]]:
+        """The same for each window, where heads with windows have chunks of their own."""
+        private = jnp.asarray(self.plan.private_chunks)
+        shape = private.shape[:-1]
+        slot = jnp.broadcast_to(self.lengths, shape) - self.plan.covered_tokens
+        index = jnp.minimum(slot // chunk_size, private.shape[-1] - 1)
+        chunks = jnp.take_along_axis(private, index[..., None], axis=-1)[..., 0]
+        active = jnp.broadcast_to(self.active, shape)
+        return jnp.where(active, chunks, num_chunks), slot % chunk_size
+
+    def for_each_filled(
+        self,
+        num_chunks: int,
+        chunk_size: int,
+        update: Callable[[Int32[Array, ""], Int32[Array, ""], State], State],
+        state: State,
+    ) -> State:
+        """`update(row, chunk, state)` for each row whose chunk the step's token has filled, one
+        after another."""
+        chunks, offsets = self.place(num_chunks, chunk_size)
+        filled = self.active & (offsets == chunk_size - 1)
+        order = jnp.argsort(~filled)  # those first
+
+        def step(index: Int32[Array, ""], state: State) -> State:
+            row = order[index]
+            return update(row, chunks[row], state)
+
+        return lax.fori_loop(0, filled.sum(dtype=jnp.int32), step, state)

@@ -23,6 +23,7 @@ from jax_chunkattn.device.invocations import (
     Placement,
 )
 from jax_chunkattn.device.programs import PROGRAMS, Invocation
+from jax_chunkattn.device.read_counts import ReadCounts
 from jax_chunkattn.device.request_table import DeviceState
 from jax_chunkattn.planning.planner import PlanShape
 from jax_chunkattn.planning.prefill import Segment
@@ -43,6 +44,7 @@ class DeviceCounters:
       compilations, compile_seconds: programs compiled, and the time that took.
       prefill_seconds, decode_seconds: the device was busy with either.
       blocked_seconds: the host waited for results.
+      reads: what decoding rows have read, where they choose; None before they have.
     """
 
     calls: int = 0
@@ -51,6 +53,7 @@ class DeviceCounters:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     blocked_seconds: float = 0.0
+    reads: ReadCounts | None = None
 
 
 @dataclass(frozen=True)
@@ -124,11 +127,21 @@ class Device:
         self._state = None
         self._programs.clear()
 
-    def copy_chunks(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copies chunks, given as (source, destination); all are read before any is written."""
+    def copy_chunks(
+        self, copies: Sequence[tuple[int, int]], window_copies: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """Copies chunks, given as (source, destination), and no more of heads with windows, where
+        those have their own; all are read before any is written."""
         for begin in range(0, len(copies), COPIES_PER_CALL):
-            some = copies[begin : begin + COPIES_PER_CALL]
-            self._update(self._invocations.copying(self._state, some))
+            part = slice(begin, begin + COPIES_PER_CALL)
+            some = copies[part], window_copies[part]
+            self._update(self._invocations.copying(self._state, *some))
+
+    def copy_tails(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copies the exact last chunks of slots, given as (source, destination), a destination once
+        at most; all are read before any is written. Where full chunks are encoded only."""
+        if copies:
+            self._update(self._invocations.copying_tails(self._state, copies))
 
     def place(self, placements: Sequence[Placement]) -> None:
         """Puts requests into their slots."""
@@ -141,14 +154,18 @@ class Device:
                 self._update(counting(self._state, one.slot, one.prompt, one.tokens))
 
     def prefill(
-        self, segments: Sequence[Segment], slots: Sequence[int | None], num_tokens: int
+        self,
+        segments: Sequence[Segment],
+        slots: Sequence[int | None],
+        num_tokens: int,
+        window_ids: np.ndarray | None = None,
     ) -> Call:
         """Computes segments, and the first token for each slot whose prompt its segment completes.
 
-        Row i of the results is segment i's.
+        Row i of the results is segment i's. `window_ids` are the tree's.
         """
         prefilling = self._invocations.prefilling
-        chosen = self._update(prefilling(self._state, segments, slots, num_tokens))
+        chosen = self._update(prefilling(self._state, segments, slots, num_tokens, window_ids))
         return self._call(chosen, decoded=False)
 
     def decode(self, slots: Sequence[int], plan: DecodePlan, num_steps: int) -> Call:
@@ -190,6 +207,8 @@ class Device:
         began = time.perf_counter()
         tokens = np.asarray(call.chosen.tokens)
         self._note_ready(call, began)
+        if call.chosen.counts is not None:  # ready as the tokens are
+            self._note_reads(jax.tree.map(np.asarray, call.chosen.counts))
         reported: Any = call.chosen.logprobs
         if logprobs:
             reported = jax.tree.map(np.asarray, reported)
@@ -211,6 +230,10 @@ class Device:
         else:
             counters.prefill_seconds += busy
 
+    def _note_reads(self, more: ReadCounts) -> None:
+        before = self.counters.reads
+        self.counters.reads = more if before is None else before.plus(more)
+
     def _update(self, invocation: Invocation) -> Any:
         """Dispatches a call that takes the state and returns a new one, and maybe more."""
         program = self._program(invocation)
@@ -224,7 +247,8 @@ class Device:
             self._state = updated
             return None
         self._state, chosen = updated
-        chosen.tokens.copy_to_host_async()
+        for array in (chosen.tokens, *jax.tree.leaves(chosen.counts)):
+            array.copy_to_host_async()
         return chosen
 
     def _program(self, invocation: Invocation) -> Compiled:

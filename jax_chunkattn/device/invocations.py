@@ -20,6 +20,7 @@ from jax_chunkattn.device.request_table import (
     RequestTable,
     RowState,
     copy_chunks,
+    copy_tails,
     place_counts,
     place_rows,
 )
@@ -33,6 +34,7 @@ from jax_chunkattn.planning.prefill import (
     pack_segments,
 )
 from jax_chunkattn.sampling import RowSampling, SamplingParams
+from jax_chunkattn.tree.window_room import WindowRoom
 from pallas_kernels import DecodePlan
 
 ROWS_PER_PLACEMENT = 8
@@ -76,6 +78,7 @@ class Invocations:
         *,
         num_slots: int,
         stop_tokens: Sequence[int],
+        window_room: WindowRoom | None = None,
     ):
         self.split = SplitModel.of(model)
         self._spec = model.cache_spec
@@ -85,6 +88,7 @@ class Invocations:
         self._num_slots = num_slots
         self._stop_tokens = tuple(stop_tokens)
         self._num_chunks = cache.chunks_for(model.cache_spec, num_slots)
+        self._window_room = window_room
         self.most_columns = min(-(-model.max_positions // cache.chunk_size), self._num_chunks)
         self._prefill_shapes: dict[int, PrefillShape] = {}
         if backend.planner.gpu is None:  # room costs nothing on a CPU
@@ -108,27 +112,41 @@ class Invocations:
     ) -> Iterator[Invocation]:
         """A call of each kind and shape, with nothing to do; those that take longest to compile
         come first."""
-        sizes = {"chunk_size": self._cache.chunk_size, "num_chunks": self._num_chunks}
         for shape in reversed(decode_shapes):
-            plan, _ = plan_decode([], [], **sizes, options=self._backend.planner, at_least=shape)
+            plan, _ = plan_decode(
+                [],
+                [],
+                chunk_size=self._cache.chunk_size,
+                num_chunks=self._num_chunks,
+                options=self._backend.planner,
+                at_least=shape,
+                windows=self._spec.different_windows,
+                columns=self.most_columns if self._cache.selector is not None else None,
+            )
             yield self.decoding(state, [], plan, num_steps)
+        ids = None if self._window_room is None else np.zeros(self._num_chunks + 1, np.int32)
         for num_tokens in CALL_TOKENS:
             if num_tokens <= prefill_tokens:
-                yield self.prefilling(state, [Segment([0], [0], 0, 1, 0)], [None], num_tokens)
+                segment = Segment([0], [0], 0, 1, 0)
+                yield self.prefilling(state, [segment], [None], num_tokens, ids)
         yield self.placing(state, [])
         yield self.counting(state, 0, (), [])
         yield self.copying(state, [])
+        if self._cache.copies_tails:
+            for number in {min(COPIES_PER_CALL, self._num_slots), self._num_slots}:
+                yield self.copying_tails(state, [(0, 0)] * number)
 
     def allocating(self) -> Invocation:
         """An empty pool and table."""
-        sizes = (self._spec, self._cache, self._num_slots, self._vocab_size)
-        return Invocation(_empty_state, None, (), {"sizes": sizes})
+        sizes = self._spec, self._cache, self._num_slots, self.most_columns, self._window_room
+        static = {"sizes": sizes, "vocab_size": self._vocab_size}
+        return Invocation(_empty_state, None, (), static)
 
     def decoding(
         self, state: DeviceState | None, slots: Sequence[int], plan: DecodePlan, num_steps: int
     ) -> Invocation:
         """K steps for the rows of these slots, which are the plan's."""
-        padded = self._pad_slots(slots, plan.private_chunks.shape[0])
+        padded = self._pad_slots(slots, plan.num_rows)
         static = {"num_steps": num_steps, "implementation": self._backend.decode}
         return Invocation(decode_steps, self.split, (state, padded, plan), static)
 
@@ -138,13 +156,15 @@ class Invocations:
         segments: Sequence[Segment],
         slots: Sequence[int | None],
         num_tokens: int,
+        window_ids: np.ndarray | None = None,
     ) -> Invocation:
-        """Segments, each with the slot whose prompt it completes."""
+        """Segments, each with the slot whose prompt it completes; `window_ids` as of
+        `pack_segments`."""
         nowhere = self._num_slots
         padded = self._pad_slots(
             [nowhere if slot is None else slot for slot in slots], max_segments(num_tokens)
         )
-        batch = self._pack(list(segments), num_tokens)
+        batch = self._pack(list(segments), num_tokens, window_ids)
         static = {"implementation": self._backend.prefill}
         return Invocation(prefill_step, self.split, (state, padded, batch), static)
 
@@ -168,14 +188,35 @@ class Invocations:
         args = (state, np.asarray(slot, np.int32), in_prompt, generated)
         return Invocation(place_counts, None, args)
 
-    def copying(self, state: DeviceState | None, copies: Sequence[tuple[int, int]]) -> Invocation:
-        """At most `COPIES_PER_CALL` chunks copied, given as (source, destination)."""
-        ids = np.full((2, COPIES_PER_CALL), self._num_chunks, np.int32)
-        ids[0] = 0
-        ids[:, : len(copies)] = np.array(copies, np.int32).reshape(-1, 2).T
-        return Invocation(copy_chunks, None, (state, ids[0], ids[1]))
+    def copying(
+        self,
+        state: DeviceState | None,
+        copies: Sequence[tuple[int, int]],
+        window_copies: Sequence[tuple[int, int]] = (),
+    ) -> Invocation:
+        """At most `COPIES_PER_CALL` chunks copied, given as (source, destination), and as many of
+        heads with windows, where those have their own."""
+        ids = _padded_copies(copies, COPIES_PER_CALL, self._num_chunks)
+        windowed = None
+        if self._window_room is not None:
+            padded = _padded_copies(window_copies, COPIES_PER_CALL, self._num_chunks)
+            windowed = padded[0], padded[1]
+        return Invocation(copy_chunks, None, (state, *ids, windowed))
 
-    def _pack(self, segments: list[Segment], num_tokens: int) -> PrefillBatch:
+    def copying_tails(
+        self, state: DeviceState | None, copies: Sequence[tuple[int, int]]
+    ) -> Invocation:
+        """At most a tail for each slot, given as (source, destination), all in one call: a slot may
+        be the source of one and the destination of another."""
+        few = min(COPIES_PER_CALL, self._num_slots)
+        ids = _padded_copies(
+            copies, few if len(copies) <= few else self._num_slots, self._num_slots
+        )
+        return Invocation(copy_tails, None, (state, *ids))
+
+    def _pack(
+        self, segments: list[Segment], num_tokens: int, window_ids: np.ndarray | None
+    ) -> PrefillBatch:
         shape = self._prefill_shapes.get(num_tokens)
         pack = partial(
             pack_segments,
@@ -184,7 +225,9 @@ class Invocations:
             chunk_size=self._cache.chunk_size,
             num_chunks=self._num_chunks,
             at_least=shape or PrefillShape(),
-            num_slots=self._num_slots if self._cache.chunk_codec is not None else None,
+            num_slots=self._num_slots if self._cache.whole_chunks else None,
+            windows=self._spec.different_windows,
+            window_ids=window_ids,
         )
         batch = pack(options=self._backend.planner)
         if shape is not None and PrefillShape.of(batch) != shape:
@@ -197,7 +240,16 @@ class Invocations:
         return padded
 
 
-def _empty_state(*, sizes: tuple[CacheSpec, CacheConfig, int, int]) -> DeviceState:
-    spec, cache, num_slots, vocab_size = sizes
-    pool = empty_pool(spec, cache, num_slots)
-    return DeviceState(pool, RequestTable.empty(num_slots, vocab_size))
+def _padded_copies(copies: Sequence[tuple[int, int]], number: int, nowhere: int) -> np.ndarray:
+    """Sources and destinations of so many copies; what is left over is copied nowhere."""
+    ids = np.full((2, number), nowhere, np.int32)
+    ids[0] = 0
+    ids[:, : len(copies)] = np.array(copies, np.int32).reshape(-1, 2).T
+    return ids
+
+
+def _empty_state(
+    *, sizes: tuple[CacheSpec, CacheConfig, int, int, WindowRoom | None], vocab_size: int
+) -> DeviceState:
+    _, _, num_slots, _, _ = sizes
+    return DeviceState(empty_pool(*sizes), RequestTable.empty(num_slots, vocab_size))

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.attention_spec import AttentionSpec
+from pallas_kernels.windows import EVERYTHING, Window, WindowMap
 
 Pool = Any
 """Any pytree of device arrays; a model only threads it through its layers."""
@@ -44,6 +46,10 @@ class CacheSpec:
       num_heads: query heads; each KV head is read by `num_heads // num_kv_heads` of them.
       softcap: keeps scores within (-softcap, softcap), see `chunk_attention`; None leaves them.
       scale: multiplies the scores; None is `1 / sqrt(head_dim)`.
+      windows: which of the tokens before a query its heads see; None where all see all.
+
+    Raises:
+      ValueError: for windows of another number of layers or KV heads.
     """
 
     num_layers: int
@@ -52,6 +58,43 @@ class CacheSpec:
     num_heads: int
     softcap: float | None = None
     scale: float | None = None
+    windows: WindowMap | None = None
+
+    def __post_init__(self) -> None:
+        if self.windows is not None:
+            sizes = {len(of_layer) for of_layer in self.windows.of_heads}
+            if len(self.windows.of_heads) != self.num_layers or sizes != {self.num_kv_heads}:
+                raise ValueError(
+                    f"windows of {len(self.windows.of_heads)} layers for {self.num_layers} of "
+                    f"{self.num_kv_heads} KV heads"
+                )
+
+    @property
+    def different_windows(self) -> tuple[Window | None, ...]:
+        """The windows that plans are made for; none where all heads see all tokens."""
+        return self.windows.windows if self.windows is not None else ()
+
+    def head_windows(self, layer: Int32[Array, ""]) -> Int32[Array, " Hkv"] | None:
+        """Which of `different_windows` each KV head of a layer has; None where there are none."""
+        if self.windows is None:
+            return None
+        return jnp.asarray(self.windows.of_heads, jnp.int32)[layer]
+
+    @property
+    def windows_of_heads(self) -> tuple[tuple[Window | None, ...], ...]:
+        """The window of each KV head of each layer; None where it sees all tokens."""
+        if self.windows is None:
+            return ((None,) * self.num_kv_heads,) * self.num_layers
+        windows = self.windows.windows
+        return tuple(tuple(windows[index] for index in layer) for layer in self.windows.of_heads)
+
+    @property
+    def largest_window(self) -> Window | None:
+        """The smallest that holds every window there is; None where there is none."""
+        windows = [window for window in self.different_windows if window is not None]
+        if not windows:
+            return None
+        return Window(*(max(getattr(one, of) for one in windows) for of in ("size", "sinks")))
 
     @property
     def attention(self) -> AttentionSpec:
@@ -63,6 +106,15 @@ class CacheSpec:
     def values_per_token(self) -> int:
         """Numbers that the cache keeps of a token: its keys and values in all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    def values_seen(self, tokens: int) -> int:
+        """Numbers of a sequence of so many tokens that the next token's queries may see.
+
+        What a pool has to keep of it that gives up what windows have left, to the token.
+        """
+        heads = [window or EVERYTHING for layer in self.windows_of_heads for window in layer]
+        seen = sum(min(tokens, window.sinks + window.size) for window in heads)
+        return 2 * self.head_dim * seen
 
 
 @runtime_checkable

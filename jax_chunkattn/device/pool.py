@@ -1,106 +1,44 @@
-"""The chunk pool: the device arrays that hold every chunk of every layer."""
+"""The chunk pool: the device arrays that hold every chunk of every layer, whatever its kind."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
-
 from jax_chunkattn.device.cache_config import CacheConfig
-from jax_chunkattn.device.coded_pool import CodedPool, copied
-from jax_chunkattn.device.decode_rows import DecodeRows
+from jax_chunkattn.device.coded_pool import CodedPool
+from jax_chunkattn.device.exact_pool import ChunkPool, allocate_pool
 from jax_chunkattn.device.model_interface import CacheSpec
-from pallas_kernels.plans import HostOrDevice, PrefillPlan
-from pallas_kernels.stored_kv import StoredKV
+from jax_chunkattn.device.selective_pool import SelectivePool
+from jax_chunkattn.device.window_pool import WindowPool
+from jax_chunkattn.tree.window_room import WindowRoom
 
+__all__ = [
+    "ChunkPool",
+    "CodedPool",
+    "Pool",
+    "SelectivePool",
+    "WindowPool",
+    "allocate_pool",
+    "empty_pool",
+]
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class ChunkPool:
-    """Keys and values of all layers, head-major: one head's chunk is a contiguous [C, D] tile."""
-
-    AXES: ClassVar[tuple[str, ...]] = ("layers", "kv_heads", "chunks", "chunk_tokens", "head_dim")
-    """What the dimensions of both arrays count; see `jax_chunkattn.device.logical_axes`."""
-
-    keys: Float[Array, "L Hkv N C D"]
-    values: Float[Array, "L Hkv N C D"]
-
-    def at_layer(self, layer: Int32[Array, ""]) -> StoredKV:
-        """Keys and values of one layer, where they are."""
-        return StoredKV(self.keys, self.values, layer)
-
-    @property
-    def num_chunks(self) -> int:
-        return self.keys.shape[2]
-
-    @property
-    def chunk_size(self) -> int:
-        return self.keys.shape[3]
-
-    def write_rows(
-        self,
-        layer: Int32[Array, ""],
-        k: Float[Array, "B Hkv D"],
-        v: Float[Array, "B Hkv D"],
-        rows: DecodeRows,
-    ) -> ChunkPool:
-        """With a token of each active row in its last chunk."""
-        chunks, offsets = rows.place(self.num_chunks, self.chunk_size)
-        stored = self.at_layer(layer).write(k, v, chunks, offsets)
-        return ChunkPool(stored.keys, stored.values)
-
-    def own_chunks(self, rows: DecodeRows) -> None:
-        """Rows read all their chunks in the pool."""
-
-    def write_prompts(
-        self,
-        layer: Int32[Array, ""],
-        k: Float[Array, "T Hkv D"],
-        v: Float[Array, "T Hkv D"],
-        plan: PrefillPlan,
-    ) -> tuple[ChunkPool, None]:
-        """With the tokens of a prefill call, which are read in the pool."""
-        stored = self.at_layer(layer).write(k, v, plan.write_chunks, plan.write_offsets)
-        return ChunkPool(stored.keys, stored.values), None
-
-    def seal(self, rows: DecodeRows) -> ChunkPool:
-        """A full chunk stays as it was written."""
-        return self
-
-    def copy(
-        self, sources: Int32[HostOrDevice, " M"], destinations: Int32[HostOrDevice, " M"]
-    ) -> ChunkPool:
-        """With chunks copied, all layers of them; all are read before any is written."""
-        return ChunkPool(*copied((self.keys, self.values), sources, destinations))
-
-
-Pool = ChunkPool | CodedPool
+Pool = ChunkPool | CodedPool | SelectivePool | WindowPool
 """All keys and values that an engine keeps, and how it keeps them."""
 
 
-def allocate_pool(spec: CacheSpec, config: CacheConfig) -> ChunkPool:
-    """A pool of zeros on the default device, of chunks that are stored as they are.
-
-    Raises:
-      ValueError: for a config with a codec.
-    """
-    if config.chunk_codec is not None:
-        raise ValueError(f"this pool stores chunks as they are, not encoded by {config.codec_name}")
-    shape = (
-        spec.num_layers,
-        spec.num_kv_heads,
-        config.chunks_for(spec),
-        config.chunk_size,
-        spec.head_dim,
-    )
-    return ChunkPool(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
-
-
-def empty_pool(spec: CacheSpec, config: CacheConfig, num_slots: int) -> Pool:
-    """A pool of zeros on the default device, for rows in so many slots at once."""
+def empty_pool(
+    spec: CacheSpec,
+    config: CacheConfig,
+    num_slots: int,
+    columns: int,
+    window_room: WindowRoom | None = None,
+) -> Pool:
+    """A pool of zeros on the default device, for rows in so many slots at once, of at most
+    `columns` chunks each; with `window_room`, heads with windows have chunks of their own."""
+    if window_room is not None:
+        return WindowPool.allocate(spec, config, window_room)
     if config.chunk_codec is None:
-        return allocate_pool(spec, config)
-    return CodedPool.allocate(spec, config, num_slots)
+        kv = allocate_pool(spec, config)
+    else:
+        kv = CodedPool.allocate(spec, config, num_slots)
+    if config.selector is None:
+        return kv
+    return SelectivePool.around(kv, spec, config, num_slots, columns)

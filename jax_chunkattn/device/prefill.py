@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from jax_chunkattn.device.choices import TokenChoices, token_choices
 from jax_chunkattn.device.decode_loop import NOTHING, Chosen
 from jax_chunkattn.device.model_interface import Attend, CacheSpec, DecoderModel
 from jax_chunkattn.device.pool import Pool
@@ -36,7 +38,8 @@ def prefill_step(
     Returns:
       The new state, those rows ready to decode, and what was chosen, `NOTHING` for other segments.
     """
-    attend = prefill_attend(model.cache_spec, batch.plan, implementation)
+    choices = token_choices(model.cache_spec, state.pool, batch.plan)
+    attend = prefill_attend(model.cache_spec, batch.plan, implementation, choices)
     tokens, positions = jnp.asarray(batch.tokens), jnp.asarray(batch.positions)
     slots = jnp.asarray(slots)
     table = state.table
@@ -52,9 +55,14 @@ def prefill_step(
     return DeviceState(pool, table), chosen
 
 
-def prefill_attend(spec: CacheSpec, plan: PrefillPlan, implementation: str | None) -> Attend:
-    """The `attend` a model is given while prefilling: write all new tokens, attend by the plan."""
-    attention = spec.attention
+def prefill_attend(
+    spec: CacheSpec,
+    plan: PrefillPlan,
+    implementation: str | None,
+    choices: TokenChoices | None = None,
+) -> Attend:
+    """The `attend` a model is given while prefilling: write all new tokens, attend by the plan, or
+    where tokens choose to what they have chosen of it."""
 
     def attend(
         pool: Pool,
@@ -64,10 +72,32 @@ def prefill_attend(spec: CacheSpec, plan: PrefillPlan, implementation: str | Non
         v: Float[Array, "T Hkv D"],
     ) -> tuple[Float[Array, "T Hq D"], Pool]:
         pool, new = pool.write_prompts(layer, k, v, plan)
-        reads, stored = PrefillReads(plan, QUERY_TILE, new), pool.at_layer(layer)
-        output = PREFILL_ATTENTION.attend(
-            q, stored, reads, attention, implementation=implementation
-        )
-        return output, pool
+        reads = PrefillReads(plan, QUERY_TILE, new, spec.head_windows(layer))
+        return attend_prompts(spec, pool, layer, q, reads, implementation, choices)
 
     return attend
+
+
+def attend_prompts(
+    spec: CacheSpec,
+    pool: Pool,
+    layer: Int32[Array, ""],
+    q: Float[Array, "T Hq D"],
+    reads: PrefillReads,
+    implementation: str | None = None,
+    choices: TokenChoices | None = None,
+) -> tuple[Float[Array, "T Hq D"], Pool]:
+    """What the tokens of a call get, by the plan or by what they have chosen of it; where none of
+    them leaves anything out as if none could: a plan of what is chosen has smaller tiles."""
+
+    def attend(pool: Pool, reads: PrefillReads) -> Float[Array, "T Hq D"]:
+        stored, reads = pool.at_layer(layer), pool.locate(layer, reads)
+        how = {"implementation": implementation}
+        return PREFILL_ATTENTION.attend(q, stored, reads, spec.attention, **how)
+
+    if choices is None:
+        return attend(pool, reads), pool
+    selected, pool = choices.apply(pool, layer, q, reads)
+    leaves_out = choices.leaves_out(pool, layer)
+    output = lax.cond(leaves_out, lambda: attend(pool, selected), lambda: attend(pool, reads))
+    return output, pool

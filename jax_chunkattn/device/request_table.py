@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int32
 
-from jax_chunkattn.device.pool import Pool
+from jax_chunkattn.device.coded_pool import CodedPool
+from jax_chunkattn.device.pool import Pool, WindowPool
 from jax_chunkattn.sampling import RowSampling, SamplingParams, TokenCounts
 from pallas_kernels.plans import HostOrDevice
 
@@ -123,12 +124,28 @@ def copy_chunks(
     state: DeviceState,
     sources: Int32[HostOrDevice, " M"],
     destinations: Int32[HostOrDevice, " M"],
+    windowed: tuple[Int32[HostOrDevice, " M"], Int32[HostOrDevice, " M"]] | None = None,
 ) -> DeviceState:
     """Copies chunks within the pool, all layers of them; all are read before any is written.
 
-    A destination of N and more is padding.
+    A destination of N and more is padding. `windowed` has sources and destinations for heads with
+    windows, where those have chunks of their own.
     """
+    if isinstance(state.pool, WindowPool):
+        assert windowed is not None, "their chunks have other ids"
+        return replace(state, pool=state.pool.copy(sources, destinations, windowed))
     return replace(state, pool=state.pool.copy(sources, destinations))
+
+
+def copy_tails(
+    state: DeviceState,
+    sources: Int32[HostOrDevice, " M"],
+    destinations: Int32[HostOrDevice, " M"],
+) -> DeviceState:
+    """Copies the exact last chunks that slots have where full ones are encoded; all are read before
+    any is written. A destination of S is padding."""
+    assert isinstance(state.pool, CodedPool), "tails are where full chunks are encoded"
+    return replace(state, pool=state.pool.copy_tails(sources, destinations))
 
 
 def place_rows(

@@ -24,6 +24,7 @@ from jax_chunkattn.engine.requests import Phase, Pinned, Request
 from jax_chunkattn.engine.rows import PlannedRows
 from jax_chunkattn.engine.scheduler import Scheduler
 from jax_chunkattn.engine.stats import EngineStats
+from jax_chunkattn.engine.tails import Tails
 from jax_chunkattn.tree.allocator import PoolExhausted
 from jax_chunkattn.tree.prefix_tree import PrefixTree
 
@@ -51,6 +52,7 @@ class Core:
         rows: PlannedRows,
         memory: PrefixMemory,
         stats: EngineStats,
+        tails: Tails | None,
         *,
         steps_per_call: int,
         prefill_tokens: int,
@@ -72,8 +74,15 @@ class Core:
         self._lifecycle = Lifecycle(
             scheduler, device, memory, stats, self.callbacks, self.integrity
         )
+        self._tails = tails
         self._prompts = Prompts(
-            scheduler, device, self._lifecycle, memory, stats, prefill_tokens=prefill_tokens
+            scheduler,
+            device,
+            self._lifecycle,
+            memory,
+            self._tails,
+            stats,
+            prefill_tokens=prefill_tokens,
         )
         self._recorder = Recorder(scheduler, self._lifecycle, stats, stop_tokens)
 
@@ -142,7 +151,8 @@ class Core:
         slots: list[int | None] = [None] * len(call)
         for row, request in completed.items():
             slots[row] = request.placed_slot
-        sent = self.device.prefill([segment for _, segment in call], slots, num_tokens)
+        segments = [segment for _, segment in call]
+        sent = self.device.prefill(segments, slots, num_tokens, self.tree.window_ids)
         self._prompts.sent(call)
         self._in_flight.add(sent, [*completed.values()], [*completed], [1] * len(completed))
         return True
@@ -198,12 +208,13 @@ class Core:
 
     def _note_memory(self) -> None:
         """Keeps what was held when most was, and what it would have been without sharing."""
-        in_use = self.tree.in_use_count
-        if in_use > self.stats.most_chunks_in_use:
-            self.stats.most_chunks_in_use = in_use
-            self.stats.most_chunks_unshared = sum(
-                len(work.placed.chunk_ids) for work in self.scheduler.active
-            )
+        in_use, stats = self.tree.in_use_count, self.stats
+        if in_use > stats.most_chunks_in_use:
+            active = [work.placed for work in self.scheduler.active]
+            stats.most_chunks_in_use = in_use
+            stats.most_chunks_unshared = sum(len(sequence.chunk_ids) for sequence in active)
+            stats.most_window_chunks_in_use = self.tree.window_in_use_count
+            stats.most_window_chunks_unshared = sum(map(self.tree.count_windowed, active))
 
     @whole
     def _turn_or_recover(self) -> None:
@@ -320,6 +331,8 @@ class Core:
         suspects = self._prompts.take_admitting() or list(scheduler.active) or scheduler.waiting[:1]
         self._in_flight.clear()
         self._rows.forget()
+        if self._tails is not None:
+            self._tails.forget()
         old = self.tree
         self.stats.recoveries += 1
         self.stats.evictions += old.num_evicted
@@ -327,7 +340,8 @@ class Core:
             if isinstance(work, Request):
                 work.finish_adding()
                 self.callbacks.note(work)
-        scheduler.restart(PrefixTree(old.num_chunks, old.chunk_size, retain=old.retain))
+        sizes = old.num_chunks, old.chunk_size
+        scheduler.restart(PrefixTree(*sizes, retain=old.retain, window_room=old.window_room))
         if error is not None:
             for work in suspects:
                 work.failures += 1

@@ -29,6 +29,7 @@ from jax_chunkattn.engine.rows import PlannedRows
 from jax_chunkattn.engine.scheduler import Scheduler
 from jax_chunkattn.engine.service import Service
 from jax_chunkattn.engine.stats import EngineStats, WarmUp
+from jax_chunkattn.engine.tails import Tails
 from jax_chunkattn.engine.text import Tokenizer
 from jax_chunkattn.planning.planner import PlannerOptions, bucket
 from jax_chunkattn.planning.prefill import CALL_TOKENS
@@ -36,6 +37,7 @@ from jax_chunkattn.sampling import SamplingParams
 from jax_chunkattn.tree.prefix_tree import PrefixTree
 from pallas_kernels.codecs import CodecError
 
+CALLS_AHEAD = 4  # decode calls that a row may have room for behind what is known of it
 MIN_SLOTS = 16  # on the device: engines that run fewer at once can use one another's programs
 REMEMBERED_POOLS = 4  # pools' worth of prefixes whose eviction is remembered, for the statistics
 
@@ -131,30 +133,54 @@ class Engine:
         )
         self.limits = limits
         spec, num_slots = model.cache_spec, bucket(max_running, MIN_SLOTS)
-        exact, chunk_size = cache.chunk_codec is None, cache.chunk_size
+        exact, chunk_size = not cache.whole_chunks, cache.chunk_size
         if not exact and chunk_size > prefill_tokens:
             raise CodecError(
-                f"a codec needs chunks that one prefill call can fill: {chunk_size} tokens are "
-                f"more than the {prefill_tokens} of prefill_tokens"
+                f"a codec or selector needs chunks that one prefill call can fill: {chunk_size} "
+                f"tokens are more than the {prefill_tokens} of prefill_tokens"
             )
+        cache, window_room = cache.with_window_room(
+            spec,
+            max_running,
+            num_slots=num_slots,
+            ahead=max(CALLS_AHEAD * steps_per_call, chunk_size),
+            call=prefill_tokens,
+        )
+        num_chunks = cache.chunks_for(spec)
+        windowed_bytes = cache.windowed_bytes(spec) if window_room is not None else 0
         self._stats = EngineStats(
-            codec=cache.codec_name, bytes_per_chunk=cache.bytes_per_chunk(spec)
+            codec=cache.codec_name,
+            selector="all" if cache.selector is None else cache.selector.name,
+            bytes_per_chunk=cache.bytes_per_chunk(spec) - windowed_bytes,
+            bytes_per_window_chunk=windowed_bytes,
+            window_chunks=window_room.chunks if window_room is not None else 0,
         )
-        num_chunks = cache.chunks_for(spec, num_slots)
         invocations = Invocations(
-            model, cache, self.backend, num_slots=num_slots, stop_tokens=stop_tokens
+            model,
+            cache,
+            self.backend,
+            num_slots=num_slots,
+            stop_tokens=stop_tokens,
+            window_room=window_room,
         )
-        tree = PrefixTree(num_chunks, chunk_size, retain=retain)
+        tree = PrefixTree(num_chunks, chunk_size, retain=retain, window_room=window_room)
         self._core = Core(
             Device(invocations),
             Scheduler(tree, max_running=max_running, exact=exact),
-            PlannedRows(self.backend.planner, self._stats, invocations.most_columns),
+            PlannedRows(
+                self.backend.planner,
+                self._stats,
+                invocations.most_columns,
+                model.cache_spec.different_windows,
+                chooses=cache.selector is not None,
+            ),
             PrefixMemory(
                 chunk_size,
                 REMEMBERED_POOLS * num_chunks,
                 last_tokens=1 if exact else chunk_size,
             ),
             self._stats,
+            Tails(chunk_size) if cache.copies_tails else None,
             steps_per_call=steps_per_call,
             prefill_tokens=prefill_tokens,
             prefill_first=prefill_first,
@@ -351,6 +377,8 @@ class Engine:
             compile_seconds=counters.compile_seconds,
             prefill_seconds=counters.prefill_seconds,
             decode_seconds=counters.decode_seconds,
+            window_chunks_in_use=tree.window_in_use_count,
+            reads=counters.reads,
             running=len(scheduler.running),
             waiting=sum(isinstance(work, Request) for work in scheduler.accepted)
             - len(scheduler.running),

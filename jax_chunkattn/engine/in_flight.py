@@ -62,7 +62,9 @@ class CallsInFlight:
         """A call of this round, in which row `rows[i]` is `requests[i]`'s."""
         for request, most in zip(requests, most_tokens, strict=True):
             request.in_flight += most
-            request.writes_in_flight += most * call.decoded
+            if call.decoded:
+                request.writes_in_flight += most
+                request.written = request.placed.num_tokens + request.writes_in_flight
         self._calls.append(SentCall(call, requests, rows, most_tokens, self._round))
 
     def take_oldest(self) -> SentCall:

@@ -62,6 +62,7 @@ class Lifecycle:
             self._scheduler.keep(work)
         elif isinstance(work, Request):
             work.phase = Phase.DECODE
+            work.written = work.placed.num_tokens
             for sibling in self._take_siblings(work):
                 self._fork_sequence(work, sibling)
                 self._scheduler.enqueue(sibling)
@@ -117,9 +118,10 @@ class Lifecycle:
         """Gives `child` a copy of the parent's sequence, if it has one and the pool has room.
 
         Without one the child takes what the cache has, like any request. Where full chunks are
-        encoded, the child computes its last one again: the parent's is exact in the parent's slot
-        only, and may be ahead of what is known here.
+        encoded, the last one is copied when the child gets a slot (`engine.tails`).
         """
+        if not self._scheduler.exact:
+            child.parent = parent
         tree, sequence = self._scheduler.tree, parent.sequence
         if sequence is None or not tree.is_active(sequence):
             return  # or of a tree before Ctrl-C
@@ -130,7 +132,7 @@ class Lifecycle:
         except PoolExhausted:
             return
         try:
-            self._device.copy_chunks(copies)
+            self._device.copy_chunks(copies, copy.window_copies)
         except BaseException:
             tree.release(copy)
             raise

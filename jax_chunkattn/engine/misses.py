@@ -22,6 +22,8 @@ class PromptUse:
       chunk size would serve some of them.
     * ``new``: no prompt with this prefix is remembered.
     * ``evicted``: computed before under this salt, and gone. A larger pool would serve them.
+    * ``window``: found, but for heads with windows, of which too little was kept of what is before
+      the prompt's own. `CacheConfig.window_chunks` would serve them.
     * ``salt``: computed before, but only under another salt, which keeps them apart.
     * ``last``: the last token of a prompt that is cached to its end, computed for its logits; its
       last chunk, where chunks are encoded.
@@ -34,6 +36,7 @@ class PromptUse:
     too_short: int = 0
     new: int = 0
     evicted: int = 0
+    window: int = 0
     salt: int = 0
     last: int = 0
 
@@ -87,7 +90,12 @@ class PrefixMemory:
         return len(self._salted)
 
     def classify(
-        self, tokens: np.ndarray | Sequence[int], salt: bytes, hit_tokens: int, copied_tokens: int
+        self,
+        tokens: np.ndarray | Sequence[int],
+        salt: bytes,
+        hit_tokens: int,
+        copied_tokens: int,
+        matched_tokens: int = 0,
     ) -> PromptUse:
         """Says what became of a prompt's tokens, then remembers its prefixes.
 
@@ -97,6 +105,8 @@ class PrefixMemory:
           hit_tokens: how many were found in whole chunks, a multiple of C; all of them when the
             prompt is cached to its end, though the last ones are computed again.
           copied_tokens: how many behind those were copied out of another chunk, at most C.
+          matched_tokens: how many were found in whole chunks by heads without windows, where that
+            is more than `hit_tokens`.
 
         Raises:
           ValueError: for bad tokens, or counts that do not fit them.
@@ -110,9 +120,13 @@ class PrefixMemory:
         elif num_left == 0:
             use = PromptUse(hit=hit_tokens - self.last_tokens, last=self.last_tokens)
         else:
-            missed = self._count_missed(paths[hit_tokens // self.chunk_size :], salt, copied_tokens)
-            too_short = num_left - sum(missed.values())
-            use = PromptUse(hit=hit_tokens, copied=copied_tokens, too_short=too_short, **missed)
+            window = max(0, matched_tokens - hit_tokens)
+            found = (hit_tokens + window) // self.chunk_size
+            missed = self._count_missed(paths[found:], salt, copied_tokens)
+            too_short = num_left - window - sum(missed.values())
+            use = PromptUse(
+                hit=hit_tokens, copied=copied_tokens, too_short=too_short, window=window, **missed
+            )
         self._remember(paths, salt)
         return use
 

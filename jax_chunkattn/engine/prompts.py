@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from jax_chunkattn.device.device import Device
 from jax_chunkattn.device.invocations import Placement
@@ -11,6 +12,7 @@ from jax_chunkattn.engine.misses import PrefixMemory
 from jax_chunkattn.engine.requests import Phase, Request, Work
 from jax_chunkattn.engine.scheduler import Scheduler
 from jax_chunkattn.engine.stats import EngineStats
+from jax_chunkattn.engine.tails import Tails
 from jax_chunkattn.planning.prefill import Segment, next_call
 
 PromptWork = list[tuple[Work, Segment]]
@@ -25,6 +27,7 @@ class Prompts:
         device: Device,
         lifecycle: Lifecycle,
         memory: PrefixMemory,
+        tails: Tails | None,
         stats: EngineStats,
         *,
         prefill_tokens: int,
@@ -34,6 +37,7 @@ class Prompts:
         self._device = device
         self._lifecycle = lifecycle
         self._memory = memory
+        self._tails = tails
         self._stats = stats
         self._prefill_tokens = prefill_tokens
 
@@ -45,10 +49,19 @@ class Prompts:
         work = self._work()
         if not work:
             return [], 0
-        align = 1 if self._scheduler.exact else self._scheduler.tree.chunk_size
+        tree = self._scheduler.tree
+        whole = not self._scheduler.exact or tree.window_room is not None
+        align = tree.chunk_size if whole else 1
         call, num_tokens = next_call(work, self._prefill_tokens, align=align)
+        call = [(owner, self._fill(owner, segment)) for owner, segment in call]
         call.sort(key=lambda part: part[1].chunk_ids)  # equal prefixes become neighbours
         return call, num_tokens
+
+    def _fill(self, work: Work, segment: Segment) -> Segment:
+        """A segment that has room for heads with windows, where they have chunks of their own."""
+        tree = self._scheduler.tree
+        columns = tree.fill(work.placed, segment.begin, segment.end)
+        return replace(segment, window_columns=columns) if columns else segment
 
     def take_admitting(self) -> Sequence[Work]:
         """Who was being admitted when an error occurred, which counts against nobody else then."""
@@ -74,32 +87,53 @@ class Prompts:
         for work in [work for work in scheduler.active if work.phase is Phase.PREFILL]:
             total += self._add_segment(work, chunks, segments)
         admitted: list[Request] = []
+        tails: list[tuple[int, int]] = []  # to copy, from slot to slot
         while total < self._prefill_tokens:
             self._admitting = scheduler.waiting[:1]
             work = scheduler.admit_next()
             if work is None:
                 break
-            self._admitted(work)
+            self._admitted(work, tails)
             total += self._add_segment(work, chunks, segments)
             if isinstance(work, Request):
                 admitted.append(work)
         self._admitting = ()
+        if self._tails is not None:
+            self._device.copy_tails(tails)
+            self._tails.claim(admitted)
         self._device.place([_placement(request) for request in admitted])
         return segments
 
-    def _admitted(self, work: Work) -> None:
-        """Copies the part of a chunk it shares, and notes what the cache had for it."""
+    def _admitted(self, work: Work, tails: list[tuple[int, int]]) -> None:
+        """Copies the part of a chunk it shares, or adds to `tails` what will be copied of its
+        parent's, and notes what the cache had for it."""
         sequence = work.placed
         if sequence.copy is not None:
             copy = sequence.copy
-            self._device.copy_chunks([(copy.source_chunk, copy.destination_chunk)])
+            pair = copy.source_chunk, copy.destination_chunk
+            self._device.copy_chunks([pair], sequence.window_copies)
+        if self._tails is not None and isinstance(work, Request):
+            self._take_tail(self._tails, work, tails)
         if isinstance(work, Request) and not work.admitted:
             work.admitted = True
             if work.samples_next:
                 size, found = self._scheduler.tree.chunk_size, sequence.num_cached_tokens
                 hit = found // size * size
-                use = self._memory.classify(work.prompt, work.salt, hit, found - hit)
+                use = self._memory.classify(
+                    work.prompt, work.salt, hit, found - hit, sequence.num_matched_tokens
+                )
                 self._stats.prompts += use
+
+    def _take_tail(self, of: Tails, fork: Request, tails: list[tuple[int, int]]) -> None:
+        """Has a fork begin with its parent's tail, if that is still there and all before it is."""
+        source, tree, length = of.to_begin_with(fork), self._scheduler.tree, len(fork.history)
+        fork.parent, fork.written = None, 0
+        if source is None:
+            return
+        if tree.computed_tokens(fork.placed) < length - length % tree.chunk_size:
+            return
+        tails.append((source, fork.placed_slot))
+        tree.mark_computed(fork.placed, length)
 
     def _add_segment(self, work: Work, chunks: set[int], segments: PromptWork) -> int:
         """Appends what this work has to compute itself: neither in the pool nor in `chunks`, which
@@ -112,15 +146,17 @@ class Prompts:
         while known // size < len(sealed) and sealed[known // size] in chunks:
             known = (known // size + 1) * size
         chunks.update(sealed[known // size :])
+        tree.expect(sequence, known)
         begin = min(known, len(history) - 1) if work.samples_next else known
-        if not scheduler.exact:
+        if not scheduler.exact and begin < len(history):
             begin -= begin % size  # a query reads the chunk that it lies in as it was computed
         if begin == len(history):
             if tree.computed_tokens(sequence) >= len(history):
                 self._lifecycle.prefilled(work)
             return 0
         slot = work.placed_slot if isinstance(work, Request) else None
-        segment = Segment(history[begin:], sequence.chunk_ids, begin, len(history), known, slot)
+        stored = max(known, tree.stored_tokens(sequence))
+        segment = Segment(history[begin:], sequence.chunk_ids, begin, len(history), stored, slot)
         segments.append((work, segment))
         return segment.end - segment.begin
 

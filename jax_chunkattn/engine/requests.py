@@ -137,9 +137,11 @@ class Request(Work):
 
     `in_flight` counts, of calls to the device whose results are not here yet, the tokens they can
     choose for this request; `writes_in_flight` the positions they can write. `siblings` are samples
-    of the same prompt that wait to be forked from this one. `ends` are how many tokens and
-    characters there were after each addition, `num_read` and `num_told` how many additions a stream
-    and the callback have had.
+    of the same prompt that wait to be forked from this one; `parent` is what this one was forked
+    from, until it is first admitted. `tail_slot` is where its exact last chunk lies, and `written`
+    how many positions may have been written when that was (`engine.tails`). `ends` are how many
+    tokens and characters there were after each addition, `num_read` and `num_told` how many
+    additions a stream and the callback have had.
     """
 
     params: SamplingParams
@@ -160,6 +162,9 @@ class Request(Work):
     in_flight: int = field(default=0, init=False)
     writes_in_flight: int = field(default=0, init=False)
     num_forks: int = field(default=0, init=False)
+    parent: Request | None = field(default=None, init=False)
+    tail_slot: int | None = field(default=None, init=False)
+    written: int = field(default=0, init=False)
     admitted: bool = field(default=False, init=False)
     _adding: Addition | None = field(default=None, init=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from jax_chunkattn.engine.requests import Request
@@ -16,6 +17,7 @@ from jax_chunkattn.planning.planner import (
 )
 from jax_chunkattn.tree.prefix_tree import PrefixTree
 from pallas_kernels import DecodePlan
+from pallas_kernels.windows import Window
 
 TOO_MANY_ITEMS = "the plan that shares has more work items than the compiled programs have room for"
 
@@ -26,13 +28,23 @@ class PlannedRows:
     For each number of rows, a power of two, there is one shape, with room for rows of at most
     `columns` chunks each. Room costs nothing on a CPU. On a GPU it does, and there, until the
     shapes are fixed, plans only ever grow: a size that was needed once is kept, so that after a
-    while every plan fits a program that is there.
+    while every plan fits a program that is there. With `chooses`, plans have the rows' tables.
     """
 
-    def __init__(self, options: PlannerOptions, stats: EngineStats, columns: int):
+    def __init__(
+        self,
+        options: PlannerOptions,
+        stats: EngineStats,
+        columns: int,
+        windows: Sequence[Window | None] = (),
+        *,
+        chooses: bool = False,
+    ):
         self._options = options
+        self._windows = windows
         self._stats = stats
         self._columns = columns
+        self._chooses = chooses
         self._plan: DecodePlan | None = None
         self._key: object = None
         self._shapes: dict[int, PlanShape] = {}
@@ -96,6 +108,9 @@ class PlannedRows:
             num_chunks=tree.num_chunks,
             options=options,
             at_least=at_least,
+            windows=self._windows,
+            columns=self._columns if self._chooses else None,
+            window_ids=tree.window_ids,
         )
 
     def _shape_to_keep(self, rows: int) -> PlanShape:

@@ -57,6 +57,7 @@ class Scheduler:
     def require_fit(self, work: Work, name: str = "") -> None:
         """Raises PoolExhausted, whose message begins with `name`, when the pool, less what is
         pinned, can never hold this work, or pinning it would leave accepted work too little."""
+        self._require_window_room(work, name)
         if isinstance(work, Pinned):
             with_it = self._pinned_chunks.keys() | self._chunks(work)
             for other in (work, *self.accepted):
@@ -131,6 +132,8 @@ class Scheduler:
         `discard` keeps from the cache what was not there when it came."""
         phase, work.phase = work.phase, Phase.DONE
         self.accepted.pop(work, None)
+        if isinstance(work, Request):
+            work.parent = None
         if phase in (Phase.PREFILL, Phase.DECODE):
             self._vacate(work)
         elif work in self.waiting:
@@ -252,6 +255,21 @@ class Scheduler:
     def _chunks(self, work: Work) -> set[Chunk]:
         """What names each whole chunk of its prompt, the same for all that share the chunk."""
         return {(work.salt, path) for path in prefix_hashes(work.prompt, self.tree.chunk_size)}
+
+    def _require_window_room(self, work: Work, name: str) -> None:
+        """Raises PoolExhausted when heads with windows, where they have chunks of their own, have
+        none for this work beside what is pinned, or would have none for a request."""
+        room, others = self.tree.window_room, len(self.pinned)
+        if room is None:
+            return
+        requests = 1 if isinstance(work, Pinned) else 0
+        needed = room.needed(others + 1 + requests, self.tree.chunk_size)
+        if needed > room.chunks:
+            beside = f"the {others} prefixes pinned" + " and a request" * requests
+            raise PoolExhausted(
+                f"{name}heads with windows may need {needed} chunks for this beside {beside}, and "
+                f"have {room.chunks}"
+            )
 
     def _require_fit(self, work: Work, pinned: Set[Chunk], circumstance: str) -> None:
         size = self.tree.chunk_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from jax_chunkattn.device.read_counts import ReadCounts
 from jax_chunkattn.engine.misses import PromptUse
 from jax_chunkattn.planning.planner import PlanSummary
 from pallas_kernels.codecs import IDENTITY
@@ -47,7 +48,16 @@ class EngineStats:
       most_chunks_in_use, most_chunks_unshared: the most that was in use at once, and what the same
         requests would have held at that moment without sharing.
       codec: what full chunks are encoded by; "identity" where they are stored as they are.
+      selector: by what queries choose the chunks that they read, and which share of them; "all"
+        where they read all.
+      reads: how many of the chunks before them decoding rows have read, and how alike they chose,
+        by layer; None where they read all, or before they have read any.
       bytes_per_chunk: keys and values of a full chunk, all layers.
+      bytes_per_window_chunk: the same of heads with windows, where those have chunks of their own;
+        then those of `bytes_per_chunk` are of the other heads.
+      window_chunks, window_chunks_in_use: all that heads with windows have then, and those that
+        some sequence needs.
+      most_window_chunks_in_use, most_window_chunks_unshared: when most other chunks were in use.
     """
 
     running: int = 0
@@ -83,17 +93,27 @@ class EngineStats:
     most_chunks_in_use: int = 0
     most_chunks_unshared: int = 0
     codec: str = IDENTITY
+    selector: str = "all"
+    reads: ReadCounts | None = None
     bytes_per_chunk: int = 0
+    bytes_per_window_chunk: int = 0
+    window_chunks: int = 0
+    window_chunks_in_use: int = 0
+    most_window_chunks_in_use: int = 0
+    most_window_chunks_unshared: int = 0
 
     @property
     def kv_bytes_held(self) -> int:
         """The most that was in use at once."""
-        return self.most_chunks_in_use * self.bytes_per_chunk
+        return self._bytes(self.most_chunks_in_use, self.most_window_chunks_in_use)
 
     @property
     def kv_bytes_unshared(self) -> int:
         """What that would have been without sharing."""
-        return self.most_chunks_unshared * self.bytes_per_chunk
+        return self._bytes(self.most_chunks_unshared, self.most_window_chunks_unshared)
+
+    def _bytes(self, chunks: int, window_chunks: int) -> int:
+        return chunks * self.bytes_per_chunk + window_chunks * self.bytes_per_window_chunk
 
     @property
     def kv_bytes_saved(self) -> int:

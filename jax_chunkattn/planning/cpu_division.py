@@ -13,6 +13,7 @@ from jax_chunkattn.planning.division import (
     chunk_reads_saved,
 )
 from jax_chunkattn.planning.options import PlannerOptions
+from jax_chunkattn.planning.reach import Reach
 from jax_chunkattn.planning.work_items import Items, cut_items, items_of, join_items, row_items
 
 
@@ -21,28 +22,29 @@ def divide_for_cpu(
     used: np.ndarray,
     full: np.ndarray,
     runs: Blocks,
-    chunk_size: int,
+    reach: Reach,
     options: PlannerOptions,
 ) -> Division:
     """Shares the runs that pay, and keeps rows of like lengths in the sequence-first phase.
 
     Args:
       table: chunks [B, P] of each row, of which `used` are there and `full` are full.
-      runs: those that rows have in common, and each row's own.
-      chunk_size: tokens a chunk holds.
+      runs: those that rows have in common, and each row's own; all of their rows see all of them.
+      reach: what rows see of their chunks.
     """
-    overhead = options.item_overhead / chunk_size
+    overhead = options.item_overhead / reach.chunk_size
     several = runs.rows > 1
     shared = runs[several & _worth_sharing(runs, overhead, options)]
-    alone = np.arange(table.shape[1]) < used[:, None]
     in_item = covered_mask(table.shape, shared)
-    alone &= ~in_item
+    alone = reach.read(used) & ~in_item
     covered = in_item.sum(axis=1, dtype=np.int32)
-    to_item = np.maximum(full - covered - _private_cutoff(full - covered, overhead, options), 0)
-    long = alone & (alone.cumsum(axis=1) <= to_item[:, None])
+    left = reach.count_whole(full) - covered
+    to_item = np.maximum(left - _private_cutoff(left, overhead, options), 0)
+    could = alone if reach.is_all else alone & reach.whole(full)
+    long = could & (could.cumsum(axis=1) <= to_item[:, None])
     private_items = row_items(table, long)
     items = _cut(join_items(items_of(table, shared), private_items), options)
-    unshared_reads = int(full.sum())
+    unshared_reads = int(reach.count_read(full).sum())
     reads = unshared_reads - int(covered.sum()) + int(shared.columns.sum())
     if len(shared):
         reason = chunk_reads_saved(reads, unshared_reads)
@@ -57,6 +59,7 @@ def divide_for_cpu(
         shared_items=len(shared),
         private_items=len(private_items),
         chunk_reads=reads,
+        unshared_chunk_reads=unshared_reads,
         reason=reason,
         packing="runs" if len(shared) else "none",
     )

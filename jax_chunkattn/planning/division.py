@@ -22,6 +22,7 @@ class Division:
     shared_items: int  # these two before items are cut
     private_items: int
     chunk_reads: int
+    unshared_chunk_reads: int  # the same if every row read its own
     reason: str
     packing: str
     seconds: float | None = None

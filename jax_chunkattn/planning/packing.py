@@ -176,20 +176,32 @@ RULES: dict[str, Callable[[GpuWork], Rule]] = {"cost": by_cost, "fasttree": fast
 
 
 def without_private(
-    blocks: Blocks, full: np.ndarray, gpu: GpuWork, *, several: bool = False
+    blocks: Blocks,
+    full: np.ndarray,
+    gpu: GpuWork,
+    *,
+    several: bool = False,
+    anywhere: bool = False,
 ) -> Blocks:
     """The blocks that are items: less the short ends of rows, which stay in the sequence-first
     phase. With `several`, ends that several rows have in common stay there too, if reading them row
-    by row costs less than an item."""
+    by row costs less than an item; with `anywhere`, what is short stays wherever it is."""
     ends = np.stack([blocks.row_begin, blocks.row_end], axis=1).ravel()
     last_column = np.maximum.reduceat(np.append(full, 0), ends)[::2] if len(ends) else ends
-    short = (blocks.column_end == last_column) & (blocks.columns <= gpu.max_private_chunks)
+    short = blocks.columns <= gpu.max_private_chunks
+    if not anywhere:
+        short &= blocks.column_end == last_column
     stays = blocks.rows == 1
     if several:
-        partials = (gpu.partial_write_cost + gpu.partial_read_cost) * blocks.rows
-        programs = -(-blocks.rows // gpu.tile_rows) * (gpu.program_cost + blocks.columns)
-        stays |= blocks.rows * blocks.columns <= programs + partials
+        stays |= ~costs_more_by_rows(blocks, gpu)
     return blocks[~(short & stays)]
+
+
+def costs_more_by_rows(blocks: Blocks, gpu: GpuWork) -> np.ndarray:
+    """Of each block, whether reading it row by row costs more than an item."""
+    partials = (gpu.partial_write_cost + gpu.partial_read_cost) * blocks.rows
+    programs = -(-blocks.rows // gpu.tile_rows) * (gpu.program_cost + blocks.columns)
+    return blocks.rows * blocks.columns > programs + partials
 
 
 def single_rows(full: np.ndarray) -> Blocks:

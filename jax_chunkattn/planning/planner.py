@@ -7,12 +7,13 @@ decode step's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from jax_chunkattn.planning.block_table import (
+    Blocks,
     ChunkIds,
     bucket,
     common_runs,
@@ -24,8 +25,10 @@ from jax_chunkattn.planning.division import Division
 from jax_chunkattn.planning.gpu_division import divide_for_gpu
 from jax_chunkattn.planning.gpu_time import most_items_alone
 from jax_chunkattn.planning.options import GpuCosts, GpuWork, PlannerOptions
+from jax_chunkattn.planning.reach import Reach, hidden_tokens, stack, with_window_ids
 from jax_chunkattn.planning.work_items import flatten_items, pad, partial_slots
 from pallas_kernels.plans import DecodePlan
+from pallas_kernels.windows import Window
 
 __all__ = [
     "GpuCosts",
@@ -54,6 +57,8 @@ class PlanSummary:
       packing: the rule that chose the items; "none" when nothing is shared.
       seconds, unshared_seconds: of a layer's attention with this plan and with every row by itself,
         as the planner estimates them for a GPU.
+      by_window: the same for each window that the plan is for; then the above are of the one that
+        reads most.
     """
 
     shared: bool
@@ -66,6 +71,7 @@ class PlanSummary:
     packing: str = "none"
     seconds: float | None = None
     unshared_seconds: float | None = None
+    by_window: tuple[PlanSummary, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,12 +90,17 @@ class PlanShape:
     @classmethod
     def of(cls, plan: DecodePlan) -> PlanShape:
         return cls(
-            plan.private_chunks.shape[0],
-            plan.items.row_begin.shape[0],
-            plan.items.chunks.shape[0],
-            plan.private_chunks.shape[1],
-            plan.partials.slots.shape[0] if plan.partials is not None else 0,
+            plan.num_rows,
+            plan.items.row_begin.shape[-1],
+            plan.items.chunks.shape[-1],
+            plan.private_chunks.shape[-1],
+            plan.partials.slots.shape[-1] if plan.partials is not None else 0,
         )
+
+    @classmethod
+    def largest_of(cls, shapes: Iterable[PlanShape]) -> PlanShape:
+        """The smallest shape that holds plans of all these."""
+        return cls(*map(max, *(vars(shape).values() for shape in [cls(), *shapes])))
 
     @classmethod
     def largest(cls, rows: int, columns: int, options: PlannerOptions) -> PlanShape:
@@ -124,6 +135,9 @@ def plan_decode(
     num_chunks: int,
     options: PlannerOptions = PlannerOptions(),
     at_least: PlanShape = PlanShape(),
+    windows: Sequence[Window | None] = (),
+    columns: int | None = None,
+    window_ids: np.ndarray | None = None,
 ) -> tuple[DecodePlan, PlanSummary]:
     """Plans the two phases for rows in depth-first order.
 
@@ -136,14 +150,19 @@ def plan_decode(
       num_chunks: chunks in the pool; that number pads the plan.
       options: how work is cut, and for which device. A plan for a GPU has slots for partials.
       at_least: sizes to pad to; the shape of the last plan lets its program run this one too.
+      windows: of the heads that read by it, each once, None for those that see all. Then the plan
+        has a first axis over these, and is good for queries that the rows' chunks have room for.
+      columns: most chunks of a row, where rows choose among theirs; then the plan has the tables.
+      window_ids: int32 [num_chunks + 1], where heads with windows have chunks of their own, the id
+        of each for them, and `num_chunks` of what is nowhere.
 
     Returns:
       The plan, padded to powers of two in every dimension (rows too), and what was decided.
 
     Raises:
       ValueError: when the options are for a GPU and another chunk size, chunks hold no token, a
-        chunk is not in the pool, or a length is no integer, negative, or more than the row's chunks
-        hold.
+        chunk is not in the pool, a length is no integer, negative, or more than the row's chunks
+        hold, or a row has more chunks than `columns`.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
@@ -162,25 +181,60 @@ def plan_decode(
         )
     full = (tokens // chunk_size).astype(np.int32)
     runs = common_runs(table, full)
-    if gpu is not None:
-        division = divide_for_gpu(table, used, full, runs, options)
-    else:
-        division = divide_for_cpu(table, used, full, runs, chunk_size, options)
-    plan = _assemble(table, division, chunk_size, num_chunks, options.gpu, at_least)
+    first, last = tokens - 1, used.astype(np.int64) * chunk_size - 1
+    reaches = [
+        Reach.of(window, first, last, table.shape[1], chunk_size) for window in windows or (None,)
+    ]
+    divide = divide_for_cpu if gpu is None else divide_for_gpu
+    divisions = [divide(table, used, full, reach.clip(runs), reach, options) for reach in reaches]
+    summaries = [_summary(runs, division, chunk_size) for division in divisions]
+
+    def assemble(shape: PlanShape) -> list[DecodePlan]:
+        return [
+            _assemble(table, used, reach, division, num_chunks, gpu, shape)
+            for reach, division in zip(reaches, divisions, strict=True)
+        ]
+
+    plans = assemble(at_least)
+    whole = None if columns is None else _whole_tables(table, plans[0], columns, num_chunks)
+    if not windows:
+        return replace(plans[0], tables=whole), summaries[0]
+    plans = assemble(PlanShape.largest_of(map(PlanShape.of, plans)))  # of one shape
+    hidden = [
+        reach.hidden(division.private) for reach, division in zip(reaches, divisions, strict=True)
+    ]
+    plan = replace(
+        stack(with_window_ids(plans, windows, window_ids)),
+        hidden=hidden_tokens(windows, hidden, PlanShape.of(plans[0]).rows),
+        tables=whole,
+    )
+    most = max(summaries, key=lambda one: one.unshared_chunk_reads)
+    return plan, replace(most, by_window=tuple(summaries))
+
+
+def _whole_tables(table: np.ndarray, plan: DecodePlan, columns: int, num_chunks: int) -> np.ndarray:
+    """The tables of all rows, with room for so many chunks."""
+    if table.shape[1] > columns:
+        raise ValueError(f"a row has {table.shape[1]} chunks, there is room for {columns}")
+    padded = np.full((plan.num_rows, columns), num_chunks, np.int32)
+    padded[: len(table), : table.shape[1]] = table
+    return padded
+
+
+def _summary(runs: Blocks, division: Division, chunk_size: int) -> PlanSummary:
     common = runs.column_end[runs.rows > 1]
-    summary = PlanSummary(
+    return PlanSummary(
         shared=division.shared_items > 0,
         reason=division.reason,
         shared_items=division.shared_items,
         private_items=division.private_items,
         chunk_reads=division.chunk_reads,
-        unshared_chunk_reads=int(full.sum()),
+        unshared_chunk_reads=division.unshared_chunk_reads,
         common_tokens=int(common.max(initial=0)) * chunk_size,
         packing=division.packing,
         seconds=division.seconds,
         unshared_seconds=division.unshared_seconds,
     )
-    return plan, summary
 
 
 def _lengths(lengths: Sequence[int], rows: int) -> np.ndarray:
@@ -198,8 +252,9 @@ def _lengths(lengths: Sequence[int], rows: int) -> np.ndarray:
 
 def _assemble(
     table: np.ndarray,
+    used: np.ndarray,
+    reach: Reach,
     division: Division,
-    chunk_size: int,
     num_chunks: int,
     gpu: GpuWork | None,
     at_least: PlanShape,
@@ -216,11 +271,12 @@ def _assemble(
             align=gpu.align,
             min_slots=at_least.slots,
         )
+    left = used - reach.count_read(used)
     return DecodePlan(
         items=items,
         private_chunks=pack_left(
             table, division.private, rows, at_least.private_chunks, num_chunks
         ),
-        covered_tokens=pad(division.covered * chunk_size, rows),
+        covered_tokens=pad((division.covered + left) * reach.chunk_size, rows),
         partials=partials,
     )

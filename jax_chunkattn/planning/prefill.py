@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -10,14 +10,22 @@ import jax
 import numpy as np
 from jaxtyping import Int32
 
-from jax_chunkattn.planning.block_table import bucket, common_runs, pad_tables
+from jax_chunkattn.planning.block_table import (
+    Blocks,
+    bucket,
+    common_runs,
+    covered_mask,
+    pad_tables,
+)
 from jax_chunkattn.planning.gpu_division import cut_for_gpu
 from jax_chunkattn.planning.gpu_time import choose_pieces, most_items_alone
 from jax_chunkattn.planning.options import GpuWork, PlannerOptions
 from jax_chunkattn.planning.packing import single_rows
+from jax_chunkattn.planning.reach import Reach, hidden_tokens, stack, with_window_ids
 from jax_chunkattn.planning.work_items import flatten_items, items_of, pad, partial_slots
 from pallas_kernels import PrefillPlan
-from pallas_kernels.plans import HostOrDevice, PartialSlots, Sealing, WorkItems
+from pallas_kernels.plans import HiddenTokens, HostOrDevice, PartialSlots, Sealing, WorkItems
+from pallas_kernels.windows import Window
 
 Owner = TypeVar("Owner")
 
@@ -36,7 +44,8 @@ class Segment:
     `write_from` is the first position whose keys and values are not in the pool yet: a prompt that
     is cached as a whole still computes its last token, for the logits, and writes nothing.
     `tail_slot`, where full chunks are encoded, keeps what the segment leaves of one that is not
-    full; None keeps it nowhere.
+    full; None keeps it nowhere. `window_columns` are the chunks, by their place in the sequence,
+    that heads with windows do not have yet, whatever the others have.
     """
 
     tokens: Sequence[int]  # those of the positions [begin, end)
@@ -45,6 +54,7 @@ class Segment:
     end: int
     write_from: int
     tail_slot: int | None = None
+    window_columns: Sequence[int] = ()
 
 
 @jax.tree_util.register_dataclass
@@ -74,10 +84,10 @@ class PrefillShape:
     def of(cls, batch: PrefillBatch) -> PrefillShape:
         plan = batch.plan
         return cls(
-            plan.block_tables.shape[1],
-            plan.items.row_begin.shape[0],
-            plan.items.chunks.shape[0],
-            plan.partials.slots.shape[0] if plan.partials is not None else 0,
+            plan.block_tables.shape[-1],
+            plan.items.row_begin.shape[-1],
+            plan.items.chunks.shape[-1],
+            plan.partials.slots.shape[-1] if plan.partials is not None else 0,
         )
 
     @classmethod
@@ -123,6 +133,8 @@ def pack_segments(
     options: PlannerOptions = PlannerOptions(),
     at_least: PrefillShape = PrefillShape(),
     num_slots: int | None = None,
+    windows: Sequence[Window | None] = (),
+    window_ids: np.ndarray | None = None,
 ) -> PrefillBatch:
     """Packs segments into arrays of T = `num_tokens`; at most T / 16 of them, T tokens in all.
 
@@ -134,6 +146,10 @@ def pack_segments(
 
     With `num_slots`, of a pool that encodes full chunks, the plan says which chunks the call
     completes and where the rest goes; each segment then begins where a chunk does.
+
+    With `windows`, of the heads that read by the plan, what says which chunks are read has a first
+    axis over these. With `window_ids` (int32 [num_chunks + 1]) heads that have one name chunks
+    so, and tokens are written for each of the windows.
 
     Raises:
       ValueError: when they do not fit, or begin within a chunk.
@@ -150,9 +166,8 @@ def pack_segments(
     tokens = np.zeros(num_tokens, np.int32)
     positions = np.zeros(num_tokens, np.int32)
     chunks = np.full(num_tokens, num_chunks, np.int32)
-    tables = np.full((most, width), num_chunks, np.int32)
+    window_chunks = chunks.copy()
     last_token = np.zeros(most, np.int32)
-    own_chunk = np.zeros(most, np.int32)
     tiles = []
     start = 0
     for index, (segment, length) in enumerate(zip(segments, lengths, strict=True)):
@@ -161,11 +176,13 @@ def pack_segments(
         own = np.asarray(segment.chunk_ids, np.int32)
         tokens[packed] = segment.tokens
         positions[packed] = position
+        column = position // chunk_size
         written = position >= segment.write_from
-        chunks[packed] = np.where(written, own[position // chunk_size], num_chunks)
-        tables[index, : len(own)] = own
+        chunks[packed] = np.where(written, own[column], num_chunks)
+        if window_ids is not None:
+            written |= np.isin(column, segment.window_columns)
+            window_chunks[packed] = np.where(written, window_ids[own[column]], num_chunks)
         last_token[index] = start + length - 1
-        own_chunk[index] = segment.begin // chunk_size
         for first in range(0, length, QUERY_TILE):
             size = min(QUERY_TILE, length - first)
             tiles.append((start + first, size, segment.begin + first, index))
@@ -173,19 +190,25 @@ def pack_segments(
     padded_tiles = np.zeros((4, -(-num_tokens // QUERY_TILE) + most), np.int32)
     padded_tiles[:, : len(tiles)] = np.array(tiles, np.int32).T
     tile_begin, tile_count, tile_position, tile_sequence = padded_tiles
-    items, partials = _items_before(segments, num_tokens, chunk_size, num_chunks, options, least)
+    least = replace(least, table_width=width)
+    reads, hidden = _reads(
+        segments, num_tokens, chunk_size, num_chunks, options, least, windows, window_ids
+    )
+    if window_ids is not None:
+        chunks = np.stack([chunks if window is None else window_chunks for window in windows])
     plan = PrefillPlan(
         chunks,
         positions % chunk_size,
-        items,
+        reads.items,
         tile_begin,
         tile_count,
         tile_position,
         tile_sequence,
         np.asarray(len(tiles), np.int32),
-        block_tables=tables,
-        own_chunk=own_chunk,
-        partials=partials,
+        block_tables=reads.block_tables,
+        own_chunk=reads.own_chunk,
+        partials=reads.partials,
+        hidden=hidden,
         sealing=None
         if num_slots is None
         else _sealing(segments, num_tokens, chunk_size, num_chunks, num_slots),
@@ -225,19 +248,112 @@ def _sealing(
     )
 
 
-def _items_before(
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Reads:
+    """The parts of a `PrefillPlan` that say which chunks are read."""
+
+    items: WorkItems
+    block_tables: np.ndarray
+    own_chunk: np.ndarray
+    partials: PartialSlots | None
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Items, chunks of items and slots, as they are padded."""
+        slots = self.partials.slots.shape[0] if self.partials is not None else 0
+        return self.items.row_begin.shape[0], self.items.chunks.shape[0], slots
+
+    def with_chunks(self, name: Callable[[np.ndarray], np.ndarray]) -> _Reads:
+        """With other names for the chunks."""
+        items = replace(self.items, chunks=name(np.asarray(self.items.chunks)))
+        return replace(self, items=items, block_tables=name(self.block_tables))
+
+
+def _reads(
     segments: Sequence[Segment],
     num_tokens: int,
     chunk_size: int,
     num_chunks: int,
     options: PlannerOptions,
     least: PrefillShape,
+    windows: Sequence[Window | None],
+    window_ids: np.ndarray | None,
+) -> tuple[_Reads, HiddenTokens | None]:
+    """What is read of chunks, and what windows hide of it."""
+    table, used = pad_tables([segment.chunk_ids for segment in segments], num_chunks)
+    first = np.array([segment.begin for segment in segments])
+    last = np.array([segment.end for segment in segments]) - 1
+    runs_of = common_runs if options.sharing else lambda _, full: single_rows(full)
+    runs = runs_of(table, first // chunk_size)
+    reaches = [
+        Reach.of(window, first, last, table.shape[1], chunk_size) for window in windows or (None,)
+    ]
+    blocks = [reach.clip(runs) for reach in reaches]
+    listed: list[np.ndarray | None] = [None]  # without windows items cover all before segments
+    if windows:
+        listed = [
+            reach.read(used) & ~covered_mask(table.shape, some)
+            for reach, some in zip(reaches, blocks, strict=True)
+        ]
+
+    def read(least: PrefillShape) -> list[_Reads]:
+        most = max_segments(num_tokens)
+        found = []
+        for reach, some, by_row in zip(reaches, blocks, listed, strict=True):
+            tables = _own_tables(table, by_row, reach, first, most, least, num_chunks)
+            items, slots = _items(segments, table, some, num_tokens, num_chunks, options, least)
+            found.append(_Reads(items, *tables, slots))
+        return found
+
+    reads = read(least)
+    if not windows:
+        return reads[0], None
+    items, item_chunks, slots = map(max, zip(*(one.sizes for one in reads), strict=True))
+    reads = read(PrefillShape(least.table_width, items, item_chunks, slots))  # of one shape
+    hidden = [
+        reach.hidden(by_row)
+        for reach, by_row in zip(reaches, listed, strict=True)
+        if by_row is not None
+    ]
+    reads = with_window_ids(reads, windows, window_ids)
+    return stack(reads), hidden_tokens(windows, hidden, max_segments(num_tokens))
+
+
+def _own_tables(
+    table: np.ndarray,
+    listed: np.ndarray | None,
+    reach: Reach,
+    first: np.ndarray,
+    most: int,
+    least: PrefillShape,
+    num_chunks: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The block table of each sequence, and where in it begins what the sequence reads by itself:
+    that is moved up to the chunk of its first new token."""
+    tables = np.full((most, least.table_width), num_chunks, np.int32)
+    tables[: len(table), : table.shape[1]] = table
+    own = first // reach.chunk_size
+    if listed is None:
+        return tables, pad(own, most)
+    before = listed & (np.arange(table.shape[1]) < own[:, None])
+    count = before.sum(axis=1)
+    for row in np.nonzero(count)[0]:
+        tables[row, own[row] - count[row] : own[row]] = table[row, before[row]]
+    return tables, pad(own - count, most)
+
+
+def _items(
+    segments: Sequence[Segment],
+    table: np.ndarray,
+    runs: Blocks,
+    num_tokens: int,
+    num_chunks: int,
+    options: PlannerOptions,
+    least: PrefillShape,
 ) -> tuple[WorkItems, PartialSlots | None]:
-    """The chunks wholly before each segment, once for all segments behind them; rows are tokens."""
+    """Runs of chunks wholly before segments, once for all segments behind them; rows are tokens."""
     first_token = np.cumsum([0, *(segment.end - segment.begin for segment in segments)])
-    table, _ = pad_tables([segment.chunk_ids for segment in segments], num_chunks)
-    before = np.array([segment.begin // chunk_size for segment in segments])
-    runs = common_runs(table, before) if options.sharing else single_rows(before)
     begin = first_token[runs.row_begin]
     items = replace(
         items_of(table, runs), row_begin=begin, row_count=first_token[runs.row_end] - begin
@@ -284,6 +400,8 @@ def next_call(
             break
         room -= fits
         call.append((owner, replace(segment, tokens=segment.tokens[:fits], end=cut)))
+        if cut < segment.end:
+            break  # what follows may read what is not computed by this call
     return call, num_tokens
 
 

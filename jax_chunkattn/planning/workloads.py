@@ -79,7 +79,7 @@ def case_inputs(
         num_chunks=num_chunks,
         options=options,
     )
-    batch = plan.private_chunks.shape[0]
+    batch = plan.num_rows
     lengths = np.zeros(batch, np.int32)
     lengths[: len(rows)] = [row.num_tokens for row in rows]
     pool_shape = (layers, case.num_kv_heads, num_chunks, case.chunk_size, case.head_dim)

@@ -33,6 +33,7 @@ def check_tree(
     _check_references(stored, sequences)
     _check_cached(stored)
     _check_chunks(stored, sequences)
+    stored.windows.check(sequences)
     check_rows(rows, sequences)
     for sequence in sequences:
         table = sequence.chunk_table.tolist()

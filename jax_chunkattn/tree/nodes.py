@@ -137,11 +137,17 @@ class SequenceHandle:
     ``num_cached_tokens`` counts the tokens that were there when the sequence came: computed, to be
     computed by an earlier one, or to be copied; what is left to compute *now* is told by
     ``PrefixTree.computed_tokens``. ``copy`` is what ``insert`` asks to be copied, done or not.
+
+    Where heads with windows have chunks of their own (`tree.windowed_chunks`), ``windowed`` are the
+    columns, beside the first, of which it holds those, and ``window_copies`` what ``insert`` or
+    ``fork`` asks to be copied there, as source and destination. ``num_matched_tokens`` counts, in
+    whole chunks, the tokens that were there for the other heads when it came.
     """
 
     __slots__ = (
         "chunk_ids", "chunk_table", "copy", "nodes", "num_cached_tokens",
-        "num_computed_tail_tokens", "num_tokens", "path", "root", "tail",
+        "num_computed_tail_tokens", "num_matched_tokens", "num_tokens", "path", "root", "tail",
+        "window_copies", "windowed",
     )  # fmt: skip
 
     def __init__(self, root: Root, nodes: list[Node], tail: bytes):
@@ -153,8 +159,11 @@ class SequenceHandle:
         self.path = encode_path(self.chunk_ids)
         self.num_tokens = 0
         self.num_cached_tokens = 0
+        self.num_matched_tokens = 0
         self.num_computed_tail_tokens = 0
         self.copy: PartialCopy | None = None
+        self.windowed = range(0)
+        self.window_copies: list[tuple[int, int]] = []
 
     @property
     def salt(self) -> bytes:

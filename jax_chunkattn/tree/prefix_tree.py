@@ -11,18 +11,22 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from jax_chunkattn.tree.allocator import PoolExhausted
 from jax_chunkattn.tree.children import set_computed
 from jax_chunkattn.tree.invariants import check_tree
 from jax_chunkattn.tree.nodes import (
     TOKEN_BYTES,
     Match,
+    Node,
     PartialCopy,
+    Root,
     SequenceHandle,
     computed_tokens,
     encode_tokens,
     num_computed,
 )
 from jax_chunkattn.tree.stored_chunks import StoredChunks
+from jax_chunkattn.tree.window_room import WindowRoom
 
 
 class PrefixTree:
@@ -45,13 +49,28 @@ class PrefixTree:
 
     ``retain=False`` is the paper's policy: chunks are freed when their last sequence leaves.
 
+    With ``window_room``, heads with windows have fewer chunks than the others
+    (`tree.windowed_chunks`), under ids of their own, `window_ids`: of each sequence what its next
+    queries read. Then the caller asks for `fill` before it computes tokens. What the windows of all
+    sequences have left is given up when there is need, so a prefix may be found as far only as what
+    its end reads is there: the rest has nodes, and is computed once more for those heads alone.
+
     ``version`` changes whenever the rows or their chunk ids do; a plan made at one version is good
     until it does. Not thread-safe.
     """
 
-    def __init__(self, num_chunks: int, chunk_size: int, *, retain: bool = True):
-        """Raises ValueError when ``num_chunks`` or ``chunk_size`` is below 1."""
-        self._stored = StoredChunks(num_chunks, chunk_size, retain=retain)
+    def __init__(
+        self,
+        num_chunks: int,
+        chunk_size: int,
+        *,
+        retain: bool = True,
+        window_room: WindowRoom | None = None,
+    ):
+        """Raises ValueError when ``num_chunks`` or ``chunk_size`` is below 1, or there is not even
+        room for one sequence's windows."""
+        self._stored = StoredChunks(num_chunks, chunk_size, retain=retain, window_room=window_room)
+        self._windows = self._stored.windows
         self.version = 0
         self._sequences: dict[SequenceHandle, None] = {}
         self._rows: list[SequenceHandle] | None = None
@@ -71,6 +90,17 @@ class PrefixTree:
         """Whether chunks stay cached when their last sequence leaves."""
         return self._stored.retain
 
+    @property
+    def window_room(self) -> WindowRoom | None:
+        """What heads with windows have, where they have chunks of their own."""
+        return self._windows.room
+
+    @property
+    def window_ids(self) -> np.ndarray | None:
+        """Of each chunk its id for heads with windows, ``num_chunks`` where it has none: int32
+        [num_chunks + 1]. It changes with the tree."""
+        return self._windows.ids
+
     # Sizes, all O(1).
 
     @property
@@ -87,6 +117,11 @@ class PrefixTree:
     def in_use_count(self) -> int:
         """Chunks that some sequence holds: sealed, tail or reserved."""
         return self.num_chunks - self.free_count - self.cached_count
+
+    @property
+    def window_in_use_count(self) -> int:
+        """Chunks of heads with windows that some sequence needs, where they have their own."""
+        return self._windows.in_use_count
 
     @property
     def num_nodes(self) -> int:
@@ -108,11 +143,12 @@ class PrefixTree:
         stored = self._stored
         encoded, root = encode_tokens(tokens), stored.roots.get(salt)
         nodes = stored.walk(root, encoded)
+        usable = nodes[: self._windows.usable(nodes)]
         return Match(
-            chunk_ids=tuple(node.chunk_id for node in nodes),
-            num_tokens=len(nodes) * self.chunk_size,
-            num_computed_tokens=num_computed(nodes) * self.chunk_size,
-            num_copyable_tokens=stored.find_donor(root, nodes, encoded)[1],
+            chunk_ids=tuple(node.chunk_id for node in usable),
+            num_tokens=len(usable) * self.chunk_size,
+            num_computed_tokens=num_computed(usable) * self.chunk_size,
+            num_copyable_tokens=self._find_donor(root, nodes, encoded)[1],
         )
 
     def room_after_insert(self, tokens: Iterable[int] | np.ndarray, salt: bytes = b"") -> int:
@@ -121,6 +157,8 @@ class PrefixTree:
         Negative when that would be refused. Changes nothing. Raises ValueError on bad tokens.
         """
         stored, encoded = self._stored, encode_tokens(tokens)
+        if not self._windows.has_room():
+            return -1
         nodes = stored.walk(stored.roots.get(salt), encoded)
         needed = -(-len(encoded) // stored.chunk_bytes) - len(nodes)
         return self.free_count + stored.num_evictable(nodes) - needed
@@ -133,7 +171,18 @@ class PrefixTree:
         another computed a part meanwhile, and it may equal ``num_tokens``. What ``sequence.copy``
         brings counts from the start, for this sequence only: another that shares the pending chunk
         must compute all of it, since the copy is dropped if this one is released first.
+
+        Heads with windows count as far as what the next token reads is there.
         """
+        return self._windows.begin_of(sequence, self.stored_tokens(sequence))
+
+    def count_windowed(self, sequence: SequenceHandle) -> int:
+        """Chunks of heads with windows that a sequence needs, where they have their own."""
+        return self._windows.count(sequence)
+
+    def stored_tokens(self, sequence: SequenceHandle) -> int:
+        """The same without heads with windows: tokens that must not be written again for the
+        others."""
         self._require_active(sequence)
         return computed_tokens(sequence, self.chunk_size)
 
@@ -174,10 +223,12 @@ class PrefixTree:
         matched = stored.walk(stored.roots.get(salt), encoded)
         needed = stored.num_chunks_for(num_tokens) - len(matched)
         stored.require_available(needed, keeping=matched)
+        self._require_window_room()
 
         donor, num_copied = None, 0
         if copy_partial:
-            donor, num_copied = stored.find_donor(stored.roots.get(salt), matched, encoded)
+            donor, num_copied = self._find_donor(stored.roots.get(salt), matched, encoded)
+        num_usable_tokens = self._windows.usable(matched) * self.chunk_size
         root = stored.open_root(salt)
         root.references += 1  # before anything is evicted: an emptied root would be dropped
         for node in matched:
@@ -195,13 +246,35 @@ class PrefixTree:
         sequence = SequenceHandle(root, nodes, tail=encoded[num_sealed * size :])
         sequence.add_chunks(chunk_ids[num_sealed - len(matched) :])
         sequence.num_tokens = num_tokens
-        sequence.num_cached_tokens = len(matched) * self.chunk_size + num_copied
+        sequence.num_cached_tokens = num_usable_tokens + num_copied
+        sequence.num_matched_tokens = len(matched) * self.chunk_size
         if donor is not None:
             sequence.copy = PartialCopy(donor.chunk_id, chunk_ids[0], num_copied)
             if len(nodes) == len(matched):
                 sequence.num_computed_tail_tokens = num_copied
         self._activate(sequence)
+        self._windows.enter(sequence, num_usable_tokens)
+        if donor is not None:
+            copies = [(donor.chunk_id, chunk_ids[0])]
+            self._windows.copy(sequence, num_usable_tokens, sequence.num_cached_tokens, copies)
         return sequence
+
+    def expect(self, sequence: SequenceHandle, position: int) -> None:
+        """Keeps, for heads with windows, what a sequence reads that goes on from a position, and
+        nothing else: others may still have to compute a part of what is before it."""
+        self._require_active(sequence)
+        self._windows.restart_from(sequence, position)
+
+    def fill(self, sequence: SequenceHandle, begin: int, end: int) -> list[int]:
+        """Makes room, for heads with windows, for a sequence's tokens from position ``begin`` to
+        ``end``, which are computed next.
+
+        Returns the chunks, by their place in the sequence, that had none: for those heads all of
+        such a chunk is to be computed, also where the tokens count as stored for the others. Raises
+        ValueError when there are more tokens than a sequence may ask room for.
+        """
+        self._require_active(sequence)
+        return self._windows.fill(sequence, begin, end)
 
     def mark_computed(self, sequence: SequenceHandle, num_tokens: int) -> None:
         """Records that keys and values of the first ``num_tokens`` tokens are in the pool.
@@ -217,6 +290,7 @@ class PrefixTree:
             set_computed(node)
         in_tail = num_tokens - len(sequence.nodes) * self.chunk_size
         sequence.num_computed_tail_tokens = max(sequence.num_computed_tail_tokens, in_tail)
+        self._windows.go_on_from(sequence, num_tokens)
 
     def reserve(self, sequence: SequenceHandle, num_tokens: int) -> bool:
         """Makes room for ``num_tokens`` more tokens in private chunks; True if chunks were added.
@@ -227,15 +301,15 @@ class PrefixTree:
         self._require_active(sequence)
         if num_tokens < 0:
             raise ValueError(f"cannot reserve {num_tokens} tokens")
-        needed = self._stored.num_chunks_for(sequence.num_tokens + num_tokens) - len(
-            sequence.chunk_ids
-        )
-        if needed <= 0:
-            return False
-        self._stored.require_available(needed)
-        sequence.add_chunks(self._stored.allocate(needed))
-        self.version += 1
-        return True
+        end = sequence.num_tokens + num_tokens
+        needed = self._stored.num_chunks_for(end) - len(sequence.chunk_ids)
+        if needed > 0:
+            self._stored.require_available(needed)
+            sequence.add_chunks(self._stored.allocate(needed))
+        filled = self._windows.reserve(sequence, self.stored_tokens(sequence), end)
+        added = needed > 0 or filled
+        self.version += added
+        return added
 
     def append(self, sequence: SequenceHandle, tokens: Iterable[int] | np.ndarray) -> bool:
         """Records tokens whose keys and values the device has written behind the sequence's last.
@@ -249,7 +323,7 @@ class PrefixTree:
         Raises ValueError, before any change, on bad tokens, when a part of the sequence is not
         computed, and when `reserve` has not made the room.
         """
-        num_computed = self.computed_tokens(sequence)
+        num_computed = self.stored_tokens(sequence)
         if num_computed != sequence.num_tokens:
             raise ValueError(
                 f"append to a sequence with {num_computed} of {sequence.num_tokens} tokens "
@@ -271,6 +345,7 @@ class PrefixTree:
         if sealed:
             self.version += 1
             self._rows = None
+        self._windows.go_on_from(sequence, num_tokens)
         return sealed
 
     def fork(
@@ -290,6 +365,7 @@ class PrefixTree:
         self._require_active(sequence)
         needed = self._stored.num_chunks_for(sequence.num_tail_tokens)
         self._stored.require_available(needed)
+        self._require_window_room()
         destinations = self._stored.allocate(needed)
         for node in sequence.nodes:
             self._stored.take(node)
@@ -300,11 +376,18 @@ class PrefixTree:
         computed = sequence.num_computed_tail_tokens
         full = computed // self.chunk_size
         copy.num_computed_tail_tokens = computed if copy_tail else full * self.chunk_size
-        copy.num_cached_tokens = len(copy.nodes) * self.chunk_size + copy.num_computed_tail_tokens
+        copy.num_matched_tokens = len(copy.nodes) * self.chunk_size
+        copy.num_cached_tokens = copy.num_matched_tokens + copy.num_computed_tail_tokens
         self._activate(copy)
         copied = needed if copy_tail else full
         sources = sequence.private_chunk_ids[:copied]
-        return copy, list(zip(sources, destinations[:copied], strict=True))
+        copies = list(zip(sources, destinations[:copied], strict=True))
+        begin, sealed = self.computed_tokens(sequence), len(copy.nodes) * self.chunk_size
+        self._windows.enter(copy, min(begin, sealed))
+        if begin > sealed:
+            end = min(begin, sealed + copy.num_computed_tail_tokens)
+            self._windows.copy(copy, sealed, end, copies)
+        return copy, copies
 
     def is_active(self, sequence: SequenceHandle) -> bool:
         """Whether it is one of this tree's, and not released."""
@@ -322,6 +405,7 @@ class PrefixTree:
         del self._sequences[sequence]
         self._rows = None
         self.version += 1
+        self._windows.leave(sequence)
         self._stored.allocator.free(sequence.private_chunk_ids)
         self._stored.leave(sequence.nodes, sequence.root, keep)
 
@@ -350,6 +434,20 @@ class PrefixTree:
 
     # Inside.
 
+    def _find_donor(
+        self, root: Root | None, nodes: list[Node], encoded: bytes
+    ) -> tuple[Node | None, int]:
+        """The node that the chunk behind these can be copied from, and how many tokens of it."""
+        donor, num_tokens = self._stored.find_donor(root, nodes, encoded)
+        windows = self._windows
+        if donor is None or not windows.has(donor.chunk_id) or windows.usable(nodes) < len(nodes):
+            return None, 0
+        return donor, num_tokens
+
+    def _require_window_room(self) -> None:
+        if not self._windows.has_room():
+            raise PoolExhausted("heads with windows have no chunks for one more sequence")
+
     def _require_active(self, sequence: SequenceHandle) -> None:
         if not self.is_active(sequence):
             raise ValueError("the sequence is not active in this tree (released before?)")
@@ -371,6 +469,7 @@ class PrefixTree:
             set_computed(node)
         elif node.computed:
             self._stored.take(node)
+            self._windows.exchange(sequence, position, node.chunk_id)
             self._stored.allocator.free((own_chunk_id,))
             sequence.replace_chunk(position, node.chunk_id)
         else:

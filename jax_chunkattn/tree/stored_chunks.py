@@ -6,6 +6,8 @@ from jax_chunkattn.tree.allocator import ChunkAllocator, PoolExhausted
 from jax_chunkattn.tree.children import children_of, closest_child, remove_child
 from jax_chunkattn.tree.eviction import RecencyList
 from jax_chunkattn.tree.nodes import TOKEN_BYTES, Node, Root
+from jax_chunkattn.tree.window_room import WindowRoom
+from jax_chunkattn.tree.windowed_chunks import EveryChunk, WindowedChunks
 
 
 class StoredChunks:
@@ -22,10 +24,14 @@ class StoredChunks:
       cached: those in no sequence, in the order of eviction.
       roots: by salt.
       num_evicted: chunks evicted so far.
+      windows: which of them heads with windows have.
     """
 
-    def __init__(self, num_chunks: int, chunk_size: int, *, retain: bool):
-        """Raises ValueError when `num_chunks` or `chunk_size` is below 1."""
+    def __init__(
+        self, num_chunks: int, chunk_size: int, *, retain: bool, window_room: WindowRoom | None
+    ):
+        """Raises ValueError when `num_chunks` or `chunk_size` is below 1, or there is too little
+        room for windows."""
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
         self.num_chunks = num_chunks
@@ -37,6 +43,11 @@ class StoredChunks:
         self.cached = RecencyList()
         self.roots: dict[bytes, Root] = {}
         self.num_evicted = 0
+        self.windows = (
+            EveryChunk()
+            if window_room is None
+            else WindowedChunks(num_chunks, chunk_size, window_room)
+        )
         self._next_root_id = num_chunks
 
     @property
@@ -178,6 +189,7 @@ class StoredChunks:
         del self.nodes[node.key]
         if node.computed:
             remove_child(node)
+        self.windows.forget(node.chunk_id)
         self.allocator.free((node.chunk_id,))
         if isinstance(node.parent, Root):
             self._drop_root_reference(node.parent)

@@ -20,6 +20,8 @@ from jax_chunkattn.device.programs import SplitModel
 from jax_chunkattn.planning.planner import plan_decode
 from jax_chunkattn.planning.prefill import Segment, pack_segments
 
+pytestmark = pytest.mark.optimised
+
 GOLDEN = Path(__file__).parents[1] / "models" / "golden_smollm2.npz"
 
 

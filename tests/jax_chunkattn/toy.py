@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,8 @@ import models
 from jax_chunkattn.planning.planner import bucket
 from models.decoder import Decoder
 from models.dense_attention import empty_pool, run_dense
+from models.head_patterns import HeadPattern, with_pattern
+from pallas_kernels.windows import Window, WindowMap
 
 CONTEXT = 512
 MIN_CONTEXT = 128
@@ -22,25 +25,47 @@ def toy_model() -> Decoder:
     return models.load("random:tiny").model
 
 
+WINDOWS = WindowMap((None, Window(21), Window(9, sinks=20)), ((0, 1), (2, 0)))
+"""Longer and shorter than a chunk of 16 tokens, with sinks that end in a chunk."""
+
+
 @functools.cache
-def _split():
-    return nnx.split(toy_model())
+def windowed_model() -> Decoder:
+    """The same weights; each KV head of a layer has another window."""
+    model = models.load("random:tiny").model
+    model.cache_spec = replace(model.cache_spec, windows=WINDOWS)
+    return model
 
 
-def greedy_without_cache(prompt, max_tokens, stop_tokens=()):
+PATTERN = HeadPattern.of([[0.9, 0.1], [0.2, 0.8]], sinks=19, recent=25)
+"""Of one retrieval head in each layer; what streaming heads see begins and ends within chunks."""
+
+
+@functools.cache
+def patterned_model() -> Decoder:
+    """The same weights; half of the KV heads are streaming heads."""
+    return with_pattern(toy_model(), PATTERN, 0.5)
+
+
+@functools.cache
+def _split(model):
+    return nnx.split(model)
+
+
+def greedy_without_cache(prompt, max_tokens, stop_tokens=(), model=None):
     """Each token from a forward pass over the whole sequence, in dense causal attention."""
     tokens = list(prompt)
     while len(tokens) < len(prompt) + max_tokens:
-        tokens.append(int(_run(tokens, CONTEXT)[len(tokens) - 1].argmax()))
+        tokens.append(int(_run(tokens, CONTEXT, model)[len(tokens) - 1].argmax()))
         if tokens[-1] in stop_tokens:
             break
     return tokens[len(prompt) :]
 
 
 @functools.lru_cache(maxsize=2048)
-def logits_without_cache(tokens: tuple[int, ...]) -> np.ndarray:
+def logits_without_cache(tokens: tuple[int, ...], model: Decoder | None = None) -> np.ndarray:
     """Of what follows each of `tokens [T]`, by one pass in dense causal attention: `[T, V]`."""
-    return np.asarray(_run(tokens, bucket(len(tokens), MIN_CONTEXT)))[: len(tokens)]
+    return np.asarray(_run(tokens, bucket(len(tokens), MIN_CONTEXT), model))[: len(tokens)]
 
 
 def log_probabilities_without_cache(tokens: tuple[int, ...]) -> np.ndarray:
@@ -49,11 +74,12 @@ def log_probabilities_without_cache(tokens: tuple[int, ...]) -> np.ndarray:
     return logits - np.logaddexp.reduce(logits)
 
 
-def _run(tokens, context):
+def _run(tokens, context, model=None):
     """Logits `[context, V]` of tokens and of padding behind them."""
-    graphdef, state = _split()
+    model = model or toy_model()
+    graphdef, state = _split(model)
     padded = jnp.asarray(np.pad(tokens, (0, context - len(tokens))), jnp.int32)
-    pool = empty_pool(toy_model().cache_spec, context)
+    pool = empty_pool(model.cache_spec, context)
     logits, _ = run_dense(graphdef, state, padded, jnp.arange(context, dtype=jnp.int32), pool)
     return logits
 

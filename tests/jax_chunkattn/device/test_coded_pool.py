@@ -70,6 +70,7 @@ def test_tokens_in_the_same_memory(codec, of_float16):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_decoding_and_prefill_update_codes_and_tails_in_place():
     state = state_of(16_000, [16, 16])  # codes are small: activations must be smaller
     tables = [[1, 2, 3], [4, 5, 6]]
@@ -132,6 +133,7 @@ def test_codes_are_never_written_twice():
         state = engine._core.device._state
         assert state is not None
         pool = state.pool
+        assert isinstance(pool, CodedPool)
         chunks = list(engine._core.tree.match(prompt).chunk_ids)
         return jax.tree.map(lambda array: np.asarray(array[:, :, chunks]), (pool.keys, pool.values))
 

@@ -8,6 +8,7 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 
 from jax_chunkattn import CacheConfig, allocate_pool, chunk_attention, plan_decode
@@ -15,6 +16,8 @@ from jax_chunkattn.device.decode_loop import decode_attend
 from jax_chunkattn.device.decode_rows import DecodeRows
 from tests.jax_chunkattn.engine.engines import SHARE_ALL
 from tests.jax_chunkattn.toy import toy_model
+
+pytestmark = pytest.mark.optimised
 
 OPERATION = re.compile(r"^\s*(?:ROOT )?%?\S+ = .*? ([a-z][\w-]*)\(", re.MULTILINE)
 

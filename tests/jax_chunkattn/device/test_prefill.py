@@ -77,6 +77,17 @@ def test_many_short_segments_take_a_call_with_room_for_them():
     assert (len(call), num_tokens) == (2, 32)
 
 
+def test_nothing_comes_behind_a_segment_that_is_cut():
+    """It may read what the rest of that segment computes, which is in no earlier call."""
+    work = [
+        (owner, Segment([7] * length, [owner], begin=0, end=length, write_from=0))
+        for owner, length in enumerate((10, 600, 20))
+    ]
+    call, num_tokens = next_call(work, align=64)
+    assert [(owner, segment.end) for owner, segment in call] == [(0, 10), (1, 448)]
+    assert num_tokens == 512
+
+
 def packed_on_gpu(segments, num_tokens, **work):
     options = PlannerOptions.for_gpu(chunk_size=16, **work)
     fit = {"num_tokens": num_tokens, "chunk_size": 16, "num_chunks": 1000}

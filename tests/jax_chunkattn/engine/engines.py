@@ -8,14 +8,15 @@ from jax_chunkattn import CacheConfig, Engine, PlannerOptions
 from tests.jax_chunkattn.toy import toy_model
 
 SHARE_ALL = PlannerOptions(worth_sharing=lambda rows, chunks: rows > 1)
+STORED = ("codec", "selector", "window_chunks")
 
 
 def make_engine(num_chunks: int = 200, chunk_size: int = 16, **options) -> Engine:
     """Every pool size and every `steps_per_call` costs programs to compile: best leave them."""
     options = {"planner": SHARE_ALL, "max_running": 16, "steps_per_call": 3, **options}
     model = options.pop("model", None) or toy_model()
-    codec = options.pop("codec", "identity")
-    return Engine(model, CacheConfig(num_chunks, chunk_size, codec=codec), **options)
+    stored = {name: options.pop(name) for name in STORED if name in options}
+    return Engine(model, CacheConfig(num_chunks, chunk_size, **stored), **options)
 
 
 class BytePairs:

@@ -14,7 +14,7 @@ to bound.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ from jax import lax
 
 from jax_chunkattn.engine.requests import TokenLogprobs
 from jax_chunkattn.sampling import RowSampling, SamplingParams, TokenCounts, sample
+from models.decoder import Decoder
 from tests.jax_chunkattn.toy import logits_without_cache, toy_model
 
 MAX_ANSWER = 64  # tokens; answers are padded to it, so that the sampler is compiled once
@@ -35,12 +36,14 @@ class Agreement:
     """How well answers agreed with the oracle.
 
     Attributes:
+      model: that gave them.
       tokens: compared.
       near_ties: of those, where rounding decided otherwise.
       logprobs: compared.
       largest_error: of a log-probability.
     """
 
+    model: Decoder = field(default_factory=toy_model)
     tokens: int = 0
     near_ties: int = 0
     logprobs: int = 0
@@ -51,12 +54,13 @@ class Agreement:
     ) -> None:
         """Asserts that the sampler chooses each of `tokens`, but for the first `given`."""
         sequence = (*prompt, *tokens)
-        expected = _choices(params, prompt, tokens, logits_without_cache(sequence[:-1]))
+        logits = logits_without_cache(sequence[:-1], self.model)
+        expected = _choices(params, prompt, tokens, logits)
         self.tokens += len(tokens) - given
         for index in range(given, len(tokens)):
             if expected[index] == tokens[index]:
                 continue
-            nudged = logits_without_cache(sequence[:-1]) - ROUNDING
+            nudged = logits - ROUNDING
             nudged[len(prompt) + index - 1, tokens[index]] += 2 * ROUNDING
             again = _choices(params, prompt, tokens, nudged)
             assert again[index] == tokens[index], (
@@ -79,7 +83,7 @@ class Agreement:
             assert not logprobs
             return
         assert len(logprobs) == len(tokens)
-        logits = logits_without_cache((*prompt, *tokens)[:-1])[len(prompt) - 1 :]
+        logits = logits_without_cache((*prompt, *tokens)[:-1], self.model)[len(prompt) - 1 :]
         for index in range(given, len(tokens)):
             expected = logits[index] - np.logaddexp.reduce(logits[index].astype(np.float64))
             top = logprobs[index].top

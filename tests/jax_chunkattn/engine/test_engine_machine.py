@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import settings
@@ -48,6 +49,7 @@ from tests.jax_chunkattn.engine.machine_requests import (
 )
 from tests.jax_chunkattn.engine.oracle import Agreement, ending, text_of
 from tests.jax_chunkattn.machines import run_until_seen
+from tests.jax_chunkattn.toy import windowed_model
 
 MOST_OPEN = 8
 MOST_DONE = 8
@@ -96,6 +98,7 @@ class EngineMachine(RuleBasedStateMachine):
     seen: ClassVar[Counter[str]] = Counter()
     agreement: ClassVar[Agreement] = Agreement()
     pools: ClassVar[list[tuple[int, int]]] = POOLS
+    options: ClassVar[Mapping[str, Any]] = {}
 
     @initialize(data=st.data(), sharing=st.sampled_from([True] * 7 + [False]))
     def start(self, data: st.DataObject, sharing: bool) -> None:
@@ -112,6 +115,7 @@ class EngineMachine(RuleBasedStateMachine):
             stop_tokens=STOP_TOKENS,
             sharing=sharing,
             retain=data.draw(st.sampled_from([True] * 7 + [False])),
+            **self.options,
         )
         self.requests: list[Tracked] = []
         self.pins: list[TrackedPin] = []
@@ -143,7 +147,14 @@ class EngineMachine(RuleBasedStateMachine):
     def fits(self, tokens, max_tokens: int, namespace: object, pinned: set) -> bool:
         own = prefixes(tokens, self.chunk_size, namespace)
         needed = chunks_to_finish(len(tokens), max_tokens, self.chunk_size)
-        return needed <= self.num_chunks - len(pinned - own)
+        return needed <= self.num_chunks - len(pinned - own) and self.windows_fit()
+
+    def windows_fit(self, pins: int = 0) -> bool:
+        """Whether heads with windows have room for a request, beside what is pinned and so many
+        prefixes more."""
+        room = self.engine._core.tree.window_room
+        sequences = len(self.pins) + pins + 1
+        return room is None or room.needed(sequences, self.chunk_size) <= room.chunks
 
     def pinned(self) -> set:
         each = (prefixes(pin.tokens, self.chunk_size, pin.namespace) for pin in self.pins)
@@ -409,7 +420,7 @@ class EngineMachine(RuleBasedStateMachine):
             (one.handle.prompt, one.handle.params.max_tokens, one.namespace) for one in self.open()
         ]
         accepted += [(pin.tokens, 1, pin.namespace) for pin in self.pins if not pin.handle.computed]
-        return all(self.fits(*one, pinned=pinned) for one in accepted)
+        return self.windows_fit(1) and all(self.fits(*one, pinned=pinned) for one in accepted)
 
     def fill(self, count: int) -> None:
         """Makes the pool smaller, by pinning what nobody asks for."""
@@ -551,6 +562,30 @@ class EngineMachine(RuleBasedStateMachine):
             assert pin.handle.computed
             pin.handle.release()
         assert_all_returned(self.engine)
+
+
+class WindowMachine(EngineMachine):
+    """Heads with windows have chunks for three sequences at once."""
+
+    seen: ClassVar[Counter[str]] = Counter()
+    pools: ClassVar[list[tuple[int, int]]] = [(24, 16)]
+    agreement: ClassVar[Agreement] = Agreement(windowed_model())
+    options: ClassVar[Mapping[str, Any]] = {"model": windowed_model(), "window_chunks": 20}
+
+    @invariant()
+    def windows_count(self) -> None:
+        if hasattr(self, "engine"):
+            self.saw("window", self.engine.stats.prompts.window > 0)
+
+
+@pytest.mark.slow
+def test_random_use_of_windows_gives_the_answers_of_a_model_without_a_cache():
+    wanted = {"evicted", "fork copied", "partial chunk copied", "pinned", "window"}
+    missed = run_until_seen(WindowMachine, wanted, max_examples=12, report_multiple_bugs=False)
+    seen, agreement = WindowMachine.seen, WindowMachine.agreement
+    print(f"{WindowMachine.steps} steps, {agreement}, {dict(sorted(seen.items()))}")
+    assert agreement.near_ties <= agreement.tokens / 10_000
+    assert not missed, f"never happened in {WindowMachine.steps} steps: {missed}"
 
 
 def test_random_use_gives_the_answers_of_a_model_without_a_cache():

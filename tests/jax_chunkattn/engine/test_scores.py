@@ -12,7 +12,8 @@ from jax_chunkattn.device.model_interface import CacheSpec
 from tests import oracle
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
-SCORES = {"scale": 1.0, "softcap": 3.0}
+SCALE, SOFTCAP = 1.0, 3.0
+SCORES = {"scale": SCALE, "softcap": SOFTCAP}
 PROMPT = list(range(36, 1, -1))
 
 
@@ -20,7 +21,7 @@ class AttentionAlone(nnx.Module):
     """Each token has a query, a key and a value, and the logits are the attention output."""
 
     def __init__(self):
-        self.cache_spec = CacheSpec(1, KV_HEADS, HEAD_DIM, HEADS, **SCORES)
+        self.cache_spec = CacheSpec(1, KV_HEADS, HEAD_DIM, HEADS, softcap=SOFTCAP, scale=SCALE)
         self.vocab_size = HEADS * HEAD_DIM
         self.max_positions = 1000
         random = np.random.default_rng(0)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from jax_chunkattn.planning.planner import PlannerOptions
 from jax_chunkattn.tree.prefix_tree import PrefixTree
 from pallas_kernels import DecodePlan
-from pallas_kernels.chunk_attention.reference import tokens_per_chunk
+from pallas_kernels.chunk_attention.reference import times_read
 from pallas_kernels.plans import DecodeReads
+from pallas_kernels.windows import Window
 
 SHARE_ALL = PlannerOptions(worth_sharing=lambda rows, chunks: rows > 1)
 CHUNK = 4
@@ -45,20 +46,25 @@ def items_of(plan: DecodePlan) -> list[tuple[int, int, tuple[int, ...]]]:
 
 def check_coverage(plan: DecodePlan, tables, lengths) -> None:
     """Every row attends to each of its tokens once, and `covered_tokens` counts those of items."""
-    padded = np.zeros(plan.private_chunks.shape[0], np.int32)
-    padded[: len(lengths)] = lengths
-    expected = np.zeros((len(padded), POOL), int)
-    covered = np.zeros(len(padded), int)
-    for row, (table, length) in enumerate(zip(tables, lengths, strict=True)):
-        for index, chunk in enumerate(table):
-            expected[row, chunk] += np.clip(length - index * CHUNK, 0, CHUNK)
+    check_reads(plan, tables, lengths)
+    covered = np.zeros(plan.private_chunks.shape[0], int)
     for row, rows, chunks in items_of(plan):
         assert rows > 0
         assert len(chunks) > 0
         covered[row : row + rows] += len(chunks) * CHUNK
-    reads = DecodeReads(plan, padded)
-    np.testing.assert_array_equal(tokens_per_chunk(reads, POOL, CHUNK), expected)
     np.testing.assert_array_equal(plan.covered_tokens, covered)
+
+
+def check_reads(plan: DecodePlan, tables, lengths, window: Window | None = None) -> None:
+    """Every row's query, its last token, attends to each token that it sees once."""
+    padded = np.zeros(plan.private_chunks.shape[0], np.int32)
+    padded[: len(lengths)] = lengths
+    expected = np.zeros((len(padded), POOL, CHUNK), int)
+    for row, (table, length) in enumerate(zip(tables, lengths, strict=True)):
+        for position in range(length):
+            if window is None or position < window.sinks or position >= length - window.size:
+                expected[row, table[position // CHUNK], position % CHUNK] += 1
+    np.testing.assert_array_equal(times_read(DecodeReads(plan, padded), POOL, CHUNK), expected)
 
 
 def check_slots(items, partials, num_rows: int, group: int, align: int) -> None:

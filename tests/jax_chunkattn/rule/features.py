@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -12,7 +12,9 @@ from jaxtyping import Array
 
 from jax_chunkattn import Engine
 from pallas_kernels.codecs import ChunkCodec, ChunkContext, Constants
+from pallas_kernels.selection import ChunkSelector
 from tests.jax_chunkattn.engine.engines import make_engine
+from tests.jax_chunkattn.toy import patterned_model, windowed_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +34,14 @@ class Feature:
         return make_engine(**{**self.options, **options})
 
     @property
+    def exact_numbers(self) -> bool:
+        """Whether chunks are read as they were written."""
+        return "codec" not in self.options
+
+    @property
     def exact(self) -> bool:
         """Whether a part of a chunk may be copied."""
-        return "codec" not in self.options
+        return not {"codec", "selector"} & self.options.keys()
 
 
 @dataclass(frozen=True)
@@ -56,4 +63,25 @@ class Marked:
 
 
 MARKED = ChunkCodec("marked", Marked(), Marked())
-FEATURES = (Feature("identity"), Feature("marked chunks", {"codec": MARKED}))
+WINDOWED = {"model": windowed_model()}
+PATTERNED = {"model": patterned_model()}
+SELECTOR = ChunkSelector(0.4, recent=0, refresh=4, whole=3)
+"""`PROMPT` and its answer fill 7 chunks: at their end a query chooses one of five to read."""
+CHOOSING = {"selector": SELECTOR}
+GIVEN_UP = {"window_chunks": 56}
+"""For a call, and for the windows of three sequences."""
+FEATURES = (
+    Feature("identity"),
+    Feature("marked chunks", {"codec": MARKED}),
+    Feature("windows", {**WINDOWED, **GIVEN_UP}),
+    Feature("windows that give up nothing", {**WINDOWED, "window_chunks": 200}),
+    Feature("windows, marked chunks", {"codec": MARKED, **WINDOWED}),
+    Feature("head pattern", {**PATTERNED, **GIVEN_UP}),
+    Feature("head pattern, marked chunks", {"codec": MARKED, **PATTERNED}),
+    Feature("choices", CHOOSING),
+    Feature("choices by bounds", {"selector": replace(SELECTOR, policy="bounds")}),
+    Feature("choices by descent", {"selector": replace(SELECTOR, policy="hip")}),
+    Feature("choices, marked chunks", {"codec": MARKED, **CHOOSING}),
+    Feature("choices, windows", {**CHOOSING, **WINDOWED}),
+    Feature("choices, windows, marked chunks", {"codec": MARKED, **CHOOSING, **WINDOWED}),
+)

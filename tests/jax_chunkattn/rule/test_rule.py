@@ -16,6 +16,7 @@ import pytest
 
 from models.calibration import fit, key_frequencies, recipe_of, sample
 from pallas_kernels.codecs import ChunkContext, codec_of
+from tests.jax_chunkattn.rule.choices import logits_by_the_definition as logits_by_choices
 from tests.jax_chunkattn.rule.features import FEATURES, MARKED, Feature
 from tests.jax_chunkattn.rule.histories import HISTORIES, NUM_TOKENS, PROMPT, Answer, cold
 from tests.jax_chunkattn.toy import (
@@ -32,6 +33,10 @@ def takes_long(history, feature: Feature) -> bool:
     """Many rows, or a pool of another size, are programs that no other history needs."""
     if feature is FEATURES[0]:
         return history.__name__ == "among_mates"
+    if "selector" in feature.options:  # so are those of each selector
+        return feature.name != "choices" or history is not cold
+    if "model" in feature.options:  # all of its programs are its own
+        return feature.name != "windows" or history.__name__ != "warm_at_every_split"
     return history.__name__ in {"among_mates", "joined_at_any_step", "preempted", "evicted"}
 
 
@@ -57,7 +62,10 @@ def differs(answer: Answer, feature: Feature) -> bool:
             feature,
             history,
             id=f"{history.__name__}-{feature.name}",
-            marks=[pytest.mark.slow] if takes_long(history, feature) else [],
+            marks=[
+                *([pytest.mark.slow] if takes_long(history, feature) else []),
+                *([pytest.mark.optimised] if feature is FEATURES[0] else []),
+            ],
         )
         for feature in FEATURES
         for history in HISTORIES
@@ -98,6 +106,46 @@ def test_rounding_moves_codes_and_they_move_no_clear_choice(history):
 def test_identity_is_a_model_without_a_cache():
     tokens = [token for token, _ in expected(FEATURES[0])]
     assert tokens == greedy_without_cache(PROMPT, NUM_TOKENS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["windows", "head pattern"])
+def test_windows_are_those_of_a_model_without_a_cache(name):
+    [feature] = [one for one in FEATURES if one.name == name]
+    tokens = [token for token, _ in expected(feature)]
+    model = feature.options["model"]
+    assert tokens == greedy_without_cache(PROMPT, NUM_TOKENS, model=model)
+    assert tokens != [token for token, _ in expected(FEATURES[0])]
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [
+        pytest.param(feature, id=feature.name, marks=[pytest.mark.slow] if number else [])
+        for number, feature in enumerate(
+            feature
+            for feature in FEATURES
+            if "selector" in feature.options
+            and feature.exact_numbers
+            and feature.options["selector"].policy != "hip"  # see pallas_kernels/test_selection.py
+        )
+    ],
+)
+def test_choices_are_those_of_the_definition(feature):
+    """Over a whole sequence at once: it knows no pool, no plan and no steps."""
+    selector = feature.options["selector"]
+    model = feature.options.get("model", toy_model())
+    answer = expected(feature)
+    tokens = [*PROMPT, *(token for token, _ in answer)]
+    windows = model.cache_spec.different_windows or None
+    logits = logits_by_choices(model, selector, 16, tokens, windows)[len(PROMPT) - 1 : -1]
+    logprobs = logits - np.logaddexp.reduce(logits.astype(np.float64), axis=1, keepdims=True)
+    for (token, logprob), row in zip(answer, logprobs, strict=True):
+        assert row[token] >= row.max() - TOLERANCE
+        assert abs(row[token] - logprob) < TOLERANCE
+    dense = [logprob for _, logprob in expected(FEATURES[0])]
+    moved = max(abs(one - logprob) for one, (_, logprob) in zip(dense, answer, strict=True))
+    assert moved > 1e3 * TOLERANCE  # what is left out counts
 
 
 CODECS = [MARKED.name, "int8", pytest.param("nuq4", marks=pytest.mark.slow)]

@@ -20,6 +20,8 @@ from jax_chunkattn.sampling import (
 )
 from tests.jax_chunkattn.device.pool_copies import pool_sized_operations
 
+pytestmark = pytest.mark.optimised
+
 ROWS, SLOTS, VOCABULARY = 4, 6, 4096
 LOGITS = jax.ShapeDtypeStruct((ROWS, VOCABULARY), jnp.float32)
 INTEGERS = jax.ShapeDtypeStruct((ROWS,), jnp.int32)
