@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jax_chunkattn.device.model_interface import CacheSpec
 from models.rope import LayerRopes, Rope, RotaryTables
+from pallas_kernels.windows import Window, WindowMap
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 Norm = Literal["rms", "layer"]
@@ -42,6 +43,8 @@ class DecoderConfig:
       attention_softcap, logit_softcap: x becomes cap * tanh(x / cap), for scores and for logits
         (Gemma 2, arXiv 2408.00118, section 2).
       embedding_scale: multiplies embeddings.
+      sliding_window: how many tokens a query sees, itself among them: in all layers, or in each
+        (Mistral 7B, arXiv 2310.06825, section 2); None: all that are before it.
     """
 
     vocab_size: int
@@ -69,6 +72,7 @@ class DecoderConfig:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     embedding_scale: float | None = None
+    sliding_window: int | tuple[int | None, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_values(self)
@@ -79,6 +83,8 @@ class DecoderConfig:
             )
         if isinstance(self.rope, tuple) and len(self.rope) != self.num_layers:
             raise ValueError(f"{len(self.rope)} ropes for {self.num_layers} layers")
+        if len(self.layer_windows) != self.num_layers:
+            raise ValueError(f"{len(self.layer_windows)} windows for {self.num_layers} layers")
         for rope in self.layer_ropes:
             if rope is not None and (
                 self.head_dim % 2 or not 2 <= rope.turning(self.head_dim) <= self.head_dim
@@ -93,6 +99,12 @@ class DecoderConfig:
         return self.rope if isinstance(self.rope, tuple) else (self.rope,) * self.num_layers
 
     @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """The window of each layer."""
+        windows = self.sliding_window
+        return windows if isinstance(windows, tuple) else (windows,) * self.num_layers
+
+    @property
     def rotary_tables(self) -> RotaryTables | None:
         return RotaryTables.of(self.layer_ropes, self.head_dim)
 
@@ -105,6 +117,10 @@ class DecoderConfig:
             self.num_heads,
             scale=self.attention_scale,
             softcap=self.attention_softcap,
+            windows=WindowMap.of_layers(
+                [Window(size) if size is not None else None for size in self.layer_windows],
+                self.num_kv_heads,
+            ),
         )
 
 
@@ -121,6 +137,11 @@ def _check_values(config: DecoderConfig) -> None:
     """Raises ValueError for a field of another type than declared, or a number not above 0."""
     for name, value in vars(config).items():
         kinds = field_kinds()[name]
+        if name == "sliding_window" and isinstance(value, tuple):
+            wrong = [one for one in value if one is not None and not _is_positive(one, (int,))]
+            if wrong:
+                raise ValueError(f"{name} must be positive integers, got {wrong[0]!r}")
+            continue
         if name == "rope" or (value is None and type(None) in kinds):
             continue
         choices: tuple[Any, ...] = _choices(kinds)

@@ -234,10 +234,13 @@ class Decoder(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final norm and unembedding: `hidden [R, E] -> [R, V]` float32."""
         unembedding = self.embedding[...].T if self.unembedding is None else self.unembedding[...]
-        epsilon = self.config.norm_epsilon
-        normed = normalise(hidden, self.final_norm, self.final_norm_bias, epsilon)
-        logits = multiply(normed, unembedding, out_dtype=jnp.dtype(jnp.float32))
+        logits = multiply(self.normed(hidden), unembedding, out_dtype=jnp.dtype(jnp.float32))
         return cap_scores(logits, self.config.logit_softcap)
+
+    def normed(self, hidden: jax.Array) -> jax.Array:
+        """The final norm: `hidden [R, E] -> [R, E]`."""
+        epsilon = self.config.norm_epsilon
+        return normalise(hidden, self.final_norm, self.final_norm_bias, epsilon)
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         x = self.embedding[...].at[tokens].get(mode="clip")

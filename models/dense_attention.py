@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from jax_chunkattn.device.model_interface import Attend, CacheSpec
 from pallas_kernels.softcap import cap_scores
+from pallas_kernels.windows import EVERYTHING
 
 PRECISION = jax.lax.Precision.HIGHEST
 
@@ -26,29 +27,58 @@ def empty_pool(
     return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
 
-def dense_attend(
-    positions: jax.Array, *, scale: float | None = None, softcap: float | None = None
-) -> Attend:
-    """Causal attention of the queries at `positions [T]` over everything written so far.
+def dense_attend(positions: jax.Array, spec: CacheSpec) -> Attend:
+    """Causal attention of the queries at `positions [T]` over what was written so far and their
+    windows let them see.
 
-    Scores, weights and sums are in float32. `scale` and `softcap` are those of `CacheSpec`.
+    Scores, weights and sums are in float32.
     """
 
     def attend(pool, layer, q, k, v):
         keys = pool[0].at[layer, positions].set(k)
         values = pool[1].at[layer, positions].set(v)
-        group = q.shape[1] // k.shape[1]
-        wide_keys = jnp.repeat(keys[layer], group, axis=1).astype(jnp.float32)
-        wide_values = jnp.repeat(values[layer], group, axis=1).astype(jnp.float32)
-        query = q.astype(jnp.float32) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-        scores = jnp.einsum("thd,shd->hts", query, wide_keys, precision=PRECISION)
-        visible = jnp.arange(keys.shape[1])[None, :] <= positions[:, None]
-        capped = jnp.where(visible[None, :, :], cap_scores(scores, softcap), -jnp.inf)
-        weights = jax.nn.softmax(capped, axis=-1)
-        out = jnp.einsum("hts,shd->thd", weights, wide_values, precision=PRECISION)
+        scores = attention_scores(spec, q, keys[layer])
+        visible = visible_tokens(spec, layer, positions, keys.shape[1])
+        out = weighted_values(attention_weights(scores, visible), values[layer])
         return out.astype(q.dtype), (keys, values)
 
     return attend
+
+
+def attention_scores(spec: CacheSpec, q: jax.Array, keys: jax.Array) -> jax.Array:
+    """Of queries `q [T, Hq, D]` and `keys [S, Hkv, D]`: `[Hq, T, S]` float32."""
+    scale = 1 / math.sqrt(spec.head_dim) if spec.scale is None else spec.scale
+    wide = jnp.repeat(keys, q.shape[1] // keys.shape[1], axis=1).astype(jnp.float32)
+    query = q.astype(jnp.float32) * scale
+    scores = jnp.einsum("thd,shd->hts", query, wide, precision=PRECISION)
+    return cap_scores(scores, spec.softcap)
+
+
+def attention_weights(scores: jax.Array, visible: jax.Array) -> jax.Array:
+    """Of `scores [Hq, T, S]`, over what is `visible [Hkv, T, S]`: `[Hq, T, S]`, sums of 1."""
+    seen = jnp.repeat(visible, len(scores) // len(visible), axis=0)
+    return jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+
+
+def weighted_values(weights: jax.Array, values: jax.Array) -> jax.Array:
+    """Sums of `values [S, Hkv, D]` by `weights [Hq, T, S]`: `[T, Hq, D]` float32."""
+    wide = jnp.repeat(values, len(weights) // values.shape[1], axis=1).astype(jnp.float32)
+    return jnp.einsum("hts,shd->thd", weights, wide, precision=PRECISION)
+
+
+def visible_tokens(
+    spec: CacheSpec, layer: jax.Array, positions: jax.Array, capacity: int
+) -> jax.Array:
+    """Whether the queries at `positions [T]` see each of the first tokens: `[Hkv, T, capacity]`."""
+    key, query = jnp.arange(capacity)[None, None], positions[None, :, None]
+    visible = jnp.broadcast_to(key <= query, (spec.num_kv_heads, len(positions), capacity))
+    windows = spec.head_windows(layer)
+    if windows is None:
+        return visible
+    seen = [window or EVERYTHING for window in spec.different_windows]
+    size = jnp.array([window.size for window in seen], jnp.int32)[windows][:, None, None]
+    sinks = jnp.array([window.sinks for window in seen], jnp.int32)[windows][:, None, None]
+    return visible & ((key < sinks) | (key > query - size))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -57,7 +87,6 @@ def run_dense(graphdef, state, tokens, positions, pool):
     from flax import nnx
 
     model = nnx.merge(graphdef, state)
-    spec = model.cache_spec
-    attend = dense_attend(positions, scale=spec.scale, softcap=spec.softcap)
+    attend = dense_attend(positions, model.cache_spec)
     hidden, pool = model(tokens, positions, pool, attend)
     return model.logits(hidden), pool

@@ -17,7 +17,7 @@ _SIZES: dict[str, Any] = {
     "intermediate_size": 64,
     "num_layers": 12,  # enough for every pattern of layers to show
     "num_heads": 4,
-    "max_positions": 64,
+    "max_positions": 8192,  # more than any window
 }
 _GATES = {"silu": "SiLU", "gelu": "GELU", "gelu_tanh": "GELU", "relu": "ReLU"}
 
@@ -55,6 +55,8 @@ def _differences(config: DecoderConfig) -> Iterator[str]:
         yield f"{_GATES[config.activation]} without a gate"
     elif config.activation != "silu":
         yield f"{_GATES[config.activation]} gates"
+    if any(config.layer_windows):
+        yield "sliding windows" if all(config.layer_windows) else "sliding windows in some layers"
     capped = [
         name
         for name, cap in (("scores", config.attention_softcap), ("logits", config.logit_softcap))

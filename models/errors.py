@@ -9,3 +9,11 @@ class CheckpointError(ValueError):
 
 class DownloadError(RuntimeError):
     """A checkpoint could not be fetched; the message says what failed and what to do instead."""
+
+
+class HeadPatternError(ValueError):
+    """A head pattern cannot be used; the message says what is wrong with it."""
+
+
+class DenseLayersError(ValueError):
+    """A file of layers that read everything cannot be used; the message says why."""

@@ -11,7 +11,7 @@ from models.architectures import ARCHITECTURES
 from models.architectures.declaration import REQUIRED, Architecture, Key
 from models.config import DecoderConfig, field_kinds
 from models.errors import CheckpointError
-from models.hf_layers import SLIDING, layer_types
+from models.hf_layers import SLIDING, layer_types, rotating_layers
 from models.hf_rope import read_ropes
 from models.sizes import (
     MOST_HEAD_DIM,
@@ -66,8 +66,7 @@ def read_config(
 ) -> DecoderConfig:
     """The decoder that config.json describes, for sequences of at most `max_positions` tokens.
 
-    None is as many as the model has. Sliding windows are not supported, but make no difference to
-    sequences that fit into one.
+    None is as many as the model has.
 
     Raises:
       CheckpointError: a key is missing, or its value is not supported; the message names it.
@@ -100,8 +99,8 @@ def read_config(
         if architecture.rotary is not None:
             ropes = read_ropes(config, architecture, architecture.rotary, decoder, max_positions)
             decoder = replace(decoder, rope=ropes)
-        _check_windows(config, architecture, decoder, max_positions)
-        return _limited(decoder, max_positions)
+        decoder = _limited(decoder, max_positions)
+        return replace(decoder, sliding_window=_windows(config, architecture, decoder))
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from None
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
@@ -132,25 +131,22 @@ def _value(config: Mapping[str, Any], field: str, source: Any) -> Any:
         raise CheckpointError(f"{source.name} {shown(value)} is not supported") from None
 
 
-def _check_windows(
-    config: Mapping[str, Any],
-    architecture: Architecture,
-    decoder: DecoderConfig,
-    max_positions: int | None,
-) -> None:
+def _windows(
+    config: Mapping[str, Any], architecture: Architecture, decoder: DecoderConfig
+) -> tuple[int | None, ...] | None:
+    """The window of each layer, None where it sees all that its sequences can have."""
+    if architecture.windows is None:
+        return None
     window = config.get("sliding_window", architecture.windows.default)
-    kinds = layer_types(config, architecture.windows, decoder.num_layers)
+    rotates = rotating_layers(config, architecture.rotary, decoder.num_layers)
+    kinds = layer_types(config, architecture.windows, rotates)
     if window is None or SLIDING not in kinds:
-        return
+        return None
     if not is_size(window):
         raise CheckpointError(size_error("sliding_window", window))
-    if window < (max_positions or decoder.max_positions):
-        count = kinds.count(SLIDING)
-        raise CheckpointError(
-            f"{count} of {len(kinds)} layers see the last {window:,} tokens only "
-            f"(sliding_window), which is not supported; sequences of up to {window:,} tokens do "
-            f"not need it: load with max_positions={window} (--max-positions {window})"
-        )
+    if window >= decoder.max_positions:
+        return None
+    return tuple(window if kind == SLIDING else None for kind in kinds)
 
 
 def _limited(decoder: DecoderConfig, max_positions: int | None) -> DecoderConfig:

@@ -55,8 +55,8 @@ def read_ropes(
         kind: _Reader(words, architecture, rotary, decoder, limit).rope()
         for kind, words in _words_by_type(config, architecture, rotary).items()
     }
-    kinds = layer_types(config, architecture.windows, decoder.num_layers)
     rotates = rotating_layers(config, rotary, decoder.num_layers)
+    kinds = layer_types(config, architecture.windows, rotates)
     layers = tuple(
         ropes.get(kind, ropes[FULL]) if rotating else None
         for kind, rotating in zip(kinds, rotates, strict=True)

@@ -55,8 +55,7 @@ def load(
       seed: of random weights.
       unroll: run the layers one after another instead of in a scan, which on a GPU saves copies of
         the weights and takes longer to compile; None does what suits the device.
-      max_positions: most tokens of a sequence; None is as many as the model has. Sliding windows
-        make no difference to sequences that fit into one.
+      max_positions: most tokens of a sequence; None is as many as the model has.
       abstract: shapes without values, for tracing and compiling; only the config is read.
       mesh, axis_rules: the devices to place weights on, and which axis of the mesh splits which
         logical axis; None is the default device.

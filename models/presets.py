@@ -190,7 +190,8 @@ PRESETS: dict[str, DecoderConfig] = {
         num_heads=8,
         num_kv_heads=4,
         head_dim=256,
-        max_positions=4096,  # its layers' window; the model has 8,192
+        max_positions=8192,
+        sliding_window=(4096, None) * 13,
         tie_embeddings=True,
         norm_epsilon=1e-6,
         norm_after=True,
@@ -208,7 +209,8 @@ PRESETS: dict[str, DecoderConfig] = {
         num_heads=32,
         num_kv_heads=32,
         head_dim=96,
-        max_positions=2047,  # its layers' window; the model has 4,096
+        max_positions=4096,
+        sliding_window=(2047,) * 32,
     ),
     "olmo-2-7b": DecoderConfig(
         vocab_size=100_352,

@@ -125,11 +125,15 @@ class Windows:
       default: the window where config.json has no such key.
       pattern: layers `pattern - 1`, `2 pattern - 1`, ... see all tokens; None: no layer does.
       if_used: only where `use_sliding_window` is true.
+      first: of the layers with one, where config.json has no `max_window_layers`.
+      unless_rotating: only layers whose queries and keys are not rotated.
     """
 
     default: int | None = None
     pattern: int | None = None
     if_used: bool = False
+    first: int = 0
+    unless_rotating: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +162,7 @@ class Architecture:
       models: some that have it.
       fields: what its decoder computes.
       rotary: its rotary embedding; None: positions are learned.
-      windows: which layers have sliding windows.
+      windows: which layers have sliding windows; None: none has, whatever config.json says.
       must_be: keys, and the only value of each that is supported, or the key whose value it must
         equal; an absent key is accepted.
       layout: of its checkpoints' tensors.
@@ -169,7 +173,7 @@ class Architecture:
     models: str
     fields: Fields
     rotary: Rotary | None
-    windows: Windows
+    windows: Windows | None = None
     must_be: Mapping[str, Any] = field(default_factory=dict)
     layout: Layout
     gguf: GGUFFormat | None = None

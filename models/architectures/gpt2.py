@@ -7,7 +7,6 @@ from models.architectures.declaration import (
     Fields,
     GGUFFormat,
     Key,
-    Windows,
     activation,
 )
 from models.layout import Layout
@@ -35,7 +34,6 @@ GPT2 = Architecture(
         mlp_bias=True,
     ),
     rotary=None,
-    windows=Windows(),
     must_be={
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,

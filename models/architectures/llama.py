@@ -8,7 +8,6 @@ from models.architectures.declaration import (
     GGUFFormat,
     Key,
     Rotary,
-    Windows,
     activation,
 )
 from models.layout import Layout
@@ -29,7 +28,6 @@ LLAMA = Architecture(
         mlp_bias=Key("mlp_bias", False),
     ),
     rotary=Rotary(theta=10_000.0),
-    windows=Windows(),
     layout=Layout(
         tensors={
             "model.embed_tokens": ("embedding",),

@@ -14,7 +14,7 @@ from models.architectures.llama import LLAMA
 
 MISTRAL = Architecture(
     class_name="MistralForCausalLM",
-    models="Mistral 7B from v0.2 on, Nemo, Small",
+    models="Mistral 7B, Nemo, Small",
     fields=Fields(
         norm="rms",
         norm_epsilon=Key("rms_norm_eps", 1e-6),

@@ -7,7 +7,6 @@ from models.architectures.declaration import (
     Fields,
     Key,
     Rotary,
-    Windows,
     activation,
 )
 from models.layout import Layout
@@ -29,7 +28,6 @@ OLMO2 = Architecture(
         query_key_norm="projection",
     ),
     rotary=Rotary(theta=10_000.0),
-    windows=Windows(),
     layout=Layout(
         tensors={
             "model.embed_tokens": ("embedding",),

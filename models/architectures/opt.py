@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.architectures.declaration import Architecture, Fields, Key, Windows, activation
+from models.architectures.declaration import Architecture, Fields, Key, activation
 from models.layout import Layout
 
 OPT = Architecture(
@@ -22,7 +22,6 @@ OPT = Architecture(
         mlp_bias=Key("enable_bias", True),
     ),
     rotary=None,
-    windows=Windows(),
     must_be={
         "do_layer_norm_before": True,
         "_remove_final_layer_norm": False,

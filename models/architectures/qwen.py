@@ -30,7 +30,7 @@ QWEN2 = Architecture(
         mlp_bias=False,
     ),
     rotary=Rotary(theta=10_000.0),
-    windows=Windows(if_used=True),
+    windows=Windows(default=4096, if_used=True, first=28),
     layout=LLAMA.layout,
     gguf=GGUFFormat(
         name="qwen2",
@@ -71,7 +71,7 @@ QWEN3 = Architecture(
         query_key_norm="head",
     ),
     rotary=Rotary(theta=10_000.0),
-    windows=Windows(if_used=True),
+    windows=Windows(default=4096, if_used=True, first=28),
     layout=Layout(
         tensors={
             "model.embed_tokens": ("embedding",),

@@ -28,6 +28,6 @@ SMOLLM3 = Architecture(
         mlp_bias=Key("mlp_bias", False),
     ),
     rotary=Rotary(theta=2_000_000.0, nope_interval=4),
-    windows=Windows(if_used=True),
+    windows=Windows(if_used=True, unless_rotating=True),
     layout=LLAMA.layout,
 )

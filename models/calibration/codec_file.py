@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
@@ -16,12 +15,10 @@ from models.calibration.samples import key_frequencies
 from models.decoder import Decoder
 from models.errors import CheckpointError
 from models.safetensors_file import read_metadata, read_tensors, write_tensors
+from models.signature import is_signature_of, signature_of
 from pallas_kernels.codecs import ChunkCodec, CodebookCodec, CodecError, HeadConstants
 
 FORMAT = "jax_chunkattn codec 1"
-_SIGNS = 1024
-_SAME = 0.01
-"""How far the embeddings of one model may be apart, relatively: bfloat16 is off by 0.002."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ def write_codec(path: str | Path, codec: ChunkCodec, model: Decoder) -> None:
     Raises:
       CodecError: for a codec that needs no calibration.
     """
-    described, tensors = {}, {"signature": _signature(model)}
+    described, tensors = {}, {"signature": signature_of(model)}
     for part in ("keys", "values"):
         tensor_codec = getattr(codec, part)
         if not isinstance(tensor_codec, CodebookCodec):
@@ -75,7 +72,7 @@ def load_codec(path: str | Path, model: Decoder) -> ChunkCodec:
             f"{path} was calibrated for another model: its layers, KV heads and head_dim are "
             f"{made_for}, and this one's {(spec.num_layers, spec.num_kv_heads, spec.head_dim)}"
         )
-    if not _same_embedding(stored.signature, _signature(model)):
+    if not is_signature_of(stored.signature, model):
         raise CodecError(
             f"{path} was calibrated for another model of the same sizes: its embedding is another"
         )
@@ -86,13 +83,6 @@ def load_codec(path: str | Path, model: Decoder) -> ChunkCodec:
             "with other --max-positions where those choose how positions are stretched"
         )
     return stored.codec
-
-
-def _same_embedding(stored: np.ndarray, signature: np.ndarray) -> bool:
-    if stored.shape != signature.shape:
-        return False
-    apart = np.linalg.norm(signature - stored)
-    return bool(apart <= _SAME * np.linalg.norm(signature))
 
 
 def _same_rotation(stored: np.ndarray, frequencies: np.ndarray) -> bool:
@@ -149,12 +139,3 @@ def _stored(metadata: Mapping[str, str], tensors: dict[str, np.ndarray]) -> Stor
             raise ValueError(f"constants of {part} are not finite")
     codec = ChunkCodec(metadata["name"], **parts, constants=HeadConstants.of(**constants))
     return StoredCodec(codec, head_dim, signature)
-
-
-def _signature(model: Decoder) -> Float32[np.ndarray, " signs"]:
-    """Numbers out of the embedding, from all of it."""
-    embedding = model.embedding[...]
-    count = min(_SIGNS, embedding.size)
-    places = np.linspace(0, embedding.size - 1, count).astype(np.int64)
-    rows, columns = np.divmod(places, embedding.shape[1])
-    return np.asarray(embedding[rows, columns].astype(jnp.float32))

@@ -69,7 +69,7 @@ def sample(model: Decoder, tokens: Int32[np.ndarray, " T"], stride: int) -> Samp
 def _keys_and_values(graphdef, state, tokens, stride: int) -> tuple[jax.Array, jax.Array]:
     model = nnx.merge(graphdef, state)
     spec, positions = model.cache_spec, jnp.arange(len(tokens), dtype=jnp.int32)
-    attend = dense_attend(positions, scale=spec.scale, softcap=spec.softcap)
+    attend = dense_attend(positions, spec)
     dtype = jnp.result_type(*jax.tree.leaves(state))
     _, pools = model(tokens, positions, empty_pool(spec, len(tokens), dtype), attend)
     keys, values = (pool[:, ::stride].astype(jnp.float32) for pool in pools)

@@ -119,7 +119,7 @@ def test_bfloat16_keeps_weights_and_activations_narrow_and_logits_wide():
 
     def attend(pool, layer, q, k, v):
         chex.assert_type([q, k, v], jnp.bfloat16)
-        return dense_attend(jnp.asarray(positions))(pool, layer, q, k, v)
+        return dense_attend(jnp.asarray(positions), model.cache_spec)(pool, layer, q, k, v)
 
     positions = np.arange(len(TOKENS), dtype=np.int32)
     pool = empty_pool(model.cache_spec, model.max_positions, "bfloat16")

@@ -17,6 +17,7 @@ from models.hf_config import find_architecture, read_config
 from models.rope import FactorScaling, LinearScaling, Llama3Scaling, Rope, YarnScaling
 from models.sizes import MOST_PARAMETERS
 from models.weights import num_parameters
+from pallas_kernels.windows import Window
 
 WHERE = Path("folder/config.json")
 LLAMA_3_1_8B: dict[str, Any] = {
@@ -203,7 +204,7 @@ def read(config: dict[str, Any], max_positions: int | None = None) -> models.Dec
         (LLAMA_3_1_8B, None, "llama-3.1-8b"),
         (LLAMA_2_7B, None, "llama-2-7b"),
         (QWEN_2_5_05B, None, "qwen2.5-0.5b"),
-        (GEMMA_2_2B, 4096, "gemma-2-2b"),
+        (GEMMA_2_2B, None, "gemma-2-2b"),
         (SMOLLM3_3B, None, "smollm3-3b"),
         (MISTRAL_V3, None, "mistral-7b-v0.3"),
         (OPT_6_7B, None, "opt-6.7b"),
@@ -264,24 +265,40 @@ def test_longrope_is_for_sequences_of_the_original_context():
         read(PHI_3_MINI_128K)
 
 
-@pytest.mark.parametrize(
-    ("config", "count", "window"),
-    [(MISTRAL_V1, 32, 4096), (GEMMA_2_2B, 13, 4096), (GEMMA_3_1B, 22, 512)],
-)
-def test_windows_are_refused_unless_sequences_fit_into_one(config, count, window):
-    layers = config["num_hidden_layers"]
-    words = rf"{count} of {layers} layers see the last {window:,} tokens.*max_positions={window}"
-    for positions in (None, window + 1):
-        with pytest.raises(CheckpointError, match=words):
-            read(config, positions)
-    assert read(config, window).max_positions == window
+def test_layers_with_windows():
+    assert read(MISTRAL_V1).sliding_window == (4096,) * 32
+    assert read(MISTRAL_V3).sliding_window is None
+    assert read(GEMMA_2_2B).sliding_window == (4096, None) * 13
+    assert read(GEMMA_3_1B).sliding_window == ((512,) * 5 + (None,)) * 4 + (512, 512)
+    assert read(PHI_3_MINI_128K, 4096).sliding_window is None  # longer than any sequence
+    assert read(LLAMA_2_7B | {"sliding_window": 100}).sliding_window is None  # it has none
+    without = {key: value for key, value in MISTRAL_V1.items() if key != "sliding_window"}
+    assert read(without).sliding_window == (4096,) * 32
+
+
+@pytest.mark.parametrize("positions", [4096, 1000])
+def test_a_window_that_holds_every_sequence_is_none(positions):
+    assert read(MISTRAL_V1, positions).sliding_window is None
+    assert read(GEMMA_2_2B, positions).cache_spec.windows is None
 
 
 def test_a_window_that_is_not_used_is_no_window():
-    assert read(QWEN_2_5_05B).max_positions == 32768
+    assert read(QWEN_2_5_05B | {"sliding_window": 1024}).sliding_window is None
+    unused = {"layer_types": ["sliding_attention"] * 24, "sliding_window": 1024}
+    assert read(QWEN_2_5_05B | unused).sliding_window is None
     used = QWEN_2_5_05B | {"use_sliding_window": True, "sliding_window": 1024}
-    with pytest.raises(CheckpointError, match="3 of 24 layers see the last 1,024 tokens"):
-        read(used)
+    assert read(used).sliding_window == (None,) * 21 + (1024,) * 3
+    del used["max_window_layers"]  # 28, more than it has
+    assert read(used).sliding_window is None
+    smollm = SMOLLM3_3B | {"use_sliding_window": True, "sliding_window": 1024}
+    assert read(smollm).sliding_window == (None, None, None, 1024) * 9
+
+
+def test_layers_of_one_window_are_planned_together():
+    windows = read(GEMMA_3_1B).cache_spec.windows
+    assert windows is not None
+    assert windows.windows == (Window(512), None)
+    assert windows.of_heads == (*(((0,),) * 5 + ((1,),)) * 4, (0,), (0,))
 
 
 @pytest.mark.parametrize(
@@ -306,7 +323,7 @@ def test_a_window_that_is_not_used_is_no_window():
         (LLAMA_2_7B | {"rms_norm_eps": 1e39}, r"rms_norm_eps is 1e\+39, no number over 0"),
         (LLAMA_2_7B | {"mlp_bias": 7}, "mlp_bias is 7, expected true or false"),
         (LLAMA_2_7B | {"rope_theta": float("inf")}, "rope_theta is inf, no number over 0"),
-        (LLAMA_2_7B | {"layer_types": 32}, "layer_types is 32, expected a list"),
+        (MISTRAL_V1 | {"layer_types": 32}, "layer_types is 32, expected a list"),
         (GEMMA_2_2B | {"query_pre_attn_scalar": 10**400}, "query_pre_attn_scalar is 10+"),
         (GEMMA_2_2B | {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar is -1, no number"),
         (GEMMA_2_2B | {"sliding_window": float("nan")}, "sliding_window is nan; expected an"),

@@ -98,7 +98,7 @@ def test_another_record_is_refused(tmp_path, record):
 
 
 DIFFERENCES = {
-    "MistralForCausalLM": {"nothing"},
+    "MistralForCausalLM": {"sliding windows"},
     "Qwen2ForCausalLM": {"biases of queries, keys and values"},
     "Qwen3ForCausalLM": {"queries and keys normalised over each head"},
     "Gemma2ForCausalLM": {
@@ -107,6 +107,7 @@ DIFFERENCES = {
         "scores and logits capped softly",
         "its own scale of scores",
         "scaled embeddings",
+        "sliding windows in some layers",
     },
     "Gemma3ForCausalLM": {
         "norms before and after",
@@ -115,6 +116,7 @@ DIFFERENCES = {
         "GELU gates",
         "its own scale of scores",
         "scaled embeddings",
+        "sliding windows in some layers",
     },
     "Phi3ForCausalLM": {"nothing"},
     "Olmo2ForCausalLM": {

@@ -16,6 +16,8 @@ from models.gguf_file import read_gguf
 from models.gguf_tokenizer import read_gguf_tokenizer
 from models.tokenizer import ChatTokenizer
 
+pytestmark = pytest.mark.optimised
+
 HERE = Path(__file__).parent
 CAPACITY = 256
 LOGIT_TOLERANCE = 1e-3

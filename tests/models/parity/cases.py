@@ -29,6 +29,13 @@ SMALL: dict[str, Any] = {
 }
 ORIGINAL = 16
 """The context that scaled rotary embeddings were made for: shorter than the prompts."""
+WINDOW = 6
+"""Tokens that a query sees in layers with windows: a quarter of a prompt, less than a chunk."""
+_LAST_LAYER_WINDOWED = {
+    "use_sliding_window": True,
+    "sliding_window": WINDOW,
+    "max_window_layers": 1,
+}
 
 
 def _rope(kind: str, **values: Any) -> dict[str, Any]:
@@ -84,9 +91,12 @@ CASES: dict[str, Case] = {
         "LlamaForCausalLM",
         SMALL | _rope("yarn", factor=8.0, original_max_position_embeddings=ORIGINAL),
     ),
-    "mistral": Case("MistralForCausalLM", SMALL | {"sliding_window": None, "head_dim": 16}),
+    "mistral": Case("MistralForCausalLM", SMALL | {"sliding_window": WINDOW, "head_dim": 16}),
+    "mistral-full": Case("MistralForCausalLM", SMALL | {"sliding_window": None, "head_dim": 16}),
     "qwen2": Case("Qwen2ForCausalLM", SMALL),
+    "qwen2-windows": Case("Qwen2ForCausalLM", SMALL | _LAST_LAYER_WINDOWED),
     "qwen3": Case("Qwen3ForCausalLM", SMALL | {"head_dim": 16}),
+    "qwen3-windows": Case("Qwen3ForCausalLM", SMALL | {"head_dim": 16} | _LAST_LAYER_WINDOWED),
     "gemma2": Case(
         "Gemma2ForCausalLM",
         SMALL
@@ -96,9 +106,8 @@ CASES: dict[str, Case] = {
             "query_pre_attn_scalar": 4,
             "attn_logit_softcapping": 1.5,
             "final_logit_softcapping": 2.0,
-            "sliding_window": 100,
+            "sliding_window": WINDOW,
         },
-        max_positions=100,
     ),
     "gemma3": Case(
         "Gemma3ForCausalLM",
@@ -107,14 +116,13 @@ CASES: dict[str, Case] = {
             "num_hidden_layers": 4,
             "head_dim": 16,
             "query_pre_attn_scalar": 4,
-            "sliding_window": 100,
+            "sliding_window": WINDOW,
             "layer_types": [*["sliding_attention"] * 2, "full_attention", "sliding_attention"],
             "rope_parameters": {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
                 "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
             },
         },
-        max_positions=100,
     ),
     "phi3": Case(
         "Phi3ForCausalLM",
@@ -127,6 +135,7 @@ CASES: dict[str, Case] = {
             }
         },
     ),
+    "phi3-windows": Case("Phi3ForCausalLM", SMALL | {"sliding_window": WINDOW}),
     "phi3-longrope": Case(
         "Phi3ForCausalLM",
         SMALL
@@ -145,6 +154,12 @@ CASES: dict[str, Case] = {
     "olmo2": Case("Olmo2ForCausalLM", SMALL),
     "smollm3": Case(
         "SmolLM3ForCausalLM", SMALL | {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0]}
+    ),
+    "smollm3-windows": Case(
+        "SmolLM3ForCausalLM",
+        SMALL
+        | {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0]}
+        | {"use_sliding_window": True, "sliding_window": WINDOW},
     ),
     "opt": Case(
         "OPTForCausalLM",

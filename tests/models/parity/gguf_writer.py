@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 import transformers
 
-from tests.models.parity.cases import CASES, SMALL
+from tests.models.parity.cases import CASES, SMALL, WINDOW
 from tests.models.tiny_checkpoint import interleave_rows
 
 FILE = "model.gguf"
@@ -43,7 +43,7 @@ _GEMMA = {
     "num_hidden_layers": 4,
     "head_dim": 16,
     "query_pre_attn_scalar": 16,
-    "sliding_window": 100,
+    "sliding_window": WINDOW,
 }
 GGUF_CASES = {
     "llama": GgufCase("LlamaForCausalLM", "llama", CASES["llama"].config),
@@ -62,14 +62,12 @@ GGUF_CASES = {
         "Gemma2ForCausalLM",
         "gemma2",
         SMALL | _GEMMA | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0},
-        max_positions=100,
         transformers_reads_it=False,
     ),
     "gemma3": GgufCase(
         "Gemma3ForCausalLM",
         "gemma3",
         SMALL | _GEMMA,
-        max_positions=100,
         transformers_reads_it=False,
     ),
     "phi3": GgufCase("Phi3ForCausalLM", "phi3", SMALL),

@@ -53,7 +53,10 @@ def prefill(loaded: LoadedModel) -> Prefilled:
         Segment(prompt[begin:], table, begin, len(prompt), begin)
         for prompt, table, begin in zip(PROMPTS, block_tables(), begins, strict=True)
     ]
-    batch = pack_segments(segments, num_tokens=PACKED_TOKENS, options=SHARE_ALL, **SIZES)
+    windows = loaded.config.cache_spec.different_windows
+    batch = pack_segments(
+        segments, num_tokens=PACKED_TOKENS, options=SHARE_ALL, windows=windows, **SIZES
+    )
     pool = allocate_pool(loaded.config.cache_spec, CacheConfig(NUM_CHUNKS, CHUNK_SIZE, "float32"))
     logits, pool = _prefill(*nnx.split(loaded.model), pool, batch)
     ends = np.cumsum([segment.end - segment.begin for segment in segments])
@@ -71,8 +74,12 @@ def _prefill(graphdef, state, pool, batch):
 def greedy_tokens(loaded: LoadedModel, prefilled: Prefilled) -> list[list[int]]:
     """The continuation of both prompts, decoded together by a plan that shares."""
     lengths = [len(prompt) for prompt in PROMPTS]
-    plan, summary = plan_decode(block_tables(), lengths, options=SHARE_ALL, **SIZES)
-    assert summary.shared, summary
+    windows = loaded.config.cache_spec.different_windows
+    plan, summary = plan_decode(
+        block_tables(), lengths, options=SHARE_ALL, windows=windows, **SIZES
+    )
+    by_window = zip(windows or [None], summary.by_window or [summary], strict=True)
+    assert all(one.shared for window, one in by_window if window is None), summary
     first = [int(logits[-1].argmax()) for logits in prefilled.logits]
     remaining = [GREEDY_TOKENS - 1] * len(PROMPTS)
     rows = RowState(*(np.array(values, np.int32) for values in (first, lengths, remaining)))

@@ -26,7 +26,7 @@ from tests.models.parity.gguf_writer import GGUF_CASES, read_by_transformers, wr
 
 pytestmark = pytest.mark.filterwarnings("default")  # theirs are not ours to mend
 
-ONLY_LOGITS = [name for name in CASES if name not in NAMES]
+ONLY_LOGITS = [name for name in CASES if name not in NAMES and not name.endswith("windows")]
 """Cases whose greedy tokens another case's stand for: only the turning of positions differs."""
 
 
@@ -51,10 +51,11 @@ def compare(
     }
     if not greedy:
         return found, logits, None
-    tokens, gap = theirs.greedy_tokens(model)
+    decoded = ours.greedy_tokens(loaded, prefilled)
+    tokens, gap = theirs.choices_behind(model, decoded)
     assert gap > 10 * difference, "a tie: the case proves nothing"
     assert len(set(tokens[0])) > 4, "the case decodes the same few tokens again and again"
-    assert ours.greedy_tokens(loaded, prefilled) == tokens
+    assert decoded == tokens
     found["greedy_tokens"] = GREEDY_TOKENS * len(PROMPTS)
     return found, logits, tokens
 
@@ -76,7 +77,7 @@ def test_checkpoint_decodes_as_in_transformers(name, tmp_path, figures, write):
         model, loaded, case.class_name, name, greedy=name not in ONLY_LOGITS
     )
     figures[name] = found
-    if tokens is None:
+    if tokens is None or name not in NAMES:
         return
     config, shapes = theirs.describe(tmp_path / name)
     golden = Golden(config, shapes, last_logits(logits), tokens)
