@@ -37,7 +37,7 @@ lengths = [20, 22]
 plan, summary = jax_chunkattn.plan_decode(rows, lengths, chunk_size=8, num_chunks=4)
 random = np.random.default_rng(0)
 keys, values = random.standard_normal((2, 1, 2, 4, 8, 16), np.float32)
-padded = plan.private_chunks.shape[0]
+padded = plan.num_rows
 q = random.standard_normal((padded, 4, 16), np.float32)
 lengths = np.pad(np.array(lengths, np.int32), (0, padded - len(lengths)))
 shared, reference = (

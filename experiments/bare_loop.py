@@ -78,6 +78,7 @@ class BareLoop:
                 num_chunks=pool.num_chunks,
                 options=backend.planner,
                 at_least=shape,
+                windows=loaded.model.cache_spec.different_windows,
             )
             for begin in range(0, tokens, steps_per_call)
         ]

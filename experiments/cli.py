@@ -39,13 +39,17 @@ from experiments.harness.invocation import (
 )
 from experiments.harness.json_text import to_json
 from experiments.harness.runs import begin_anew, new_run_path
+from experiments.heads.command import HEADS
 from experiments.kernel.command import KERNEL
+from experiments.layers.command import LAYERS
+from experiments.minor.command import MINOR
 from experiments.models.command import MODELS
 from experiments.quality.command import QUALITY
 from experiments.report.command import REPORT
 from experiments.search.command import SEARCH
 from experiments.serve.command import SERVE
 from experiments.soak.command import SOAK
+from experiments.sparse.command import SPARSE
 from experiments.tree.command import TREE
 
 EXIT_FAILED = 1
@@ -63,8 +67,12 @@ EXPERIMENTS: dict[str, Experiment[Any]] = {
         SERVE,
         QUALITY,
         CALIBRATE,
+        HEADS,
+        LAYERS,
         CACHE,
         SEARCH,
+        SPARSE,
+        MINOR,
         ENGINE,
         SOAK,
         TREE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import re
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from experiments.harness.digests import digest
 from experiments.harness.errors import UserError
+from experiments.head_option import ChosenHeads
 
 if TYPE_CHECKING:
     from models import LoadedModel
@@ -73,6 +75,7 @@ class LoadOptions:
     dtype: str = "float32"
     seed: int = 0
     max_positions: int | None = None
+    heads: ChosenHeads | None = None
 
 
 def load_model(source: ModelSource, options: LoadOptions = LoadOptions()) -> LoadedModel:
@@ -85,6 +88,7 @@ def load_model(source: ModelSource, options: LoadOptions = LoadOptions()) -> Loa
         UserError: an unknown preset, or a file that cannot be opened.
         models.DownloadError: the model cannot be fetched.
         models.CheckpointError: it cannot be used.
+        models.HeadPatternError: `heads` are of another model.
     """
     return load_fetched(fetch_model(source), options)
 
@@ -96,7 +100,7 @@ def load_fetched(spec: str | Path, options: LoadOptions) -> LoadedModel:
 
     with phase_display() as display:
         try:
-            return models.load(
+            loaded = models.load(
                 spec,
                 dtype=options.dtype,
                 seed=options.seed,
@@ -107,6 +111,9 @@ def load_fetched(spec: str | Path, options: LoadOptions) -> LoadedModel:
             )
         except OSError as error:
             raise UserError(f"--model {spec} cannot be read ({error.strerror or error})") from error
+    if options.heads is None:
+        return loaded
+    return dataclasses.replace(loaded, model=options.heads.given_to(loaded.model))
 
 
 def fetch_model(source: ModelSource) -> str | Path:

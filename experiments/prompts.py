@@ -81,6 +81,11 @@ def python_help() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
+def second_half(text: str) -> str:
+    """What is fitted to, where the first half is what is measured with."""
+    return text[len(text) // 2 :]
+
+
 def read_text(path: Path, purpose: str) -> str:
     """The text of a file the user named.
 

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jax_chunkattn.device.model_interface import Attend, CacheSpec
 from models import Decoder
+from models.dense_attention import visible_tokens
 from pallas_kernels.codecs import ChunkCodec, ChunkContext, TensorCodec, spread
 from pallas_kernels.softcap import cap_scores
 
@@ -53,7 +54,6 @@ def residual_attend(
 ) -> Attend:
     """Causal attention of a whole sequence, with nothing kept."""
     query, key = positions[:, None], positions[None]
-    seen = key <= query
     exact_keys = key >= query // window * window if window else key > query
     exact_values = key > query - window
     known = codec.constants
@@ -73,7 +73,8 @@ def residual_attend(
 
         encoded = scores(_as_read(codec.keys, known.keys, layer, k, chunk_size))
         both = cap_scores(jnp.where(exact_keys[None], scores(k), encoded), spec.softcap)
-        weights = jax.nn.softmax(jnp.where(seen[None], both, -jnp.inf))
+        seen = jnp.repeat(visible_tokens(spec, layer, positions, len(positions)), group, axis=0)
+        weights = jax.nn.softmax(jnp.where(seen, both, -jnp.inf))
         encoded = sums(~exact_values, _as_read(codec.values, known.values, layer, v, chunk_size))
         return sums(exact_values, v) + encoded, pool
 

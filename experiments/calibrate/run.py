@@ -21,7 +21,7 @@ from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
 from experiments.loading import LoadOptions, ModelSource, load_model
-from experiments.prompts import python_help, read_text, tokens_of
+from experiments.prompts import python_help, read_text, second_half, tokens_of
 from models import LoadedModel
 from models.calibration import (
     Recipe,
@@ -70,10 +70,6 @@ def calibrate(config: CalibrateConfig, source: ModelSource, folder: ResultFolder
         "environment": environment,
     }
     return finish(folder, summary)
-
-
-def second_half(text: str) -> str:
-    return text[len(text) // 2 :]
 
 
 def _recipes(config: CalibrateConfig) -> Iterator[tuple[str, Recipe]]:

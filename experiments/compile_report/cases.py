@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from experiments.compile_report.target import GpuTarget
-from pallas_kernels.plans import DecodePlan, PartialSlots, WorkItems
+from pallas_kernels.plans import (
+    ChosenChunks,
+    DecodePlan,
+    HiddenTokens,
+    PartialSlots,
+    WorkItems,
+)
 
 
 @dataclass(frozen=True)
@@ -43,20 +49,33 @@ def abstract(shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
 
 
 def abstract_plan(
-    rows: int, *, items: int = 128, item_chunks: int = 1024, private_chunks: int = 16
+    rows: int,
+    *,
+    items: int = 128,
+    item_chunks: int = 1024,
+    private_chunks: int = 16,
+    windows: int | None = None,
+    columns: int | None = None,
 ) -> DecodePlan:
-    """A decode plan's shapes: as for `rows` rows with on average four items each."""
+    """A decode plan's shapes: as for `rows` rows with on average four items each; for so many
+    windows, where heads have some; and for rows that have chosen some of so many chunks."""
+    by_window = () if windows is None else (windows,)
 
     def ids(*shape: int) -> jax.Array:
-        return jnp.zeros(shape, jnp.int32)
+        return jnp.zeros((*by_window, *shape), jnp.int32)
 
     def plan() -> DecodePlan:
-        each = ids(items)
+        each, of_rows = ids(items), ids(rows)
+        chosen = None
+        if columns is not None:
+            by_row = jnp.zeros((*by_window, rows, columns), jnp.bool_)
+            chosen = ChosenChunks(ids(item_chunks), by_row)
         return DecodePlan(
-            WorkItems(each, each, each, each, ids(item_chunks), ids()),
+            WorkItems(each, each, each, each, ids(item_chunks), ids(), chosen),
             ids(rows, private_chunks),
-            ids(rows),
+            of_rows,
             PartialSlots(ids(items), ids(rows + 1), ids(4 * rows)),
+            None if windows is None else HiddenTokens(ids(), ids(), of_rows, of_rows),
         )
 
     return jax.eval_shape(plan)

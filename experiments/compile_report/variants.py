@@ -25,6 +25,7 @@ from pallas_kernels.implementations import AttentionShapes, Operation
 from pallas_kernels.plans import DecodeReads, NewTokens, OwnChunks, PrefillPlan, PrefillReads
 from pallas_kernels.prefill_attention import PREFILL_ATTENTION
 from pallas_kernels.stored_kv import StoredKV
+from pallas_kernels.windows import Window
 
 BACKENDS = ("pallas_triton", "pallas_mosaic_gpu")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -33,6 +34,8 @@ CHUNK_SIZES = (16, 32, 64, 128, 256)
 GROUPS = (1, 3, 4, 8, 16)
 CODECS = ("int8", "int4", "int4/int2", "fp8")
 _ROWS, _KV_HEADS, _LAYERS, _CHUNKS = 64, 8, 2, 1024
+_WINDOWS = (None, Window(512, sinks=4))
+_COLUMNS = 512
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class KernelVariant:
     """An operation's kernels, for one set of the sizes they are compiled for.
 
     `query_tile` is that of Mosaic's chunk-first kernel; Triton's choose theirs as they run.
-    `softcap` is that of the attention. `codec` is the name of what chunks are encoded by.
+    `softcap` is that of the attention. `codec` is the name of what chunks are encoded by. `windows`
+    is whether some heads see the last tokens only, `choices` whether rows read a part of items.
     """
 
     backend: str
@@ -52,6 +56,8 @@ class KernelVariant:
     query_tile: int | None = None
     softcap: float | None = None
     codec: str = IDENTITY
+    windows: bool = False
+    choices: bool = False
 
     @property
     def name(self) -> str:
@@ -60,12 +66,14 @@ class KernelVariant:
         prefill = " prefill" if self.operation is PREFILL_ATTENTION else ""
         softcap = " softcap" if self.softcap is not None else ""
         codec = f" {self.codec}" if self.codec != IDENTITY else ""
-        return f"{self.backend}{prefill} {sizes}{tile}{softcap}{codec}"
+        windows = " windows" if self.windows else ""
+        choices = " choices" if self.choices else ""
+        return f"{self.backend}{prefill} {sizes}{tile}{softcap}{codec}{windows}{choices}"
 
     def unsupported(self) -> str | None:
         """Why the backend does not take these sizes; None when it does."""
         sizes = self.group, self.head_dim, self.chunk_size
-        shapes = AttentionShapes(self.dtype, *sizes, codec_of(self.codec))
+        shapes = AttentionShapes(self.dtype, *sizes, codec_of(self.codec), self.choices)
         return _module(self.operation, self.backend).unsupported(shapes)
 
     def case(self, target: GpuTarget) -> Case:
@@ -76,15 +84,26 @@ class KernelVariant:
         attend = self.operation.function(self.backend)
         q = abstract((_ROWS, num_heads, self.head_dim), self.dtype)
         stored = self._stored()
+        of_heads = abstract((_KV_HEADS,)) if self.windows else None
         exact = stored.codec is not None  # what a query reads beside the encoded chunks
         if self.operation is PREFILL_ATTENTION:
             new = abstract((_ROWS, _KV_HEADS, self.head_dim), self.dtype)
             new = jax.eval_shape(NewTokens, new, new) if exact else None
-            reads = PrefillReads(_prefill_plan(self), QUERY_TILE, new)
+            reads = jax.eval_shape(
+                lambda plan, new, of_heads: PrefillReads(plan, QUERY_TILE, new, of_heads),
+                _prefill_plan(self),
+                new,
+                of_heads,
+            )
         else:
             lengths, tail = abstract((_ROWS,)), self._pool(_ROWS)
             own = jax.eval_shape(OwnChunks, tail, tail, lengths) if exact else None
-            reads = jax.eval_shape(DecodeReads, abstract_plan(_ROWS), lengths, own)
+            plan = abstract_plan(
+                _ROWS,
+                windows=len(_WINDOWS) if self.windows else None,
+                columns=_COLUMNS if self.choices else None,
+            )
+            reads = jax.eval_shape(DecodeReads, plan, lengths, own, of_heads)
         return Case(
             lambda *operands: attend(*operands, attention, **options),
             (q, stored, reads),
@@ -119,25 +138,25 @@ def available_backends() -> tuple[str, ...]:
 
 def variant_names(backends: Collection[str] = BACKENDS, every: bool = False) -> list[str]:
     """The variants that exist: of all sizes, or of some around bfloat16, 128, 64, 4; those of
-    Gemma 2, and those of encoded chunks.
+    Gemma 2, of encoded chunks, of windows and of choices.
     """
     choose = _every_combination if every else _one_at_a_time
     return [
         variant.name
         for backend in available_backends()
         if backend in backends
-        for variant in (*choose(backend), *_gemma_2(backend), *_coded(backend))
+        for variant in (*choose(backend), *_others(backend))
         if variant.unsupported() is None
     ]
 
 
 def kernel_variants() -> CaseTable:
-    """Every combination of backend and sizes, those of Gemma 2 and those of encoded chunks, by
-    name; some do not exist."""
+    """By name, every combination of backend and sizes, those of Gemma 2, of encoded chunks, of
+    windows and of choices; some do not exist."""
     return {
         variant.name: variant.case
         for backend in available_backends()
-        for variant in (*_every_combination(backend), *_gemma_2(backend), *_coded(backend))
+        for variant in (*_every_combination(backend), *_others(backend))
     }
 
 
@@ -157,6 +176,13 @@ def _one_at_a_time(backend: str) -> Iterator[KernelVariant]:
         for group in GROUPS:
             if group != KernelVariant.group:
                 yield KernelVariant(backend, group=group, **kind)
+
+
+def _others(backend: str) -> Iterator[KernelVariant]:
+    yield from _gemma_2(backend)
+    yield from _coded(backend)
+    yield from _windowed(backend)
+    yield from _choosing(backend)
 
 
 def _gemma_2(backend: str) -> Iterator[KernelVariant]:
@@ -188,6 +214,33 @@ def _coded(backend: str) -> Iterator[KernelVariant]:
         yield KernelVariant(backend, "float16", chunk_size=16, codec="fp8_e5m2")
 
 
+def _windowed(backend: str) -> Iterator[KernelVariant]:
+    """Windows with the heads of most models, of Gemma 2 and 3, and of encoded chunks."""
+    for operation in (CHUNK_ATTENTION, PREFILL_ATTENTION):
+        if backend in operation.implementations:
+            variant = partial(KernelVariant, backend, operation=operation, windows=True)
+            yield variant()
+            yield variant(head_dim=64, group=1)
+            yield variant(head_dim=256, group=2, softcap=50.0)
+            yield variant("float32", head_dim=64, chunk_size=16, group=3)
+            yield variant(chunk_size=16, group=8)
+            for codec in ("int8", "int4"):
+                yield variant(codec=codec)
+
+
+def _choosing(backend: str) -> Iterator[KernelVariant]:
+    """Rows that have chosen chunks, with the heads of most models, windows, and encoded chunks."""
+    variant = partial(KernelVariant, backend, choices=True)
+    yield variant()
+    yield variant(head_dim=64, group=1)
+    yield variant(chunk_size=256, group=8)
+    yield variant(windows=True)
+    if backend == "pallas_triton":
+        yield variant("float32", head_dim=64, chunk_size=16, group=3)
+    for codec in ("int8", "int4"):
+        yield variant(codec=codec)
+
+
 def _kinds(backend: str) -> Iterator[dict[str, Any]]:
     """The operations of a backend, each query tile of one apart."""
     yield {}
@@ -211,6 +264,7 @@ def _prefill_plan(variant: KernelVariant) -> PrefillPlan:
         chunk_size=variant.chunk_size,
         num_chunks=_CHUNKS,
         options=options,
+        windows=_WINDOWS if variant.windows else (),
     )
     return jax.tree.map(lambda x: abstract(x.shape, x.dtype), batch.plan)
 

@@ -16,6 +16,7 @@ from experiments.harness.options import (
     check_at_least_one,
     check_seed,
 )
+from experiments.head_option import HeadsFolder, HeadShare, check_heads
 
 Side = Literal["shared", "unshared"]
 
@@ -87,6 +88,10 @@ class DecodeConfig:
 
     max_positions: MaxPositions = None
 
+    heads: HeadsFolder = None
+
+    head_share: HeadShare = None
+
     seed: int = 0
     """Seed of keys and values, and of random weights and prompts."""
 
@@ -102,6 +107,7 @@ def check_options(config: DecodeConfig) -> None:
         check_at_least_one(config, "points")
     check_above_zero(config, "memory_gb")
     check_seed(config.seed)
+    check_heads(config)
     _check_from_zero("--points", config.points)
     _check_from_zero("--shared-tokens", config.shared_tokens)
     _check_from_zero("--check-tokens", (config.check_tokens,))

@@ -22,6 +22,7 @@ from experiments.harness.reading import Record
 from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
+from experiments.head_option import chosen_heads
 from experiments.loading import LoadOptions, ModelSource, load_model
 from experiments.prompts import PromptSet, make_prompts, read_prompts, read_system_prompt
 from jax_chunkattn import CacheConfig, ChunkPool, Engine, SamplingParams, chunks_needed
@@ -40,7 +41,10 @@ def measure(config: DecodeConfig, source: ModelSource, folder: ResultFolder) -> 
     """Run the study into `folder`."""
     began = time.perf_counter()
     environment = describe_environment()
-    loaded = load_model(source, LoadOptions(config.dtype, config.seed, config.max_positions))
+    loaded = load_model(
+        source,
+        LoadOptions(config.dtype, config.seed, config.max_positions, chosen_heads(config)),
+    )
     check_some_fit(config, loaded)
     folder.begin(environment)
     units = {

@@ -14,6 +14,7 @@ from experiments.harness.options import (
     check_at_least_one,
     check_seed,
 )
+from experiments.head_option import HeadsFolder, HeadShare, check_heads
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ class EngineConfig:
 
     max_positions: MaxPositions = None
 
+    heads: HeadsFolder = None
+
+    head_share: HeadShare = None
+
     seed: int = 0
     """Seed of the prompts, and of random weights."""
 
@@ -76,3 +81,4 @@ def check(config: EngineConfig) -> None:
             f"{config.steps_per_call}, got {config.tokens}"
         )
     check_seed(config.seed)
+    check_heads(config)

@@ -19,6 +19,7 @@ from experiments.harness.interrupts import deferred_interrupts
 from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
+from experiments.head_option import chosen_heads
 from experiments.loading import LoadOptions, ModelSource, load_model
 from jax_chunkattn import (
     CacheConfig,
@@ -69,7 +70,10 @@ class Timed:
 def compare(config: EngineConfig, source: ModelSource, folder: ResultFolder) -> dict[str, Any]:
     """Run the experiment into `folder`."""
     environment = describe_environment()
-    loaded = load_model(source, LoadOptions(config.dtype, config.seed, config.max_positions))
+    loaded = load_model(
+        source,
+        LoadOptions(config.dtype, config.seed, config.max_positions, chosen_heads(config)),
+    )
     prompts = _prompts(config, loaded)
     folder.begin(environment)
     with deferred_interrupts() as check_interrupt:

@@ -16,7 +16,9 @@ from experiments.harness.options import (
     check_at_least_one,
     check_seed,
 )
+from experiments.head_option import HeadsFolder, HeadShare, check_heads
 from experiments.sampling import MOST_TEMPERATURE, MOST_TOP_K
+from experiments.select_option import DenseLayers, KeepShare, SelectPolicy, check_selection
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,16 @@ class GenerateConfig:
     """Tokens in a chunk of the KV cache; prefixes are shared in whole chunks."""
 
     codec: CodecName = "identity"
+
+    heads: HeadsFolder = None
+
+    head_share: HeadShare = None
+
+    select: SelectPolicy = None
+
+    keep: KeepShare = None
+
+    dense_layers: DenseLayers = None
 
     temperature: float = 0.0
     """Randomness of sampling; 0 takes the likeliest token."""
@@ -108,3 +120,5 @@ def check(config: GenerateConfig) -> None:
         raise UserError(f"--top-p must be above 0 and at most 1, got {config.top_p}")
     check_seed(config.seed)
     check_used_codec(config.codec)
+    check_heads(config)
+    check_selection(config, config.chunk_size)

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from experiments.harness.chunk_reads import reads_record
 from experiments.harness.compilations import count_compilations
 from experiments.harness.environment import max_rss_bytes
 from experiments.harness.interrupts import deferred_interrupts
+from experiments.harness.reading import Record
 from jax_chunkattn import (
     CacheConfig,
     Engine,
@@ -23,6 +25,7 @@ from jax_chunkattn import (
     chunks_needed,
 )
 from pallas_kernels.codecs import ChunkCodec
+from pallas_kernels.selection import ChunkSelector
 
 OnFinished = Callable[[int, RequestHandle], None]
 """Called with a request and its index in the batch."""
@@ -50,6 +53,7 @@ class BatchSettings:
 
     chunk_size: int
     codec: str | ChunkCodec
+    selector: ChunkSelector | None
     dtype: str
     sharing: bool
     implementation: str | None
@@ -79,6 +83,7 @@ class Measured:
     compilations_from_cache: int
     max_rss_bytes: int
     answers: tuple[tuple[int, ...], ...]
+    reads: Record | None = None  # see `reads_record`; None where all is read
 
     @property
     def prompt_tokens(self) -> int:
@@ -165,6 +170,7 @@ def decode_batch(
         compilations_from_cache=compilations.from_cache,
         max_rss_bytes=max_rss_bytes(),
         answers=tuple(handle.tokens for handle in handles),
+        reads=reads_record(stats),
     )
 
 
@@ -241,7 +247,13 @@ def _engine(
     )
     return Engine(
         model,
-        CacheConfig(num_chunks, settings.chunk_size, settings.dtype, codec=settings.codec),
+        CacheConfig(
+            num_chunks,
+            settings.chunk_size,
+            settings.dtype,
+            codec=settings.codec,
+            selector=settings.selector,
+        ),
         max_running=len(prompts),
         sharing=settings.sharing,
         implementation=settings.implementation,

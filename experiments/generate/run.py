@@ -30,8 +30,10 @@ from experiments.harness.results import ResultFolder
 from experiments.harness.tables import print_table
 from experiments.harness.units import tell_taken_over
 from experiments.harness.views import finish
+from experiments.head_option import chosen_heads
 from experiments.loading import LoadOptions, fetch_model, load_fetched
 from experiments.prompts import PromptSet, make_prompts
+from experiments.select_option import chosen_selector
 from jax_chunkattn import RequestHandle, SamplingParams
 from models import LoadedModel
 from pallas_kernels.implementations import check_device
@@ -47,7 +49,10 @@ def generate(
     console = make_console()
     spec = fetch_model(inputs.model)
     load_began = time.perf_counter()
-    loaded = load_fetched(spec, LoadOptions(config.dtype, config.seed, config.max_positions))
+    loaded = load_fetched(
+        spec,
+        LoadOptions(config.dtype, config.seed, config.max_positions, chosen_heads(config)),
+    )
     decode_began = time.perf_counter()
     prompts = make_prompts(
         inputs.lines, inputs.system_prompt, loaded, max_tokens=config.max_tokens, seed=config.seed
@@ -90,6 +95,7 @@ def decode(
     settings = BatchSettings(
         chunk_size=config.chunk_size,
         codec=codec_for(config.codec, loaded.model),
+        selector=chosen_selector(config, loaded.model),
         dtype=config.dtype,
         sharing=config.sharing,
         implementation=config.implementation,

@@ -32,7 +32,8 @@ def measured_record(measured: Measured, **more: Any) -> dict[str, Any]:
 
 def measured_of(record: dict[str, Any]) -> Measured:
     """What `measured_record` made a line of."""
-    fields: dict[str, Any] = {one.name: record[one.name] for one in dataclasses.fields(Measured)}
+    names = [one.name for one in dataclasses.fields(Measured)]
+    fields: dict[str, Any] = {name: record[name] for name in names if name in record}
     fields["answers"] = tuple(map(tuple, record["answers"]))
     return Measured(**fields)
 
@@ -71,6 +72,8 @@ def summarise(
         "dtype": config.dtype,
         "chunk_size": config.chunk_size,
         "codec": config.codec,
+        "select": config.select,
+        "keep": config.keep,
         "max_tokens": config.max_tokens,
         "seed": config.seed,
         "sharing": config.sharing,
@@ -99,6 +102,7 @@ def _numbers(measured: Measured) -> dict[str, Any]:
         "compilations": measured.compilations,
         "compilations_from_cache": measured.compilations_from_cache,
         "max_rss_bytes": measured.max_rss_bytes,
+        "reads": measured.reads,
     }
 
 

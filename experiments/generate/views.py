@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from experiments.generate.decoding import Measured
 from experiments.generate.summary import UNSHARED, measured_of
+from experiments.harness.chunk_reads import reads_note
 from experiments.harness.plotting import bar_style, from_zero, make_figure, plain_axes
 from experiments.harness.reading import Record, Result
 from experiments.harness.tables import Column, ResultTable, format_bytes, table_of
@@ -78,7 +79,8 @@ def sharing(run: Measured) -> ResultTable:
         f"prompt tokens reused: {run.prefill_tokens_reused:,}; "
         f"longest shared prefix: {run.shared_tokens:,} tokens; plan: {run.plan_decision}"
     )
-    return table_of(f"{what}, {_requests(run)}", _columns(names), rows, notes=[note])
+    notes = [note] if run.reads is None else [note, reads_note(run.reads)]
+    return table_of(f"{what}, {_requests(run)}", _columns(names), rows, notes=notes)
 
 
 def speed(run: Measured, unshared: Measured | None, seconds: dict[str, float]) -> ResultTable:

@@ -11,8 +11,8 @@ In this order, each a `--part`:
 - `floors` measures the copy bandwidth and the matrix rate.
 - `paper`, `trees` and `hydragen` time attention on the grid of ChunkAttention's Table 3
   (arXiv 2402.15220), on PAT's trees (ASPLOS 2026), and on Hydragen's micro benchmark (ICML 2024):
-  our kernels, the same with every row by itself, jax's own paged attention, and FlashInfer and
-  PyTorch where these are installed.
+  our kernels, the same with every row by itself, some of them over encoded chunks, jax's own paged
+  attention, and FlashInfer and PyTorch where these are installed.
 - `decode` times the decode loop of a Llama 8B with random weights.
 - `tune` (when asked for) varies the planner's constants.
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.gpu import coded_cases, prefill_cases
+from experiments.gpu import choice_cases, coded_cases, prefill_cases, windowed_cases
 from experiments.gpu.bench import Bench, Program
 from experiments.gpu.loops import planner_options
 from experiments.gpu.oracle import Expected, expected
@@ -30,6 +30,7 @@ from pallas_kernels.chunk_attention import CHUNK_ATTENTION
 from pallas_kernels.codecs import codec_of
 from pallas_kernels.implementations import AttentionShapes
 from pallas_kernels.specs import AttentionCase
+from pallas_kernels.windows import Window
 
 _LAYER, _LAYERS = 1, 2
 _MOST_VALUES = 1 << 28  # that the oracle goes over for a case: pairs x tokens x D
@@ -108,6 +109,26 @@ def _makers(bench: Bench) -> Iterator[tuple[str, str, Callable[[], Check]]]:
                 bench.record.skipped(name, backend, reason)
                 continue
             yield name, backend, functools.partial(_coded_check, case, codec, backend, bench)
+    for case in windowed_cases.cases(bench.small):
+        group = case.num_heads // case.num_kv_heads
+        shapes = AttentionShapes(case.dtype, group, case.head_dim, case.chunk_size)
+        for backend, missing in bench.backends.items():
+            reason = missing or _unsupported(backend, shapes)
+            if reason:
+                bench.record.skipped(windowed_cases.name(case), backend, reason)
+                continue
+            make = functools.partial(_windowed_check, case, backend, bench)
+            yield windowed_cases.name(case), backend, make
+    for case in choice_cases.cases(bench.small):
+        sizes = case.num_heads // case.num_kv_heads, case.head_dim, case.chunk_size
+        shapes = AttentionShapes(case.dtype, *sizes, chosen=True)
+        for backend, missing in bench.backends.items():
+            reason = missing or _unsupported(backend, shapes)
+            if reason:
+                bench.record.skipped(choice_cases.name(case), backend, reason)
+                continue
+            make = functools.partial(_choice_check, case, backend, bench)
+            yield choice_cases.name(case), backend, make
     for prefill in prefill_cases.cases(bench.small):
         make = functools.partial(_prefill_check, prefill, bench)
         yield prefill.name, "pallas_triton", make
@@ -137,6 +158,7 @@ def _expected(
     inputs: AttentionInputs,
     pool: tuple[np.ndarray, np.ndarray],
     tables: Sequence[Sequence[int]],
+    windows: Sequence[Window | None] | None = None,
 ) -> Expected:
     tokens = int(np.mean(inputs.lengths[: len(tables)])) + 1
     return expected(
@@ -147,6 +169,7 @@ def _expected(
         most=max(16, _MOST_VALUES // (tokens * case.head_dim)),
         scale=case.scale,
         softcap=case.softcap,
+        windows=windows,
     )
 
 
@@ -170,6 +193,58 @@ def _decode_check(
     return Check(case.name, backend, program, arguments, len(inputs.tables), expect)
 
 
+def _windowed_check(case: AttentionCase, backend: str, bench: Bench) -> Check:
+    inputs = case_inputs(case, layers=_LAYERS, seed=bench.seed)
+    rows = len(inputs.tables)
+    windows = windowed_cases.windows_for(int(inputs.lengths[:rows].min()))
+    of_heads = windowed_cases.of_heads(case.num_kv_heads, windows)
+    plans = _plans(case, backend, inputs, inputs.lengths[:rows].tolist(), windows)
+
+    def attend(q, keys, values, plan, lengths, layer, of_heads):
+        how = {"scale": case.scale, "softcap": case.softcap, "implementation": backend}
+        where = {"layer": layer, "head_windows": of_heads}
+        return chunk_attention(q, keys, values, plan, lengths, **where, **how)
+
+    fixed, layer = (inputs.q, inputs.keys, inputs.values), np.int32(_LAYER)
+    arguments = {
+        name: (*fixed, plan, inputs.lengths, layer, of_heads) for name, plan in plans.items()
+    }
+    name = windowed_cases.name(case)
+    program = Program(("check", name, backend), attend, next(iter(arguments.values())))
+
+    @functools.cache
+    def expect() -> Expected:
+        pool = inputs.keys[_LAYER], inputs.values[_LAYER]
+        of_head = [windows[int(window)] for window in of_heads]
+        return _expected(case, inputs, pool, inputs.tables, of_head)
+
+    return Check(name, backend, program, arguments, rows, expect)
+
+
+def _choice_check(case: AttentionCase, backend: str, bench: Bench) -> Check:
+    inputs = case_inputs(case, layers=_LAYERS, seed=bench.seed)
+    lengths = inputs.lengths[: len(inputs.tables)].tolist()
+    plans = _plans(case, backend, inputs, lengths)
+    choices = choice_cases.Choices.of(inputs, case.chunk_size, bench.seed)
+    fixed, layer = (inputs.q, inputs.keys, inputs.values), np.int32(_LAYER)
+    chosen = choices.columns, choices.number, choices.chunk, choices.tables
+    arguments = {
+        name: (*fixed, plan, inputs.lengths, layer, *chosen) for name, plan in plans.items()
+    }
+    name = choice_cases.name(case)
+    function = choice_cases.attend(backend, case)
+    program = Program(("check", name, backend), function, next(iter(arguments.values())))
+    tables, read = choices.read(lengths, case.chunk_size)
+
+    @functools.cache
+    def expect() -> Expected:
+        pool = inputs.keys[_LAYER], inputs.values[_LAYER]
+        reading = dataclasses.replace(inputs, lengths=np.array(read, np.int32))
+        return _expected(case, reading, pool, tables)
+
+    return Check(name, backend, program, arguments, len(tables), expect)
+
+
 def _coded_check(case: AttentionCase, codec: str, backend: str, bench: Bench) -> Check:
     inputs = case_inputs(case, layers=_LAYERS, seed=bench.seed)
     pool = coded_cases.CodedPool.of(codec, inputs.keys, inputs.values)
@@ -189,7 +264,11 @@ def _coded_check(case: AttentionCase, codec: str, backend: str, bench: Bench) ->
 
 
 def _plans(
-    case: AttentionCase, backend: str, inputs: AttentionInputs, lengths: list[int]
+    case: AttentionCase,
+    backend: str,
+    inputs: AttentionInputs,
+    lengths: list[int],
+    windows: Sequence[Window | None] = (),
 ) -> dict[str, Any]:
     """Plans of one shape, by name."""
     options: dict[str, PlannerOptions] = {
@@ -207,6 +286,7 @@ def _plans(
             num_chunks=inputs.keys.shape[2],
             options=options,
             at_least=at_least,
+            windows=windows,
         )[0]
 
     shape = PlanShape()

@@ -194,7 +194,7 @@ def _case(
         num_chunks=size.num_chunks,
         options=options,
     )
-    padded = plan.private_chunks.shape[0]
+    padded = plan.num_rows
     real = np.arange(padded) < rows
     random = np.random.default_rng(rows)
     state = RowState(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from experiments.gpu import floors, peer_paged, peer_torch
 from experiments.gpu.bench import Bench, Program
 from experiments.gpu.clock import Side, Timing, time_sides
+from experiments.gpu.coded_loops import CodedLoop
 from experiments.gpu.jobs import (
     XLA,
     Job,
@@ -39,6 +40,7 @@ from experiments.gpu.record import significant
 from experiments.gpu.tables import CaseTables, case_tables
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
+from pallas_kernels.codecs import codec_of
 from pallas_kernels.implementations import AttentionShapes
 from pallas_kernels.plans import DecodeReads
 from pallas_kernels.specs import AttentionCase
@@ -96,6 +98,7 @@ class _Prepared:
         self.tables = tables
         self.sides: dict[str, tuple[Program | None, _MakeSide]] = {}
         self.plans: dict[str, PlannedCase] = {}
+        self.coded: dict[str, CodedLoop] = {}
 
 
 def _prepare(bench: Bench, job: Job, buffers: Buffers) -> _Prepared:
@@ -120,15 +123,27 @@ def _add_own(bench: Bench, prepared: _Prepared, own: OwnSide, buffers: Buffers) 
         bench.record.skipped(case.name, own.name, reason)
         return
     options = planner_options(case, own.implementation, sharing=own.sharing, **dict(own.work))
-    planned = plan_case(case, prepared.tables, options, small=bench.small, seed=bench.seed)
+    planned = plan_case(
+        case,
+        prepared.tables,
+        options,
+        small=bench.small,
+        seed=bench.seed,
+        encoded=own.codec is not None,
+    )
     size = LoopSize.of(bench.small, planned.summary.seconds)
+    prepared.plans[own.name] = planned
+    if own.codec is not None:
+        loop = prepared.coded[own.name] = CodedLoop.of(planned, own.codec)
+        program = loop.program(own.implementation, size)
+        prepared.sides[own.name] = (program, lambda: loop.side(bench, program, size))
+        return
     attend = None
     if own.query_tile is not None:
         attend = functools.partial(_with_query_tile, case, own.query_tile)
     program = loop_program(
         planned, own.name if attend else own.implementation, buffers, size, attend
     )
-    prepared.plans[own.name] = planned
     prepared.sides[own.name] = (
         program,
         lambda: loop_side(bench, program, planned, buffers, size),
@@ -172,7 +187,8 @@ def _unsupported(bench: Bench, own: OwnSide, case: AttentionCase) -> str | None:
     if bench.backends[own.implementation]:
         return bench.backends[own.implementation]
     group = case.num_heads // case.num_kv_heads
-    shapes = AttentionShapes(case.dtype, group, case.head_dim, case.chunk_size)
+    codec = None if own.codec is None else codec_of(own.codec)
+    shapes = AttentionShapes(case.dtype, group, case.head_dim, case.chunk_size, codec)
     try:
         CHUNK_ATTENTION.resolve(own.implementation, shapes)
     except ValueError as error:
@@ -217,7 +233,10 @@ def _measure(bench: Bench, prepared: _Prepared, *, repeats: int, seed: int) -> N
 def _numbers(bench: Bench, prepared: _Prepared, name: str, timing: Timing) -> dict[str, Any]:
     case, tables = prepared.case, prepared.tables
     per_token = 2 * case.num_kv_heads * case.head_dim * jnp.dtype(case.dtype).itemsize
-    num_bytes = tables.distinct_tokens * per_token
+    coded = prepared.coded.get(name)
+    if coded is not None:
+        per_token = coded.bytes_per_token
+    num_bytes = round(tables.distinct_tokens * per_token)
     flops = 4 * case.num_heads * case.head_dim * tables.rows * tables.length
     floor = floors.floor(bench, num_bytes, flops)
     numbers: dict[str, Any] = {
@@ -238,7 +257,7 @@ def _numbers(bench: Bench, prepared: _Prepared, name: str, timing: Timing) -> di
         numbers["shared"] = planned.summary.shared
         numbers["packing"] = planned.summary.packing
         numbers["items"] = int(planned.plan.items.count)
-        numbers["layers"] = planned.pool.layers
+        numbers["layers"] = planned.pool.layers if coded is None else coded.layers
         if planned.summary.seconds is not None:
             numbers["planned_us"] = significant(1e6 * planned.summary.seconds)
     return numbers

@@ -22,6 +22,7 @@ class OwnSide:
       work: fields of `GpuWork` that are not the default ones.
       query_tile: of Mosaic's chunk-first phase, where it is not the default one.
       label: what tells the side from others of its implementation.
+      codec: what its chunks are encoded by.
     """
 
     implementation: str
@@ -29,6 +30,7 @@ class OwnSide:
     sharing: bool = True
     work: tuple[tuple[str, Any], ...] = ()
     query_tile: int | None = None
+    codec: str | None = None
 
     @property
     def name(self) -> str:
@@ -54,6 +56,11 @@ def packed(implementation: str, packing: str) -> OwnSide:
 
 _PAIR = (OwnSide(MOSAIC), unshared(MOSAIC))
 _BOTH = (*_PAIR, OwnSide(TRITON))
+_CODECS = tuple(
+    OwnSide(implementation, codec, codec=codec)
+    for implementation in (MOSAIC, TRITON)
+    for codec in ("int8", "int4", "fp8")
+)
 _PACKINGS = tuple(packed(MOSAIC, rule) for rule in ("pat", "fasttree"))
 
 
@@ -73,7 +80,7 @@ def paper_jobs() -> list[Job]:
         peers = (peer_paged.NAME, peer_torch.FLASHINFER if shares else peer_torch.SDPA)
         own = _BOTH
         if case.tree.startswith("1,32_2048"):
-            own = (*_BOTH, *_PACKINGS, OwnSide(XLA), unshared(TRITON))
+            own = (*_BOTH, *_CODECS, *_PACKINGS, OwnSide(XLA), unshared(TRITON))
         first.append(Job(case, own, peers))
     # More rows than the paper's, to be held against the device's limits.
     wide = [
@@ -83,7 +90,7 @@ def paper_jobs() -> list[Job]:
     ]
     return [
         *first,
-        *(Job(case, _BOTH) for case in wide),
+        *(Job(case, (*_BOTH, *_CODECS)) for case in wide),
         *(Job(case, _BOTH, (peer_paged.NAME,)) for case in cases("bfloat16", 8)),
         *(Job(case, _BOTH) for case in cases("float16", 32)),
         *(Job(case, _PAIR) for case in cases("float16", 8)),

@@ -84,18 +84,25 @@ def planner_options(
 
 
 def plan_case(
-    case: AttentionCase, tables: CaseTables, options: PlannerOptions, *, small: bool, seed: int = 0
+    case: AttentionCase,
+    tables: CaseTables,
+    options: PlannerOptions,
+    *,
+    small: bool,
+    seed: int = 0,
+    encoded: bool = False,
 ) -> PlannedCase:
+    """`encoded` plans without the token that a step writes, so that no item has a last chunk."""
     pool = PoolShape.of(case, tables.num_chunks, small)
     plan, summary = plan_decode(
         tables.placed(pool.num_chunks, seed).tolist(),
-        tables.lengths,
+        [length - encoded for length in tables.lengths],
         chunk_size=case.chunk_size,
         num_chunks=pool.num_chunks,
         options=options,
         at_least=PlanShape() if small else SHARED_SHAPE,
     )
-    lengths = np.zeros(plan.private_chunks.shape[0], np.int32)
+    lengths = np.zeros(plan.num_rows, np.int32)
     lengths[: tables.rows] = tables.length
     return PlannedCase(case, pool, plan, lengths, summary)
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pallas_kernels.windows import Window
+
 TOLERANCE = 2.0
 LEAST_ERROR = 2e-7  # that is forgiven: some last places of a float32 number near 1
 
@@ -54,12 +56,13 @@ def expected(
     most: int,
     scale: float | None = None,
     softcap: float | None = None,
+    windows: Sequence[Window | None] | None = None,
 ) -> Expected:
     """Attention of q [T, Hq, D], query t over the first `lengths[t]` tokens of `tables[t]`.
 
     keys and values are one layer of the pool, [Hkv, N, C, D]. Up to `most` pairs of a query and a
     KV head are computed, evenly spread, the first and the last among them. `scale` and `softcap`
-    are those of `chunk_attention`.
+    are those of `chunk_attention`. `windows` are those of the KV heads; None: all see all.
     """
     kv_heads, dim = len(keys), keys.shape[-1]
     how = (dim**-0.5 if scale is None else scale, softcap)
@@ -72,6 +75,11 @@ def expected(
         table, length = np.asarray(tables[query]), lengths[query]
         k = keys[head, table].reshape(-1, dim)[:length]
         v = values[head, table].reshape(-1, dim)[:length]
+        window = windows[head] if windows is not None else None
+        if window is not None:
+            position = np.arange(length)
+            seen = (position < window.sinks) | (position >= length - window.size)
+            k, v = k[seen], v[seen]
         right = _softmax_attention(grouped[query, head], k, v, *how)
         plain = _plain_attention(grouped[query, head], k, v, *how)
         exact.append(right)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.gpu import windowed_cases
 from experiments.gpu.coded_cases import CODECS, CodedPool
 from experiments.gpu.oracle import Expected, expected
 from jax_chunkattn.planning.planner import PlannerOptions
@@ -18,6 +19,7 @@ from pallas_kernels.plans import NewTokens, PrefillReads
 from pallas_kernels.prefill_attention import PREFILL_ATTENTION
 from pallas_kernels.stored_kv import StoredKV
 from pallas_kernels.targets import current_target
+from pallas_kernels.windows import Window
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class PrefillCase:
       shared: chunks that all sequences begin with.
       softcap, scale: as in `prefill_attention`.
       codec: the name of what chunks are encoded by; then each range begins where a chunk does.
+      windows: every KV head has one of those of `windowed_cases`.
     """
 
     ranges: tuple[tuple[int, int], ...]
@@ -41,6 +44,7 @@ class PrefillCase:
     softcap: float | None = None
     scale: float | None = None
     codec: str = IDENTITY
+    windows: bool = False
 
     @property
     def name(self) -> str:
@@ -50,7 +54,8 @@ class PrefillCase:
         softcap = f" softcap {self.softcap:g}" if self.softcap is not None else ""
         scale = f" scale {self.scale:g}" if self.scale is not None else ""
         codec = f" {self.codec}" if self.codec != IDENTITY else ""
-        return f"prefill {tokens} s{self.shared} {heads} {size}{softcap}{scale}{codec}"
+        windows = " windows" if self.windows else ""
+        return f"prefill {tokens} s{self.shared} {heads} {size}{softcap}{scale}{codec}{windows}"
 
 
 _LONG = ((4096, 4196), (4096, 4097), (4160, 4290), (4096, 4200))
@@ -58,8 +63,18 @@ _LONG = ((4096, 4196), (4096, 4097), (4160, 4290), (4096, 4200))
 _ALIGNED = ((4096, 4196), (4096, 4097), (4160, 4290), (4352, 4400))
 
 TINY = tuple(
-    PrefillCase(((16, 40), (0, 3)), 32, 4, 2, 16, chunk_size=16, dtype="float32", codec=codec)
-    for codec in (IDENTITY, "int4")
+    PrefillCase(
+        ((16, 40), (0, 3)),
+        32,
+        4,
+        2,
+        16,
+        chunk_size=16,
+        dtype="float32",
+        codec=codec,
+        windows=windows,
+    )
+    for codec, windows in ((IDENTITY, False), ("int4", False), (IDENTITY, True))
 )
 ALL = (
     *TINY,
@@ -71,6 +86,9 @@ ALL = (
     PrefillCase(((20000, 20128),), 128, 8, 1, 80, chunk_size=64),
     PrefillCase(((64, 129), (0, 3), (640, 699), (15, 16)), 128, 6, 2, 32, chunk_size=16),
     PrefillCase(_LONG, 512, 8, 4, 256, shared=64, softcap=5.0, scale=0.25),
+    PrefillCase(_LONG, 512, 12, 3, 128, shared=64, windows=True),
+    PrefillCase(_LONG, 512, 9, 3, 64, chunk_size=16, dtype="float16", shared=200, windows=True),
+    PrefillCase(_ALIGNED, 512, 12, 3, 128, shared=64, codec="int8", windows=True),
     *(PrefillCase(_ALIGNED, 512, 8, 2, 128, shared=64, codec=codec) for codec in CODECS),
     PrefillCase(_ALIGNED, 512, 9, 3, 80, chunk_size=16, shared=256, codec="int4"),
     PrefillCase(_ALIGNED, 512, 8, 1, 64, chunk_size=32, dtype="float16", shared=128, codec="int8"),
@@ -103,12 +121,18 @@ def make(case: PrefillCase, seed: int, *, most_values: int) -> MadePrefill:
         chunk_size=case.chunk_size,
         dtype_bytes=jnp.dtype(case.dtype).itemsize,
     )
+    windows: tuple[Window | None, ...] = ()
+    if case.windows:
+        windows = windowed_cases.windows_for(max(end for _, end in case.ranges))
+    of_heads = windowed_cases.of_heads(case.num_kv_heads, windows) if windows else None
+    by_head = None if of_heads is None else [windows[int(window)] for window in of_heads]
     batch = pack_segments(
         segments,
         num_tokens=case.num_tokens,
         chunk_size=case.chunk_size,
         num_chunks=num_chunks,
         options=options,
+        windows=windows,
     )
 
     def normal(*shape: int) -> np.ndarray:
@@ -121,8 +145,8 @@ def make(case: PrefillCase, seed: int, *, most_values: int) -> MadePrefill:
     sizes = case.num_heads, case.num_kv_heads, case.head_dim
     attention = AttentionSpec.of(*sizes, scale=case.scale, softcap=case.softcap)
 
-    def attend(q, stored, plan, new):
-        reads = PrefillReads(plan, QUERY_TILE, new)
+    def attend(q, stored, plan, new, of_heads):
+        reads = PrefillReads(plan, QUERY_TILE, new, of_heads)
         return PREFILL_ATTENTION.attend(q, stored, reads, attention, implementation="pallas_triton")
 
     of_token = [(s, position) for s in segments for position in range(s.begin, s.end)]
@@ -145,9 +169,10 @@ def make(case: PrefillCase, seed: int, *, most_values: int) -> MadePrefill:
             most=max(16, most_values // (longest * case.head_dim)),
             scale=case.scale,
             softcap=case.softcap,
+            windows=by_head,
         )
 
-    arguments = (q, stored, batch.plan, new)
+    arguments = (q, stored, batch.plan, new, of_heads)
     return MadePrefill(attend, arguments, len(of_token), expect)
 
 

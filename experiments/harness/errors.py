@@ -28,6 +28,8 @@ _USER_ERRORS = (
     ("jax_chunkattn", "PoolExhausted"),
     ("models", "CheckpointError"),
     ("models", "DownloadError"),
+    ("models", "DenseLayersError"),
+    ("models", "HeadPatternError"),
     ("pallas_kernels.implementations", "ImplementationError"),
     ("pallas_kernels.codecs", "CodecError"),
 )

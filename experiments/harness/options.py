@@ -41,8 +41,8 @@ MaxPositions = Annotated[
     int | None,
     tyro.conf.arg(
         metavar="INT",
-        help="Most tokens of a sequence. Models with sliding windows need it: at most as long as "
-        "their window.",
+        help="Most tokens of a sequence. Models with LongRoPE need it: at most their original "
+        "context.",
         help_behavior_hint="(default: as many as the model has)",
     ),
 ]

@@ -1,15 +1,19 @@
-"""What `quality --codec` shows: what each codec does to predictions, and the bytes it takes."""
+"""What `quality --codec` and `--select` show: what each codec or choice does to predictions."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.harness.plotting import line_style, make_figure, plain_axes
 from experiments.harness.reading import Result
 from experiments.harness.tables import Column, ResultTable, table_of
-from experiments.quality.measures import DEPTHS, SHOWN, STRING, codec_measures
+from experiments.quality.config import DEPTHS, SHOWN, STRING
+from experiments.quality.measures import CodecMeasures, codec_measures
+from experiments.select_option import POLICIES, YARDSTICKS
 
 LEAST = 1e-7
 """A divergence below is drawn as this one."""
@@ -61,29 +65,71 @@ def table(result: Result) -> ResultTable:
         f"Copied: of {config['copy_strings']} strings of {STRING} random tokens, hidden at "
         f"{depths} of a text of that many tokens, those found again behind their first {SHOWN}, "
         "in %.",
-        "A token reads chunks before its own encoded; as KIVI: keys before the last whole 128, "
+        "A token reads chunks before its own encoded, or of those the share that is named, chosen "
+        "by the policy before it; as KIVI: keys before the last whole 128, "
         "values before its last 128; as KVQuant: everything.",
     ]
-    title = f"{config['model']}: codecs of the KV cache, chunks of {config['chunk_size']} tokens"
+    coded = "codecs of the KV cache" if config["codec"] else ""
+    chosen = "queries that choose what they read" if config.get("select") else ""
+    what = " and ".join(part for part in (coded, chosen) if part)
+    title = f"{config['model']}: {what}, chunks of {config['chunk_size']} tokens"
     return table_of(title, columns, rows, notes=notes)
 
 
 def figure(result: Result) -> Figure:
-    """How far predictions are off, for the bytes that a token takes."""
-    drawn = make_figure(6.5, 4.0)
-    axes = drawn.subplots()
-    _, *coded = codec_measures(result.of_kind("codec"))
-    sizes = {one.codec: one.bytes_per_token for one in coded if one.bytes_per_token is not None}
-    for index, one in enumerate(one for one in coded if one.bytes_per_token is not None):
-        style: dict[str, Any] = line_style(index) | {"linestyle": "none", "markersize": 8}
-        axes.plot(sizes[one.codec], max(one.divergence, LEAST), label=one.codec, **style)
-    axes.set_yscale("log")
-    axes.set_xlim(0, 1.1 * max(sizes.values(), default=1))
-    axes.legend(loc="best", frameon=False)
-    plain_axes(
-        axes,
-        f"{result.config['model']}: what a smaller KV cache costs",
-        "bytes of a token's keys and values",
-        "KL divergence of the next token (nats)",
-    )
+    """How far predictions are off: by the bytes that a token takes with a codec, and by the share
+    of the chunks that queries read; a panel for what was measured of both."""
+    _, *measured = codec_measures(result.of_kind("codec"))
+    chosen = [one for one in measured if choice_of(one.reads) is not None]
+    coded = [one for one in measured if one not in chosen and one.bytes_per_token is not None]
+    panels = [
+        (
+            coded,
+            _draw_codecs,
+            "what a smaller KV cache costs",
+            "bytes of a token's keys and values",
+        ),
+        (chosen, _draw_choices, "what reading a part costs", "chunks that a query reads (%)"),
+    ]
+    panels = [panel for panel in panels if panel[0]] or panels[:1]
+    drawn = make_figure(6.5 * len(panels), 4.0)
+    for place, (drawn_here, draw, title, x) in enumerate(panels, start=1):
+        axes = drawn.add_subplot(1, len(panels), place)
+        draw(axes, drawn_here)
+        axes.set_yscale("log")
+        if drawn_here:
+            axes.legend(loc="best", frameon=False)
+        plain_axes(
+            axes,
+            f"{result.config['model']}: {title}",
+            x,
+            "KL divergence of the next token (nats)",
+        )
     return drawn
+
+
+def choice_of(reads: str) -> tuple[str, float] | None:
+    """The policy and the share by which queries chose; None where they read all."""
+    policy, _, share = reads.partition(" ")
+    return (policy, float(share)) if policy in POLICIES + YARDSTICKS else None
+
+
+def _draw_codecs(axes: Axes, measured: Sequence[CodecMeasures]) -> None:
+    sizes = [one.bytes_per_token or 0.0 for one in measured]
+    for index, one in enumerate(measured):
+        style: dict[str, Any] = line_style(index) | {"linestyle": "none", "markersize": 8}
+        label = one.codec if one.reads == "chunks" else one.reads
+        axes.plot(sizes[index], max(one.divergence, LEAST), label=label, **style)
+    axes.set_xlim(0, 1.1 * max(sizes, default=1))
+
+
+def _draw_choices(axes: Axes, measured: Sequence[CodecMeasures]) -> None:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for one in measured:
+        choice = choice_of(one.reads)
+        assert choice is not None, "they chose"
+        policy, share = choice
+        lines.setdefault(policy, []).append((100 * share, max(one.divergence, LEAST)))
+    for index, (policy, points) in enumerate(lines.items()):
+        axes.plot(*zip(*sorted(points), strict=True), label=policy, **line_style(index))
+    axes.set_xlim(left=0)

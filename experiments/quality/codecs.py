@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.quality.measures import DEPTHS, SHOWN, STRING
+from experiments.quality.config import DEPTHS, SHOWN, STRING
 from experiments.quality.scoring import Passage, Scores
 from jax_chunkattn import CacheConfig, Engine, SamplingParams, chunks_needed
 from models import Decoder
@@ -120,7 +120,9 @@ def answer_passage(
     return Passage(prefix, whole[:, :-1], whole[:, 1:])
 
 
-def copy_passage(tokens: Sequence[int], *, length: int, strings: int, seed: int) -> Passage:
+def copy_passage(
+    tokens: Sequence[int] | np.ndarray, *, length: int, strings: int, seed: int
+) -> Passage:
     """A text of `length` tokens in which strings are hidden, and a window for each.
 
     So many strings are hidden one after another, with some text between, around each of `DEPTHS`.
@@ -130,14 +132,20 @@ def copy_passage(tokens: Sequence[int], *, length: int, strings: int, seed: int)
     random = np.random.default_rng(seed)
     text = np.asarray(tokens[:length], np.int32)
     hidden = random.choice(np.unique(text), (len(DEPTHS) * strings, STRING))
+    for begin, string in zip(string_begins(length, strings), hidden, strict=True):
+        text[begin : begin + STRING] = string
+    return Passage(text, hidden[:, :-1], hidden[:, 1:])
+
+
+def string_begins(length: int, strings: int) -> list[int]:
+    """Where `copy_passage` hides its strings."""
     spacing = 2 * STRING
-    for at, depth in enumerate(DEPTHS):
+    begins = []
+    for depth in DEPTHS:
         middle = length * depth // 100
         first = min(max(middle - strings * spacing // 2, 0), length - strings * spacing)
-        for index in range(strings):
-            begin = first + index * spacing
-            text[begin : begin + STRING] = hidden[at * strings + index]
-    return Passage(text, hidden[:, :-1], hidden[:, 1:])
+        begins += [first + index * spacing for index in range(strings)]
+    return begins
 
 
 def copied(passage: Passage, greedy: np.ndarray) -> list[float]:

@@ -26,6 +26,10 @@ exact, KVQuant none.
 The text is then the help that ships with Python (`pydoc_data.topics`).
 
     python -m experiments quality --codec int8 int4 int4/int2
+
+With `--select` it shows the same of queries that read a share of the chunks before them.
+
+    python -m experiments quality --select scores:0.2 bounds:0.2 recent:0.2 random:0.2
 """
 
 from __future__ import annotations
@@ -49,7 +53,7 @@ def run(config: QualityConfig) -> dict[str, Any]:
     config = complete(config)
     source = parse_model(config.model)
     with open_results("quality", config) as folder:
-        if config.codec:
+        if config.codec or config.select:
             from experiments.quality.run_codecs import measure
         else:
             from experiments.quality.run import measure

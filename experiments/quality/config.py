@@ -18,8 +18,15 @@ from experiments.harness.options import (
     check_at_least_one,
     check_seed,
 )
+from experiments.head_option import HeadsFolder, HeadShare, check_heads
+from experiments.select_option import CHOICES, DenseLayers, check_choices, check_dense_layers
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+STRING, SHOWN = 32, 8
+"""Tokens of a hidden string, and how many of them a window begins with."""
+DEPTHS = (10, 50, 90)
+"""Where strings are hidden, in percent of the text."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,18 @@ class QualityConfig:
         tuple[str, ...], tyro.conf.arg(metavar=f"[{CODECS} ...]", help_behavior_hint="(optional)")
     ] = ()
     """Compare these codecs of the KV cache with chunks that are stored as they are."""
+
+    select: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar=CHOICES, help_behavior_hint="(optional)")
+    ] = ()
+    """Compare queries that read this share of the chunks before them, chosen by this policy, with
+    those that read all."""
+
+    dense_layers: DenseLayers = None
+
+    heads: HeadsFolder = None
+
+    head_share: HeadShare = None
 
     text: Annotated[
         Path | None,
@@ -120,7 +139,7 @@ _CODEC_SIZES = Sizes(("float32",), prefix=512, window=512, windows=4)
 
 def sizes_of(config: QualityConfig) -> Sizes:
     """Those that are given, and the defaults of what is measured."""
-    defaults = vars(_CODEC_SIZES if config.codec else _SIZES)
+    defaults = vars(_CODEC_SIZES if config.codec or config.select else _SIZES)
     given = {name: getattr(config, name) for name in defaults}
     return Sizes(**{name: defaults[name] if one is None else one for name, one in given.items()})
 
@@ -154,7 +173,8 @@ def check(config: QualityConfig) -> None:
             f"ones are shared, got {sizes.prefix}"
         )
     check_seed(config.seed)
-    if config.codec:
+    check_heads(config)
+    if config.codec or config.select:
         _check_codecs(config, sizes)
 
 
@@ -166,18 +186,32 @@ def _check_codecs(config: QualityConfig, sizes: Sizes) -> None:
             f"--codec must name each codec once, and all are compared with identity; got "
             f"{' '.join(config.codec)}"
         )
+    if len(set(config.select)) < len(config.select):
+        raise UserError(f"--select must name each once, got {' '.join(config.select)}")
+    check_choices(config.select, config.chunk_size)
+    check_dense_layers(config.dense_layers, config.select)
     if len(sizes.dtypes) > 1:
-        raise UserError(f"--codec takes one of --dtypes, got {' '.join(sizes.dtypes)}")
+        raise UserError(f"--codec and --select take one of --dtypes, got {' '.join(sizes.dtypes)}")
     if config.prefill_tokens < config.chunk_size:
         raise UserError(
             f"--prefill-tokens must hold a whole chunk of --chunk-size {config.chunk_size}, got "
             f"{config.prefill_tokens}"
         )
-    least = 3 * config.copy_strings * 64
-    for length in config.copy_lengths:
-        if length < least or length % config.chunk_size:
+    check_copies(config.copy_lengths, config.copy_strings, config.chunk_size)
+
+
+def copies_room(strings: int) -> int:
+    """The fewest tokens of a text that so many strings can be hidden in at each depth."""
+    return len(DEPTHS) * strings * 2 * STRING
+
+
+def check_copies(lengths: tuple[int, ...], strings: int, chunk_size: int) -> None:
+    """Raise `UserError` for `--copy-lengths` that cannot hide `--copy-strings`."""
+    least = copies_room(strings)
+    for length in lengths:
+        if length < least or length % chunk_size:
             raise UserError(
-                f"--copy-lengths must be whole chunks of --chunk-size {config.chunk_size}, and "
-                f"{least:,} tokens at least to hide {config.copy_strings} strings at each depth "
+                f"--copy-lengths must be whole chunks of --chunk-size {chunk_size}, and "
+                f"{least:,} tokens at least to hide {strings} strings at each depth "
                 f"(--copy-strings), got {length}"
             )

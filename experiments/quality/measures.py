@@ -12,11 +12,6 @@ from experiments.harness.reading import Record
 PATHS = ("plain", "prefill", "decode")
 EXACT = ("float32", "plain")
 
-STRING, SHOWN = 32, 8
-"""Tokens of a hidden string, and how many of them a window begins with."""
-DEPTHS = (10, 50, 90)
-"""Where strings are hidden, in percent of the text."""
-
 
 @dataclass(frozen=True)
 class Measures:
@@ -52,15 +47,29 @@ def differences(records: Sequence[Record], dtype: str, path: str) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class CodecMeasures:
+class Change:
+    """What something does to predictions of a text.
+
+    Attributes:
+      perplexity_change: relative; `standard_error` is its own.
+      divergence: KL of the next token's distribution, in nats; mean over the tokens of the text.
+      same_token: share of the text's tokens for which both find the same token likeliest.
+    """
+
+    perplexity: float
+    perplexity_change: float
+    standard_error: float
+    divergence: float
+    same_token: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecMeasures(Change):
     """What one codec does, against chunks that are stored as they are.
 
     Attributes:
       reads: "chunks", as the pool has it; "as KIVI", whose last 128 tokens are exact; or "as
         KVQuant", of which none is.
-      perplexity_change: relative; `standard_error` is its own.
-      divergence: KL of the next token's distribution, in nats; mean over the tokens of the text.
-      same_token: share of the text's tokens for which both find the same token likeliest.
       answers: share of the tokens of the model's own answers that the codec finds likeliest too.
       copied: share of hidden tokens found again, by the length of the text and at each depth.
     """
@@ -68,11 +77,6 @@ class CodecMeasures:
     codec: str
     reads: str
     bytes_per_token: float | None
-    perplexity: float
-    perplexity_change: float
-    standard_error: float
-    divergence: float
-    same_token: float
     answers: float | None
     copied: dict[str, list[float]]
 
@@ -84,20 +88,27 @@ def codec_measures(records: Sequence[Record]) -> list[CodecMeasures]:
 
 
 def _codec_measures(exact: Record, record: Record) -> CodecMeasures:
-    worse = _logprobs(exact) - _logprobs(record)
-    ratio = float(np.exp(worse.mean()))
     answers = record.get("answers")
     return CodecMeasures(
         codec=record["codec"],
         reads=record["reads"],
         bytes_per_token=record.get("bytes_per_token"),
+        answers=None if answers is None else float(np.mean(answers)),
+        copied=record.get("copied", {}),
+        **vars(change_of(exact, record)),
+    )
+
+
+def change_of(exact: Record, record: Record) -> Change:
+    """From one record of a text to another, of the same tokens."""
+    worse = _logprobs(exact) - _logprobs(record)
+    ratio = float(np.exp(worse.mean()))
+    return Change(
         perplexity=perplexity(_logprobs(record)),
         perplexity_change=ratio - 1,
         standard_error=ratio * float(worse.std()) / worse.size**0.5,
         divergence=float(np.mean(record["divergence"])),
         same_token=float(np.mean(np.equal(record["greedy"], exact["greedy"]))),
-        answers=None if answers is None else float(np.mean(answers)),
-        copied=record.get("copied", {}),
     )
 
 

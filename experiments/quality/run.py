@@ -16,6 +16,7 @@ from experiments.harness.reading import Record
 from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
+from experiments.head_option import chosen_heads
 from experiments.loading import LoadOptions, ModelSource, load_model
 from experiments.prompts import read_text, shipped_asset, tokens_of
 from experiments.quality.config import QualityConfig, sizes_of
@@ -113,7 +114,7 @@ class _Scoring:
         if self._loaded is None or self._dtype != dtype:
             self._scorer = self._loaded = None  # two models might be more than fits
             config = self._config
-            options = LoadOptions(dtype, config.seed, config.max_positions)
+            options = LoadOptions(dtype, config.seed, config.max_positions, chosen_heads(config))
             self._loaded, self._dtype = load_model(self._source, options), dtype
             check_unchanged(self._inputs, config)  # each type is loaded minutes after the last
         return self._loaded

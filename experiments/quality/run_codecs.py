@@ -20,6 +20,7 @@ from experiments.harness.reading import Record
 from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
+from experiments.head_option import chosen_heads
 from experiments.loading import LoadOptions, ModelSource, load_model
 from experiments.prompts import python_help, read_text, tokens_of
 from experiments.quality.codecs import (
@@ -33,9 +34,11 @@ from experiments.quality.codecs import (
 from experiments.quality.config import QualityConfig, sizes_of
 from experiments.quality.measures import codec_measures
 from experiments.quality.scoring import Passage, SharedScorer, passage_tokens
+from experiments.select_option import given_dense_layers, named_selector
 from jax_chunkattn import CacheConfig
 from models import LoadedModel
 from pallas_kernels.codecs import IDENTITY, AffineCodec, ChunkCodec, CodebookCodec
+from pallas_kernels.selection import ChunkSelector
 
 _SETTING = (
     "model",
@@ -69,6 +72,8 @@ def measure(config: QualityConfig, source: ModelSource, folder: ResultFolder) ->
             units[f"{name}, as KIVI"] = functools.partial(scoring.score_as, "KIVI", name)
         if codec is not None and isinstance(codec.keys, CodebookCodec):
             units[f"{name}, as KVQuant"] = functools.partial(scoring.score_as, "KVQuant", name)
+    for choice in config.select:
+        units[f"select {choice}"] = functools.partial(scoring.score, IDENTITY, choice)
     records = measure_units(folder, units, "score")
     summary = {
         "experiment": "quality",
@@ -95,26 +100,31 @@ class _Scoring:
         self._text = text
         self._inputs = inputs
 
-    def score(self, name: str) -> Record:
+    def score(self, name: str, choice: str | None = None) -> Record:
+        """With a codec, and where queries choose what they read, as the choice says."""
         began = time.perf_counter()
         model, config = self._loaded.model, self._config
+        dense = given_dense_layers(config.dense_layers, model)
+        selector = None
+        if choice is not None:
+            selector = named_selector(choice, whole=0, dense_layers=dense)
         codec = codec_for(name, model)
-        cache = CacheConfig(1, config.chunk_size, self._dtype, codec=codec)
+        cache = CacheConfig(1, config.chunk_size, self._dtype, codec=codec, selector=selector)
         per_token = cache.bytes_per_chunk(model.cache_spec) / config.chunk_size
-        text = compare(model, *self._hidden_of("text", codec), self._passages["text"].targets)
-        answers = self._likeliest("answers", codec)[:, -config.answer_tokens :]
+        text = compare(model, *self._hidden_of("text", cache), self._passages["text"].targets)
+        answers = self._likeliest("answers", cache)[:, -config.answer_tokens :]
         expected = self._passages["answers"].targets[:, -config.answer_tokens :]
         copies = {
-            name: copied(passage, self._likeliest(name, codec))
+            name: copied(passage, self._likeliest(name, cache))
             for name, passage in self._passages.items()
             if name.isdigit()
         }
         return {
             "kind": "codec",
             "codec": cache.codec_name,
-            "reads": "chunks",
+            "reads": "chunks" if selector is None else selector.name,
             "bytes_per_token": per_token,
-            **_lists(text),
+            **agreement_lists(text),
             "answers": (answers == expected).tolist(),
             "copied": copies,
             "seconds": round(time.perf_counter() - began, 3),
@@ -141,21 +151,23 @@ class _Scoring:
             "kind": "codec",
             "codec": codec.name,
             "reads": f"as {original}",
-            **_lists(found),
+            **agreement_lists(found),
             "seconds": round(time.perf_counter() - began, 3),
         }
 
-    def _likeliest(self, name: str, codec: str | ChunkCodec) -> np.ndarray:
-        return likeliest(self._loaded.model, self._hidden_of(name, codec)[1])
+    def _likeliest(self, name: str, cache: CacheConfig) -> np.ndarray:
+        return likeliest(self._loaded.model, self._hidden_of(name, cache)[1])
 
-    def _hidden_of(self, name: str, codec: str | ChunkCodec) -> tuple[np.ndarray, np.ndarray]:
-        """Hidden states of a passage without a codec, and with this one."""
+    def _hidden_of(self, name: str, cache: CacheConfig) -> tuple[np.ndarray, np.ndarray]:
+        """Hidden states of a passage where all is exact and read, and with this cache."""
         exact = self._exact[name]
-        if codec == IDENTITY:
+        if not cache.whole_chunks:
             return exact, exact
-        return exact, self._hidden(self._passages[name], codec)
+        return exact, self._hidden(self._passages[name], cache.codec, cache.selector)
 
-    def _hidden(self, passage: Passage, codec: str | ChunkCodec) -> np.ndarray:
+    def _hidden(
+        self, passage: Passage, codec: str | ChunkCodec, selector: ChunkSelector | None = None
+    ) -> np.ndarray:
         config = self._config
         scorer = SharedScorer(
             self._loaded.model,
@@ -163,6 +175,7 @@ class _Scoring:
             dtype=self._dtype,
             chunk_size=config.chunk_size,
             codec=codec,
+            selector=selector,
             prefill_tokens=config.prefill_tokens,
             implementation=config.implementation,
         )
@@ -171,7 +184,7 @@ class _Scoring:
     @functools.cached_property
     def _loaded(self) -> LoadedModel:
         config = self._config
-        options = LoadOptions(self._dtype, config.seed, config.max_positions)
+        options = LoadOptions(self._dtype, config.seed, config.max_positions, chosen_heads(config))
         loaded = load_model(self._source, options)
         check_unchanged(self._inputs, config)
         return loaded
@@ -231,7 +244,8 @@ class _Scoring:
         return tokens
 
 
-def _lists(found: Agreement) -> Record:
+def agreement_lists(found: Agreement) -> Record:
+    """What `change_of` needs of a record."""
     return {
         "divergence": _rounded(found.divergence),
         "logprobs": _rounded(found.scores.logprobs),

@@ -19,6 +19,7 @@ from jax import lax
 
 from jax_chunkattn import CacheConfig, plan_decode
 from jax_chunkattn.device.backend import choose_backend
+from jax_chunkattn.device.choices import item_columns, row_choices, token_choices
 from jax_chunkattn.device.decode_loop import decode_attend
 from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.pool import Pool, empty_pool
@@ -29,6 +30,7 @@ from models import Decoder
 from models.dense_attention import dense_attend
 from models.dense_attention import empty_pool as empty_dense_pool
 from pallas_kernels.codecs import IDENTITY, ChunkCodec
+from pallas_kernels.selection import ChunkSelector
 
 _LEAST_CHUNKS = 64  # of a pool
 
@@ -105,6 +107,7 @@ class SharedScorer:
         dtype: str,
         chunk_size: int,
         codec: str | ChunkCodec = IDENTITY,
+        selector: ChunkSelector | None = None,
         prefill_tokens: int = CALL_TOKENS[-1],
         implementation: str | None = None,
     ) -> None:
@@ -121,14 +124,20 @@ class SharedScorer:
         self._passage = passage
         self._tables = [[*range(shared), *chunks] for chunks in own.tolist()]
         num_chunks = bucket(shared + own.size, _LEAST_CHUNKS)  # so that passages share programs
-        self._cache = CacheConfig(num_chunks, chunk_size, dtype, codec=codec)
+        self._cache = CacheConfig(num_chunks, chunk_size, dtype, codec=codec, selector=selector)
         self._sizes: Any = {"chunk_size": chunk_size, "num_chunks": num_chunks}
         self._backend = choose_backend(model.cache_spec, self._cache, implementation=implementation)
         lengths = [len(passage.prefix)] * windows
+        self._sizes["windows"] = model.cache_spec.different_windows
+        self._columns = columns
         self._plan, self.plan_summary = plan_decode(
-            self._tables, lengths, options=self._backend.planner, **self._sizes
+            self._tables,
+            lengths,
+            options=self._backend.planner,
+            columns=None if selector is None else columns,
+            **self._sizes,
         )
-        self._num_slots = self._plan.private_chunks.shape[0]
+        self._num_slots = self._plan.num_rows
         chunk_bytes = self._cache.bytes_per_chunk(model.cache_spec)
         self.kv_bytes_held = (shared + own.size) * chunk_bytes
         self.kv_bytes_unshared = windows * columns * chunk_bytes
@@ -195,7 +204,7 @@ class SharedScorer:
         if pool is not None:
             return pool
         prefix = self._passage.prefix
-        pool = empty_pool(self._model.cache_spec, self._cache, self._num_slots)
+        pool = empty_pool(self._model.cache_spec, self._cache, self._num_slots, self._columns)
         whole = Segment(prefix.tolist(), self._tables[0], 0, len(prefix), 0)
         for call, num_tokens in self._calls([whole]):
             _, pool = self._compute([segment for _, segment in call], num_tokens, pool)
@@ -210,7 +219,7 @@ class SharedScorer:
         """
         left = dict(enumerate(segments))
         while left:
-            align = 1 if self._cache.chunk_codec is None else self._cache.chunk_size
+            align = self._cache.chunk_size if self._cache.whole_chunks else 1
             call, num_tokens = next_call(list(left.items()), self._prefill_tokens, align=align)
             yield call, num_tokens
             for index, done in call:
@@ -228,7 +237,7 @@ class SharedScorer:
             segments,
             num_tokens=num_tokens,
             options=self._backend.planner,
-            num_slots=None if self._cache.chunk_codec is None else self._num_slots,
+            num_slots=self._num_slots if self._cache.whole_chunks else None,
             **self._sizes,
         )
         return _prefill(*self._split, pool, batch, self._backend.prefill)
@@ -247,7 +256,7 @@ def _put(array: np.ndarray, places: Places, found: np.ndarray) -> None:
 def _forward(graphdef, state, tokens, targets, dtype: str):
     model = nnx.merge(graphdef, state)
     spec, positions = model.cache_spec, jnp.arange(len(tokens), dtype=jnp.int32)
-    attend = dense_attend(positions, scale=spec.scale, softcap=spec.softcap)
+    attend = dense_attend(positions, spec)
     hidden, _ = model(tokens, positions, empty_dense_pool(spec, len(tokens), dtype), attend)
     return _score(model.logits(hidden[-len(targets) :]), targets)
 
@@ -255,7 +264,8 @@ def _forward(graphdef, state, tokens, targets, dtype: str):
 @partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
 def _prefill(graphdef, state, pool, batch, implementation: str):
     model = nnx.merge(graphdef, state)
-    attend = prefill_attend(model.cache_spec, batch.plan, implementation)
+    choices = token_choices(model.cache_spec, pool, batch.plan)
+    attend = prefill_attend(model.cache_spec, batch.plan, implementation, choices)
     return model(jnp.asarray(batch.tokens), jnp.asarray(batch.positions), pool, attend)
 
 
@@ -268,12 +278,14 @@ def _score_hidden(graphdef, state, hidden, targets):
 def _decode(graphdef, state, pool, inputs, targets, active, prefix, plan, implementation: str):
     model = nnx.merge(graphdef, state)
     slots = jnp.arange(len(inputs), dtype=jnp.int32)
+    columns = item_columns(model.cache_spec, pool, plan)
 
     def step(pool, fed):
         place, tokens, following = fed
         lengths = jnp.full(len(tokens), prefix + place, jnp.int32)
         rows = DecodeRows(plan, slots, lengths, active)
-        attend = decode_attend(model.cache_spec, rows, implementation)
+        choices = row_choices(model.cache_spec, pool, rows, columns)
+        attend = decode_attend(model.cache_spec, rows, implementation, choices)
         hidden, pool = model(tokens, lengths, pool, attend)
         return pool.seal(rows), _score(model.logits(hidden), following)
 

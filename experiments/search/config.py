@@ -14,6 +14,7 @@ from experiments.harness.options import (
     check_at_least_one,
     check_seed,
 )
+from experiments.head_option import HeadsFolder, HeadShare, check_heads
 from experiments.sampling import MOST_TEMPERATURE
 
 
@@ -54,6 +55,10 @@ class SearchConfig:
 
     codec: CodecName = "identity"
 
+    heads: HeadsFolder = None
+
+    head_share: HeadShare = None
+
     max_positions: MaxPositions = None
 
     seed: int = 0
@@ -79,6 +84,7 @@ def check(config: SearchConfig) -> None:
             f"got {config.temperature}"
         )
     check_used_codec(config.codec)
+    check_heads(config)
     check_seed(config.seed)
     if not config.question.strip():
         raise UserError("--question is empty")

@@ -17,6 +17,7 @@ from experiments.harness.errors import UserError
 from experiments.harness.results import ResultFolder
 from experiments.harness.tables import format_bytes
 from experiments.harness.views import finish
+from experiments.head_option import chosen_heads
 from experiments.loading import LoadOptions, ModelSource, load_model
 from experiments.prompts import chat_tokens
 from experiments.search.config import SearchConfig
@@ -59,7 +60,9 @@ def search(
 ) -> dict[str, Any]:
     """Run the experiment into `folder`."""
     environment = describe_environment()
-    loaded = load_model(source, LoadOptions(max_positions=config.max_positions))
+    loaded = load_model(
+        source, LoadOptions("float32", 0, config.max_positions, chosen_heads(config))
+    )
     if loaded.tokenizer is None:
         raise UserError(f"--model {config.model} has no tokenizer, which a search needs")
     prompt = chat_tokens(loaded.tokenizer, system_prompt, config.question)

@@ -19,6 +19,8 @@ from experiments.harness.options import (
     check_seed,
     option,
 )
+from experiments.head_option import HeadsFolder, HeadShare, check_heads
+from experiments.select_option import DenseLayers, KeepShare, SelectPolicy, check_selection
 from experiments.trace import BLOCK_TOKENS
 
 Side = Literal["shared", "free-at-once", "unshared"]
@@ -93,6 +95,16 @@ class ServeConfig:
     """Tokens in a chunk of the KV cache."""
 
     codec: CodecName = "identity"
+
+    heads: HeadsFolder = None
+
+    head_share: HeadShare = None
+
+    select: SelectPolicy = None
+
+    keep: KeepShare = None
+
+    dense_layers: DenseLayers = None
 
     steps_per_call: int = 8
     """Tokens decoded for each request in one call to the device."""
@@ -174,6 +186,8 @@ def check(config: ServeConfig) -> None:
             f"--sides must name each side once, got: {' '.join(config.sides) or 'none'}"
         )
     check_used_codec(config.codec)
+    check_heads(config)
+    check_selection(config, config.tokens_per_chunk)
     check_seed(config.seed)
     _check_together(config)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.harness.chunk_reads import reads_record
 from experiments.serve.ideal import IdealHits
 from experiments.serve.replay import Replayed, Served
 from jax_chunkattn import EngineStats
@@ -80,6 +81,7 @@ def side_record(
         "peak_waiting": replayed.most_waiting,
         "evictions": stats.evictions,
         "preemptions": stats.preemptions,
+        "reads": reads_record(stats),
         "engine": _engine_times(stats),
         "equal_answers": equal,
     }

@@ -10,6 +10,7 @@ from experiments.harness.environment import describe_environment, max_rss_bytes
 from experiments.harness.progress import phase_display
 from experiments.harness.results import ResultFolder
 from experiments.harness.views import finish
+from experiments.head_option import chosen_heads
 from experiments.loading import LoadOptions, load_model
 from experiments.serve.config import ServeConfig
 from experiments.serve.inputs import Inputs
@@ -29,7 +30,7 @@ def serve(
     """Run the experiment into `folder`; `started` is the clock when the user's wait began."""
     check_device(config.implementation)
     environment = describe_environment()
-    options = LoadOptions(config.dtype, config.seed, config.max_positions)
+    options = LoadOptions(config.dtype, config.seed, config.max_positions, chosen_heads(config))
     loaded = load_model(inputs.model, options)
     workload = make_workload(config, inputs, loaded)
     cache = pool_for(config, loaded, workload)
@@ -92,6 +93,7 @@ def describe_setting(
         "trace_block_hit_rate_ideal": blocks_ideal,
         "chunk_size": cache.chunk_size,
         "codec": cache.codec_name,
+        "select": None if cache.selector is None else cache.selector.name,
         "pool_chunks": cache.num_chunks,
         "max_running": config.max_running,
         "at_once": config.at_once,

@@ -7,6 +7,7 @@ from typing import Any
 
 from experiments.codecs import codec_for
 from experiments.harness.errors import UserError
+from experiments.select_option import chosen_selector
 from experiments.serve.config import ServeConfig, Side
 from experiments.serve.replay import Replayed, Served, replay
 from experiments.serve.workload import Workload
@@ -40,9 +41,10 @@ def pool_for(config: ServeConfig, loaded: LoadedModel, workload: Workload) -> Ca
         for request in workload.requests
     ]
     codec = codec_for(config.codec, loaded.model)
+    selector = chosen_selector(config, loaded.model)
     try:
         memory = config.pool_memory or DEFAULT_MEMORY
-        cache = CacheConfig(None, chunk_size, config.dtype, memory, codec)
+        cache = CacheConfig(None, chunk_size, config.dtype, memory, codec, selector)
         within = cache.chunks_for(spec, config.max_running)
     except CodecError:
         raise
@@ -56,7 +58,7 @@ def pool_for(config: ServeConfig, loaded: LoadedModel, workload: Workload) -> Ca
             f"the largest request takes {max(needs)} chunks of {chunk_size} tokens and the pool "
             f"has {num_chunks}: choose more by --pool-chunks or --pool-memory, or a larger --scale"
         )
-    return CacheConfig(num_chunks, chunk_size, config.dtype, codec=codec)
+    return CacheConfig(num_chunks, chunk_size, config.dtype, codec=codec, selector=selector)
 
 
 def warm_up(

@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from experiments.harness.chunk_reads import reads_note
 from experiments.harness.reading import Result
 from experiments.harness.tables import Column, ResultTable, Row, format_bytes, table_of
 from experiments.serve.figures import serving_figure
@@ -19,6 +20,7 @@ _REASONS = {
     "copied": "found, in a part of a chunk",
     "new": "never seen before",
     "evicted": "seen, and no longer kept",
+    "window": "kept, and not for heads with windows",
     "salt": "seen, and not shared",
     "too_short": "behind the last whole chunk",
     "last": "last token, for its logits",
@@ -110,7 +112,7 @@ def _times(sides: list[Record]) -> ResultTable:
 
 def _reasons(sides: list[Record]) -> ResultTable:
     rows = [
-        _row(label, sides, lambda r, key=reason: f"{r['prompt_tokens'][key]:,}")
+        _row(label, sides, lambda r, key=reason: f"{r['prompt_tokens'].get(key, 0):,}")
         for reason, label in _REASONS.items()
     ]
     return table_of("Prompt tokens, by where they came from", _columns(sides), rows)
@@ -141,6 +143,9 @@ def _notes(summary: Record, sides: list[Record]) -> list[str]:
         f"{side['equal_answers']} of {side['requests']}."
         for side in sides
         if side["equal_answers"] is not None
+    ]
+    notes += [
+        f"{side['side']}: {reads_note(reads)}." for side in sides if (reads := side.get("reads"))
     ]
     if summary["rounds"] > 1:
         notes.append("Of each side's rounds the one with the median latency is shown.")

@@ -16,7 +16,9 @@ from experiments.harness.options import (
     check_at_least_one,
     check_seed,
 )
+from experiments.head_option import HeadsFolder, HeadShare, check_heads
 from experiments.loading import ModelSource
+from experiments.select_option import DenseLayers, KeepShare, SelectPolicy, check_selection
 
 LEAST_CONTEXT = 64
 
@@ -40,6 +42,16 @@ class SoakConfig:
     """Tokens in a chunk of the KV cache."""
 
     codec: CodecName = "identity"
+
+    heads: HeadsFolder = None
+
+    head_share: HeadShare = None
+
+    select: SelectPolicy = None
+
+    keep: KeepShare = None
+
+    dense_layers: DenseLayers = None
 
     chunks: Annotated[int | None, by_default("INT", "a fifth of what full rows need")] = None
     """Chunks in the pool. Few make evictions and preemptions frequent."""
@@ -81,6 +93,8 @@ def check(config: SoakConfig) -> None:
             f"--context-tokens must be at least {LEAST_CONTEXT}, got {config.context_tokens}"
         )
     check_used_codec(config.codec)
+    check_heads(config)
+    check_selection(config, config.chunk_size)
     check_seed(config.seed)
 
 

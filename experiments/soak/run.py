@@ -17,7 +17,9 @@ from experiments.harness.interrupts import deferred_interrupts
 from experiments.harness.progress import PhaseDisplay, phase_display
 from experiments.harness.results import ResultFolder
 from experiments.harness.views import finish
+from experiments.head_option import chosen_heads
 from experiments.loading import LoadOptions, ModelSource, load_model
+from experiments.select_option import chosen_selector
 from experiments.soak.account import Account
 from experiments.soak.checks import (
     Difference,
@@ -49,17 +51,18 @@ STANDING = ("running", "waiting", "held", "pinned", "chunks_in_use", "chunks_cac
 def soak(config: SoakConfig, source: ModelSource, folder: ResultFolder) -> dict[str, Any]:
     """Run the experiment into `folder`; what did not hold is in the summary's `failures`."""
     environment = describe_environment()
-    options = LoadOptions(seed=config.seed, max_positions=config.max_positions)
+    options = LoadOptions("float32", config.seed, config.max_positions, chosen_heads(config))
     loaded = load_model(source, options)
     sizes = sizes_for(config, source, loaded.config.max_positions)
     folder.begin(environment, **asdict(sizes))
 
     codec = codec_for(config.codec, loaded.model)
+    selector = chosen_selector(config, loaded.model, whole=0)
 
     def make_engine() -> Engine:
         engine = Engine(
             loaded.model,
-            CacheConfig(sizes.num_chunks, config.chunk_size, codec=codec),
+            CacheConfig(sizes.num_chunks, config.chunk_size, codec=codec, selector=selector),
             tokenizer=loaded.tokenizer,
             max_running=config.rows,
             steps_per_call=config.steps_per_call,
@@ -83,6 +86,9 @@ def soak(config: SoakConfig, source: ModelSource, folder: ResultFolder) -> dict[
         "minutes": config.minutes,
         "seed": config.seed,
         "codec": config.codec,
+        "select": config.select,
+        "keep": config.keep,
+        "dense_layers": None if selector is None else list(selector.dense_layers),
         **asdict(sizes),
         **run.summary(),
         "rechecked": {

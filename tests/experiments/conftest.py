@@ -59,6 +59,7 @@ class FakeEngine:
         self.closed = False
         self.steps = 0
         self.stats = SimpleNamespace(
+            reads=None,
             plan_decision="shared",
             shared_tokens=64,
             prefill_tokens=4,

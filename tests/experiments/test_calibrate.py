@@ -11,7 +11,6 @@ import models
 from experiments.calibrate import run as calibrate_run
 from experiments.calibrate.command import headline, run
 from experiments.calibrate.config import CalibrateConfig, check
-from experiments.calibrate.run import second_half
 from experiments.cli import main
 from experiments.codecs import codec_for, codec_named
 from experiments.generate import run as generate_run
@@ -19,7 +18,7 @@ from experiments.harness.errors import UserError
 from experiments.harness.inputs import inputs_of
 from experiments.harness.reading import read_result
 from experiments.harness.views import views_of
-from experiments.prompts import python_help
+from experiments.prompts import python_help, second_half
 from experiments.search.config import SearchConfig
 from models.calibration import load_codec, read_codec
 from pallas_kernels.codecs import CodecError

@@ -16,6 +16,7 @@ from jax_chunkattn import InvalidRequest, PoolExhausted, RequestFailed, Sampling
 SETTINGS = BatchSettings(
     chunk_size=16,
     codec="identity",
+    selector=None,
     dtype="float32",
     sharing=True,
     implementation=None,

@@ -55,7 +55,7 @@ def test_ragged_cases_have_no_tables():
     ("dtype", "scores"),
     [("float32", {}), ("bfloat16", {}), ("bfloat16", {"scale": 1.0, "softcap": 3.0})],
 )
-def test_the_oracle_is_the_dense_one(dtype: str, scores: dict[str, float]):
+def test_the_oracle_is_the_dense_one(dtype: str, scores: dict[str, Any]):
     inputs = case_inputs(AttentionCase("1,3_40,7", 6, 2, 16, chunk_size=16, dtype=dtype))
     found = oracle.expected(
         inputs.q,

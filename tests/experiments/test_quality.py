@@ -20,8 +20,8 @@ from experiments.quality import run as quality_run
 from experiments.quality import views as quality_views
 from experiments.quality.codecs import compare, copied, copy_passage
 from experiments.quality.command import headline, run
-from experiments.quality.config import QualityConfig, check, sizes_of
-from experiments.quality.measures import PATHS, SHOWN, STRING, measures_of
+from experiments.quality.config import SHOWN, STRING, QualityConfig, check, sizes_of
+from experiments.quality.measures import PATHS, measures_of
 from experiments.quality.scoring import Passage, Scores, SharedScorer, score_plain
 from models.calibration import fit, key_frequencies, recipe_of, sample, write_codec
 
@@ -247,7 +247,10 @@ def test_windows_follow_one_another_behind_the_prefix():
         ({"seed": -1}, "--seed must be from 0"),
         ({"codec": ("int4", "int4")}, "--codec must name each codec once"),
         ({"codec": ("identity",)}, "all are compared with identity"),
-        ({"codec": ("int4",), "dtypes": ("float32", "float16")}, "--codec takes one of --dtypes"),
+        (
+            {"codec": ("int4",), "dtypes": ("float32", "float16")},
+            "--codec and --select take one of --dtypes",
+        ),
         ({"codec": ("int4",), "window": 32, "chunk_size": 64, "prefix": 64}, "--prefill-tokens"),
         ({"codec": ("int4",), "window": 32, "copy_lengths": (900,)}, "--copy-lengths must be"),
     ],

@@ -30,6 +30,8 @@ LONG = (
     "decode",
     "engine",
     "generate",
+    "heads",
+    "layers",
     "quality",
     "report",
     "search",

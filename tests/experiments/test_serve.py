@@ -45,8 +45,9 @@ REQUESTS = [
     (1000, 1024, 128, [7, 8]),
     (2000, 1024, 96, [0, 1]),
 ]
-FOUND = {"hit": 32 + 32 + 31, "copied": 0, "too_short": 2, "new": 96, "last": 1}
-SEEN = {"hit": 0, "copied": 0, "too_short": 2, "new": 96, "last": 0}  # and 96 tokens seen before
+FOUND = {"hit": 32 + 32 + 31, "copied": 0, "too_short": 2, "new": 96, "window": 0, "last": 1}
+# And 96 tokens seen before.
+SEEN = {"hit": 0, "copied": 0, "too_short": 2, "new": 96, "window": 0, "last": 0}
 
 
 def line(timestamp: Any, input_length: Any, output_length: Any, hash_ids: Any) -> str:
@@ -241,6 +242,7 @@ class FakeEngine:
 
     def __init__(self, fail: bool = False) -> None:
         self.stats = SimpleNamespace(
+            reads=None,
             compile_seconds=1.0,
             running=0,
             waiting=0,
@@ -439,7 +441,9 @@ def test_percentiles_by_hand():
 
 def fake_record(side: str, factor: float = 1.0, **changes: Any) -> dict[str, Any]:
     times = {"mean": factor, "p50": 2 * factor, "p90": 3 * factor, "p99": 4 * factor}
-    reasons = dict.fromkeys(("hit", "copied", "too_short", "new", "evicted", "salt", "last"), 7)
+    reasons = dict.fromkeys(
+        ("hit", "copied", "too_short", "new", "evicted", "window", "salt", "last"), 7
+    )
     return {
         "side": side,
         "requests": 2,

@@ -95,10 +95,13 @@ def test_launches_are_found_and_loops_are_captured(records):
 
 @pytest.mark.parametrize("backend", available_backends())
 def test_kernels_of_the_project_do_not_spill(backend):
-    """All that `compile-report` compiles unless told otherwise, and others that came near."""
+    """All that `compile-report` compiles unless told otherwise, and others that came near; but in
+    float16 encoded chunks only. Of the 16 others none had another register than in bfloat16, with
+    jax 0.10.2 as with 0.12.0."""
     names = [*variant_names((backend,)), *(name for name in TIGHT if name.startswith(backend))]
+    names = [name for name in names if " float16" not in name or "int4" in name or "fp8" in name]
     table = "experiments.compile_report.variants:kernel_variants"
-    assert failures_of(compile_cases(table, names, TARGETS["h200"])) == []
+    assert failures_of(compile_cases(table, names, TARGETS["h200"], per_process=16)) == []
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""`layers`: which layers should read everything where queries choose what they read."""
