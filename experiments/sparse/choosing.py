@@ -1,4 +1,5 @@
-"""Attention of queries that choose what they read, as the device does it for one layer."""
+"""Attention of queries that choose what they read, as the device does it for one layer
+after another."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Int32
 
 from jax_chunkattn import CacheConfig, CacheSpec
@@ -80,7 +82,7 @@ class Choosing:
         return self._step(q, self.lengths)[0]
 
     def chunk_reads(self, q: jax.Array) -> int:
-        """Chunks that a step reads: of tiles, and of each row by itself."""
+        """Chunks that a step reads of a layer: of tiles, and of each row by itself."""
         return int(self._step(q, self.lengths)[2])
 
     def _step(
@@ -95,24 +97,38 @@ class Choosing:
 
 @partial(jax.jit, static_argnums=0)
 def _decode(spec, q, pool, plan, columns, lengths):
-    slots, layer = jnp.arange(len(lengths), dtype=jnp.int32), jnp.int32(0)
+    slots = jnp.arange(len(lengths), dtype=jnp.int32)
     rows = DecodeRows(plan, slots, lengths, lengths > 0)
     choices = row_choices(spec, pool, rows, columns)
     assert choices is not None
-    reads, pool = choices.apply(pool, layer, q, DecodeReads(plan, lengths + 1))
-    items, tiles, size = reads.plan.items, reads.plan.tiles, pool.chunk_size
-    in_common = jnp.where(items.count > 0, items.chunk_count.sum(), 0)
-    in_common += 0 if tiles is None else tiles.count
-    left = jnp.where(lengths > 0, lengths + 1 - reads.plan.covered_tokens, 0)
-    by_rows = ((left + size - 1) // size).sum()
-    output = CHUNK_ATTENTION.attend(q, pool.at_layer(layer), reads, spec.attention)
-    return output, pool.columns, in_common + by_rows  # the whole pool would be copied
+
+    def attend(layer, carry):
+        total, chosen, chunks = carry
+        reads, after = choices.apply(
+            replace(pool, columns=chosen), layer, q, DecodeReads(plan, lengths + 1)
+        )
+        items, tiles, size = reads.plan.items, reads.plan.tiles, pool.chunk_size
+        in_common = jnp.where(items.count > 0, items.chunk_count.sum(), 0)
+        in_common += 0 if tiles is None else tiles.count
+        left = jnp.where(lengths > 0, lengths + 1 - reads.plan.covered_tokens, 0)
+        by_rows = ((left + size - 1) // size).sum()
+        output = CHUNK_ATTENTION.attend(q, pool.at_layer(layer), reads, spec.attention)
+        return total + output, after.columns, chunks + in_common + by_rows
+
+    # The whole pool would be copied, so of what changes choices alone are carried.
+    start = jnp.zeros_like(q), pool.columns, jnp.int32(0)
+    output, chosen, chunks = lax.fori_loop(0, spec.num_layers, attend, start)
+    return output, chosen, chunks // spec.num_layers
 
 
 @partial(jax.jit, static_argnums=0)
 def _prefill(spec, q, pool, plan):
     choices, reads = token_choices(spec, pool, plan), PrefillReads(plan, QUERY_TILE)
-    return attend_prompts(spec, pool, jnp.int32(0), q, reads, choices=choices)[0]
+
+    def attend(layer, total):
+        return total + attend_prompts(spec, pool, layer, q, reads, choices=choices)[0]
+
+    return lax.fori_loop(0, spec.num_layers, attend, jnp.zeros_like(q))
 
 
 def alike(

@@ -24,6 +24,7 @@ class SparseConfig:
         "contexts": (1024,),
         "windows": (128,),
         "select": (),  # takes long to compile
+        "layers": 1,
         "rows": 2,
         "heads": "2/1",
         "head_dim": 16,
@@ -48,6 +49,10 @@ class SparseConfig:
     agreement: float = 0.9
     """How alike the rows' queries are: the cosine between any two, of which it depends how many
     chunks they choose together."""
+
+    layers: int = 8
+    """Layers that attend one after another, each to keys of its own: some of choosing is done once
+    for all of them."""
 
     rows: int = 32
     """Sequences that decode together."""
@@ -78,7 +83,8 @@ class SparseConfig:
 
 def check(config: SparseConfig) -> None:
     """Raise `UserError` for a value that no run could use."""
-    check_at_least_one(config, "contexts", "windows", "rows", "head_dim", "chunk_size", "repeats")
+    counts = "layers", "rows", "head_dim", "chunk_size", "repeats"
+    check_at_least_one(config, "contexts", "windows", *counts)
     try:
         query, kv = config.num_heads
     except ValueError:

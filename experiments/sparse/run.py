@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from experiments.harness import timing
 from experiments.harness.compilations import compilation_cache
@@ -46,6 +47,7 @@ def measure(config: SparseConfig, folder: ResultFolder) -> dict[str, Any]:
         **{
             name: getattr(config, name)
             for name in (
+                "layers",
                 "rows",
                 "heads",
                 "head_dim",
@@ -68,7 +70,7 @@ def _measure_context(config: SparseConfig, context: int) -> dict[str, Any]:
     num_chunks = shared + config.rows * own
     query_heads, kv_heads = config.num_heads
     random = np.random.default_rng(config.seed)
-    shape = (1, kv_heads, num_chunks, config.chunk_size, config.head_dim)
+    shape = (config.layers, kv_heads, num_chunks, config.chunk_size, config.head_dim)
     keys, values = (jnp.asarray(random.standard_normal(shape, np.float32)) for _ in range(2))
     queries = alike(random, config.rows, (query_heads, config.head_dim), config.agreement)
     tokens = random.standard_normal((PREFILL_TOKENS, query_heads, config.head_dim), np.float32)
@@ -100,7 +102,7 @@ def _measure_context(config: SparseConfig, context: int) -> dict[str, Any]:
         prefilling = jax.device_put((jnp.asarray(tokens), keys, values, batch.plan))
         calls[f"prefill {_name(window)}"] = partial(_prefill, *prefilling)
         reads[f"prefill {_name(window)}"] = _prefill_reads(batch.plan, context, config.chunk_size)
-    spec = CacheSpec(1, kv_heads, config.head_dim, query_heads)
+    spec = CacheSpec(config.layers, kv_heads, config.head_dim, query_heads)
     for choice in config.select:
         choosing = Choosing.of(
             named_selector(choice), spec, keys, values, tables, lengths[0], whole
@@ -144,9 +146,19 @@ def _prefill_reads(plan: PrefillPlan, end: int, chunk_size: int) -> int:
 
 @jax.jit
 def _decode(q, keys, values, plan, lengths) -> jax.Array:
-    return chunk_attention(q, keys, values, plan, lengths)
+    return _sum_of_layers(partial(chunk_attention, q, keys, values, plan, lengths), q, keys)
 
 
 @jax.jit
 def _prefill(q, keys, values, plan) -> jax.Array:
-    return prefill_attention(q, keys, values, plan, query_tile=QUERY_TILE)
+    attend = partial(prefill_attention, q, keys, values, plan, query_tile=QUERY_TILE)
+    return _sum_of_layers(attend, q, keys)
+
+
+def _sum_of_layers(
+    attend: Callable[..., jax.Array], q: jax.Array, keys: jax.Array
+) -> jax.Array:
+    def add(layer: jax.Array, total: jax.Array) -> jax.Array:
+        return total + attend(layer=layer)
+
+    return lax.fori_loop(0, len(keys), add, jnp.zeros_like(q))

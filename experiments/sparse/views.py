@@ -24,8 +24,8 @@ def tables(result: Result) -> list[ResultTable]:
     return [
         table_of(
             f"Attention of {summary['rows']} rows behind one prefix, and of a prefill call of "
-            f"{summary['prefill_tokens']} tokens at its end; heads {summary['heads']} of "
-            f"{summary['head_dim']}",
+            f"{summary['prefill_tokens']} tokens at its end; {summary.get('layers', 1)} layers, "
+            f"heads {summary['heads']} of {summary['head_dim']}",
             columns,
             [_row(context, side) for context in summary["contexts"] for side in context["sides"]],
         )
