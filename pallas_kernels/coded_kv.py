@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
+from pallas_kernels.clusters.clustered_kv import ClusteredKV
 from pallas_kernels.codecs import ChunkCodec, ChunkContext, Constants, TensorCodec, spread
 from pallas_kernels.plans import HostOrDevice
 from pallas_kernels.stored_kv import StoredKV
@@ -126,7 +127,7 @@ class CodedKV:
         return replace(self, keys=keys, values=values)
 
 
-LayerKV = StoredKV | CodedKV
+LayerKV = StoredKV | CodedKV | ClusteredKV
 """One layer of a pool, whatever its chunks are stored as."""
 
 

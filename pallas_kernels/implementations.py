@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention_spec import AttentionSpec
+from pallas_kernels.clusters import ClusteredKV
 from pallas_kernels.codecs import ChunkCodec
 from pallas_kernels.coded_kv import LayerKV
 from pallas_kernels.plans import DecodeReads, HostOrDevice, PrefillReads, check_windows
@@ -45,6 +46,7 @@ class AttentionShapes:
       chunk_size: C.
       codec: what chunks are encoded by, if they are.
       chosen: whether rows may read a part of an item's chunks.
+      clustered: whether heads of a cluster have their keys in common.
     """
 
     dtype: str
@@ -53,6 +55,7 @@ class AttentionShapes:
     chunk_size: int
     codec: ChunkCodec | None = None
     chosen: bool = False
+    clustered: bool = False
 
     @classmethod
     def of(
@@ -78,7 +81,13 @@ class AttentionShapes:
             )
         sizes = heads.group, stored.head_dim, stored.chunk_size
         chosen = reads.plan.items.chosen is not None
-        return cls(str(exact_dtype(stored, reads)), *sizes, stored.codec, chosen)
+        return cls(
+            str(exact_dtype(stored, reads)),
+            *sizes,
+            stored.codec,
+            chosen,
+            isinstance(stored, ClusteredKV),
+        )
 
 
 def exact_dtype(stored: LayerKV, reads: DecodeReads | PrefillReads) -> jnp.dtype:

@@ -108,6 +108,8 @@ class KernelShape:
 
 def unsupported(shapes: AttentionShapes) -> str | None:
     """Why no kernel exists for these shapes, or None."""
+    if shapes.clustered:
+        return "the Triton kernels do not read keys of clustered heads yet"
     if shapes.dtype not in ("float32", "bfloat16", "float16"):
         return f"the Triton kernels take float32, bfloat16 and float16, not {shapes.dtype}"
     if not 1 <= shapes.head_dim <= 256:

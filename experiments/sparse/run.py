@@ -155,9 +155,7 @@ def _prefill(q, keys, values, plan) -> jax.Array:
     return _sum_of_layers(attend, q, keys)
 
 
-def _sum_of_layers(
-    attend: Callable[..., jax.Array], q: jax.Array, keys: jax.Array
-) -> jax.Array:
+def _sum_of_layers(attend: Callable[..., jax.Array], q: jax.Array, keys: jax.Array) -> jax.Array:
     def add(layer: jax.Array, total: jax.Array) -> jax.Array:
         return total + attend(layer=layer)
 

@@ -41,10 +41,10 @@ def choose_backend(
       ImplementationError: for an implementation that is unknown or cannot run here.
       ValueError: for a planner without the slots for partials that the implementation needs.
     """
-    group = spec.attention.heads.group
-    sizes = group, spec.head_dim, cache.chunk_size
+    group, clustered = spec.attention.heads.group, cache.clusters is not None
+    sizes = 1 if clustered else group, spec.head_dim, cache.chunk_size
     chosen = cache.selector is not None
-    shapes = AttentionShapes(cache.dtype, *sizes, cache.chunk_codec, chosen)
+    shapes = AttentionShapes(cache.dtype, *sizes, cache.chunk_codec, chosen, clustered)
     decode = CHUNK_ATTENTION.resolve(implementation, shapes)
     has_prefill = decode in PREFILL_ATTENTION.implementations
     prefill = PREFILL_ATTENTION.resolve(decode if has_prefill else None, shapes)
@@ -61,7 +61,7 @@ def _planner_for(implementation: str, spec: CacheSpec, cache: CacheConfig) -> Pl
     return PlannerOptions.for_gpu(
         num_sms=current_target().num_sms,
         num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
+        num_kv_heads=spec.num_kv_heads if cache.clusters is None else spec.num_heads,
         head_dim=spec.head_dim,
         chunk_size=cache.chunk_size,
         dtype_bytes=jnp.dtype(cache.dtype).itemsize,

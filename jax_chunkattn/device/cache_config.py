@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jax_chunkattn.device.model_interface import CacheSpec
 from jax_chunkattn.tree.window_room import WindowRoom
+from pallas_kernels.clusters import HeadClusters, KeySlots
 from pallas_kernels.codecs import IDENTITY, ChunkCodec, codec_of
 from pallas_kernels.selection import ChunkSelector, Landmarks
 
@@ -37,6 +38,8 @@ class CacheConfig:
         heads that see all. None takes what the rows of an engine can come to need, and a quarter of
         `num_chunks` for prefixes that nobody uses, or all if that is no less. With a codec or a
         selector nothing is given up, and this must be None.
+      clusters: how many clusters the query heads of each layer form, of which the pool keeps keys
+        once; None where each head has its own.
 
     Raises:
       ValueError: for sizes below 1, a memory that cannot be read, a dtype that is not a float, or a
@@ -50,6 +53,7 @@ class CacheConfig:
     codec: str | ChunkCodec = IDENTITY
     selector: ChunkSelector | None = None
     window_chunks: int | None = None
+    clusters: HeadClusters | None = None
 
     def __post_init__(self):
         if (self.num_chunks is None) == (self.memory is None):
@@ -66,7 +70,11 @@ class CacheConfig:
             )
         _ = self.chunk_codec
         if self.window_chunks is not None and self.whole_chunks:
-            raise ValueError("window_chunks is not for pools with a codec or a selector")
+            raise ValueError("window_chunks is not for pools with a codec, a selector or clusters")
+        if self.clusters is not None:
+            for name, given in (("codec", self.chunk_codec), ("selector", self.selector)):
+                if given is not None:
+                    raise ValueError(f"a pool of clustered heads takes no {name} yet")
 
     @property
     def chunk_codec(self) -> ChunkCodec | None:
@@ -82,13 +90,35 @@ class CacheConfig:
     @property
     def whole_chunks(self) -> bool:
         """Whether something is made of full chunks, so that prefill calls have each as a whole."""
-        return self.chunk_codec is not None or self.selector is not None
+        return any(each is not None for each in (self.chunk_codec, self.selector, self.clusters))
 
     @property
     def copies_tails(self) -> bool:
-        """Whether a fork can go on from its parent's last chunk. Not where rows choose: what the
-        parent had chosen where the fork begins may be gone."""
-        return self.chunk_codec is not None and self.selector is None
+        """Whether rows have exact tails, so that a fork can go on from its parent's. Not where rows
+        choose: what the parent had chosen where the fork begins may be gone."""
+        return self.has_tails and self.selector is None
+
+    @property
+    def has_tails(self) -> bool:
+        """Whether each row's last chunk is kept apart, exact."""
+        return self.chunk_codec is not None or self.clusters is not None
+
+    @property
+    def with_tables(self) -> bool:
+        """Whether decode plans need the chunks of each row as a whole: rows choose among them, or
+        look at the first of them."""
+        return self.selector is not None or self.clusters is not None
+
+    def for_model(self, spec: CacheSpec) -> CacheConfig:
+        """Without clusters where each holds one head.
+
+        Raises:
+          ValueError: for clusters that are not for the model's layers and heads.
+        """
+        if self.clusters is None:
+            return self
+        self._check_clusters(self.clusters, spec)
+        return self if self.clusters.merges(spec.attention.heads) else replace(self, clusters=None)
 
     @property
     def landmarks(self) -> Landmarks:
@@ -108,6 +138,8 @@ class CacheConfig:
         if codec is not None:
             heads = spec.num_layers, spec.num_kv_heads
             codec.check(self.chunk_size, spec.head_dim, heads)
+        if self.clusters is not None:
+            self._check_clusters(self.clusters, spec)
         if self.selector is not None:
             self.selector.check(self.chunk_size, spec.num_layers)
             problem = self.landmarks.problem(self.chunk_size, spec.head_dim)
@@ -116,9 +148,14 @@ class CacheConfig:
             if spec.windows is not None and None not in spec.different_windows:
                 raise ValueError("all heads have windows, so there is nothing to select among")
 
+    def _check_clusters(self, clusters: HeadClusters, spec: CacheSpec) -> None:
+        clusters.check(spec.num_layers, spec.attention.heads)
+        if spec.windows is not None:
+            raise ValueError("heads with windows form no clusters yet")
+
     def chunks_for(self, spec: CacheSpec, num_slots: int = 0) -> int:
-        """Chunks in the pool of a model, N: those asked for, or those that fit into `memory`, with
-        a codec beside the exact last chunks of `num_slots` rows.
+        """Chunks in the pool of a model, N: those asked for, or those that fit into `memory`,
+        beside the exact last chunks of `num_slots` rows where those are kept apart.
 
         Raises:
           ValueError: when not even one fits, or the codec cannot store the model's.
@@ -127,7 +164,7 @@ class CacheConfig:
         if self.num_chunks is not None:
             return self.num_chunks
         assert self.memory is not None, "checked when made"
-        tails = num_slots * self.exact_bytes(spec) if self.chunk_codec is not None else 0
+        tails = num_slots * self.tail_bytes(spec)
         num_chunks = (parse_bytes(self.memory) - tails) // bytes_per_chunk
         if num_chunks < 1:
             beside = f" beside {tails:,} for the last chunks of {num_slots} rows" if tails else ""
@@ -202,12 +239,31 @@ class CacheConfig:
         kept = 0
         if self.selector is not None:
             kept = heads * self.landmarks.bytes(self.chunk_size, spec.head_dim)
+        if self.clusters is not None:
+            return self._clustered_bytes(self.clusters, spec)
         if codec is None:
             return self.exact_bytes(spec) + kept
         return codec.head_bytes(self.chunk_size, spec.head_dim) * heads + kept
 
+    def _clustered_bytes(self, clusters: HeadClusters, spec: CacheSpec) -> int:
+        """Of a chunk: keys of clusters, values of all heads, and two maps of 8 bits a head."""
+        heads = spec.attention.heads
+        kept = KeySlots.of(clusters, heads).total + spec.num_layers * heads.kv_heads
+        numbers = kept * self.chunk_size * spec.head_dim
+        maps = 2 * spec.num_layers * heads.query_heads
+        return numbers * jnp.dtype(self.dtype).itemsize + maps
+
+    def tail_bytes(self, spec: CacheSpec) -> int:
+        """Bytes of a row's last chunk where it is kept apart; with clusters, queries, keys and
+        values of every query head."""
+        if not self.has_tails:
+            return 0
+        if self.clusters is None:
+            return self.exact_bytes(spec)
+        return 3 * spec.attention.heads.group * self.exact_bytes(spec) // 2
+
     def exact_bytes(self, spec: CacheSpec) -> int:
-        """Bytes that a chunk takes as it is: of each row's last one, with a codec."""
+        """Bytes that a chunk takes as it is."""
         return spec.values_per_token * self.chunk_size * jnp.dtype(self.dtype).itemsize
 
 

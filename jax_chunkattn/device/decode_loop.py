@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int32
 
 from jax_chunkattn.device.choices import RowChoices, item_columns, row_choices
 from jax_chunkattn.device.decode_rows import DecodeRows
+from jax_chunkattn.device.head_maps import RowHeads, attention_of, row_heads
 from jax_chunkattn.device.model_interface import Attend, CacheSpec, DecoderModel
 from jax_chunkattn.device.pool import Pool, SelectivePool
 from jax_chunkattn.device.read_counts import ReadCounts
@@ -69,7 +70,8 @@ def decode_steps(
         active = rows.remaining > 0
         here = DecodeRows(plan, slots, rows.lengths, active)
         choices = row_choices(model.cache_spec, pool, here, columns)
-        attend = decode_attend(model.cache_spec, here, implementation, choices)
+        heads = row_heads(pool, here)
+        attend = decode_attend(model.cache_spec, here, implementation, choices, heads)
         hidden, pool = model(rows.tokens, rows.lengths, pool, attend)
         pool = pool.seal(here)
         logits = model.logits(hidden)
@@ -105,10 +107,10 @@ def decode_attend(
     rows: DecodeRows,
     implementation: str | None,
     choices: RowChoices | None = None,
+    heads: RowHeads | None = None,
 ) -> Attend:
     """The `attend` a model is given while decoding: write one token a row, attend by the plan, or
-    where rows choose to what they have chosen of it."""
-    attention = spec.attention
+    where rows choose to what they have chosen of it, with each head, or one for its cluster."""
 
     def attend(
         pool: Pool,
@@ -117,6 +119,8 @@ def decode_attend(
         k: Float[Array, "B Hkv D"],
         v: Float[Array, "B Hkv D"],
     ) -> tuple[Float[Array, "B Hq D"], Pool]:
+        if heads is not None:
+            (q, k, v), pool = heads.apply(pool, layer, q, k, v)
         pool = pool.write_rows(layer, k, v, rows)
         # Of frozen rows only padding gives zeros; what the others get is thrown away.
         visible = jnp.where(rows.active, rows.lengths + 1, 0)
@@ -124,6 +128,7 @@ def decode_attend(
         if choices is not None:
             reads, pool = choices.apply(pool, layer, q, reads)
         stored, reads = pool.at_layer(layer), pool.locate(layer, reads)
+        attention = attention_of(pool, spec.attention)
         output = CHUNK_ATTENTION.attend(q, stored, reads, attention, implementation=implementation)
         return output, pool
 

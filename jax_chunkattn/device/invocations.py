@@ -121,7 +121,7 @@ class Invocations:
                 options=self._backend.planner,
                 at_least=shape,
                 windows=self._spec.different_windows,
-                columns=self.most_columns if self._cache.selector is not None else None,
+                columns=self.most_columns if self._cache.with_tables else None,
             )
             yield self.decoding(state, [], plan, num_steps)
         ids = None if self._window_room is None else np.zeros(self._num_chunks + 1, np.int32)

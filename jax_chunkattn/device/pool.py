@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jax_chunkattn.device.cache_config import CacheConfig
+from jax_chunkattn.device.clustered_pool import ClusteredPool
 from jax_chunkattn.device.coded_pool import CodedPool
 from jax_chunkattn.device.exact_pool import ChunkPool, allocate_pool
 from jax_chunkattn.device.model_interface import CacheSpec
@@ -12,6 +13,7 @@ from jax_chunkattn.tree.window_room import WindowRoom
 
 __all__ = [
     "ChunkPool",
+    "ClusteredPool",
     "CodedPool",
     "Pool",
     "SelectivePool",
@@ -20,7 +22,7 @@ __all__ = [
     "empty_pool",
 ]
 
-Pool = ChunkPool | CodedPool | SelectivePool | WindowPool
+Pool = ChunkPool | ClusteredPool | CodedPool | SelectivePool | WindowPool
 """All keys and values that an engine keeps, and how it keeps them."""
 
 
@@ -35,6 +37,8 @@ def empty_pool(
     `columns` chunks each; with `window_room`, heads with windows have chunks of their own."""
     if window_room is not None:
         return WindowPool.allocate(spec, config, window_room)
+    if config.clusters is not None:
+        return ClusteredPool.allocate(spec, config, num_slots)
     if config.chunk_codec is None:
         kv = allocate_pool(spec, config)
     else:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int32
 
 from jax_chunkattn.device.choices import TokenChoices, token_choices
 from jax_chunkattn.device.decode_loop import NOTHING, Chosen
+from jax_chunkattn.device.head_maps import TokenHeads, attention_of, token_heads
 from jax_chunkattn.device.model_interface import Attend, CacheSpec, DecoderModel
 from jax_chunkattn.device.pool import Pool
 from jax_chunkattn.device.request_table import DeviceState, count_tokens
@@ -39,7 +40,8 @@ def prefill_step(
       The new state, those rows ready to decode, and what was chosen, `NOTHING` for other segments.
     """
     choices = token_choices(model.cache_spec, state.pool, batch.plan)
-    attend = prefill_attend(model.cache_spec, batch.plan, implementation, choices)
+    heads = token_heads(state.pool, batch.plan)
+    attend = prefill_attend(model.cache_spec, batch.plan, implementation, choices, heads)
     tokens, positions = jnp.asarray(batch.tokens), jnp.asarray(batch.positions)
     slots = jnp.asarray(slots)
     table = state.table
@@ -60,9 +62,10 @@ def prefill_attend(
     plan: PrefillPlan,
     implementation: str | None,
     choices: TokenChoices | None = None,
+    heads: TokenHeads | None = None,
 ) -> Attend:
     """The `attend` a model is given while prefilling: write all new tokens, attend by the plan, or
-    where tokens choose to what they have chosen of it."""
+    where tokens choose to what they have chosen of it, with each head, or one for its cluster."""
 
     def attend(
         pool: Pool,
@@ -71,6 +74,8 @@ def prefill_attend(
         k: Float[Array, "T Hkv D"],
         v: Float[Array, "T Hkv D"],
     ) -> tuple[Float[Array, "T Hq D"], Pool]:
+        if heads is not None:
+            (q, k, v), pool = heads.apply(pool, layer, q, k, v)
         pool, new = pool.write_prompts(layer, k, v, plan)
         reads = PrefillReads(plan, QUERY_TILE, new, spec.head_windows(layer))
         return attend_prompts(spec, pool, layer, q, reads, implementation, choices)
@@ -93,7 +98,8 @@ def attend_prompts(
     def attend(pool: Pool, reads: PrefillReads) -> Float[Array, "T Hq D"]:
         stored, reads = pool.at_layer(layer), pool.locate(layer, reads)
         how = {"implementation": implementation}
-        return PREFILL_ATTENTION.attend(q, stored, reads, spec.attention, **how)
+        attention = attention_of(pool, spec.attention)
+        return PREFILL_ATTENTION.attend(q, stored, reads, attention, **how)
 
     if choices is None:
         return attend(pool, reads), pool

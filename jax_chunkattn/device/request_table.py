@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int32
 
+from jax_chunkattn.device.clustered_pool import ClusteredPool
 from jax_chunkattn.device.coded_pool import CodedPool
 from jax_chunkattn.device.pool import Pool, WindowPool
 from jax_chunkattn.sampling import RowSampling, SamplingParams, TokenCounts
@@ -142,9 +143,9 @@ def copy_tails(
     sources: Int32[HostOrDevice, " M"],
     destinations: Int32[HostOrDevice, " M"],
 ) -> DeviceState:
-    """Copies the exact last chunks that slots have where full ones are encoded; all are read before
+    """Copies the exact last chunks that slots have where those are kept apart; all are read before
     any is written. A destination of S is padding."""
-    assert isinstance(state.pool, CodedPool), "tails are where full chunks are encoded"
+    assert isinstance(state.pool, CodedPool | ClusteredPool), "the others have no tails"
     return replace(state, pool=state.pool.copy_tails(sources, destinations))
 
 

@@ -127,7 +127,7 @@ class Engine:
             raise ValueError(f"prefill_tokens must be one of {CALL_TOKENS}, got {prefill_tokens}")
         stop_tokens = check_stop_tokens(stop_tokens, model)
         self.model = model
-        self.cache = cache
+        self.cache = cache = cache.for_model(model.cache_spec)
         self.backend: Backend = choose_backend(
             model.cache_spec, cache, implementation=implementation, planner=planner
         )
@@ -136,8 +136,8 @@ class Engine:
         exact, chunk_size = not cache.whole_chunks, cache.chunk_size
         if not exact and chunk_size > prefill_tokens:
             raise CodecError(
-                f"a codec or selector needs chunks that one prefill call can fill: {chunk_size} "
-                f"tokens are more than the {prefill_tokens} of prefill_tokens"
+                "a codec, selector or clusters need chunks that one prefill call can fill: "
+                f"{chunk_size} tokens are more than the {prefill_tokens} of prefill_tokens"
             )
         cache, window_room = cache.with_window_room(
             spec,
@@ -150,6 +150,7 @@ class Engine:
         windowed_bytes = cache.windowed_bytes(spec) if window_room is not None else 0
         self._stats = EngineStats(
             codec=cache.codec_name,
+            clusters=None if cache.clusters is None else cache.clusters.counts,
             selector="all" if cache.selector is None else cache.selector.name,
             bytes_per_chunk=cache.bytes_per_chunk(spec) - windowed_bytes,
             bytes_per_window_chunk=windowed_bytes,
@@ -172,7 +173,7 @@ class Engine:
                 self._stats,
                 invocations.most_columns,
                 model.cache_spec.different_windows,
-                chooses=cache.selector is not None,
+                with_tables=cache.with_tables,
             ),
             PrefixMemory(
                 chunk_size,

@@ -28,7 +28,7 @@ class PlannedRows:
     For each number of rows, a power of two, there is one shape, with room for rows of at most
     `columns` chunks each. Room costs nothing on a CPU. On a GPU it does, and there, until the
     shapes are fixed, plans only ever grow: a size that was needed once is kept, so that after a
-    while every plan fits a program that is there. With `chooses`, plans have the rows' tables.
+    while every plan fits a program that is there. `with_tables`, plans have the rows' tables.
     """
 
     def __init__(
@@ -38,13 +38,13 @@ class PlannedRows:
         columns: int,
         windows: Sequence[Window | None] = (),
         *,
-        chooses: bool = False,
+        with_tables: bool = False,
     ):
         self._options = options
         self._windows = windows
         self._stats = stats
         self._columns = columns
-        self._chooses = chooses
+        self._with_tables = with_tables
         self._plan: DecodePlan | None = None
         self._key: object = None
         self._shapes: dict[int, PlanShape] = {}
@@ -109,7 +109,7 @@ class PlannedRows:
             options=options,
             at_least=at_least,
             windows=self._windows,
-            columns=self._columns if self._chooses else None,
+            columns=self._columns if self._with_tables else None,
             window_ids=tree.window_ids,
         )
 

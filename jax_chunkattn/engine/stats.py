@@ -48,6 +48,8 @@ class EngineStats:
       most_chunks_in_use, most_chunks_unshared: the most that was in use at once, and what the same
         requests would have held at that moment without sharing.
       codec: what full chunks are encoded by; "identity" where they are stored as they are.
+      clusters: how many clusters the query heads of each layer form; None where each attends for
+        itself.
       selector: by what queries choose the chunks that they read, and which share of them; "all"
         where they read all.
       reads: how many of the chunks before them decoding rows have read, and how alike they chose,
@@ -93,6 +95,7 @@ class EngineStats:
     most_chunks_in_use: int = 0
     most_chunks_unshared: int = 0
     codec: str = IDENTITY
+    clusters: tuple[int, ...] | None = None
     selector: str = "all"
     reads: ReadCounts | None = None
     bytes_per_chunk: int = 0

@@ -28,6 +28,11 @@ CHUNK_SIZES = (16, 32)  # and multiples of 64
 
 def unsupported(shapes: AttentionShapes) -> str | None:
     """Why these shapes cannot run here, or None."""
+    if shapes.clustered:
+        return (
+            "the Mosaic GPU kernels copy chunks by one id for keys and values, and keys of "
+            "clustered heads have their own"
+        )
     if shapes.dtype not in DTYPES:
         return f"the Mosaic GPU kernels take bfloat16 and float16, not {shapes.dtype}"
     if shapes.head_dim not in HEAD_DIMS:

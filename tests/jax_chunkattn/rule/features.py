@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jax_chunkattn import Engine
+from pallas_kernels.clusters import HeadClusters
 from pallas_kernels.codecs import ChunkCodec, ChunkContext, Constants
 from pallas_kernels.selection import ChunkSelector
 from tests.jax_chunkattn.engine.engines import make_engine
@@ -41,7 +42,7 @@ class Feature:
     @property
     def exact(self) -> bool:
         """Whether a part of a chunk may be copied."""
-        return not {"codec", "selector"} & self.options.keys()
+        return not {"clusters", "codec", "selector"} & self.options.keys()
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ PATTERNED = {"model": patterned_model()}
 SELECTOR = ChunkSelector(0.4, recent=0, refresh=4, whole=3)
 """`PROMPT` and its answer fill 7 chunks: at their end a query chooses one of five to read."""
 CHOOSING = {"selector": SELECTOR}
+CLUSTERS = (2, 3)
+"""Of four heads that read two KV heads: in either layer some read keys of another's KV head."""
 GIVEN_UP = {"window_chunks": 56}
 """For a call, and for the windows of three sequences."""
 FEATURES = (
@@ -84,4 +87,6 @@ FEATURES = (
     Feature("choices, marked chunks", {"codec": MARKED, **CHOOSING}),
     Feature("choices, windows", {**CHOOSING, **WINDOWED}),
     Feature("choices, windows, marked chunks", {"codec": MARKED, **CHOOSING, **WINDOWED}),
+    Feature("clusters", {"clusters": HeadClusters(CLUSTERS)}),
+    Feature("one cluster", {"clusters": HeadClusters((1, 1))}),
 )

@@ -17,6 +17,7 @@ import pytest
 from models.calibration import fit, key_frequencies, recipe_of, sample
 from pallas_kernels.codecs import ChunkContext, codec_of
 from tests.jax_chunkattn.rule.choices import logits_by_the_definition as logits_by_choices
+from tests.jax_chunkattn.rule.clusters import logits_by_the_definition as logits_by_clusters
 from tests.jax_chunkattn.rule.features import FEATURES, MARKED, Feature
 from tests.jax_chunkattn.rule.histories import HISTORIES, NUM_TOKENS, PROMPT, Answer, cold
 from tests.jax_chunkattn.toy import (
@@ -35,6 +36,8 @@ def takes_long(history, feature: Feature) -> bool:
         return history.__name__ == "among_mates"
     if "selector" in feature.options:  # so are those of each selector
         return feature.name != "choices" or history is not cold
+    if "clusters" in feature.options:
+        return feature.name != "clusters" or history is not cold
     if "model" in feature.options:  # all of its programs are its own
         return feature.name != "windows" or history.__name__ != "warm_at_every_split"
     return history.__name__ in {"among_mates", "joined_at_any_step", "preempted", "evicted"}
@@ -146,6 +149,20 @@ def test_choices_are_those_of_the_definition(feature):
     dense = [logprob for _, logprob in expected(FEATURES[0])]
     moved = max(abs(one - logprob) for one, (_, logprob) in zip(dense, answer, strict=True))
     assert moved > 1e3 * TOLERANCE  # what is left out counts
+
+
+@pytest.mark.parametrize("name", ["clusters", pytest.param("one cluster", marks=pytest.mark.slow)])
+def test_heads_attend_for_their_clusters_as_the_definition_has_it(name):
+    [feature] = [one for one in FEATURES if one.name == name]
+    answer = expected(feature)
+    tokens = [*PROMPT, *(token for token, _ in answer)]
+    counts = feature.options["clusters"].counts
+    logits = logits_by_clusters(toy_model(), counts, 16, tokens)[len(PROMPT) - 1 : -1]
+    logprobs = logits - np.logaddexp.reduce(logits.astype(np.float64), axis=1, keepdims=True)
+    for (token, logprob), row in zip(answer, logprobs, strict=True):
+        assert row[token] >= row.max() - TOLERANCE
+        assert abs(row[token] - logprob) < TOLERANCE
+    assert [token for token, _ in answer] != [token for token, _ in expected(FEATURES[0])]
 
 
 CODECS = [MARKED.name, "int8", pytest.param("nuq4", marks=pytest.mark.slow)]

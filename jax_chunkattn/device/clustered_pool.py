@@ -1,0 +1,312 @@
+"""The chunk pool where heads that attend alike have their keys in common (CHAI)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32, UInt8
+
+from jax_chunkattn.device.cache_config import CacheConfig
+from jax_chunkattn.device.coded_pool import copied
+from jax_chunkattn.device.decode_rows import DecodeRows
+from jax_chunkattn.device.model_interface import CacheSpec
+from pallas_kernels.attention_spec import AttentionSpec
+from pallas_kernels.clusters import ClusteredKV, HeadClusters, KeySlots, representatives_of
+from pallas_kernels.plans import HostOrDevice, NewTokens, OwnChunks, PrefillPlan, Reads
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ClusteredPool:
+    """Keys of clusters and values of heads of full chunks, and for each slot of the request table a
+    tail: the chunk that its row's last token lies in.
+
+    Which head attends for its cluster is kept with each chunk of a sequence: found for the first
+    one when it is full, it holds for all behind it. A tail has keys and values of every query head,
+    as that reads them: in a first chunk its own, behind it those of its cluster's representative.
+
+    Letters: L layers, Hq query heads, Hkv KV heads, K key slots of all layers, N chunks of C
+    tokens, S slots of the table, D numbers of a head.
+    """
+
+    AXES: ClassVar[tuple[str, ...]] = ()
+    """No dimension is split over devices: heads of one cluster may be anywhere."""
+
+    keys: Float[Array, "K N C D"]
+    values: Float[Array, "L Hkv N C D"]
+    representatives: UInt8[Array, "L N Hq"]
+    head_slots: UInt8[Array, "L N Hq"]  # of the layer's key slots, where a head's keys are
+    tail_queries: Float[Array, "L Hq S C D"]  # of first chunks
+    tail_keys: Float[Array, "L Hq S C D"]
+    tail_values: Float[Array, "L Hq S C D"]
+    clusters: HeadClusters = field(metadata={"static": True})
+    attention: AttentionSpec = field(metadata={"static": True})
+
+    @classmethod
+    def allocate(cls, spec: CacheSpec, config: CacheConfig, num_slots: int) -> ClusteredPool:
+        """A pool of zeros on the default device.
+
+        Raises:
+          ValueError: for a config without clusters.
+        """
+        clusters, size, dtype = config.clusters, config.chunk_size, config.dtype
+        if clusters is None:
+            raise ValueError("heads of this pool form no clusters")
+        heads = spec.attention.heads
+        num_chunks = config.chunks_for(spec, num_slots)
+        chunk, maps = (size, spec.head_dim), (spec.num_layers, num_chunks, heads.query_heads)
+        tails = (spec.num_layers, heads.query_heads, num_slots, *chunk)
+        return cls(
+            jnp.zeros((KeySlots.of(clusters, heads).total, num_chunks, *chunk), dtype),
+            jnp.zeros((spec.num_layers, heads.kv_heads, num_chunks, *chunk), dtype),
+            jnp.zeros(maps, jnp.uint8),
+            jnp.zeros(maps, jnp.uint8),
+            jnp.zeros(tails, dtype),
+            jnp.zeros(tails, dtype),
+            jnp.zeros(tails, dtype),
+            clusters,
+            spec.attention,
+        )
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.values.dtype
+
+    @property
+    def num_chunks(self) -> int:
+        return self.values.shape[2]
+
+    @property
+    def num_slots(self) -> int:
+        return self.tail_keys.shape[2]
+
+    @property
+    def chunk_size(self) -> int:
+        return self.values.shape[3]
+
+    @property
+    def slots(self) -> KeySlots:
+        """Where keys are."""
+        return KeySlots.of(self.clusters, self.attention.heads)
+
+    def at_layer(self, layer: Int32[Array, ""]) -> ClusteredKV:
+        """Keys and values of one layer, where they are."""
+        return ClusteredKV(self.keys, self.values, self.head_slots, layer, self.slots)
+
+    def locate(self, layer: Int32[Array, ""], reads: Reads) -> Reads:
+        """What a layer reads: chunks lie where the plan says."""
+        return reads
+
+    def read_by(
+        self, layer: Int32[Array, ""], first_chunks: Int32[Array, " R"]
+    ) -> Int32[Array, "R Hq"]:
+        """The head that attends for each query head's cluster, in sequences that begin with these
+        chunks; each for itself where that is chunk N, nowhere."""
+        heads = self.attention.heads.query_heads
+        found = self.representatives.at[layer, first_chunks].get(mode="clip").astype(jnp.int32)
+        itself = jnp.arange(heads, dtype=jnp.int32)[None]
+        return jnp.where((first_chunks < self.num_chunks)[:, None], found, itself)
+
+    def with_first_chunks(
+        self,
+        layer: Int32[Array, ""],
+        q: Float[Array, "T Hq D"],
+        k: Float[Array, "T Hkv D"],
+        plan: PrefillPlan,
+    ) -> ClusteredPool:
+        """With the maps of all chunks that a prefill call completes: found for first chunks, for
+        others as their sequence's first one has it."""
+        sealing, size = plan.sealing, self.chunk_size
+        assert sealing is not None, "planned for a pool that makes something of full chunks"
+        begin, chunks = jnp.asarray(sealing.begin), jnp.asarray(sealing.chunks)
+        is_first = (jnp.asarray(sealing.positions) == 0) & (chunks < self.num_chunks)
+        count = jnp.asarray(self.clusters.counts, jnp.int32)[layer]
+        q, k = q.astype(self.dtype), k.astype(self.dtype)
+        order = jnp.argsort(~is_first)  # those first
+
+        def find(index: Int32[Array, ""], pool: ClusteredPool) -> ClusteredPool:
+            which = order[index]
+            of_chunk = (lax.dynamic_slice_in_dim(x, begin[which], size) for x in (q, k))
+            found = representatives_of(*of_chunk, count, self.attention, self.clusters.membership)
+            return pool._with_maps(layer, chunks[which], found)
+
+        pool = self
+        if len(q) >= size:  # else it can complete none
+            pool = lax.fori_loop(0, is_first.sum(dtype=jnp.int32), find, self)
+        sequence, _ = plan.token_positions(len(q))
+        first = jnp.asarray(plan.block_tables)[sequence.at[begin].get(mode="clip"), 0]
+        return pool._with_maps(layer, chunks, pool.read_by(layer, first))
+
+    def write_rows(
+        self,
+        layer: Int32[Array, ""],
+        k: Float[Array, "B Hq D"],
+        v: Float[Array, "B Hq D"],
+        rows: DecodeRows,
+    ) -> ClusteredPool:
+        """With a token of each active row in its tail, keys and values as query heads read them."""
+        _, offsets = rows.place(self.num_chunks, self.chunk_size)
+        slots = jnp.where(rows.active, rows.slots, self.num_slots)
+        return self._write_tails(layer, *self._exact(k, v), slots, offsets)
+
+    def write_queries(
+        self,
+        layer: Int32[Array, ""],
+        q: Float[Array, "T Hq D"],
+        slots: Int32[HostOrDevice, " T"],
+        offsets: Int32[HostOrDevice, " T"],
+    ) -> ClusteredPool:
+        """With queries of tokens in first chunks, by which heads will be clustered."""
+        queries = self.tail_queries.at[layer, :, slots, offsets].set(
+            q.astype(self.dtype), mode="drop", unique_indices=True
+        )
+        return replace(self, tail_queries=queries)
+
+    def own_chunks(self, rows: DecodeRows) -> OwnChunks:
+        """The chunks that rows decode in."""
+        return OwnChunks(self.tail_keys, self.tail_values, rows.slots)
+
+    def write_prompts(
+        self,
+        layer: Int32[Array, ""],
+        k: Float[Array, "T Hq D"],
+        v: Float[Array, "T Hq D"],
+        plan: PrefillPlan,
+    ) -> tuple[ClusteredPool, NewTokens]:
+        """With the chunks that a prefill call completes, whose maps are there, and the tails that
+        it begins; and the call's tokens, as they are read by those of the same chunk."""
+        sealing, group = plan.sealing, self.attention.heads.group
+        assert sealing is not None, "planned for a pool that makes something of full chunks"
+        k, v = self._exact(k, v)
+        chunks = jnp.asarray(sealing.chunks)
+        maps = self.representatives.at[layer, chunks].get(mode="clip").astype(jnp.int32)
+        kept = self.slots.kept(maps)  # M S
+        keys = sealing.chunks_of(k, self.chunk_size)  # M C Hq D
+        keys = jnp.take_along_axis(keys, kept[:, None, :, None], axis=2)
+        values = sealing.chunks_of(v[:, ::group], self.chunk_size)
+        pool = replace(
+            self,
+            keys=self.keys.at[self.slots.places(layer)[None], chunks[:, None]].set(
+                jnp.swapaxes(keys, 1, 2), mode="drop", unique_indices=True
+            ),
+            values=self.values.at[layer, :, chunks].set(
+                jnp.swapaxes(values, 1, 2), mode="drop", unique_indices=True
+            ),
+        )
+        pool = pool._write_tails(layer, k, v, sealing.tail_slots, plan.write_offsets)
+        return pool, NewTokens(k, v)
+
+    def seal(self, rows: DecodeRows) -> ClusteredPool:
+        """With the tails that the token just written has filled in their chunks."""
+        tables = rows.plan.tables
+        assert tables is not None, "planned with the rows' tables"
+        layers = jnp.arange(self.values.shape[0], dtype=jnp.int32)
+        counts = jnp.asarray(self.clusters.counts, jnp.int32)
+        places = jax.vmap(self.slots.places)(layers)  # L S
+        group = self.attention.heads.group
+
+        def seal_row(
+            row: Int32[Array, ""], chunk: Int32[Array, ""], pool: ClusteredPool
+        ) -> ClusteredPool:
+            queries, keys, values = (
+                lax.dynamic_index_in_dim(tails, rows.slots[row], 2, keepdims=False)
+                for tails in (pool.tail_queries, pool.tail_keys, pool.tail_values)
+            )  # L Hq C D
+
+            def find(_) -> Int32[Array, "L Hq"]:
+                def of_layer(of_one):
+                    q, k, count = of_one
+                    q, k = jnp.swapaxes(q, 0, 1), jnp.swapaxes(k, 0, 1)[:, ::group]
+                    return representatives_of(q, k, count, self.attention, self.clusters.membership)
+
+                return lax.map(of_layer, (queries, keys, counts))
+
+            def as_before(_) -> Int32[Array, "L Hq"]:
+                first = jnp.asarray(tables)[row, 0]
+                return pool.representatives.at[:, first].get(mode="clip").astype(jnp.int32)
+
+            is_first = rows.lengths[row] < self.chunk_size
+            maps = lax.cond(is_first, find, as_before, None)
+            kept = self.slots.kept(maps)  # L S
+            kept_keys = jnp.take_along_axis(keys, kept[..., None, None], axis=1)
+            return replace(
+                pool._with_all_maps(chunk, maps),
+                keys=pool.keys.at[places, chunk].set(kept_keys, mode="drop"),
+                values=pool.values.at[:, :, chunk].set(values[:, ::group], mode="drop"),
+            )
+
+        return rows.for_each_filled(self.num_chunks, self.chunk_size, seal_row, self)
+
+    def copy(
+        self, sources: Int32[HostOrDevice, " M"], destinations: Int32[HostOrDevice, " M"]
+    ) -> ClusteredPool:
+        """With chunks copied, and their maps; all are read before any is written."""
+
+        def along_second(array: Array) -> Array:
+            return array.at[:, destinations].set(array[:, sources], mode="drop")
+
+        (values,) = copied((self.values,), sources, destinations)
+        return replace(
+            self,
+            keys=along_second(self.keys),
+            values=values,
+            representatives=along_second(self.representatives),
+            head_slots=along_second(self.head_slots),
+        )
+
+    def copy_tails(
+        self, sources: Int32[HostOrDevice, " M"], destinations: Int32[HostOrDevice, " M"]
+    ) -> ClusteredPool:
+        """With slots' tails copied; all are read before any is written. Slot S drops one."""
+        tails = self.tail_queries, self.tail_keys, self.tail_values
+        queries, keys, values = copied(tails, sources, destinations)
+        return replace(self, tail_queries=queries, tail_keys=keys, tail_values=values)
+
+    def _with_maps(
+        self,
+        layer: Int32[Array, ""],
+        chunks: Int32[Array, "*chunks"],
+        representatives: Int32[Array, "*chunks Hq"],
+    ) -> ClusteredPool:
+        """With the maps of chunks of a layer; chunk N drops one."""
+        return self._put_maps((layer, chunks), representatives)
+
+    def _with_all_maps(
+        self, chunk: Int32[Array, ""], representatives: Int32[Array, "L Hq"]
+    ) -> ClusteredPool:
+        """With the maps of a chunk of all layers."""
+        return self._put_maps((slice(None), chunk), representatives)
+
+    def _put_maps(self, place: tuple, representatives: Int32[Array, "*maps Hq"]) -> ClusteredPool:
+        slots = self.slots.of_heads(representatives)
+
+        def put(array: Array, new: Array) -> Array:
+            return array.at[place].set(new.astype(jnp.uint8), mode="drop")
+
+        return replace(
+            self,
+            representatives=put(self.representatives, representatives),
+            head_slots=put(self.head_slots, slots),
+        )
+
+    def _exact(self, k: Float[Array, "T Hq D"], v: Float[Array, "T Hq D"]) -> tuple[Array, Array]:
+        """As tails keep them; values are finite, for the reason that `StoredKV.write` has."""
+        return k.astype(self.dtype), jnp.nan_to_num(v.astype(self.dtype))
+
+    def _write_tails(
+        self,
+        layer: Int32[Array, ""],
+        k: Float[Array, "T Hq D"],
+        v: Float[Array, "T Hq D"],
+        slots: Int32[HostOrDevice, " T"],
+        offsets: Int32[HostOrDevice, " T"],
+    ) -> ClusteredPool:
+        def put(tails: Array, new: Array) -> Array:
+            target = tails.at[layer, :, slots, offsets]
+            return target.set(new, mode="drop", unique_indices=True)
+
+        return replace(self, tail_keys=put(self.tail_keys, k), tail_values=put(self.tail_values, v))

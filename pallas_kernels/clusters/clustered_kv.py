@@ -1,0 +1,93 @@
+"""Keys of clusters and values of heads, as the pool stores them: how chunks are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32, UInt8
+
+from pallas_kernels.clusters.head_clusters import KeySlots
+from pallas_kernels.plans import HostOrDevice
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ClusteredKV:
+    """Keys and values of one layer, of which heads of a cluster have their keys in common.
+
+    A chunk says itself which slot each head's keys are in: all chunks of a sequence say the same.
+    Attention takes it for a pool of one KV head for each query head.
+
+    Letters: L layers, Hq query heads, Hkv KV heads, K slots of all layers, N chunks of C tokens,
+    D numbers of a head.
+    """
+
+    keys: Float[Array, "K N C D"]
+    values: Float[Array, "L Hkv N C D"]
+    head_slots: UInt8[Array, "L N Hq"]
+    layer: int | Int32[Array, ""]  # may be traced
+    slots: KeySlots = field(metadata={"static": True})
+
+    @property
+    def codec(self) -> None:
+        """Chunks are stored as they are."""
+        return None
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.values.dtype
+
+    @property
+    def kv_heads(self) -> int:
+        """As attention sees it: Hq."""
+        return self.slots.heads.query_heads
+
+    @property
+    def num_chunks(self) -> int:
+        return self.values.shape[2]
+
+    @property
+    def chunk_size(self) -> int:
+        return self.values.shape[3]
+
+    @property
+    def head_dim(self) -> int:
+        return self.values.shape[4]
+
+    def layer_operand(self) -> Int32[Array, " 1"]:
+        """The layer, as Pallas kernels take it."""
+        return jnp.asarray(self.layer, jnp.int32).reshape(1)
+
+    def all_keys(self) -> Float[Array, "Hq N C D"]:
+        """Keys of every chunk."""
+        chunk = jnp.arange(self.num_chunks, dtype=jnp.int32)
+        place = self._begin() + self.head_slots[self.layer].astype(jnp.int32)
+        return self.keys[place.T, chunk[None]]
+
+    def all_values(self) -> Float[Array, "Hq N C D"]:
+        """Values of every chunk."""
+        return jnp.repeat(self.values[self.layer], self.slots.heads.group, axis=0)
+
+    def gather(
+        self, head: Int32[Array, ""], chunk_ids: Int32[HostOrDevice, "*rows W"]
+    ) -> tuple[Float32[Array, "*rows tokens D"], Float32[Array, "*rows tokens D"]]:
+        """Keys and values of one head, of the W * C tokens of these chunks, which must be there."""
+        kv_head = head // self.slots.heads.group
+        values = self.values.at[self.layer, kv_head, chunk_ids].get(mode="promise_in_bounds")
+        return self.gather_keys(head, chunk_ids), self._flat(values)
+
+    def gather_keys(
+        self, head: Int32[Array, ""], chunk_ids: Int32[HostOrDevice, "*rows W"]
+    ) -> Float32[Array, "*rows tokens D"]:
+        """The keys alone."""
+        slot = self.head_slots.at[self.layer, chunk_ids, head].get(mode="promise_in_bounds")
+        place = self._begin() + slot.astype(jnp.int32)
+        return self._flat(self.keys.at[place, chunk_ids].get(mode="promise_in_bounds"))
+
+    def _begin(self) -> Int32[Array, ""]:
+        return jnp.asarray(self.slots.begins, jnp.int32)[self.layer]
+
+    def _flat(self, chunks: Float[Array, "*rows W C D"]) -> Float32[Array, "*rows tokens D"]:
+        return chunks.reshape(*chunks.shape[:-3], -1, self.head_dim).astype(jnp.float32)

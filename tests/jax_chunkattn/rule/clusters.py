@@ -1,0 +1,84 @@
+"""Clustered heads by the definition (CHAI, arXiv 2403.08058), in NumPy, over a whole sequence at
+once: it knows no pool, no plan and no steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.decoder import Decoder
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def clusters_of(distance: np.ndarray, count: int) -> list[list[int]]:
+    """The two clusters whose heads are nearest in the mean are joined, until so many are left."""
+    clusters = [[head] for head in range(len(distance))]
+    while len(clusters) > count:
+        pairs = [(a, b) for a in range(len(clusters)) for b in range(a + 1, len(clusters))]
+        apart = [np.mean(distance[np.ix_(clusters[a], clusters[b])]) for a, b in pairs]
+        first, second = pairs[int(np.argmin(apart))]
+        clusters[first] = sorted(clusters[first] + clusters.pop(second))
+    return clusters
+
+
+def medoid(distance: np.ndarray, cluster: Sequence[int]) -> int:
+    """The head that is nearest to all others."""
+    return min(cluster, key=lambda head: sum(distance[head, other] for other in cluster))
+
+
+def representatives(q: np.ndarray, k: np.ndarray, count: int, scale: float) -> list[int]:
+    """Of each query head, by the attention of q, k `[C, Hq, D]`."""
+    scores = np.einsum("qhd,khd->hqk", q, k) * scale
+    causal = np.tril(np.ones(scores.shape[1:], bool))
+    weights = softmax(np.where(causal, scores, -np.inf))
+    distance = 1 - np.corrcoef(weights[:, causal])
+    distance = np.round(distance, 12)  # of two heads, each is as far from the other
+    found = [0] * len(distance)
+    for cluster in clusters_of(distance, count):
+        for head in cluster:
+            found[head] = medoid(distance, cluster)
+    return found
+
+
+def attend(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, size: int, count: int, scale: float
+) -> np.ndarray:
+    """Heads of q `[T, Hq, D]` over k, v `[T, Hkv, D]`: each for itself in the first chunk, and
+    behind it one for its cluster."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (np.repeat(of, group, axis=1) for of in (k, v))
+    tokens = np.arange(len(q))
+    causal = tokens[:, None] >= tokens[None]
+
+    def weights(q, k):
+        return softmax(np.where(causal, np.einsum("qhd,khd->hqk", q, k) * scale, -np.inf))
+
+    each = weights(q, k)
+    if len(q) >= size:
+        of = representatives(q[:size], k[:size], count, scale)
+        together = weights(q[:, of], k[:, of])
+        each = np.where((tokens < size)[None, :, None], each, together)
+    return np.einsum("hqk,khd->qhd", each, v)
+
+
+def logits_by_the_definition(
+    model: Decoder, counts: Sequence[int], size: int, tokens: Sequence[int]
+) -> np.ndarray:
+    """Of what follows each token: `[T, V]`."""
+    positions = jnp.arange(len(tokens), dtype=jnp.int32)
+
+    def attend_layer(pool, layer, q, k, v):
+        exact = (np.asarray(x, np.float64) for x in (q, k, v))
+        output = attend(*exact, size, counts[int(layer)], q.shape[-1] ** -0.5)
+        return jnp.asarray(output, jnp.float32), pool
+
+    with jax.disable_jit():
+        hidden, _ = model(jnp.asarray(tokens, jnp.int32), positions, None, attend_layer)
+        return np.asarray(model.logits(hidden))
