@@ -19,7 +19,7 @@ from jax import lax
 
 from jax_chunkattn import CacheConfig, plan_decode
 from jax_chunkattn.device.backend import choose_backend
-from jax_chunkattn.device.choices import item_columns, row_choices, token_choices
+from jax_chunkattn.device.choices import item_columns
 from jax_chunkattn.device.decode_loop import decode_attend
 from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.pool import Pool, empty_pool
@@ -29,6 +29,7 @@ from jax_chunkattn.planning.prefill import CALL_TOKENS, Segment, next_call, pack
 from models import Decoder
 from models.dense_attention import dense_attend
 from models.dense_attention import empty_pool as empty_dense_pool
+from pallas_kernels.clusters import HeadClusters
 from pallas_kernels.codecs import IDENTITY, ChunkCodec
 from pallas_kernels.selection import ChunkSelector
 
@@ -108,6 +109,7 @@ class SharedScorer:
         chunk_size: int,
         codec: str | ChunkCodec = IDENTITY,
         selector: ChunkSelector | None = None,
+        clusters: HeadClusters | None = None,
         prefill_tokens: int = CALL_TOKENS[-1],
         implementation: str | None = None,
     ) -> None:
@@ -124,7 +126,9 @@ class SharedScorer:
         self._passage = passage
         self._tables = [[*range(shared), *chunks] for chunks in own.tolist()]
         num_chunks = bucket(shared + own.size, _LEAST_CHUNKS)  # so that passages share programs
-        self._cache = CacheConfig(num_chunks, chunk_size, dtype, codec=codec, selector=selector)
+        how = {"codec": codec, "selector": selector, "clusters": clusters}
+        cache = CacheConfig(num_chunks, chunk_size, dtype, **how)
+        self._cache = cache.for_model(model.cache_spec)
         self._sizes: Any = {"chunk_size": chunk_size, "num_chunks": num_chunks}
         self._backend = choose_backend(model.cache_spec, self._cache, implementation=implementation)
         lengths = [len(passage.prefix)] * windows
@@ -134,7 +138,7 @@ class SharedScorer:
             self._tables,
             lengths,
             options=self._backend.planner,
-            columns=None if selector is None else columns,
+            columns=columns if self._cache.with_tables else None,
             **self._sizes,
         )
         self._num_slots = self._plan.num_rows
@@ -264,8 +268,7 @@ def _forward(graphdef, state, tokens, targets, dtype: str):
 @partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
 def _prefill(graphdef, state, pool, batch, implementation: str):
     model = nnx.merge(graphdef, state)
-    choices = token_choices(model.cache_spec, pool, batch.plan)
-    attend = prefill_attend(model.cache_spec, batch.plan, implementation, choices)
+    attend = prefill_attend(model.cache_spec, pool, batch.plan, implementation)
     return model(jnp.asarray(batch.tokens), jnp.asarray(batch.positions), pool, attend)
 
 
@@ -284,8 +287,7 @@ def _decode(graphdef, state, pool, inputs, targets, active, prefix, plan, implem
         place, tokens, following = fed
         lengths = jnp.full(len(tokens), prefix + place, jnp.int32)
         rows = DecodeRows(plan, slots, lengths, active)
-        choices = row_choices(model.cache_spec, pool, rows, columns)
-        attend = decode_attend(model.cache_spec, rows, implementation, choices)
+        attend = decode_attend(model.cache_spec, pool, rows, implementation, columns)
         hidden, pool = model(tokens, lengths, pool, attend)
         return pool.seal(rows), _score(model.logits(hidden), following)
 

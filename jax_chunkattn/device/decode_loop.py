@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jax_chunkattn.device.choices import RowChoices, item_columns, row_choices
+from jax_chunkattn.device.choices import item_columns, row_choices
 from jax_chunkattn.device.decode_rows import DecodeRows
-from jax_chunkattn.device.head_maps import RowHeads, attention_of, row_heads
+from jax_chunkattn.device.head_maps import attention_of, row_heads
 from jax_chunkattn.device.model_interface import Attend, CacheSpec, DecoderModel
 from jax_chunkattn.device.pool import Pool, SelectivePool
 from jax_chunkattn.device.read_counts import ReadCounts
@@ -19,6 +19,7 @@ from jax_chunkattn.device.request_table import DeviceState, count_tokens
 from jax_chunkattn.sampling import Logprobs, log_probabilities, sample
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
 from pallas_kernels.plans import DecodePlan, DecodeReads, HostOrDevice
+from pallas_kernels.selection import ItemColumns
 
 NOTHING = -1  # in place of a token, where a row emitted none
 
@@ -69,9 +70,7 @@ def decode_steps(
         step, pool, counts, rows, chosen = carry
         active = rows.remaining > 0
         here = DecodeRows(plan, slots, rows.lengths, active)
-        choices = row_choices(model.cache_spec, pool, here, columns)
-        heads = row_heads(pool, here)
-        attend = decode_attend(model.cache_spec, here, implementation, choices, heads)
+        attend = decode_attend(model.cache_spec, pool, here, implementation, columns)
         hidden, pool = model(rows.tokens, rows.lengths, pool, attend)
         pool = pool.seal(here)
         logits = model.logits(hidden)
@@ -104,13 +103,17 @@ def _nothing(num_steps: int, batch: int) -> Chosen:
 
 def decode_attend(
     spec: CacheSpec,
+    pool: Pool,
     rows: DecodeRows,
     implementation: str | None,
-    choices: RowChoices | None = None,
-    heads: RowHeads | None = None,
+    columns: ItemColumns | None = None,
 ) -> Attend:
-    """The `attend` a model is given while decoding: write one token a row, attend by the plan, or
-    where rows choose to what they have chosen of it, with each head, or one for its cluster."""
+    """The `attend` a model is given for a step over such a pool: write one token a row, attend by
+    the plan, or where rows choose to what they have chosen of it, with each head, or one for its
+    cluster. `columns` are the plan's `item_columns`."""
+    choices = row_choices(spec, pool, rows, columns)
+    heads = row_heads(pool, rows)
+    attention = attention_of(pool, spec.attention)
 
     def attend(
         pool: Pool,
@@ -128,7 +131,6 @@ def decode_attend(
         if choices is not None:
             reads, pool = choices.apply(pool, layer, q, reads)
         stored, reads = pool.at_layer(layer), pool.locate(layer, reads)
-        attention = attention_of(pool, spec.attention)
         output = CHUNK_ATTENTION.attend(q, stored, reads, attention, implementation=implementation)
         return output, pool
 

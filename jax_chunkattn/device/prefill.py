@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32
 
 from jax_chunkattn.device.choices import TokenChoices, token_choices
 from jax_chunkattn.device.decode_loop import NOTHING, Chosen
-from jax_chunkattn.device.head_maps import TokenHeads, attention_of, token_heads
+from jax_chunkattn.device.head_maps import attention_of, token_heads
 from jax_chunkattn.device.model_interface import Attend, CacheSpec, DecoderModel
 from jax_chunkattn.device.pool import Pool
 from jax_chunkattn.device.request_table import DeviceState, count_tokens
@@ -39,9 +39,7 @@ def prefill_step(
     Returns:
       The new state, those rows ready to decode, and what was chosen, `NOTHING` for other segments.
     """
-    choices = token_choices(model.cache_spec, state.pool, batch.plan)
-    heads = token_heads(state.pool, batch.plan)
-    attend = prefill_attend(model.cache_spec, batch.plan, implementation, choices, heads)
+    attend = prefill_attend(model.cache_spec, state.pool, batch.plan, implementation)
     tokens, positions = jnp.asarray(batch.tokens), jnp.asarray(batch.positions)
     slots = jnp.asarray(slots)
     table = state.table
@@ -58,14 +56,13 @@ def prefill_step(
 
 
 def prefill_attend(
-    spec: CacheSpec,
-    plan: PrefillPlan,
-    implementation: str | None,
-    choices: TokenChoices | None = None,
-    heads: TokenHeads | None = None,
+    spec: CacheSpec, pool: Pool, plan: PrefillPlan, implementation: str | None
 ) -> Attend:
-    """The `attend` a model is given while prefilling: write all new tokens, attend by the plan, or
-    where tokens choose to what they have chosen of it, with each head, or one for its cluster."""
+    """The `attend` a model is given for a call over such a pool: write all new tokens, attend by
+    the plan, or where tokens choose to what they have chosen of it, with each head, or one for its
+    cluster."""
+    choices = token_choices(spec, pool, plan)
+    heads = token_heads(pool, plan)
 
     def attend(
         pool: Pool,

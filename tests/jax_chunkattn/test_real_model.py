@@ -81,9 +81,10 @@ def test_logits_of_the_chunked_path_agree_with_transformers(smollm2, golden, pro
     def run(leaves, pool, batch, plan, tokens, lengths):
         model = split.merge(leaves)
         spec = model.cache_spec
-        _, pool = model(batch.tokens, batch.positions, pool, prefill_attend(spec, batch.plan, None))
+        attend = prefill_attend(spec, pool, batch.plan, None)
+        _, pool = model(batch.tokens, batch.positions, pool, attend)
         rows = DecodeRows(plan, jnp.arange(len(lengths)), lengths, lengths > 0)
-        attend = decode_attend(spec, rows, None)
+        attend = decode_attend(spec, pool, rows, None)
         hidden, _ = model(tokens, lengths, pool, attend)
         return model.logits(hidden)
 

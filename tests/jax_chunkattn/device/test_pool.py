@@ -64,7 +64,7 @@ def test_that_chunks_might_be_encoded_costs_the_decode_loop_nothing():
         for how in (
             (plain_attend, lambda pool, rows: pool, (pool.keys, pool.values)),
             (
-                lambda rows: decode_attend(spec, rows, "xla"),
+                lambda rows: decode_attend(spec, pool, rows, "xla"),
                 lambda pool, rows: pool.seal(rows),
                 pool,
             ),

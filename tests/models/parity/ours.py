@@ -66,7 +66,7 @@ def prefill(loaded: LoadedModel) -> Prefilled:
 @partial(jax.jit, static_argnums=0)
 def _prefill(graphdef, state, pool, batch):
     model = nnx.merge(graphdef, state)
-    attend = prefill_attend(model.cache_spec, batch.plan, None)
+    attend = prefill_attend(model.cache_spec, pool, batch.plan, None)
     hidden, pool = model(jnp.asarray(batch.tokens), jnp.asarray(batch.positions), pool, attend)
     return model.logits(hidden), pool
 
