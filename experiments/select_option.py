@@ -82,21 +82,21 @@ def check_selection(config: WithSelection, chunk_size: int) -> None:
 
 
 def check_dense_layers(file: Path | None, select: Sequence[str]) -> None:
-    """Raise `UserError` or `DenseLayersError` for `--dense-layers` that no model could use."""
+    """Raise `UserError` or `LayerFileError` for `--dense-layers` that no model could use."""
     if file is None:
         return
     if not select:
         raise UserError(f"--dense-layers {file} are layers beside --select, which is not given")
-    from models.dense_layers import read_dense_layers
+    from models.dense_layers import DENSE_LAYERS
 
-    read_dense_layers(file)
+    DENSE_LAYERS.read(file)
 
 
 def given_dense_layers(file: Path | None, model: Decoder) -> tuple[int, ...]:
     """Those of `--dense-layers`.
 
     Raises:
-        DenseLayersError: the file is for another model.
+        LayerFileError: the file is for another model.
     """
     if file is None:
         return ()
@@ -145,7 +145,7 @@ def chosen_selector(config: WithSelection, model: Decoder, **how: Any) -> ChunkS
     """What `CacheConfig` takes for them, otherwise as said.
 
     Raises:
-        DenseLayersError: `--dense-layers` is for another model.
+        LayerFileError: `--dense-layers` is for another model.
     """
     if config.select is None:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.download import cache_dir, fetch_smollm2
-from models.errors import CheckpointError, DenseLayersError, DownloadError, HeadPatternError
+from models.errors import CheckpointError, DownloadError, HeadPatternError, LayerFileError
 from models.loading import LoadedModel, load
 from models.presets import PRESETS, preset
 from models.weights import num_parameters
@@ -15,9 +15,9 @@ __all__ = [
     "CheckpointError",
     "Decoder",
     "DecoderConfig",
-    "DenseLayersError",
     "DownloadError",
     "HeadPatternError",
+    "LayerFileError",
     "LoadedModel",
     "cache_dir",
     "fetch_smollm2",

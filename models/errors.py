@@ -15,5 +15,5 @@ class HeadPatternError(ValueError):
     """A head pattern cannot be used; the message says what is wrong with it."""
 
 
-class DenseLayersError(ValueError):
-    """A file of layers that read everything cannot be used; the message says why."""
+class LayerFileError(ValueError):
+    """A file of what was measured of a model's layers cannot be used; the message says why."""

@@ -28,7 +28,7 @@ _USER_ERRORS = (
     ("jax_chunkattn", "PoolExhausted"),
     ("models", "CheckpointError"),
     ("models", "DownloadError"),
-    ("models", "DenseLayersError"),
+    ("models", "LayerFileError"),
     ("models", "HeadPatternError"),
     ("pallas_kernels.implementations", "ImplementationError"),
     ("pallas_kernels.codecs", "CodecError"),

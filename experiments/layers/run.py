@@ -24,7 +24,7 @@ from experiments.quality.codecs import compare
 from experiments.quality.scoring import Passage, SharedScorer, passage_tokens
 from experiments.select_option import named_selector
 from models import LoadedModel
-from models.dense_layers import write_dense_layers
+from models.dense_layers import DENSE_LAYERS
 from pallas_kernels.selection import ChunkSelector
 
 FILE = "dense_layers.json"
@@ -60,7 +60,7 @@ def measure(config: LayersConfig, source: ModelSource, folder: ResultFolder) -> 
         "select": config.select,
         "divergences": alone,
     }
-    write_dense_layers(folder.path / FILE, dense, layers.loaded.model, about)
+    DENSE_LAYERS.write(folder.path / FILE, dense, layers.loaded.model, about)
     summary = {
         "experiment": "layers",
         **{name: getattr(config, name) for name in _SETTING},

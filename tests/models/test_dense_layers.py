@@ -7,8 +7,8 @@ import json
 import pytest
 
 import models
-from models import DenseLayersError
-from models.dense_layers import load_dense_layers, write_dense_layers
+from models import LayerFileError
+from models.dense_layers import DENSE_LAYERS, load_dense_layers
 
 
 @pytest.fixture(scope="module")
@@ -18,21 +18,21 @@ def model():
 
 def test_a_file_is_of_the_model_that_it_was_measured_on(model, tmp_path):
     path = tmp_path / "layers.json"
-    write_dense_layers(path, [1, 0], model, {"select": "scores:0.2"})
+    DENSE_LAYERS.write(path, [1, 0], model, {"select": "scores:0.2"})
     assert load_dense_layers(path, model) == (1, 0)
     assert json.loads(path.read_text())["select"] == "scores:0.2"
     other = models.load("random:tiny", seed=1).model
-    with pytest.raises(DenseLayersError, match="measured on another model"):
+    with pytest.raises(LayerFileError, match="measured on another model"):
         load_dense_layers(path, other)
-    write_dense_layers(path, [0, 99], model, {})
-    with pytest.raises(DenseLayersError, match="there is a layer 99, and this model has"):
+    DENSE_LAYERS.write(path, [0, 99], model, {})
+    with pytest.raises(LayerFileError, match="there is a layer 99, and this model has"):
         load_dense_layers(path, model)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "has no dense layers"),
+        ("{", "has no layers"),
         ("[]", "must be a list of layers from 0, got None"),
         ('{"dense_layers": [-1]}', r"must be a list of layers from 0, got \[-1\]"),
         ('{"dense_layers": [true]}', r"must be a list of layers from 0, got \[True\]"),
@@ -42,7 +42,7 @@ def test_a_file_is_of_the_model_that_it_was_measured_on(model, tmp_path):
 def test_what_is_no_such_file_is_refused(content, message, model, tmp_path):
     path = tmp_path / "layers.json"
     path.write_text(content)
-    with pytest.raises(DenseLayersError, match=message):
+    with pytest.raises(LayerFileError, match=message):
         load_dense_layers(path, model)
-    with pytest.raises(DenseLayersError, match="can be read from"):
+    with pytest.raises(LayerFileError, match="can be read from"):
         load_dense_layers(tmp_path / "nowhere.json", model)
