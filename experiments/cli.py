@@ -19,6 +19,7 @@ import tyro
 
 from experiments.cache.command import CACHE
 from experiments.calibrate.command import CALIBRATE
+from experiments.clusters.command import CLUSTERS
 from experiments.compile_report.command import COMPILE_REPORT
 from experiments.decode.command import DECODE
 from experiments.doctor.command import DOCTOR
@@ -69,6 +70,7 @@ EXPERIMENTS: dict[str, Experiment[Any]] = {
         CALIBRATE,
         HEADS,
         LAYERS,
+        CLUSTERS,
         CACHE,
         SEARCH,
         SPARSE,

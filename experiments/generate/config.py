@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from experiments.cluster_option import ClustersFile, check_clusters
 from experiments.codecs import CodecName, check_used_codec
 from experiments.harness.errors import UserError
 from experiments.harness.options import (
@@ -63,6 +64,8 @@ class GenerateConfig:
     keep: KeepShare = None
 
     dense_layers: DenseLayers = None
+
+    clusters: ClustersFile = None
 
     temperature: float = 0.0
     """Randomness of sampling; 0 takes the likeliest token."""
@@ -122,3 +125,4 @@ def check(config: GenerateConfig) -> None:
     check_used_codec(config.codec)
     check_heads(config)
     check_selection(config, config.chunk_size)
+    check_clusters(config.clusters)

@@ -24,6 +24,7 @@ from jax_chunkattn import (
     SamplingParams,
     chunks_needed,
 )
+from pallas_kernels.clusters import HeadClusters
 from pallas_kernels.codecs import ChunkCodec
 from pallas_kernels.selection import ChunkSelector
 
@@ -54,6 +55,7 @@ class BatchSettings:
     chunk_size: int
     codec: str | ChunkCodec
     selector: ChunkSelector | None
+    clusters: HeadClusters | None
     dtype: str
     sharing: bool
     implementation: str | None
@@ -253,6 +255,7 @@ def _engine(
             settings.dtype,
             codec=settings.codec,
             selector=settings.selector,
+            clusters=settings.clusters,
         ),
         max_running=len(prompts),
         sharing=settings.sharing,

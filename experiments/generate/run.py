@@ -6,6 +6,7 @@ import dataclasses
 import time
 from typing import Any
 
+from experiments.cluster_option import chosen_clusters
 from experiments.codecs import codec_for
 from experiments.generate import views as generate_views
 from experiments.generate.comparison import PREFILL_SECONDS, affordable_batch
@@ -96,6 +97,7 @@ def decode(
         chunk_size=config.chunk_size,
         codec=codec_for(config.codec, loaded.model),
         selector=chosen_selector(config, loaded.model),
+        clusters=chosen_clusters(config.clusters, loaded.model),
         dtype=config.dtype,
         sharing=config.sharing,
         implementation=config.implementation,

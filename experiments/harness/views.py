@@ -31,6 +31,7 @@ VIEWS: dict[str, str] = {
     "gpu": "experiments.gpu.views",
     "heads": "experiments.heads.views",
     "kernel": "experiments.kernel.views",
+    "clusters": "experiments.clusters.views",
     "layers": "experiments.layers.views",
     "minor": "experiments.minor.views",
     "quality": "experiments.quality.views",

@@ -70,6 +70,7 @@ def _decode(config: MinorConfig, loaded: LoadedModel, prompts: PromptSet) -> Rec
         chunk_size=64,
         codec=IDENTITY,
         selector=None,
+        clusters=None,
         dtype="float32",
         sharing=True,
         implementation=None,

@@ -96,6 +96,7 @@ class SharedScorer:
 
     Attributes:
       plan_summary: of the plan that all steps of `decode` run by.
+      kv_bytes_per_token: of a full chunk.
       kv_bytes_held: by the pool.
       kv_bytes_unshared: what every window's prefix and own tokens would take without sharing.
     """
@@ -143,6 +144,7 @@ class SharedScorer:
         )
         self._num_slots = self._plan.num_rows
         chunk_bytes = self._cache.bytes_per_chunk(model.cache_spec)
+        self.kv_bytes_per_token = chunk_bytes // chunk_size
         self.kv_bytes_held = (shared + own.size) * chunk_bytes
         self.kv_bytes_unshared = windows * columns * chunk_bytes
         self._pool: Pool | None = None

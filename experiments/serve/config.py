@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from experiments.cluster_option import ClustersFile, check_clusters
 from experiments.codecs import CodecName, check_used_codec
 from experiments.harness.errors import UserError
 from experiments.harness.options import (
@@ -106,6 +107,8 @@ class ServeConfig:
 
     dense_layers: DenseLayers = None
 
+    clusters: ClustersFile = None
+
     steps_per_call: int = 8
     """Tokens decoded for each request in one call to the device."""
 
@@ -188,6 +191,7 @@ def check(config: ServeConfig) -> None:
     check_used_codec(config.codec)
     check_heads(config)
     check_selection(config, config.tokens_per_chunk)
+    check_clusters(config.clusters)
     check_seed(config.seed)
     _check_together(config)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from experiments.cluster_option import chosen_clusters
 from experiments.codecs import codec_for
 from experiments.harness.errors import UserError
 from experiments.select_option import chosen_selector
@@ -42,9 +43,11 @@ def pool_for(config: ServeConfig, loaded: LoadedModel, workload: Workload) -> Ca
     ]
     codec = codec_for(config.codec, loaded.model)
     selector = chosen_selector(config, loaded.model)
+    clusters = chosen_clusters(config.clusters, loaded.model)
+    how: Any = {"codec": codec, "selector": selector, "clusters": clusters}
     try:
         memory = config.pool_memory or DEFAULT_MEMORY
-        cache = CacheConfig(None, chunk_size, config.dtype, memory, codec, selector)
+        cache = CacheConfig(None, chunk_size, config.dtype, memory, **how)
         within = cache.chunks_for(spec, config.max_running)
     except CodecError:
         raise
@@ -58,7 +61,7 @@ def pool_for(config: ServeConfig, loaded: LoadedModel, workload: Workload) -> Ca
             f"the largest request takes {max(needs)} chunks of {chunk_size} tokens and the pool "
             f"has {num_chunks}: choose more by --pool-chunks or --pool-memory, or a larger --scale"
         )
-    return CacheConfig(num_chunks, chunk_size, config.dtype, codec=codec, selector=selector)
+    return CacheConfig(num_chunks, chunk_size, config.dtype, **how)
 
 
 def warm_up(

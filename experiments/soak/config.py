@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from experiments.cluster_option import ClustersFile, check_clusters
 from experiments.codecs import CodecName, check_used_codec
 from experiments.harness.errors import UserError
 from experiments.harness.options import (
@@ -53,6 +54,8 @@ class SoakConfig:
 
     dense_layers: DenseLayers = None
 
+    clusters: ClustersFile = None
+
     chunks: Annotated[int | None, by_default("INT", "a fifth of what full rows need")] = None
     """Chunks in the pool. Few make evictions and preemptions frequent."""
 
@@ -95,6 +98,7 @@ def check(config: SoakConfig) -> None:
     check_used_codec(config.codec)
     check_heads(config)
     check_selection(config, config.chunk_size)
+    check_clusters(config.clusters)
     check_seed(config.seed)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.cluster_option import chosen_clusters
 from experiments.codecs import codec_for
 from experiments.harness.compilations import Compilations, compilation_cache, count_compilations
 from experiments.harness.environment import describe_environment, resident_bytes, usable_cpus
@@ -58,11 +59,13 @@ def soak(config: SoakConfig, source: ModelSource, folder: ResultFolder) -> dict[
 
     codec = codec_for(config.codec, loaded.model)
     selector = chosen_selector(config, loaded.model, whole=0)
+    clusters = chosen_clusters(config.clusters, loaded.model)
+    how: Any = {"codec": codec, "selector": selector, "clusters": clusters}
 
     def make_engine() -> Engine:
         engine = Engine(
             loaded.model,
-            CacheConfig(sizes.num_chunks, config.chunk_size, codec=codec, selector=selector),
+            CacheConfig(sizes.num_chunks, config.chunk_size, **how),
             tokenizer=loaded.tokenizer,
             max_running=config.rows,
             steps_per_call=config.steps_per_call,

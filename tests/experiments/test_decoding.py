@@ -17,6 +17,7 @@ SETTINGS = BatchSettings(
     chunk_size=16,
     codec="identity",
     selector=None,
+    clusters=None,
     dtype="float32",
     sharing=True,
     implementation=None,

@@ -31,6 +31,7 @@ LONG = (
     "engine",
     "generate",
     "heads",
+    "clusters",
     "layers",
     "quality",
     "report",

@@ -1,0 +1,1 @@
+"""`clusters`: how many heads of each layer attend alike, and what it costs to let one do it."""

@@ -1,0 +1,220 @@
+"""The work of `clusters`: counts found, then each of them measured with each membership."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.clusters.config import ClustersConfig
+from experiments.clusters.measures import cluster_measures
+from experiments.harness import timing
+from experiments.harness.compilations import compilation_cache
+from experiments.harness.environment import describe_environment
+from experiments.harness.errors import UserError
+from experiments.harness.inputs import check_unchanged
+from experiments.harness.reading import Record
+from experiments.harness.results import ResultFolder
+from experiments.harness.units import measure_units
+from experiments.harness.views import finish
+from experiments.loading import LoadOptions, ModelSource, load_model
+from experiments.prompts import python_help, read_text, second_half, tokens_of
+from experiments.quality.codecs import compare
+from experiments.quality.run_codecs import agreement_lists
+from experiments.quality.scoring import Passage, Scores, SharedScorer, passage_tokens
+from models import LoadedModel
+from models.head_clusters import (
+    CLUSTERS,
+    clustering_errors,
+    counts_within,
+    elbows,
+    head_correlations,
+)
+from pallas_kernels.clusters import HeadClusters, KeySlots
+
+ELBOW = "elbow"
+_SETTING = (
+    "model",
+    "pieces",
+    "passages",
+    "prefix",
+    "window",
+    "windows",
+    "chunk_size",
+    "repeats",
+    "dtype",
+    "seed",
+)
+
+
+@compilation_cache()
+def measure(config: ClustersConfig, source: ModelSource, folder: ResultFolder) -> dict[str, Any]:
+    """Run the experiment into `folder`."""
+    began = time.perf_counter()
+    environment = describe_environment()
+    text = python_help() if config.text is None else read_text(config.text, "text")
+    folder.begin(environment)
+    work = _Clustering(config, source, text, folder)
+    measure_units(folder, {"counts": work.find}, "find")
+    work.write_files()
+    cells: dict[str, Callable[[], Record]] = {
+        "all heads": functools.partial(work.measure, "all heads", None)
+    }
+    for counted in work.counts:
+        for membership in config.memberships:
+            cell = functools.partial(work.measure, counted, membership)
+            cells[f"{counted}, {membership}"] = cell
+    records = measure_units(folder, cells, "measure")
+    summary = {
+        "experiment": "clusters",
+        **{name: getattr(config, name) for name in _SETTING},
+        "text": "pydoc_data.topics" if config.text is None else config.text.name,
+        "scored_tokens": config.window * config.windows * config.passages,
+        "counts": work.counts,
+        "measured": [dataclasses.asdict(one) for one in cluster_measures(records)],
+        "seconds": round(time.perf_counter() - began, 3),
+        "environment": environment,
+    }
+    return finish(folder, summary)
+
+
+class _Clustering:
+    """Finds counts, and measures a model whose heads form so many clusters."""
+
+    def __init__(
+        self, config: ClustersConfig, source: ModelSource, text: str, folder: ResultFolder
+    ) -> None:
+        self._config = config
+        self._source = source
+        self._text = text
+        self._folder = folder
+
+    @property
+    def counts(self) -> dict[str, list[int]]:
+        """Clusters of each layer, as their record has them."""
+        return self._folder.finished["counts"]["counts"]
+
+    def find(self) -> Record:
+        """The counts of the elbow, and of each share."""
+        began = time.perf_counter()
+        config = self._config
+        tokens = tokens_of(self.loaded, second_half(self._text))
+        whole = len(tokens) // config.chunk_size
+        if whole < config.pieces:
+            raise UserError(
+                f"the second half of the text has {whole} pieces of {config.chunk_size} tokens, "
+                f"--pieces takes {config.pieces}: choose fewer, or a longer --text"
+            )
+        pieces = np.array(tokens[: whole * config.chunk_size], np.int32)
+        pieces = pieces.reshape(whole, -1)[np.linspace(0, whole - 1, config.pieces).astype(int)]
+        errors = clustering_errors(head_correlations(self.loaded.model, pieces), config.seed)
+        counts = {ELBOW: elbows(errors)}
+        counts |= {f"{100 * share:g}%": counts_within(errors, share) for share in config.shares}
+        return {
+            "kind": "counts",
+            "counts": {name: list(found) for name, found in counts.items()},
+            "errors": [[float(f"{one:.4g}") for one in layer] for layer in errors.tolist()],
+            "seconds": round(time.perf_counter() - began, 3),
+        }
+
+    def write_files(self) -> None:
+        """Each of the counts, into a file of its own."""
+        about = {"made_by": "jax_chunkattn", "model_name": self._config.model}
+        for counted, counts in self.counts.items():
+            path = self._folder.path / f"{counted.rstrip('%')}.json"
+            CLUSTERS.write(path, counts, self.loaded.model, {**about, "counted": counted})
+
+    def measure(self, counted: str, membership: str | None) -> Record:
+        """The record of clusters; without a membership of the model as it is."""
+        began = time.perf_counter()
+        spec, size = self.loaded.model.cache_spec, jnp.dtype(self._config.dtype).itemsize
+        counts, clusters = (spec.num_heads,) * spec.num_layers, None
+        slots = spec.num_layers * spec.num_kv_heads
+        if membership is not None:
+            counts = tuple(self.counts[counted])
+            clusters = HeadClusters(counts, membership)
+            slots = KeySlots.of(clusters, spec.attention.heads).total
+        exact, found = self._exact, [self._hidden(passage, clusters) for passage in self._passages]
+        targets = np.concatenate([passage.targets for passage in self._passages])
+        agreement = compare(self.loaded.model, exact, np.concatenate(found), targets)
+        return {
+            "kind": "clusters",
+            "counted": counted,
+            "membership": membership,
+            "clusters": sum(counts),
+            "key_bytes": slots * spec.head_dim * size,
+            "kv_bytes": self._scorer(self._passages[0], clusters).kv_bytes_per_token,
+            "decode_time": self._decode_time(clusters),
+            **agreement_lists(agreement),
+            "seconds": round(time.perf_counter() - began, 3),
+        }
+
+    def _decode_time(self, clusters: HeadClusters | None) -> float:
+        """Of a step, over that of a step where each head attends for itself."""
+        passage = self._passages[0]
+        sides = {"all": self._scorer(passage, None), "some": self._scorer(passage, clusters)}
+        calls: dict[str, Callable[[], Any]] = {
+            name: functools.partial(self._decode, scorer) for name, scorer in sides.items()
+        }
+        timings, _ = timing.time_in_turns(calls, self._config.repeats, seed=self._config.seed)
+        return timings["some"].median / timings["all"].median
+
+    @staticmethod
+    def _decode(scorer: SharedScorer) -> jax.Array:
+        scores: Scores = scorer.decode()
+        return jnp.asarray(scores.logprobs)
+
+    def _hidden(self, passage: Passage, clusters: HeadClusters | None) -> np.ndarray:
+        return self._scorer(passage, clusters).hidden()
+
+    def _scorer(self, passage: Passage, clusters: HeadClusters | None) -> SharedScorer:
+        config = self._config
+        return SharedScorer(
+            self.loaded.model,
+            passage,
+            dtype=config.dtype,
+            chunk_size=config.chunk_size,
+            clusters=clusters,
+            implementation=config.implementation,
+        )
+
+    @functools.cached_property
+    def _exact(self) -> np.ndarray:
+        return np.concatenate([self._hidden(passage, None) for passage in self._passages])
+
+    @functools.cached_property
+    def _passages(self) -> list[Passage]:
+        """One after another in the text."""
+        config = self._config
+        shape = config.prefix, config.window, config.windows
+        each, most = passage_tokens(*shape), self.loaded.config.max_positions
+        tokens = tokens_of(self.loaded, self._text[: len(self._text) // 2])
+        if each * config.passages > len(tokens):
+            raise UserError(
+                f"the first half of the text has {len(tokens):,} tokens of {config.model}; "
+                f"--passages of --prefix and --windows of --window take "
+                f"{each * config.passages:,}: choose fewer, or a longer --text"
+            )
+        if config.prefix + config.window > most:
+            raise UserError(
+                f"--prefix with --window makes {config.prefix + config.window:,} positions, "
+                f"{config.model} has {most:,}"
+            )
+        return [
+            Passage.of(tokens[begin : begin + each], *shape)
+            for begin in range(0, each * config.passages, each)
+        ]
+
+    @functools.cached_property
+    def loaded(self) -> LoadedModel:
+        config = self._config
+        options = LoadOptions(config.dtype, config.seed, config.max_positions)
+        loaded = load_model(self._source, options)
+        check_unchanged(self._folder.inputs, config)
+        return loaded
