@@ -14,12 +14,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels.attention_spec import AttentionSpec
-from pallas_kernels.chunk_attention.xla import (
+from pallas_kernels.chunk_attention.xla import map_heads
+from pallas_kernels.chunk_attention.xla_items import (
     Run,
     attend_run,
     attend_tokens,
     chunk_first,
-    map_heads,
     merge_rows,
 )
 from pallas_kernels.coded_kv import HeadKV, LayerKV
