@@ -95,7 +95,8 @@ class ClusteredPool:
 
     def at_layer(self, layer: Int32[Array, ""]) -> ClusteredKV:
         """Keys and values of one layer, where they are."""
-        return ClusteredKV(self.keys, self.values, self.head_slots, layer, self.slots)
+        maps = self.representatives, self.head_slots
+        return ClusteredKV(self.keys, self.values, *maps, layer, self.slots)
 
     def locate(self, layer: Int32[Array, ""], reads: Reads) -> Reads:
         """What a layer reads: chunks lie where the plan says."""

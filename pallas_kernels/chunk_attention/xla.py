@@ -15,8 +15,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32
 
 from pallas_kernels.attention_spec import AttentionSpec
+from pallas_kernels.chunk_attention.xla_clusters import chunk_first_by_cluster
 from pallas_kernels.chunk_attention.xla_items import chunk_first
 from pallas_kernels.chunk_attention.xla_tiles import attend_tiles
+from pallas_kernels.clusters import ClusteredKV
 from pallas_kernels.coded_kv import HeadKV, LayerKV
 from pallas_kernels.online_softmax import MASKED, Partial, empty, merge, normalise
 from pallas_kernels.plans import DecodeReads
@@ -30,9 +32,17 @@ def chunk_attention(
 ) -> Float[Array, "B Hq D"]:
     """See `pallas_kernels.chunk_attention.api.chunk_attention`."""
 
+    of_clusters = None
+    if isinstance(stored, ClusteredKV):
+        scaled = q.astype(jnp.float32) * attention.scale
+        of_clusters = chunk_first_by_cluster(scaled, stored, reads.plan.items, attention)
+
     def attend_head(kv: HeadKV, queries: Float32[Array, "B G D"]) -> Float32[Array, "B G D"]:
         of_head = reads.by_head(kv.head)
-        shared = chunk_first(queries, kv, of_head.plan.items, attention)
+        if of_clusters is None:
+            shared = chunk_first(queries, kv, of_head.plan.items, attention)
+        else:
+            shared = Partial(*(x[:, kv.head][:, None] for x in of_clusters))
         private = _sequence_first(queries, kv, of_head, attention)
         state = merge(shared, private)
         if of_head.plan.tiles is not None:

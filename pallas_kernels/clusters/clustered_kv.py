@@ -17,7 +17,8 @@ from pallas_kernels.plans import HostOrDevice
 class ClusteredKV:
     """Keys and values of one layer, of which heads of a cluster have their keys in common.
 
-    A chunk says itself which slot each head's keys are in: all chunks of a sequence say the same.
+    A chunk says itself which head attends for each, and which slot its keys are in: all chunks of a
+    sequence say the same.
     Attention takes it for a pool of one KV head for each query head.
 
     Letters: L layers, Hq query heads, Hkv KV heads, K slots of all layers, N chunks of C tokens,
@@ -26,6 +27,7 @@ class ClusteredKV:
 
     keys: Float[Array, "K N C D"]
     values: Float[Array, "L Hkv N C D"]
+    representatives: UInt8[Array, "L N Hq"]
     head_slots: UInt8[Array, "L N Hq"]
     layer: int | Int32[Array, ""]  # may be traced
     slots: KeySlots = field(metadata={"static": True})
@@ -75,8 +77,7 @@ class ClusteredKV:
     ) -> tuple[Float32[Array, "*rows tokens D"], Float32[Array, "*rows tokens D"]]:
         """Keys and values of one head, of the W * C tokens of these chunks, which must be there."""
         kv_head = head // self.slots.heads.group
-        values = self.values.at[self.layer, kv_head, chunk_ids].get(mode="promise_in_bounds")
-        return self.gather_keys(head, chunk_ids), self._flat(values)
+        return self.gather_keys(head, chunk_ids), self.gather_values(kv_head, chunk_ids)
 
     def gather_keys(
         self, head: Int32[Array, ""], chunk_ids: Int32[HostOrDevice, "*rows W"]
@@ -85,6 +86,19 @@ class ClusteredKV:
         slot = self.head_slots.at[self.layer, chunk_ids, head].get(mode="promise_in_bounds")
         place = self._begin() + slot.astype(jnp.int32)
         return self._flat(self.keys.at[place, chunk_ids].get(mode="promise_in_bounds"))
+
+    def gather_values(
+        self, kv_head: Int32[Array, ""], chunk_ids: Int32[HostOrDevice, "*rows W"]
+    ) -> Float32[Array, "*rows tokens D"]:
+        """The values alone, of a KV head as they are stored."""
+        return self._flat(
+            self.values.at[self.layer, kv_head, chunk_ids].get(mode="promise_in_bounds")
+        )
+
+    def representatives_of(self, chunk: Int32[HostOrDevice, ""]) -> Int32[Array, " Hq"]:
+        """For each query head the one that attends for its cluster, where a chunk is read."""
+        found = self.representatives.at[self.layer, chunk].get(mode="clip")
+        return found.astype(jnp.int32)
 
     def _begin(self) -> Int32[Array, ""]:
         return jnp.asarray(self.slots.begins, jnp.int32)[self.layer]
