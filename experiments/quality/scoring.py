@@ -139,7 +139,7 @@ class SharedScorer:
             self._tables,
             lengths,
             options=self._backend.planner,
-            columns=columns if self._cache.with_tables else None,
+            columns=None if self._cache.tables_beyond is None else columns,
             **self._sizes,
         )
         self._num_slots = self._plan.num_rows

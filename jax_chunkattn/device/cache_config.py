@@ -104,10 +104,13 @@ class CacheConfig:
         return self.chunk_codec is not None or self.clusters is not None
 
     @property
-    def with_tables(self) -> bool:
-        """Whether decode plans need the chunks of each row as a whole: rows choose among them, or
-        look at the first of them."""
-        return self.selector is not None or self.clusters is not None
+    def tables_beyond(self) -> int | None:
+        """How many chunks the longest row may have in a decode plan that has not the chunks of each
+        row as a whole: of more than these rows choose, and clusters look at the first of them. None
+        where no plan needs them."""
+        if self.clusters is not None:
+            return 0
+        return None if self.selector is None else self.selector.whole
 
     def for_model(self, spec: CacheSpec) -> CacheConfig:
         """Without clusters where each holds one head.

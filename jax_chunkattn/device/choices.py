@@ -177,9 +177,9 @@ class TokenChoices:
 
 
 def item_columns(spec: CacheSpec, pool: Pool, plan: DecodePlan) -> ItemColumns | None:
-    """Where rows find what items have, at any step by this plan; None for a pool whose queries
-    read everything."""
-    if not isinstance(pool, SelectivePool):
+    """Where rows find what items have, at any step by this plan; None where queries read
+    everything: by a plan without tables, or of such a pool."""
+    if not isinstance(pool, SelectivePool) or plan.tables is None:
         return None
     return ItemColumns.of(*_choosing_part(spec, pool, plan))
 
@@ -187,11 +187,10 @@ def item_columns(spec: CacheSpec, pool: Pool, plan: DecodePlan) -> ItemColumns |
 def row_choices(
     spec: CacheSpec, pool: Pool, rows: DecodeRows, columns: ItemColumns | None
 ) -> RowChoices | None:
-    """The choices of rows at a step, with the `item_columns` of their plan; None for a pool whose
-    queries read everything."""
-    if not isinstance(pool, SelectivePool):
+    """The choices of rows at a step, with their plan's `item_columns`; None where it has none."""
+    if columns is None:
         return None
-    assert columns is not None, "of the same pool"
+    assert isinstance(pool, SelectivePool), "they are of one"
     return RowChoices.of(spec, pool, rows, columns)
 
 

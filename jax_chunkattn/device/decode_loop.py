@@ -84,13 +84,13 @@ def decode_steps(
         rows = replace(rows, lengths=rows.lengths + active.astype(jnp.int32))
         return step + 1, pool, counts, rows, chosen
 
-    pool = state.pool
-    if isinstance(pool, SelectivePool):
+    pool, chooses = state.pool, columns is not None
+    if chooses and isinstance(pool, SelectivePool):
         pool = pool.counting_anew()
     start = (jnp.int32(0), pool, table.counts, rows, _nothing(num_steps, len(slots)))
     _, pool, counts, rows, chosen = lax.while_loop(unfinished, advance, start)
     table = replace(table.put(slots, rows), counts=counts)
-    if isinstance(pool, SelectivePool):
+    if chooses and isinstance(pool, SelectivePool):
         chosen = replace(chosen, counts=pool.counts)
     return DeviceState(pool, table), chosen
 

@@ -113,17 +113,18 @@ class Invocations:
         """A call of each kind and shape, with nothing to do; those that take longest to compile
         come first."""
         for shape in reversed(decode_shapes):
-            plan, _ = plan_decode(
-                [],
-                [],
-                chunk_size=self._cache.chunk_size,
-                num_chunks=self._num_chunks,
-                options=self._backend.planner,
-                at_least=shape,
-                windows=self._spec.different_windows,
-                columns=self.most_columns if self._cache.with_tables else None,
-            )
-            yield self.decoding(state, [], plan, num_steps)
+            for columns in self._columns_of_plans():
+                plan, _ = plan_decode(
+                    [],
+                    [],
+                    chunk_size=self._cache.chunk_size,
+                    num_chunks=self._num_chunks,
+                    options=self._backend.planner,
+                    at_least=shape,
+                    windows=self._spec.different_windows,
+                    columns=columns,
+                )
+                yield self.decoding(state, [], plan, num_steps)
         ids = None if self._window_room is None else np.zeros(self._num_chunks + 1, np.int32)
         for num_tokens in CALL_TOKENS:
             if num_tokens <= prefill_tokens:
@@ -213,6 +214,12 @@ class Invocations:
             copies, few if len(copies) <= few else self._num_slots, self._num_slots
         )
         return Invocation(copy_tails, None, (state, *ids))
+
+    def _columns_of_plans(self) -> list[int | None]:
+        """Of the rows' tables in decode plans, and None if there are plans without them."""
+        beyond, most = self._cache.tables_beyond, self.most_columns
+        with_tables = beyond is not None and most > beyond
+        return [*([most] if with_tables else []), *([] if beyond == 0 else [None])]
 
     def _pack(
         self, segments: list[Segment], num_tokens: int, window_ids: np.ndarray | None

@@ -173,7 +173,7 @@ class Engine:
                 self._stats,
                 invocations.most_columns,
                 model.cache_spec.different_windows,
-                with_tables=cache.with_tables,
+                tables_beyond=cache.tables_beyond,
             ),
             PrefixMemory(
                 chunk_size,

@@ -28,7 +28,8 @@ class PlannedRows:
     For each number of rows, a power of two, there is one shape, with room for rows of at most
     `columns` chunks each. Room costs nothing on a CPU. On a GPU it does, and there, until the
     shapes are fixed, plans only ever grow: a size that was needed once is kept, so that after a
-    while every plan fits a program that is there. `with_tables`, plans have the rows' tables.
+    while every plan fits a program that is there. Where a row has more than `tables_beyond` chunks,
+    plans have the rows' tables; for None never.
     """
 
     def __init__(
@@ -38,13 +39,13 @@ class PlannedRows:
         columns: int,
         windows: Sequence[Window | None] = (),
         *,
-        with_tables: bool = False,
+        tables_beyond: int | None = None,
     ):
         self._options = options
         self._windows = windows
         self._stats = stats
         self._columns = columns
-        self._with_tables = with_tables
+        self._tables_beyond = tables_beyond
         self._plan: DecodePlan | None = None
         self._key: object = None
         self._shapes: dict[int, PlanShape] = {}
@@ -101,15 +102,18 @@ class PlannedRows:
         options: PlannerOptions,
         at_least: PlanShape,
     ) -> tuple[DecodePlan, PlanSummary]:
+        tables = [request.placed.chunk_table for request in running]
+        beyond = self._tables_beyond
+        with_tables = beyond is not None and max(map(len, tables)) > beyond
         return plan_decode(
-            [request.placed.chunk_table for request in running],
+            tables,
             [request.placed.num_tokens for request in running],
             chunk_size=tree.chunk_size,
             num_chunks=tree.num_chunks,
             options=options,
             at_least=at_least,
             windows=self._windows,
-            columns=self._columns if self._with_tables else None,
+            columns=self._columns if with_tables else None,
             window_ids=tree.window_ids,
         )
 

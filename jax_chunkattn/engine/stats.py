@@ -53,7 +53,7 @@ class EngineStats:
       selector: by what queries choose the chunks that they read, and which share of them; "all"
         where they read all.
       reads: how many of the chunks before them decoding rows have read, and how alike they chose,
-        by layer; None where they read all, or before they have read any.
+        by layer, in calls where some row was to choose; None where there was none yet.
       bytes_per_chunk: keys and values of a full chunk, all layers.
       bytes_per_window_chunk: the same of heads with windows, where those have chunks of their own;
         then those of `bytes_per_chunk` are of the other heads.

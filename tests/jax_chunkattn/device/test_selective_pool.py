@@ -20,6 +20,7 @@ from pallas_kernels.selection import ChunkSelector
 from pallas_kernels.windows import Window, WindowMap
 from tests.jax_chunkattn.device.pool_copies import assert_pool_is_updated_in_place
 from tests.jax_chunkattn.engine.engines import make_engine
+from tests.jax_chunkattn.rule.choices import logits_by_the_definition
 from tests.jax_chunkattn.toy import token_tree, toy_model, windowed_model
 
 CHUNKS, SLOTS, COLUMNS = 4000, 4, 64
@@ -85,6 +86,21 @@ def test_landmarks_count_as_what_a_chunk_takes(policy, codec, more):
 
 
 @pytest.mark.slow
+def test_rows_that_read_all_run_the_program_without_choices_until_one_is_to_choose():
+    """Of three chunks and fewer all is read: a row of 40 tokens chooses from its 49th on."""
+    selector, [prompt] = replace(SELECTOR, whole=3), token_tree((1, 40), seed=12)
+    engine = make_engine(selector=selector)
+    tokens = engine.submit(prompt, SamplingParams(5)).result().tokens
+    assert engine.stats.reads is None
+    whole = engine.submit(prompt, SamplingParams(40)).result().tokens
+    assert whole[:5] == tokens
+    assert engine.stats.reads is not None
+    everything = [*prompt, *whole]
+    logits = logits_by_the_definition(toy_model(), selector, 16, everything)
+    assert list(whole) == logits.argmax(axis=1)[len(prompt) - 1 : -1].tolist()
+
+
+@pytest.mark.slow
 def test_nothing_is_compiled_when_choices_change():
     engine, compiled = make_engine(selector=SELECTOR), []
     for seed in (9, 10):
@@ -131,7 +147,10 @@ def test_an_engine_tells_what_its_rows_have_read_and_how_alike():
     [
         ({"selector": replace(SELECTOR, refresh=6)}, "6 positions, which do not divide a chunk"),
         ({"selector": replace(SELECTOR, dense_layers=(2,))}, "layer 2 is to read everything"),
-        ({"selector": SELECTOR, "chunk_size": 256, "prefill_tokens": 128}, "codec or selector"),
+        (
+            {"selector": SELECTOR, "chunk_size": 256, "prefill_tokens": 128},
+            "codec, selector or clusters",
+        ),
         ({"selector": SELECTOR, "chunk_size": 5}, "4 positions, which do not divide a chunk of 5"),
     ],
 )
