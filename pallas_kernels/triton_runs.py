@@ -6,7 +6,7 @@ The words of `pallas_kernels.triton_tiles` are used here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +15,33 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.clusters import ClusteredKV
+from pallas_kernels.coded_kv import LayerKV
 from pallas_kernels.triton_codes import ChunkRows, CodedHead, decoder
 from pallas_kernels.triton_shape import KernelShape
 from pallas_kernels.triton_tiles import Tile, Tiles
+
+
+class ClusterRefs(NamedTuple):
+    """Keys of clusters, in a kernel, and where those that a head reads are."""
+
+    keys: Any  # a reference [K, N, C, D]
+    head_slots: Any  # a reference [L, N, Hq]
+    begin: Any  # a reference [1]: the layer's first slot
+
+
+def keys_operand(stored: LayerKV) -> Any:
+    """What is stored of keys, as kernels take it; in a kernel, of references: see `HeadKVRefs`."""
+    if isinstance(stored, ClusteredKV):
+        return ClusterRefs(stored.keys, stored.head_slots, stored.begin_operand())
+    return stored.keys
 
 
 @dataclass(frozen=True)
 class HeadKVRefs:
     """Keys and values of one KV head of one layer, in a kernel."""
 
-    keys: Any  # the pool's reference [L, Hkv, N, C, D], or those of what a codec stores, by name
+    keys: Any  # the pool's reference [L, Hkv, N, C, D], those of a codec by name, or of clusters
     values: Any
     layer: jax.Array
     head: jax.Array
@@ -44,14 +61,36 @@ def tiles_of(kv: HeadKVRefs, run: Run, shape: KernelShape) -> Tiles:
     """The tokens of a run of chunks, as these are stored."""
     if shape.codec is not None:
         return _CodedRun(kv, run, shape)
-    return _StoredRun(kv, run, shape, *_tile_indices(shape))
+    return _StoredRun(*_pools_of(kv, run, shape), run, shape, *_tile_indices(shape))
+
+
+class _HeadPool(NamedTuple):
+    """The chunks of one head."""
+
+    pool: Any  # a reference [..., N, C, D]
+    place: tuple[jax.Array, ...]
+
+
+def _pools_of(kv: HeadKVRefs, run: Run, shape: KernelShape) -> tuple[_HeadPool, _HeadPool]:
+    """Keys and values. All chunks of a run are of one sequence, so with clusters the first of them
+    says for all which keys a head reads."""
+    if not isinstance(kv.keys, ClusterRefs):
+        place = kv.layer, kv.head
+        return _HeadPool(kv.keys, place), _HeadPool(kv.values, place)
+    keys, head_slots, begin = kv.keys
+    place = *run.row, jnp.asarray(run.begin, jnp.int32)
+    first = plt.load(run.table.at[place], mask=run.num_tokens > 0, other=0)
+    slot = head_slots[kv.layer, _inside(first, shape), kv.head].astype(jnp.int32)
+    group = shape.attention.heads.kv_heads // kv.values.shape[1]
+    return _HeadPool(keys, (begin[0] + slot,)), _HeadPool(kv.values, (kv.layer, kv.head // group))
 
 
 @dataclass(frozen=True)
 class _StoredRun:
     """Chunks stored as they are: a step has one tile, of one chunk or of several."""
 
-    kv: HeadKVRefs
+    keys: _HeadPool
+    values: _HeadPool
     run: Run
     shape: KernelShape
     dims: Int32[Array, " Dp"]
@@ -61,15 +100,17 @@ class _StoredRun:
         return pl.cdiv(self.run.num_tokens, self.shape.key_tile)
 
     def at(self, step: Int32[Array, ""]) -> list[Tile]:
-        kv, place = self.kv, _place(self.run, self.shape, step, self.slot)
+        keys, values = self.keys, self.values
+        place = _place(self.run, self.shape, step, self.slot)
         token = step * self.shape.key_tile + self.slot
         there = token < self.run.num_tokens
 
-        def load(pool: Any) -> Float[Array, "T Dp"]:
-            where = pool.at[kv.layer, kv.head, place.column(), place.rows[:, None], self.dims[None]]
+        def load(of: _HeadPool) -> Float[Array, "T Dp"]:
+            in_chunk = place.rows[:, None], self.dims[None]
+            where = of.pool.at[(*of.place, place.column(), *in_chunk)]
             return _load_exact(where, there, self.dims, self.shape)
 
-        return [Tile(token, there, place.chunk, lambda: load(kv.keys), lambda: load(kv.values))]
+        return [Tile(token, there, place.chunk, lambda: load(keys), lambda: load(values))]
 
 
 @dataclass(frozen=True)
@@ -123,7 +164,12 @@ def _place(
         there = chunk * shape.chunk_size < run.num_tokens
         ids = plt.load(run.table.at[(*run.row, run.begin + chunk)], mask=there, other=0)
         rows = slot % shape.part_tokens
-    return ChunkRows(chunk, jnp.clip(ids, 0, shape.num_chunks - 1), rows)
+    return ChunkRows(chunk, _inside(ids, shape), rows)
+
+
+def _inside(ids: Int32[Array, "*chunks"], shape: KernelShape) -> Int32[Array, "*chunks"]:
+    """Chunks of the pool; some other one for those that are nowhere."""
+    return jnp.clip(ids, 0, shape.num_chunks - 1)
 
 
 @dataclass(frozen=True)

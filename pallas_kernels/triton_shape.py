@@ -11,6 +11,7 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
 from pallas_kernels.attention_spec import AttentionSpec
+from pallas_kernels.clusters import ClusteredKV
 from pallas_kernels.codecs import AffineCodec, ChunkCodec, ScaledFloatCodec, codes_per_byte
 from pallas_kernels.coded_kv import CodedKV, LayerKV
 from pallas_kernels.implementations import AttentionShapes
@@ -30,6 +31,7 @@ _FLOAT32_WARPS_AND_STAGES = {
     ("chunk_first", 64): (8, 3),
     ("prefill_causal", 128): (8, 2),
 }
+_FLOAT32_OF_CLUSTERS = {("sequence_first", 32): (4, 2)}  # where those of others spill
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class KernelShape:
         of what is stored.
 
         Raises:
-          ValueError: for codes that the kernel cannot address.
+          ValueError: for bytes that the kernel cannot address.
         """
         _check_addressable(stored)
         dtype = jnp.dtype(stored.dtype if dtype is None else dtype)
@@ -74,7 +76,10 @@ class KernelShape:
         if dtype.itemsize == 4:
             # Full float32 products have no tensor cores: registers bound the tile, not memory.
             key_tile = max(16, min(32, 2048 // padded_dim) // parts)
-            warps, stages = _FLOAT32_WARPS_AND_STAGES.get((kernel, padded_dim), (8, 1))
+            known = _FLOAT32_WARPS_AND_STAGES
+            if isinstance(stored, ClusteredKV):
+                known = known | _FLOAT32_OF_CLUSTERS
+            warps, stages = known.get((kernel, padded_dim), (8, 1))
             return cls(
                 **sizes, query_tile=32, key_tile=key_tile, num_warps=warps, num_stages=stages
             )
@@ -108,8 +113,6 @@ class KernelShape:
 
 def unsupported(shapes: AttentionShapes) -> str | None:
     """Why no kernel exists for these shapes, or None."""
-    if shapes.clustered:
-        return "the Triton kernels do not read keys of clustered heads yet"
     if shapes.dtype not in ("float32", "bfloat16", "float16"):
         return f"the Triton kernels take float32, bfloat16 and float16, not {shapes.dtype}"
     if not 1 <= shapes.head_dim <= 256:
@@ -148,9 +151,12 @@ def _unreadable(codec: ChunkCodec, head_dim: int) -> str | None:
 
 def _check_addressable(stored: LayerKV) -> None:
     """Pallas counts in 32 bits, signed, up to arrays of 4 GiB: enough for numbers of two bytes."""
-    if not isinstance(stored, CodedKV):
-        return
-    for name, array in (*stored.keys.items(), *stored.values.items()):
+    arrays = []
+    if isinstance(stored, CodedKV):
+        arrays = [*stored.keys.items(), *stored.values.items()]
+    if isinstance(stored, ClusteredKV):
+        arrays = [("head_slots", stored.head_slots)]
+    for name, array in arrays:
         if array.dtype.itemsize == 1 and 2**31 < array.size <= 2**32:
             raise ValueError(
                 f"the Triton kernels cannot address {name!r} of 2 to 4 GiB in the pool, and it has "

@@ -33,7 +33,7 @@ from pallas_kernels.plans import (
     require_partials,
     window_index,
 )
-from pallas_kernels.triton_runs import HeadKVRefs, Run, tiles_of
+from pallas_kernels.triton_runs import HeadKVRefs, Run, keys_operand, tiles_of
 from pallas_kernels.triton_shape import KernelShape, unsupported
 from pallas_kernels.triton_tiles import SMALL_TILE, ChoiceRefs, Hidden, attend, load_queries
 
@@ -102,7 +102,7 @@ def chunk_first(
             partials.item_slot,
             stored.layer_operand(),
             q,
-            stored.keys,
+            keys_operand(stored),
             stored.values,
         )
     )
@@ -212,7 +212,7 @@ def sequence_first(
         partials.slots,
         stored.layer_operand(),
         q,
-        stored.keys,
+        keys_operand(stored),
         stored.values,
         own,
         *shared,

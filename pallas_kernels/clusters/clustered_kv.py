@@ -62,6 +62,10 @@ class ClusteredKV:
         """The layer, as Pallas kernels take it."""
         return jnp.asarray(self.layer, jnp.int32).reshape(1)
 
+    def begin_operand(self) -> Int32[Array, " 1"]:
+        """The layer's first slot, as Pallas kernels take it."""
+        return self._begin().reshape(1)
+
     def all_keys(self) -> Float[Array, "Hq N C D"]:
         """Keys of every chunk."""
         chunk = jnp.arange(self.num_chunks, dtype=jnp.int32)

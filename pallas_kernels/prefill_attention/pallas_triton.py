@@ -25,7 +25,7 @@ from pallas_kernels.coded_kv import LayerKV
 from pallas_kernels.implementations import exact_dtype
 from pallas_kernels.online_softmax import MASKED, Partial
 from pallas_kernels.plans import PrefillReads, require_partials, window_index
-from pallas_kernels.triton_runs import HeadKVRefs, PackedRun, Run, tiles_of
+from pallas_kernels.triton_runs import HeadKVRefs, PackedRun, Run, keys_operand, tiles_of
 from pallas_kernels.triton_shape import KernelShape, unsupported
 from pallas_kernels.triton_tiles import Hidden, attend, load_queries
 
@@ -70,7 +70,7 @@ def prefill_attention(
         partials.slots,
         stored.layer_operand(),
         q,
-        stored.keys,
+        keys_operand(stored),
         stored.values,
         new,
         *shared,

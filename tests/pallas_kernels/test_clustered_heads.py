@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_chunkattn.planning.planner import plan_decode
+from jax_chunkattn.planning.planner import PlannerOptions, plan_decode
+from jax_chunkattn.planning.prefill import QUERY_TILE
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
 from pallas_kernels.clusters import ClusteredKV, HeadClusters, KeySlots, representatives_of
 from pallas_kernels.clusters.membership import cluster, head_distances, medoids
 from pallas_kernels.head_map import GroupedHeads
-from pallas_kernels.implementations import ImplementationError
-from pallas_kernels.plans import DecodeReads
+from pallas_kernels.implementations import AttentionShapes, ImplementationError, needs_partials
+from pallas_kernels.plans import DecodeReads, NewTokens, OwnChunks, PrefillReads
+from pallas_kernels.prefill_attention import PREFILL_ATTENTION
 from pallas_kernels.stored_kv import StoredKV
+from pallas_kernels.targets import H200, use_target
+from pallas_kernels.triton_shape import KernelShape
+from tests.interpreted import implementations
 from tests.jax_chunkattn.planning.plan_helpers import SHARE_ALL
 from tests.jax_chunkattn.rule import clusters as definition
+from tests.pallas_kernels.test_codecs import assert_as_exact_as_plain
+from tests.pallas_kernels.test_prefill_attention import pack
 
 CHUNK = 16
 DIM = 8
@@ -96,7 +105,28 @@ def test_slots_hold_the_keys_of_those_that_attend(group):
     assert slots.places(jnp.int32(1)).tolist() == list(range(begin, end))
 
 
-def clustered_tree(group: int, count: int, seed: int):
+def stored_for(slots, of_chunk, keys, values):
+    """Layer 1 of a pool, of keys [Hkv, N, C, D] and values of two layers: `of_chunk` has each
+    chunk's representatives. What no head reads is no number."""
+    group, query_heads = slots.heads.group, slots.heads.query_heads
+    kept = np.full((slots.total, *keys.shape[1:]), np.nan, keys.dtype)
+    representatives, head_slots = np.zeros((2, 2, keys.shape[1], query_heads), np.uint8)
+    for chunk, of in of_chunk.items():
+        place = np.asarray(slots.of_heads(jnp.asarray(of)))
+        representatives[1, chunk], head_slots[1, chunk] = of, place
+        for head, slot in zip(of.tolist(), place.tolist(), strict=True):
+            kept[slots.begins[1] + slot, chunk] = keys[head // group, chunk]
+    maps = jnp.asarray(representatives), jnp.asarray(head_slots)
+    return ClusteredKV(jnp.asarray(kept), jnp.asarray(values), *maps, jnp.int32(1), slots)
+
+
+def by_head(of, keys, values):
+    """Keys and values [Hkv, ...] as each query head reads them, whose representatives are `of`."""
+    group = len(of) // len(keys)
+    return keys[of // group], np.repeat(values, group, axis=0)
+
+
+def clustered_tree(group: int, count: int, seed: int, dtype: str = "float32", size: int = CHUNK):
     """Two roots with clusters of their own, of three levels, with rows that end anywhere: operands
     of attention, and what each row reads: its representatives, and keys and values by head."""
     random = np.random.default_rng(seed)
@@ -107,54 +137,125 @@ def clustered_tree(group: int, count: int, seed: int):
     roots = [random_representatives(random, heads.query_heads, count) for _ in range(2)]
     ids = iter(random.permutation(num_chunks).tolist())
     tables, root_of = [], {}
-    for of in range(2):
+    for of in roots:
         root, middle = next(ids), next(ids)
         for chunks in ([root, middle], [root, middle, next(ids)], [root]):
             tables.append([*chunks, next(ids)])
             root_of |= dict.fromkeys(tables[-1], of)
-    lengths = [len(table) * CHUNK - int(random.integers(0, CHUNK)) for table in tables]
-    all_keys = random.standard_normal((kv_heads, num_chunks, CHUNK, DIM)).astype(np.float32)
-    values = random.standard_normal((2, kv_heads, num_chunks, CHUNK, DIM)).astype(np.float32)
-    keys = np.full((slots.total, num_chunks, CHUNK, DIM), np.nan, np.float32)
-    representatives, head_slots = np.zeros((2, 2, num_chunks, heads.query_heads), np.uint8)
-    for chunk, of in root_of.items():
-        place = np.asarray(slots.of_heads(jnp.asarray(roots[of])))
-        representatives[1, chunk], head_slots[1, chunk] = roots[of], place
-        for head, slot in zip(roots[of].tolist(), place.tolist(), strict=True):
-            keys[slots.begins[1] + slot, chunk] = all_keys[head // group, chunk]
-    arrays = map(jnp.asarray, (keys, values, representatives, head_slots))
-    stored = ClusteredKV(*arrays, jnp.int32(1), slots)
-    read = [(roots[root_of[table[0]]], all_keys[:, table], values[1][:, table]) for table in tables]
+    lengths = [len(table) * size - int(random.integers(0, size)) for table in tables]
+    pool = 2, kv_heads, num_chunks, size, DIM
+    keys, values = random.standard_normal((2, *pool)).astype(dtype)
+    stored = stored_for(slots, root_of, keys[1], values)
+    read = [(root_of[table[0]], keys[1][:, table], values[1][:, table]) for table in tables]
     return stored, tables, lengths, read, random
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
-@pytest.mark.parametrize(("group", "count"), [(1, 2), (1, 4), (2, 3), (4, 5), (8, 1)])
-def test_attention_is_the_definitions(implementation, group, count):
-    stored, tables, lengths, read, random = clustered_tree(group, count, seed=group + count)
-    heads = stored.slots.heads.query_heads
-    sizes = {"chunk_size": CHUNK, "num_chunks": stored.num_chunks}
-    plan, summary = plan_decode(tables, lengths, options=SHARE_ALL, **sizes)
+def options_for(implementation: str, heads: int, size: int) -> PlannerOptions:
+    """As for a pool of a KV head for each query head, where all that can be shared is."""
+    if not needs_partials(implementation):
+        return SHARE_ALL
+    return PlannerOptions.for_gpu(
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=DIM,
+        chunk_size=size,
+        worth_sharing=SHARE_ALL.worth_sharing,
+    )
+
+
+def as_tokens(chunks: np.ndarray) -> np.ndarray:
+    return chunks.reshape(len(chunks), -1, chunks.shape[-1])
+
+
+@implementations
+@pytest.mark.parametrize(
+    ("group", "count", "dtype", "size", "own"),
+    [
+        (1, 2, "float32", CHUNK, False),
+        (1, 4, "bfloat16", CHUNK, True),
+        (2, 3, "float32", 64, True),
+        (2, 3, "bfloat16", CHUNK, False),
+        (4, 5, "float32", CHUNK, True),
+        pytest.param(4, 5, "bfloat16", 128, True, marks=pytest.mark.slow),
+        pytest.param(8, 1, "float32", CHUNK, True, marks=pytest.mark.slow),
+    ],
+)
+def test_attention_is_the_definitions(implementation, group, count, dtype, size, own):
+    tree = clustered_tree(group, count, group + count, dtype, size)
+    stored, tables, lengths, read, random = tree
+    heads, rows = stored.slots.heads.query_heads, len(tables)
+    plan, summary = plan_decode(
+        tables,
+        [length - own for length in lengths],
+        options=options_for(implementation, heads, size),
+        chunk_size=size,
+        num_chunks=stored.num_chunks,
+    )
     assert summary.shared
-    rows = plan.num_rows
-    q = random.standard_normal((rows, heads, DIM)).astype(np.float32)
-    by_row = np.stack([one for one, _, _ in read] + [np.arange(heads)] * (rows - len(read)))
-    reads = DecodeReads(plan, jnp.asarray(lengths + [0] * (rows - len(read)), jnp.int32))
+    padding = [0] * (plan.num_rows - rows)
+    q = random.standard_normal((plan.num_rows, heads, DIM)).astype(dtype)
+    for row, (of, _, _) in enumerate(read):
+        q[row] = q[row, of]
+    wide = [by_head(*one) for one in read]
+    last = None
+    if own:
+        tails = np.full((2, 2, heads, rows, size, DIM), np.nan, dtype)  # another layer's are none
+        tails[:, 1] = np.stack([[x[:, -1] for x in one] for one in wide], axis=2)
+        slots = np.array([*range(rows), *(rows for _ in padding)], np.int32)
+        last = OwnChunks(jnp.asarray(tails[0]), jnp.asarray(tails[1]), slots)
+        nowhere = stored.keys.at[:, np.array([table[-1] for table in tables])].set(jnp.nan)
+        stored = replace(stored, keys=nowhere)
     found = CHUNK_ATTENTION.attend(
-        jnp.asarray(np.take_along_axis(q, by_row[..., None], axis=1)),
+        jnp.asarray(q),
         stored,
-        reads,
+        DecodeReads(plan, jnp.asarray(lengths + padding, jnp.int32), last),
         AttentionSpec.of(heads, heads, DIM),
         implementation=implementation,
     )
-    for row, (of, keys, values) in enumerate(read):
-        keys, values = (
-            np.repeat(x.reshape(len(x), -1, DIM)[:, : lengths[row]], group, axis=0).astype(float)
-            for x in (keys, values)
-        )
-        weights = definition.softmax(np.einsum("hd,hkd->hk", q[row, of], keys[of]) * DIM**-0.5)
-        expected = np.einsum("hk,hkd->hd", weights, values)
-        np.testing.assert_allclose(found[row], expected, atol=2e-6)
+    contexts = [
+        [as_tokens(x)[:, :length] for x in one] for one, length in zip(wide, lengths, strict=True)
+    ]
+    assert_as_exact_as_plain(found[:rows], q[:rows], contexts)
+    np.testing.assert_array_equal(found[rows:], 0)
+
+
+@implementations
+@pytest.mark.parametrize(
+    ("group", "dtype", "size"), [(1, "bfloat16", 64), (2, "float32", 16), (4, "float32", 32)]
+)
+def test_new_tokens_read_clusters_before_their_own_chunk(implementation, group, dtype, size):
+    random, kv_heads = np.random.default_rng(group), 2
+    heads = GroupedHeads(group * kv_heads, kv_heads)
+    slots = KeySlots.of(HeadClusters((1, heads.query_heads - 1)), heads)
+    options = options_for(implementation, heads.query_heads, size)
+    ranges = [(4 * size, 6 * size + 1), (0, 3), (9 * size, 9 * size + 20), (size, size + 4)]
+    segments, batch, num_chunks = pack(ranges, size, 192, options=options)
+    pool = 2, kv_heads, num_chunks, size, DIM
+    keys, values = random.standard_normal((2, *pool)).astype(dtype)
+    q = random.standard_normal((192, heads.query_heads, DIM)).astype(dtype)
+    new = np.full((2, *q.shape), np.nan, dtype)
+    new[1] = 1e3  # values of padding are finite, as those of the model are made
+    root_of, contexts = {}, []
+    for segment in segments:
+        of = random_representatives(random, heads.query_heads, slots.counts[1])
+        root_of |= dict.fromkeys(segment.chunk_ids[: segment.end // size], of)
+        table = segment.chunk_ids
+        wide = [as_tokens(x) for x in by_head(of, keys[1][:, table], values[1][:, table])]
+        for position in range(segment.begin, segment.end):
+            token = len(contexts)
+            q[token] = q[token, of]
+            new[:, token] = [x[:, position] for x in wide]
+            contexts.append([x[:, : position + 1] for x in wide])
+    found = PREFILL_ATTENTION.attend(
+        jnp.asarray(q),
+        stored_for(slots, root_of, keys[1], values),
+        PrefillReads(batch.plan, QUERY_TILE, NewTokens(jnp.asarray(new[0]), jnp.asarray(new[1]))),
+        AttentionSpec.of(heads.query_heads, heads.query_heads, DIM),
+        implementation=implementation,
+    )
+    tokens = len(contexts)
+    assert_as_exact_as_plain(found[:tokens], q[:tokens], contexts)
+    np.testing.assert_array_equal(found[tokens:], 0)
 
 
 def test_as_many_clusters_as_heads_are_the_heads_to_the_last_bit_or_so():
@@ -202,14 +303,29 @@ def test_an_unknown_membership_is_refused():
 
 
 def test_kernels_that_cannot_read_them_say_so():
-    stored, tables, lengths, _, _ = clustered_tree(1, 2, seed=4)
-    plan, _ = plan_decode(tables, lengths, chunk_size=CHUNK, num_chunks=stored.num_chunks)
-    q = jnp.zeros((plan.num_rows, 4, DIM))
-    with pytest.raises(ImplementationError, match="cannot run"):
-        CHUNK_ATTENTION.attend(
-            q,
-            stored,
-            DecodeReads(plan, jnp.zeros(plan.num_rows, jnp.int32)),
-            AttentionSpec.of(4, 4, DIM),
-            implementation="pallas_triton",
-        )
+    shapes = AttentionShapes("bfloat16", 1, 64, 64, clustered=True)
+    with use_target(H200):
+        assert CHUNK_ATTENTION.resolve(None, shapes) == "pallas_triton"
+        with pytest.raises(ImplementationError, match="keys of clustered heads have their own"):
+            CHUNK_ATTENTION.resolve("pallas_mosaic_gpu", shapes)
+
+
+@pytest.mark.parametrize(("num_chunks", "refused"), [(2**22, False), (2**24, True)])
+def test_maps_that_32_bits_would_not_find_are_refused(num_chunks, refused):
+    """Of 1 GiB and of 4; nothing is allocated."""
+    heads = GroupedHeads(128, 2)
+    slots = KeySlots.of(HeadClusters((128, 128)), heads)
+    pool = jax.ShapeDtypeStruct((slots.total, num_chunks, 16, DIM), jnp.bfloat16)
+    values = jax.ShapeDtypeStruct((2, 2, *pool.shape[1:]), jnp.bfloat16)
+    maps = jax.ShapeDtypeStruct((2, num_chunks, 128), jnp.uint8)
+
+    def dtype_of(keys, values, maps):
+        stored = ClusteredKV(keys, values, maps, maps, jnp.int32(1), slots)
+        shape = KernelShape.of("chunk_first", None, stored, AttentionSpec.of(128, 128, DIM))
+        return jnp.zeros((), shape.dtype)
+
+    if not refused:
+        assert jax.eval_shape(dtype_of, pool, values, maps).dtype == jnp.bfloat16
+        return
+    with pytest.raises(ValueError, match=r"cannot address 'head_slots' .* 4294967296 bytes"):
+        jax.eval_shape(dtype_of, pool, values, maps)

@@ -21,6 +21,7 @@ from jax_chunkattn.planning.prefill import Segment, pack_segments
 from pallas_kernels.clusters import HeadClusters
 from pallas_kernels.implementations import ImplementationError
 from pallas_kernels.selection import ChunkSelector
+from tests.interpreted import implementations
 from tests.jax_chunkattn.device.pool_copies import assert_pool_is_updated_in_place
 from tests.jax_chunkattn.engine.engines import assert_all_returned, make_engine, run
 from tests.jax_chunkattn.rule.clusters import logits_by_the_definition
@@ -111,6 +112,24 @@ def test_decoding_and_prefill_update_the_pool_in_place():
             pool_bytes=pool.keys.nbytes + pool.values.nbytes,
             layer_bytes=pool.keys.nbytes // spec.num_layers,
         )
+
+
+@implementations
+@pytest.mark.slow
+def test_each_implementation_decodes_from_it(implementation):
+    """Some share a prefix, and one fills its first chunk with its answer."""
+    counts, prompts = (2, 3), [*token_tree((1, 70), (3, 9)), *token_tree((1, 11), seed=1)]
+    engine = make_engine(
+        clusters=HeadClusters(counts),
+        prefill_tokens=128,
+        planner=None,
+        implementation=implementation,
+    )
+    answers = run([engine.submit(prompt, SamplingParams(12)) for prompt in prompts])
+    assert engine.backend.decode == engine.backend.prefill == implementation
+    for prompt, answer in zip(prompts, answers, strict=True):
+        logits = logits_by_the_definition(toy_model(), counts, 16, [*prompt, *answer])
+        assert np.argmax(logits[len(prompt) - 1 : -1], axis=1).tolist() == answer
 
 
 @pytest.mark.slow
