@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from experiments.compile_report.cases import Case, CaseTable, abstract, abstract_plan
 from experiments.compile_report.target import GpuTarget
@@ -19,8 +20,10 @@ from jax_chunkattn.planning.planner import PlannerOptions
 from jax_chunkattn.planning.prefill import QUERY_TILE, Segment, pack_segments
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
+from pallas_kernels.clusters import ClusteredKV, KeySlots
 from pallas_kernels.codecs import IDENTITY, TensorCodec, codec_of
 from pallas_kernels.coded_kv import CodedKV, Encoded, LayerKV
+from pallas_kernels.head_map import GroupedHeads
 from pallas_kernels.implementations import AttentionShapes, Operation
 from pallas_kernels.plans import DecodeReads, NewTokens, OwnChunks, PrefillPlan, PrefillReads
 from pallas_kernels.prefill_attention import PREFILL_ATTENTION
@@ -44,7 +47,8 @@ class KernelVariant:
 
     `query_tile` is that of Mosaic's chunk-first kernel; Triton's choose theirs as they run.
     `softcap` is that of the attention. `codec` is the name of what chunks are encoded by. `windows`
-    is whether some heads see the last tokens only, `choices` whether rows read a part of items.
+    is whether some heads see the last tokens only, `choices` whether rows read a part of items,
+    `clusters` whether query heads have keys in common.
     """
 
     backend: str
@@ -58,6 +62,7 @@ class KernelVariant:
     codec: str = IDENTITY
     windows: bool = False
     choices: bool = False
+    clusters: bool = False
 
     @property
     def name(self) -> str:
@@ -68,26 +73,34 @@ class KernelVariant:
         codec = f" {self.codec}" if self.codec != IDENTITY else ""
         windows = " windows" if self.windows else ""
         choices = " choices" if self.choices else ""
-        return f"{self.backend}{prefill} {sizes}{tile}{softcap}{codec}{windows}{choices}"
+        clusters = " clusters" if self.clusters else ""
+        return f"{self.backend}{prefill} {sizes}{tile}{softcap}{codec}{windows}{choices}{clusters}"
+
+    @property
+    def heads(self) -> GroupedHeads:
+        """As attention sees them: with clusters a KV head for each query head."""
+        query_heads = _KV_HEADS * self.group
+        return GroupedHeads(query_heads, query_heads if self.clusters else _KV_HEADS)
 
     def unsupported(self) -> str | None:
         """Why the backend does not take these sizes; None when it does."""
-        sizes = self.group, self.head_dim, self.chunk_size
-        shapes = AttentionShapes(self.dtype, *sizes, codec_of(self.codec), self.choices)
+        sizes = self.heads.group, self.head_dim, self.chunk_size
+        how = codec_of(self.codec), self.choices, self.clusters
+        shapes = AttentionShapes(self.dtype, *sizes, *how)
         return _module(self.operation, self.backend).unsupported(shapes)
 
     def case(self, target: GpuTarget) -> Case:
         """The operation, with abstract arguments."""
-        num_heads = _KV_HEADS * self.group
-        attention = AttentionSpec.of(num_heads, _KV_HEADS, self.head_dim, softcap=self.softcap)
+        num_heads, kv_heads = self.heads.query_heads, self.heads.kv_heads
+        attention = AttentionSpec.of(num_heads, kv_heads, self.head_dim, softcap=self.softcap)
         options = {} if self.query_tile is None else {"query_tile": self.query_tile}
         attend = self.operation.function(self.backend)
         q = abstract((_ROWS, num_heads, self.head_dim), self.dtype)
         stored = self._stored()
-        of_heads = abstract((_KV_HEADS,)) if self.windows else None
-        exact = stored.codec is not None  # what a query reads beside the encoded chunks
+        of_heads = abstract((kv_heads,)) if self.windows else None
+        exact = stored.codec is not None or self.clusters  # what a query reads beside full chunks
         if self.operation is PREFILL_ATTENTION:
-            new = abstract((_ROWS, _KV_HEADS, self.head_dim), self.dtype)
+            new = abstract((_ROWS, kv_heads, self.head_dim), self.dtype)
             new = jax.eval_shape(NewTokens, new, new) if exact else None
             reads = jax.eval_shape(
                 lambda plan, new, of_heads: PrefillReads(plan, QUERY_TILE, new, of_heads),
@@ -96,7 +109,7 @@ class KernelVariant:
                 of_heads,
             )
         else:
-            lengths, tail = abstract((_ROWS,)), self._pool(_ROWS)
+            lengths, tail = abstract((_ROWS,)), self._pool(_ROWS, kv_heads)
             own = jax.eval_shape(OwnChunks, tail, tail, lengths) if exact else None
             plan = abstract_plan(
                 _ROWS,
@@ -110,12 +123,19 @@ class KernelVariant:
             chunk_bytes=_chunk_bytes(stored),
         )
 
-    def _pool(self, num_chunks: int) -> Any:
-        shape = (_LAYERS, _KV_HEADS, num_chunks, self.chunk_size, self.head_dim)
+    def _pool(self, num_chunks: int, kv_heads: int = _KV_HEADS) -> Any:
+        shape = (_LAYERS, kv_heads, num_chunks, self.chunk_size, self.head_dim)
         return abstract(shape, self.dtype)
 
     def _stored(self) -> LayerKV:
         codec, pool = codec_of(self.codec), self._pool(_CHUNKS)
+        if self.clusters:
+            heads = GroupedHeads(self.heads.query_heads, _KV_HEADS)
+            slots = KeySlots(heads, (_KV_HEADS,) * _LAYERS)
+            keys = abstract((slots.total, *pool.shape[2:]), self.dtype)
+            maps = abstract((_LAYERS, _CHUNKS, heads.query_heads), jnp.uint8)
+            clustered = partial(ClusteredKV, slots=slots)
+            return jax.eval_shape(clustered, keys, pool, maps, maps, abstract(()))
         if codec is None:
             return jax.eval_shape(StoredKV, pool, pool, abstract(()))
         sizes = self.chunk_size, self.head_dim
@@ -138,7 +158,7 @@ def available_backends() -> tuple[str, ...]:
 
 def variant_names(backends: Collection[str] = BACKENDS, every: bool = False) -> list[str]:
     """The variants that exist: of all sizes, or of some around bfloat16, 128, 64, 4; those of
-    Gemma 2, of encoded chunks, of windows and of choices.
+    Gemma 2, of encoded chunks, of windows, of choices and of clusters.
     """
     choose = _every_combination if every else _one_at_a_time
     return [
@@ -152,7 +172,7 @@ def variant_names(backends: Collection[str] = BACKENDS, every: bool = False) -> 
 
 def kernel_variants() -> CaseTable:
     """By name, every combination of backend and sizes, those of Gemma 2, of encoded chunks, of
-    windows and of choices; some do not exist."""
+    windows, of choices and of clusters; some do not exist."""
     return {
         variant.name: variant.case
         for backend in available_backends()
@@ -183,6 +203,7 @@ def _others(backend: str) -> Iterator[KernelVariant]:
     yield from _coded(backend)
     yield from _windowed(backend)
     yield from _choosing(backend)
+    yield from _clustered(backend)
 
 
 def _gemma_2(backend: str) -> Iterator[KernelVariant]:
@@ -241,6 +262,19 @@ def _choosing(backend: str) -> Iterator[KernelVariant]:
         yield variant(codec=codec)
 
 
+def _clustered(backend: str) -> Iterator[KernelVariant]:
+    """Clustered heads of most models, and of others."""
+    for operation in (CHUNK_ATTENTION, PREFILL_ATTENTION):
+        if backend in operation.implementations:
+            variant = partial(KernelVariant, backend, operation=operation, clusters=True)
+            yield variant()
+            yield variant(head_dim=64, group=1)
+            yield variant(head_dim=256, group=2, softcap=50.0)
+            yield variant(chunk_size=16, group=8)
+            for dim in (32, 64, 128):
+                yield variant("float32", head_dim=dim, chunk_size=32, group=3)
+
+
 def _kinds(backend: str) -> Iterator[dict[str, Any]]:
     """The operations of a backend, each query tile of one apart."""
     yield {}
@@ -253,8 +287,8 @@ def _kinds(backend: str) -> Iterator[dict[str, Any]]:
 def _prefill_plan(variant: KernelVariant) -> PrefillPlan:
     segment = Segment([0] * _ROWS, list(range(_ROWS)), 0, _ROWS, 0)
     options = PlannerOptions.for_gpu(
-        num_heads=_KV_HEADS * variant.group,
-        num_kv_heads=_KV_HEADS,
+        num_heads=variant.heads.query_heads,
+        num_kv_heads=variant.heads.kv_heads,
         head_dim=variant.head_dim,
         chunk_size=variant.chunk_size,
     )
@@ -271,6 +305,8 @@ def _prefill_plan(variant: KernelVariant) -> PrefillPlan:
 
 def _chunk_bytes(stored: LayerKV) -> int:
     arrays = jax.tree.leaves((stored.keys, stored.values))
+    if isinstance(stored, ClusteredKV):
+        arrays = [stored.values, stored.values]  # keys of a head are as large
     return sum(math.prod(array.shape[3:]) * array.dtype.itemsize for array in arrays)
 
 
