@@ -17,7 +17,7 @@ from jax_chunkattn.planning.workloads import AttentionInputs
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
 from pallas_kernels.codecs import ChunkCodec, codec_of
-from pallas_kernels.coded_kv import CodedKV
+from pallas_kernels.coded_kv import CodedKV, LayerKV
 from pallas_kernels.plans import DecodePlan, DecodeReads, OwnChunks
 from pallas_kernels.specs import AttentionCase
 
@@ -81,7 +81,8 @@ def planned_lengths(inputs: AttentionInputs) -> list[int]:
 
 
 def attend(backend: str, case: AttentionCase):
-    """A function of what `arguments` gives: decode attention of a case, over encoded chunks."""
+    """A function of what `arguments` gives: decode attention of a case, over full chunks and each
+    row's own."""
     sizes = case.num_heads, case.num_kv_heads, case.head_dim
     attention = AttentionSpec.of(*sizes, scale=case.scale, softcap=case.softcap)
 
@@ -92,16 +93,16 @@ def attend(backend: str, case: AttentionCase):
     return attend
 
 
-def arguments(inputs: AttentionInputs, pool: CodedPool, plan: DecodePlan) -> tuple:
+def arguments(inputs: AttentionInputs, stored: LayerKV, plan: DecodePlan) -> tuple:
     """A row's own chunk is in the slot of its number; rows of padding have none."""
-    size, rows = pool.stored.chunk_size, len(inputs.tables)
+    size, rows = stored.chunk_size, len(inputs.tables)
     lengths = inputs.lengths[:rows]
     own = [
         table[(length - 1) // size] for table, length in zip(inputs.tables, lengths, strict=True)
     ]
     slots = np.arange(len(inputs.lengths), dtype=np.int32)
     keys, values = (jnp.asarray(chunks[:, :, own]) for chunks in (inputs.keys, inputs.values))
-    return inputs.q, pool.stored, plan, inputs.lengths, OwnChunks(keys, values, slots)
+    return inputs.q, stored, plan, inputs.lengths, OwnChunks(keys, values, slots)
 
 
 def _named(name: str) -> ChunkCodec:

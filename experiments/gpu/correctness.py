@@ -18,7 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.gpu import choice_cases, coded_cases, prefill_cases, windowed_cases
+from experiments.gpu import (
+    choice_cases,
+    clustered_cases,
+    coded_cases,
+    prefill_cases,
+    windowed_cases,
+)
 from experiments.gpu.bench import Bench, Program
 from experiments.gpu.loops import planner_options
 from experiments.gpu.oracle import Expected, expected
@@ -129,6 +135,15 @@ def _makers(bench: Bench) -> Iterator[tuple[str, str, Callable[[], Check]]]:
                 continue
             make = functools.partial(_choice_check, case, backend, bench)
             yield choice_cases.name(case), backend, make
+    for case, count in clustered_cases.cases(bench.small):
+        shapes = AttentionShapes(case.dtype, 1, case.head_dim, case.chunk_size, clustered=True)
+        name = clustered_cases.name(case, count)
+        for backend, missing in bench.backends.items():
+            reason = missing or _unsupported(backend, shapes)
+            if reason:
+                bench.record.skipped(name, backend, reason)
+                continue
+            yield name, backend, functools.partial(_clustered_check, case, count, backend, bench)
     for prefill in prefill_cases.cases(bench.small):
         make = functools.partial(_prefill_check, prefill, bench)
         yield prefill.name, "pallas_triton", make
@@ -239,7 +254,9 @@ def _choice_check(case: AttentionCase, backend: str, bench: Bench) -> Check:
     @functools.cache
     def expect() -> Expected:
         pool = inputs.keys[_LAYER], inputs.values[_LAYER]
-        reading = dataclasses.replace(inputs, lengths=np.array(read, np.int32))
+        lengths = np.zeros_like(inputs.lengths)
+        lengths[: len(read)] = read
+        reading = dataclasses.replace(inputs, lengths=lengths)
         return _expected(case, reading, pool, tables)
 
     return Check(name, backend, program, arguments, len(tables), expect)
@@ -249,7 +266,9 @@ def _coded_check(case: AttentionCase, codec: str, backend: str, bench: Bench) ->
     inputs = case_inputs(case, layers=_LAYERS, seed=bench.seed)
     pool = coded_cases.CodedPool.of(codec, inputs.keys, inputs.values)
     plans = _plans(case, backend, inputs, coded_cases.planned_lengths(inputs))
-    arguments = {name: coded_cases.arguments(inputs, pool, plan) for name, plan in plans.items()}
+    arguments = {
+        name: coded_cases.arguments(inputs, pool.stored, plan) for name, plan in plans.items()
+    }
     name = f"{case.name} {codec}"
     function = coded_cases.attend(backend, case)
     program = Program(("check", name, backend), function, next(iter(arguments.values())))
@@ -261,6 +280,27 @@ def _coded_check(case: AttentionCase, codec: str, backend: str, bench: Bench) ->
         return _expected(case, inputs, (pool.keys, pool.values), tables)
 
     return Check(name, backend, program, arguments, len(tables), expect)
+
+
+def _clustered_check(case: AttentionCase, count: int, backend: str, bench: Bench) -> Check:
+    inputs = case_inputs(case, layers=_LAYERS, seed=bench.seed)
+    chunks = clustered_cases.ClusteredChunks.of_inputs(case, count, inputs, bench.seed)
+    attended = clustered_cases.as_attended(case)
+    inputs = dataclasses.replace(inputs, keys=chunks.keys, values=chunks.values)
+    plans = _plans(attended, backend, inputs, coded_cases.planned_lengths(inputs))
+    arguments = {
+        name: coded_cases.arguments(inputs, chunks.stored, plan) for name, plan in plans.items()
+    }
+    name = clustered_cases.name(case, count)
+    function = coded_cases.attend(backend, attended)
+    program = Program(("check", name, backend), function, next(iter(arguments.values())))
+
+    @functools.cache
+    def expect() -> Expected:
+        pool = inputs.keys[_LAYER], inputs.values[_LAYER]
+        return _expected(attended, inputs, pool, inputs.tables)
+
+    return Check(name, backend, program, arguments, len(inputs.tables), expect)
 
 
 def _plans(

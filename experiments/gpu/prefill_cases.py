@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.gpu import windowed_cases
+from experiments.gpu.clustered_cases import ClusteredChunks
 from experiments.gpu.coded_cases import CODECS, CodedPool
 from experiments.gpu.oracle import Expected, expected
 from jax_chunkattn.planning.planner import PlannerOptions
@@ -31,6 +32,8 @@ class PrefillCase:
       softcap, scale: as in `prefill_attention`.
       codec: the name of what chunks are encoded by; then each range begins where a chunk does.
       windows: every KV head has one of those of `windowed_cases`.
+      clusters: how many query heads form, None where each has its own keys; with some, ranges begin
+        as with a codec.
     """
 
     ranges: tuple[tuple[int, int], ...]
@@ -45,6 +48,12 @@ class PrefillCase:
     scale: float | None = None
     codec: str = IDENTITY
     windows: bool = False
+    clusters: int | None = None
+
+    @property
+    def attended_heads(self) -> tuple[int, int]:
+        """Query heads and KV heads as attention sees them: one for each with clusters."""
+        return self.num_heads, self.num_kv_heads if self.clusters is None else self.num_heads
 
     @property
     def name(self) -> str:
@@ -55,26 +64,22 @@ class PrefillCase:
         scale = f" scale {self.scale:g}" if self.scale is not None else ""
         codec = f" {self.codec}" if self.codec != IDENTITY else ""
         windows = " windows" if self.windows else ""
-        return f"prefill {tokens} s{self.shared} {heads} {size}{softcap}{scale}{codec}{windows}"
+        clusters = f" {self.clusters} clusters" if self.clusters is not None else ""
+        kind = f"{softcap}{scale}{codec}{windows}{clusters}"
+        return f"prefill {tokens} s{self.shared} {heads} {size}{kind}"
 
 
 _LONG = ((4096, 4196), (4096, 4097), (4160, 4290), (4096, 4200))
 
 _ALIGNED = ((4096, 4196), (4096, 4097), (4160, 4290), (4352, 4400))
 
-TINY = tuple(
-    PrefillCase(
-        ((16, 40), (0, 3)),
-        32,
-        4,
-        2,
-        16,
-        chunk_size=16,
-        dtype="float32",
-        codec=codec,
-        windows=windows,
-    )
-    for codec, windows in ((IDENTITY, False), ("int4", False), (IDENTITY, True))
+_TINY = PrefillCase(((16, 40), (0, 3)), 32, 4, 2, 16, chunk_size=16, dtype="float32")
+
+TINY = (
+    _TINY,
+    replace(_TINY, codec="int4"),
+    replace(_TINY, windows=True),
+    replace(_TINY, clusters=3),
 )
 ALL = (
     *TINY,
@@ -92,6 +97,8 @@ ALL = (
     *(PrefillCase(_ALIGNED, 512, 8, 2, 128, shared=64, codec=codec) for codec in CODECS),
     PrefillCase(_ALIGNED, 512, 9, 3, 80, chunk_size=16, shared=256, codec="int4"),
     PrefillCase(_ALIGNED, 512, 8, 1, 64, chunk_size=32, dtype="float16", shared=128, codec="int8"),
+    PrefillCase(_ALIGNED, 512, 16, 4, 128, shared=64, clusters=6),
+    PrefillCase(_ALIGNED, 512, 9, 3, 64, chunk_size=16, dtype="float16", clusters=4),
 )
 
 
@@ -115,8 +122,8 @@ def make(case: PrefillCase, seed: int, *, most_values: int) -> MadePrefill:
     segments, num_chunks = _segments(case, random)
     options = PlannerOptions.for_gpu(
         num_sms=current_target().num_sms,
-        num_heads=case.num_heads,
-        num_kv_heads=case.num_kv_heads,
+        num_heads=case.attended_heads[0],
+        num_kv_heads=case.attended_heads[1],
         head_dim=case.head_dim,
         chunk_size=case.chunk_size,
         dtype_bytes=jnp.dtype(case.dtype).itemsize,
@@ -142,7 +149,7 @@ def make(case: PrefillCase, seed: int, *, most_values: int) -> MadePrefill:
     pool = (2, case.num_kv_heads, num_chunks, case.chunk_size, case.head_dim)
     keys, values = normal(*pool), normal(*pool)
 
-    sizes = case.num_heads, case.num_kv_heads, case.head_dim
+    sizes = *case.attended_heads, case.head_dim
     attention = AttentionSpec.of(*sizes, scale=case.scale, softcap=case.softcap)
 
     def attend(q, stored, plan, new, of_heads):
@@ -159,6 +166,11 @@ def make(case: PrefillCase, seed: int, *, most_values: int) -> MadePrefill:
         stored, read = coded.stored, (coded.keys, coded.values)
         new = _new_tokens(case, (keys[1], values[1]), of_token)
         tables = [coded.table(segment.chunk_ids, position + 1) for segment, position in of_token]
+    if case.clusters is not None:
+        how = {"query_heads": case.num_heads, "count": case.clusters, "seed": seed}
+        chunks = ClusteredChunks.of(keys, values, [s.chunk_ids for s in segments], **how)
+        stored, read = chunks.stored, (chunks.keys[1], chunks.values[1])
+        new = _new_tokens(case, read, of_token)
 
     def expect() -> Expected:
         return expected(
@@ -180,7 +192,7 @@ def _new_tokens(case: PrefillCase, pool, of_token) -> NewTokens:
     """Exact keys and values of the packed tokens, zeros for padding."""
     exact = []
     for chunks in pool:
-        tokens = np.zeros((case.num_tokens, case.num_kv_heads, case.head_dim), chunks.dtype)
+        tokens = np.zeros((case.num_tokens, len(chunks), case.head_dim), chunks.dtype)
         for index, (segment, position) in enumerate(of_token):
             chunk, offset = divmod(position, case.chunk_size)
             tokens[index] = chunks[:, segment.chunk_ids[chunk], offset]

@@ -142,6 +142,7 @@ def test_a_wrong_result_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("experiments.gpu.coded_cases.cases", lambda small: ())
     monkeypatch.setattr("experiments.gpu.windowed_cases.cases", lambda small: ())
     monkeypatch.setattr("experiments.gpu.choice_cases.cases", lambda small: ())
+    monkeypatch.setattr("experiments.gpu.clustered_cases.cases", lambda small: ())
     monkeypatch.setattr(oracle, "TOLERANCE", 0.0)
     monkeypatch.setattr(oracle, "LEAST_ERROR", -1.0)
     code, records, summary = rehearse(tmp_path / "out", "--part", "correctness")
