@@ -45,6 +45,18 @@ def dense_attend(positions: jax.Array, spec: CacheSpec) -> Attend:
     return attend
 
 
+def sequence_attend(spec: CacheSpec) -> Attend:
+    """Attention within one sequence that begins at position 0; whatever is handed in as the pool
+    stays as it is."""
+
+    def attend(pool, layer, q, k, v):
+        visible = visible_tokens(spec, layer, jnp.arange(len(q), dtype=jnp.int32), len(q))
+        weights = attention_weights(attention_scores(spec, q, k), visible)
+        return weighted_values(weights, v).astype(q.dtype), pool
+
+    return attend
+
+
 def attention_scores(spec: CacheSpec, q: jax.Array, keys: jax.Array) -> jax.Array:
     """Of queries `q [T, Hq, D]` and `keys [S, Hkv, D]`: `[Hq, T, S]` float32."""
     scale = 1 / math.sqrt(spec.head_dim) if spec.scale is None else spec.scale

@@ -28,6 +28,7 @@ from models.decoder import Decoder
 from models.dense_attention import (
     attention_scores,
     attention_weights,
+    sequence_attend,
     visible_tokens,
     weighted_values,
 )
@@ -148,7 +149,7 @@ def _loss_and_gradients(
         states, _ = model(tokens, positions, gates, attend)
         return model.normed(states[labels]).astype(jnp.float32)
 
-    full = hidden(None, _full_attend(model.cache_spec))
+    full = hidden(None, sequence_attend(model.cache_spec))
     attend = _gated_attend(model.cache_spec, streaming)
 
     def loss(gates) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -159,17 +160,6 @@ def _loss_and_gradients(
 
     gradients, parts = jax.grad(loss, has_aux=True)(gates)
     return parts, gradients
-
-
-def _full_attend(spec: CacheSpec) -> Attend:
-    """Attention within one sequence that begins at position 0; there is no pool."""
-
-    def attend(pool, layer, q, k, v):
-        visible = visible_tokens(spec, layer, jnp.arange(len(q), dtype=jnp.int32), len(q))
-        weights = attention_weights(attention_scores(spec, q, k), visible)
-        return weighted_values(weights, v).astype(q.dtype), pool
-
-    return attend
 
 
 def _gated_attend(spec: CacheSpec, streaming: CacheSpec) -> Attend:
