@@ -51,6 +51,7 @@ from experiments.search.command import SEARCH
 from experiments.serve.command import SERVE
 from experiments.soak.command import SOAK
 from experiments.sparse.command import SPARSE
+from experiments.train_tiny.command import TRAIN_TINY
 from experiments.tree.command import TREE
 
 EXIT_FAILED = 1
@@ -71,6 +72,7 @@ EXPERIMENTS: dict[str, Experiment[Any]] = {
         HEADS,
         LAYERS,
         CLUSTERS,
+        TRAIN_TINY,
         CACHE,
         SEARCH,
         SPARSE,

@@ -39,6 +39,7 @@ VIEWS: dict[str, str] = {
     "serve": "experiments.serve.views",
     "soak": "experiments.soak.views",
     "sparse": "experiments.sparse.views",
+    "train-tiny": "experiments.train_tiny.views",
     "tree": "experiments.tree.views",
     "sweep": "experiments.harness.sweep_views",
 }

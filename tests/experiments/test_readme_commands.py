@@ -38,6 +38,7 @@ LONG = (
     "search",
     "serve",
     "soak",
+    "train-tiny",
 )
 """These take most of their time to compile, and have tests of their own that are shorter."""
 
