@@ -53,6 +53,9 @@ class ClustersConfig:
     """Who attends for a cluster: the head that is nearest to the others, or the first one; and
     clusters by chance."""
 
+    random_draws: int = 3
+    """How many clusters are drawn by chance."""
+
     passages: int = 4
     """Pieces of text that are scored, each with clusters of its own beginning."""
 
@@ -79,7 +82,7 @@ class ClustersConfig:
     max_positions: MaxPositions = None
 
     seed: int = 0
-    """Seed of k-means, and of random weights."""
+    """Seed of k-means, of clusters by chance, and of random weights."""
 
     output: Annotated[Path | None, by_default("FOLDER", "runs/clusters-TIME")] = None
     """Folder for the results, and for the files: `elbow.json`, `50.json` and so on."""
@@ -87,8 +90,8 @@ class ClustersConfig:
 
 def check(config: ClustersConfig) -> None:
     """Raise `UserError` for a value that no run could use."""
-    counts = "pieces", "passages", "prefix", "window", "windows", "chunk_size", "repeats"
-    check_at_least_one(config, *counts, "max_positions")
+    counts = "pieces", "random_draws", "passages", "prefix", "window", "windows", "chunk_size"
+    check_at_least_one(config, *counts, "repeats", "max_positions")
     shares = config.shares
     if len(set(shares)) < len(shares) or not all(0 < share < 1 for share in shares):
         raise UserError(

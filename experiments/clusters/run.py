@@ -48,6 +48,7 @@ _SETTING = (
     "windows",
     "chunk_size",
     "repeats",
+    "random_draws",
     "dtype",
     "seed",
 )
@@ -68,8 +69,9 @@ def measure(config: ClustersConfig, source: ModelSource, folder: ResultFolder) -
     }
     for counted in work.counts:
         for membership in config.memberships:
-            cell = functools.partial(work.measure, counted, membership)
-            cells[f"{counted}, {membership}"] = cell
+            for draw in range(config.random_draws if membership == "random" else 1):
+                name = f"{counted}, {membership}" + (f" {draw + 1}" if draw else "")
+                cells[name] = functools.partial(work.measure, counted, membership, draw)
     records = measure_units(folder, cells, "measure")
     summary = {
         "experiment": "clusters",
@@ -130,15 +132,16 @@ class _Clustering:
             path = self._folder.path / f"{counted.rstrip('%')}.json"
             CLUSTERS.write(path, counts, self.loaded.model, {**about, "counted": counted})
 
-    def measure(self, counted: str, membership: str | None) -> Record:
-        """The record of clusters; without a membership of the model as it is."""
+    def measure(self, counted: str, membership: str | None, draw: int = 0) -> Record:
+        """The record of clusters, of chance in this draw; without a membership of the model as it
+        is."""
         began = time.perf_counter()
         spec, size = self.loaded.model.cache_spec, jnp.dtype(self._config.dtype).itemsize
         counts, clusters = (spec.num_heads,) * spec.num_layers, None
         slots = spec.num_layers * spec.num_kv_heads
         if membership is not None:
             counts = tuple(self.counts[counted])
-            clusters = HeadClusters(counts, membership)
+            clusters = HeadClusters(counts, membership, self._config.seed + draw)
             slots = KeySlots.of(clusters, spec.attention.heads).total
         exact, found = self._exact, [self._hidden(passage, clusters) for passage in self._passages]
         targets = np.concatenate([passage.targets for passage in self._passages])
@@ -147,6 +150,7 @@ class _Clustering:
             "kind": "clusters",
             "counted": counted,
             "membership": membership,
+            "draw": draw,
             "clusters": sum(counts),
             "key_bytes": slots * spec.head_dim * size,
             "kv_bytes": self._scorer(self._passages[0], clusters).kv_bytes_per_token,

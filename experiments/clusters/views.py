@@ -31,8 +31,7 @@ def tables(result: Result) -> list[ResultTable]:
         Column("change, %"),
         Column("a step's time", timed=True),
     )
-    whole = cells[0]
-    rows = [_row(one, whole) for one in cells]
+    rows = [_row(one, cells[0]) for one in cells]
     text = "Python's help" if config["text"] is None else config["text"]
     notes = [
         *(f"{name}: {' '.join(map(str, of))} by layer." for name, of in counts.items()),
@@ -72,7 +71,8 @@ def figures(result: Result) -> dict[str, Figure]:
             (one for one in cells if one.membership == name), key=lambda one: one.clusters
         )
         saved = [100 * (1 - one.kv_bytes / whole.kv_bytes) for one in line]
-        axes.plot(saved, [one.divergence for one in line], label=name, **line_style(index))
+        style = line_style(index) | ({"linestyle": "none"} if name == "random" else {})
+        axes.plot(saved, [one.divergence for one in line], label=name, **style)
     from_zero(axes, (one.divergence for one in cells), room=1.1)
     axes.legend(loc="best", frameon=False)
     title = f"{result.config['model']}: clusters of heads"

@@ -132,7 +132,7 @@ class ClusteredPool:
         def find(index: Int32[Array, ""], pool: ClusteredPool) -> ClusteredPool:
             which = order[index]
             of_chunk = (lax.dynamic_slice_in_dim(x, begin[which], size) for x in (q, k))
-            found = representatives_of(*of_chunk, count, self.attention, self.clusters.membership)
+            found = self._clustered(*of_chunk, count)
             return pool._with_maps(layer, chunks[which], found)
 
         pool = self
@@ -222,7 +222,7 @@ class ClusteredPool:
                 def of_layer(of_one):
                     q, k, count = of_one
                     q, k = jnp.swapaxes(q, 0, 1), jnp.swapaxes(k, 0, 1)[:, ::group]
-                    return representatives_of(q, k, count, self.attention, self.clusters.membership)
+                    return self._clustered(q, k, count)
 
                 return lax.map(of_layer, (queries, keys, counts))
 
@@ -266,6 +266,16 @@ class ClusteredPool:
         tails = self.tail_queries, self.tail_keys, self.tail_values
         queries, keys, values = copied(tails, sources, destinations)
         return replace(self, tail_queries=queries, tail_keys=keys, tail_values=values)
+
+    def _clustered(
+        self,
+        q: Float[Array, "C Hq D"],
+        k: Float[Array, "C Hkv D"],
+        count: Int32[Array, ""],
+    ) -> Int32[Array, " Hq"]:
+        """The representatives in sequences that begin with a chunk, by its attention."""
+        how = self.clusters.membership, self.clusters.seed
+        return representatives_of(q, k, count, self.attention, *how)
 
     def _with_maps(
         self,

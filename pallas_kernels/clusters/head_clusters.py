@@ -23,9 +23,10 @@ class HeadClusters:
     Attributes:
       counts: of each layer, clusters of its query heads; as many as heads for those as they are.
       membership: how heads find together and which of them attends for its cluster. "medoid":
-        those whose attention correlates, and the head that is nearest to all others of its cluster.
+        those whose attention is alike, and the head that is nearest to all others of its cluster.
         To measure it against: "lowest", the same clusters and the first head of each; "random",
         clusters by chance.
+      seed: of clusters by chance.
 
     Raises:
       ValueError: for no layers, counts below 1, or an unknown membership.
@@ -33,6 +34,7 @@ class HeadClusters:
 
     counts: tuple[int, ...]
     membership: str = "medoid"
+    seed: int = 0
 
     def __post_init__(self):
         if not self.counts or min(self.counts) < 1:

@@ -56,17 +56,22 @@ def test_nearest_clusters_are_joined_and_medoids_attend(heads):
             assert set(found[one]) == {definition.medoid(distance, one)}
 
 
-def test_heads_are_as_far_apart_as_their_weights_do_not_correlate():
+def test_heads_are_as_far_apart_as_their_weights_in_total_variation():
     random = np.random.default_rng(0)
-    weights = definition.softmax(random.standard_normal((4, CHUNK, CHUNK)).astype(np.float32))
-    weights[3] = weights[1]
-    distance = np.asarray(head_distances(jnp.asarray(weights)))
     seen = np.tril(np.ones((CHUNK, CHUNK), bool))
-    np.testing.assert_allclose(distance, 1 - np.corrcoef(weights[:, seen]), atol=1e-5)
-    assert abs(distance[1, 3]) < 1e-6
+    scores = np.where(seen, random.standard_normal((4, CHUNK, CHUNK)), -np.inf)
+    weights = definition.softmax(scores).astype(np.float32)
+    weights[3] = weights[1]
+    weights[2] = np.eye(CHUNK)  # each token attends to itself alone
+    distance = np.asarray(head_distances(jnp.asarray(weights)))
+    np.testing.assert_allclose(distance[0, 2], 1 - np.mean(np.diag(weights[0])), atol=1e-6)
+    assert distance[1, 3] == 0
+    assert 0.1 < distance[0, 1] < 1
     np.testing.assert_array_equal(distance, distance.T)
     one = np.asarray(head_distances(jnp.ones((3, 1, 1), jnp.float32)))  # a chunk of one token
-    np.testing.assert_array_equal(one, 1 - np.eye(3))
+    np.testing.assert_array_equal(one, np.zeros((3, 3)))
+    none = jnp.full((2, 1, 1), jnp.nan, jnp.float32)
+    np.testing.assert_array_equal(head_distances(none), 1 - np.eye(2))
 
 
 @pytest.mark.parametrize("membership", ["medoid", "lowest", "random"])

@@ -38,8 +38,7 @@ def representatives(q: np.ndarray, k: np.ndarray, count: int, scale: float) -> l
     scores = np.einsum("qhd,khd->hqk", q, k) * scale
     causal = np.tril(np.ones(scores.shape[1:], bool))
     weights = softmax(np.where(causal, scores, -np.inf))
-    distance = 1 - np.corrcoef(weights[:, causal])
-    distance = np.round(distance, 12)  # of two heads, each is as far from the other
+    distance = np.abs(weights[:, None] - weights[None]).sum(axis=-1).mean(axis=-1) / 2
     found = [0] * len(distance)
     for cluster in clusters_of(distance, count):
         for head in cluster:
