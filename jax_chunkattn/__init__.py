@@ -21,6 +21,7 @@ from jax_chunkattn.sampling import SamplingParams, TokenLogprobs
 from jax_chunkattn.tree.allocator import ChunkAllocator, PoolExhausted
 from jax_chunkattn.tree.prefix_tree import PrefixTree
 from pallas_kernels import DecodePlan, Window, WindowMap, chunk_attention, prefill_attention
+from pallas_kernels.clusters import HeadClusters
 from pallas_kernels.selection import ChunkSelector
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "Engine",
     "EngineClosed",
     "EngineStats",
+    "HeadClusters",
     "Hypothesis",
     "InvalidRequest",
     "Output",
