@@ -71,7 +71,9 @@ def figures(result: Result) -> dict[str, Figure]:
             (one for one in cells if one.membership == name), key=lambda one: one.clusters
         )
         saved = [100 * (1 - one.kv_bytes / whole.kv_bytes) for one in line]
-        style = line_style(index) | ({"linestyle": "none"} if name == "random" else {})
+        style = line_style(index)
+        if name == "random":  # several draws of each count
+            style["linestyle"] = "none"
         axes.plot(saved, [one.divergence for one in line], label=name, **style)
     from_zero(axes, (one.divergence for one in cells), room=1.1)
     axes.legend(loc="best", frameon=False)

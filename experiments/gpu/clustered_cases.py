@@ -74,7 +74,8 @@ class ClusteredChunks:
         stored = ClusteredKV(
             jnp.asarray(keys_of(kept).reshape(slots.total, *keys.shape[2:])),
             jnp.asarray(values),
-            *(jnp.asarray(np.stack([of, of])) for of in (of_chunk.astype(np.uint8), head_slots)),
+            jnp.asarray(np.stack([of_chunk.astype(np.uint8)] * 2)),
+            jnp.asarray(np.stack([head_slots] * 2)),
             jnp.int32(1),
             slots,
         )

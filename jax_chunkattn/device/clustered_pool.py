@@ -131,8 +131,9 @@ class ClusteredPool:
 
         def find(index: Int32[Array, ""], pool: ClusteredPool) -> ClusteredPool:
             which = order[index]
-            of_chunk = (lax.dynamic_slice_in_dim(x, begin[which], size) for x in (q, k))
-            found = self._clustered(*of_chunk, count)
+            queries = lax.dynamic_slice_in_dim(q, begin[which], size)
+            keys = lax.dynamic_slice_in_dim(k, begin[which], size)
+            found = self._clustered(queries, keys, count)
             return pool._with_maps(layer, chunks[which], found)
 
         pool = self

@@ -45,13 +45,14 @@ class RowHeads:
 
     def apply(
         self,
-        pool: ClusteredPool,
+        pool: Pool,
         layer: Int32[Array, ""],
         q: Float[Array, "B Hq D"],
         k: Float[Array, "B Hkv D"],
         v: Float[Array, "B Hkv D"],
     ) -> tuple[ByHead, ClusteredPool]:
         """As the rows' heads read them; and the pool with queries of first chunks."""
+        assert isinstance(pool, ClusteredPool), "they were made for one"
         rows, size = self.rows, pool.chunk_size
         in_first = rows.active & (rows.lengths < size)
         slots = jnp.where(in_first, rows.slots, pool.num_slots)
@@ -83,7 +84,7 @@ class TokenHeads:
 
     def apply(
         self,
-        pool: ClusteredPool,
+        pool: Pool,
         layer: Int32[Array, ""],
         q: Float[Array, "T Hq D"],
         k: Float[Array, "T Hkv D"],
@@ -91,6 +92,7 @@ class TokenHeads:
     ) -> tuple[ByHead, ClusteredPool]:
         """As the tokens' heads read them; and the pool with the maps of chunks that the call
         completes, and queries of first chunks that it does not."""
+        assert isinstance(pool, ClusteredPool), "they were made for one"
         pool = pool.with_first_chunks(layer, q, k, self.plan)
         pool = pool.write_queries(layer, q, self.query_slots, self.plan.write_offsets)
         return _by_head(q, k, v, pool.read_by(layer, self.first_chunks)), pool

@@ -107,6 +107,7 @@ class TileShape:
         """The pool's keys and values, as the kernel takes them."""
         if isinstance(stored, StoredKV):
             return stored.keys, stored.values
+        assert isinstance(stored, CodedKV), "others are refused"
         assert self.codes is not None
         keys, values = self.codes
         return keys.operands(stored.keys), values.operands(stored.values)

@@ -9,7 +9,7 @@ from jaxtyping import TypeCheckError
 
 from jax_chunkattn.planning.workloads import case_inputs
 from pallas_kernels.attention_spec import AttentionSpec
-from pallas_kernels.chunk_attention import CHUNK_ATTENTION, xla
+from pallas_kernels.chunk_attention import CHUNK_ATTENTION, xla_items
 from pallas_kernels.coded_kv import HeadKV
 from pallas_kernels.head_map import GroupedHeads
 from pallas_kernels.plans import DecodeReads
@@ -48,8 +48,8 @@ def test_operands_that_are_not_the_attentions_are_refused(sizes):
 
 def test_types_are_checked_inside_the_implementations():
     kv, attention = HeadKV(STORED, jnp.int32(0)), AttentionSpec.of(4, 2, 16)
-    run = xla.Run(jnp.zeros(4, jnp.int32), jnp.int32(0), jnp.int32(1))
+    run = xla_items.Run(jnp.zeros(4, jnp.int32), jnp.int32(0), jnp.int32(1))
     for wrong in (Q, Q[0].astype(jnp.float16), None):
         with pytest.raises(TypeCheckError, match="queries"):
-            xla.attend_run(wrong, kv, run, attention)  # pyright: ignore[reportArgumentType]
-    xla.attend_run(Q[0], kv, run, attention)
+            xla_items.attend_run(wrong, kv, run, attention)  # pyright: ignore[reportArgumentType]
+    xla_items.attend_run(Q[0], kv, run, attention)

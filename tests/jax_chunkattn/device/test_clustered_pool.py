@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -94,7 +95,7 @@ def test_decoding_and_prefill_update_the_pool_in_place():
     rows[:, :2] = [[1, 1], [16, 16], [20, 20]]
     state = DeviceState(pool, RequestTable.of(RowState(*rows), [], toy_model().vocab_size))
     tables = [[1, 2, 3], [4, 5, 6]]
-    sizes = {"chunk_size": 16, "num_chunks": chunks}
+    sizes: Any = {"chunk_size": 16, "num_chunks": chunks}
     plan, _ = plan_decode(tables, [16, 16], columns=8, **sizes)
     model, slots = SplitModel.of(toy_model()), np.arange(2, dtype=np.int32)
     static = {"num_steps": 8, "implementation": "xla"}

@@ -74,8 +74,8 @@ def logits_by_the_definition(
     positions = jnp.arange(len(tokens), dtype=jnp.int32)
 
     def attend_layer(pool, layer, q, k, v):
-        exact = (np.asarray(x, np.float64) for x in (q, k, v))
-        output = attend(*exact, size, counts[int(layer)], q.shape[-1] ** -0.5)
+        q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+        output = attend(q, k, v, size, counts[int(layer)], q.shape[-1] ** -0.5)
         return jnp.asarray(output, jnp.float32), pool
 
     with jax.disable_jit():
