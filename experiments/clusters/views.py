@@ -46,7 +46,7 @@ def tables(result: Result) -> list[ResultTable]:
 
 def _row(one: ClusterMeasures, whole: ClusterMeasures) -> tuple[str, ...]:
     first = one is whole
-    change = f"{100 * one.perplexity_change:+.2f}±{100 * one.standard_error:.2f}"
+    change = f"{100 * one.perplexity_change:+.1f}±{100 * one.standard_error:.1f}"
     return (
         one.counted,
         one.membership or "",
