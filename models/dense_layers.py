@@ -12,7 +12,7 @@ from models.errors import LayerFileError
 from models.layer_file import LayerFile
 from models.sizes import MOST_LAYERS
 
-DENSE_LAYERS = LayerFile("dense_layers", "layers", range(MOST_LAYERS))
+DENSE_LAYERS = LayerFile("dense_layers", "dense layers", range(MOST_LAYERS))
 
 
 def load_dense_layers(path: str | Path, model: Decoder) -> tuple[int, ...]:

@@ -32,10 +32,10 @@ def test_a_file_is_of_the_model_that_it_was_measured_on(model, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "has no layers"),
-        ("[]", "must be a list of layers from 0, got None"),
-        ('{"dense_layers": [-1]}', r"must be a list of layers from 0, got \[-1\]"),
-        ('{"dense_layers": [true]}', r"must be a list of layers from 0, got \[True\]"),
+        ("{", "has no dense layers"),
+        ("[]", "must be a list of dense layers from 0, got None"),
+        ('{"dense_layers": [-1]}', r"must be a list of dense layers from 0, got \[-1\]"),
+        ('{"dense_layers": [true]}', r"must be a list of dense layers from 0, got \[True\]"),
         ('{"dense_layers": [1]}', "embedding_signature must be a list of numbers"),
     ],
 )
