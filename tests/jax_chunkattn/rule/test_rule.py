@@ -43,6 +43,14 @@ def takes_long(history, feature: Feature) -> bool:
     return history.__name__ in {"among_mates", "joined_at_any_step", "preempted", "evicted"}
 
 
+def is_thorough(history, feature: Feature) -> bool:
+    """Of combinations, whose programs take a minute to compile, the histories that ask most of them
+    are asked each time, and the others before a release."""
+    alone = {FEATURES[0].name, "marked chunks", "windows", "head pattern", "choices", "clusters"}
+    asked = {"warm_at_every_split", "in_pieces", "forked", "preempted"}
+    return feature.name not in alone and history.__name__ not in asked
+
+
 @functools.cache
 def expected(feature: Feature) -> Answer:
     [(_, answer)] = cold(feature)
@@ -67,6 +75,7 @@ def differs(answer: Answer, feature: Feature) -> bool:
             id=f"{history.__name__}-{feature.name}",
             marks=[
                 *([pytest.mark.slow] if takes_long(history, feature) else []),
+                *([pytest.mark.thorough] if is_thorough(history, feature) else []),
                 *([pytest.mark.optimised] if feature is FEATURES[0] else []),
             ],
         )
