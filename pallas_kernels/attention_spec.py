@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Array, Float
 
@@ -52,6 +52,12 @@ class AttentionSpec:
         """
         scale = 1 / math.sqrt(head_dim) if scale is None else scale
         return cls(GroupedHeads(query_heads, kv_heads), scale, softcap)
+
+    @property
+    def by_query_head(self) -> AttentionSpec:
+        """The same with a KV head for each query head."""
+        heads = self.heads.query_heads
+        return replace(self, heads=GroupedHeads(heads, heads))
 
     def cap(self, scores: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Scaled scores, with the softcap applied; not masked yet."""

@@ -10,6 +10,7 @@ from jax_chunkattn.device.cache_config import CacheConfig
 from jax_chunkattn.device.model_interface import CacheSpec
 from jax_chunkattn.planning.planner import PlannerOptions
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
+from pallas_kernels.head_map import GroupedHeads
 from pallas_kernels.implementations import AttentionShapes, needs_partials
 from pallas_kernels.prefill_attention import PREFILL_ATTENTION
 from pallas_kernels.targets import current_target
@@ -41,8 +42,8 @@ def choose_backend(
       ImplementationError: for an implementation that is unknown or cannot run here.
       ValueError: for a planner without the slots for partials that the implementation needs.
     """
-    group, clustered = spec.attention.heads.group, cache.clusters is not None
-    sizes = 1 if clustered else group, spec.head_dim, cache.chunk_size
+    clustered = cache.clusters is not None
+    sizes = _attended_heads(spec, cache).group, spec.head_dim, cache.chunk_size
     chosen = cache.selector is not None
     shapes = AttentionShapes(cache.dtype, *sizes, cache.chunk_codec, chosen, clustered)
     decode = CHUNK_ATTENTION.resolve(implementation, shapes)
@@ -55,13 +56,20 @@ def choose_backend(
     return Backend(decode, prefill, planner)
 
 
+def _attended_heads(spec: CacheSpec, cache: CacheConfig) -> GroupedHeads:
+    """As attention to the pool sees them."""
+    attention = spec.attention
+    return attention.heads if cache.clusters is None else attention.by_query_head.heads
+
+
 def _planner_for(implementation: str, spec: CacheSpec, cache: CacheConfig) -> PlannerOptions:
     if not needs_partials(implementation):
         return PlannerOptions()
+    heads = _attended_heads(spec, cache)
     return PlannerOptions.for_gpu(
         num_sms=current_target().num_sms,
-        num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads if cache.clusters is None else spec.num_heads,
+        num_heads=heads.query_heads,
+        num_kv_heads=heads.kv_heads,
         head_dim=spec.head_dim,
         chunk_size=cache.chunk_size,
         dtype_bytes=jnp.dtype(cache.dtype).itemsize,
