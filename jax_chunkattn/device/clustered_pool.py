@@ -11,12 +11,12 @@ from jax import lax
 from jaxtyping import Array, Float, Int32, UInt8
 
 from jax_chunkattn.device.cache_config import CacheConfig
-from jax_chunkattn.device.coded_pool import copied
 from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.model_interface import CacheSpec
+from jax_chunkattn.device.tails import as_kept, copied, written
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.clusters import ClusteredKV, HeadClusters, KeySlots, representatives_of
-from pallas_kernels.plans import HostOrDevice, NewTokens, OwnChunks, PrefillPlan, Reads
+from pallas_kernels.plans import HostOrDevice, NewTokens, OwnChunks, PrefillPlan, Reads, Sealing
 
 
 @jax.tree_util.register_dataclass
@@ -112,17 +112,17 @@ class ClusteredPool:
         itself = jnp.arange(heads, dtype=jnp.int32)[None]
         return jnp.where((first_chunks < self.num_chunks)[:, None], found, itself)
 
-    def with_first_chunks(
+    def with_sealed_maps(
         self,
         layer: Int32[Array, ""],
         q: Float[Array, "T Hq D"],
         k: Float[Array, "T Hkv D"],
-        plan: PrefillPlan,
+        sealing: Sealing,
+        first_chunks: Int32[Array, " M"],
     ) -> ClusteredPool:
         """With the maps of all chunks that a prefill call completes: found for first chunks, for
-        others as their sequence's first one has it."""
-        sealing, size = plan.sealing, self.chunk_size
-        assert sealing is not None, "planned for a pool that makes something of full chunks"
+        others as the first one of their sequence has it."""
+        size = self.chunk_size
         begin, chunks = jnp.asarray(sealing.begin), jnp.asarray(sealing.chunks)
         is_first = (jnp.asarray(sealing.positions) == 0) & (chunks < self.num_chunks)
         count = jnp.asarray(self.clusters.counts, jnp.int32)[layer]
@@ -139,9 +139,7 @@ class ClusteredPool:
         pool = self
         if len(q) >= size:  # else it can complete none
             pool = lax.fori_loop(0, is_first.sum(dtype=jnp.int32), find, self)
-        sequence, _ = plan.token_positions(len(q))
-        first = jnp.asarray(plan.block_tables)[sequence.at[begin].get(mode="clip"), 0]
-        return pool._with_maps(layer, chunks, pool.read_by(layer, first))
+        return pool._with_maps(layer, chunks, pool.read_by(layer, first_chunks))
 
     def write_rows(
         self,
@@ -151,9 +149,8 @@ class ClusteredPool:
         rows: DecodeRows,
     ) -> ClusteredPool:
         """With a token of each active row in its tail, keys and values as query heads read them."""
-        _, offsets = rows.place(self.num_chunks, self.chunk_size)
-        slots = jnp.where(rows.active, rows.slots, self.num_slots)
-        return self._write_tails(layer, *self._exact(k, v), slots, offsets)
+        slots, offsets = rows.place_in_tails(self.num_slots, self.num_chunks, self.chunk_size)
+        return self._write_tails(layer, *as_kept(k, v, self.dtype), slots, offsets)
 
     def write_queries(
         self,
@@ -163,10 +160,7 @@ class ClusteredPool:
         offsets: Int32[HostOrDevice, " T"],
     ) -> ClusteredPool:
         """With queries of tokens in first chunks, by which heads will be clustered."""
-        queries = self.tail_queries.at[layer, :, slots, offsets].set(
-            q.astype(self.dtype), mode="drop", unique_indices=True
-        )
-        return replace(self, tail_queries=queries)
+        return replace(self, tail_queries=written(self.tail_queries, q, layer, slots, offsets))
 
     def own_chunks(self, rows: DecodeRows) -> OwnChunks:
         """The chunks that rows decode in."""
@@ -183,7 +177,7 @@ class ClusteredPool:
         it begins; and the call's tokens, as they are read by those of the same chunk."""
         sealing, group = plan.sealing, self.attention.heads.group
         assert sealing is not None, "planned for a pool that makes something of full chunks"
-        k, v = self._exact(k, v)
+        k, v = as_kept(k, v, self.dtype)
         chunks = jnp.asarray(sealing.chunks)
         maps = self.representatives.at[layer, chunks].get(mode="clip").astype(jnp.int32)
         kept = self.slots.kept(maps)  # M S
@@ -236,7 +230,7 @@ class ClusteredPool:
             kept = self.slots.kept(maps)  # L S
             kept_keys = jnp.take_along_axis(keys, kept[..., None, None], axis=1)
             return replace(
-                pool._with_all_maps(chunk, maps),
+                pool._with_maps(slice(None), chunk, maps),
                 keys=pool.keys.at[places, chunk].set(kept_keys, mode="drop"),
                 values=pool.values.at[:, :, chunk].set(values[:, ::group], mode="drop"),
             )
@@ -247,17 +241,14 @@ class ClusteredPool:
         self, sources: Int32[HostOrDevice, " M"], destinations: Int32[HostOrDevice, " M"]
     ) -> ClusteredPool:
         """With chunks copied, and their maps; all are read before any is written."""
-
-        def along_second(array: Array) -> Array:
-            return array.at[:, destinations].set(array[:, sources], mode="drop")
-
-        (values,) = copied((self.values,), sources, destinations)
+        others = self.keys, self.representatives, self.head_slots
+        keys, representatives, head_slots = copied(others, sources, destinations, axis=1)
         return replace(
             self,
-            keys=along_second(self.keys),
-            values=values,
-            representatives=along_second(self.representatives),
-            head_slots=along_second(self.head_slots),
+            keys=keys,
+            values=copied(self.values, sources, destinations),
+            representatives=representatives,
+            head_slots=head_slots,
         )
 
     def copy_tails(
@@ -280,34 +271,21 @@ class ClusteredPool:
 
     def _with_maps(
         self,
-        layer: Int32[Array, ""],
+        layer: Int32[Array, ""] | slice,
         chunks: Int32[Array, "*chunks"],
-        representatives: Int32[Array, "*chunks Hq"],
+        representatives: Int32[Array, "*maps Hq"],
     ) -> ClusteredPool:
-        """With the maps of chunks of a layer; chunk N drops one."""
-        return self._put_maps((layer, chunks), representatives)
-
-    def _with_all_maps(
-        self, chunk: Int32[Array, ""], representatives: Int32[Array, "L Hq"]
-    ) -> ClusteredPool:
-        """With the maps of a chunk of all layers."""
-        return self._put_maps((slice(None), chunk), representatives)
-
-    def _put_maps(self, place: tuple, representatives: Int32[Array, "*maps Hq"]) -> ClusteredPool:
+        """With the maps of chunks of a layer, or of several; chunk N drops one."""
         slots = self.slots.of_heads(representatives)
 
         def put(array: Array, new: Array) -> Array:
-            return array.at[place].set(new.astype(jnp.uint8), mode="drop")
+            return array.at[layer, chunks].set(new.astype(jnp.uint8), mode="drop")
 
         return replace(
             self,
             representatives=put(self.representatives, representatives),
             head_slots=put(self.head_slots, slots),
         )
-
-    def _exact(self, k: Float[Array, "T Hq D"], v: Float[Array, "T Hq D"]) -> tuple[Array, Array]:
-        """As tails keep them; values are finite, for the reason that `StoredKV.write` has."""
-        return k.astype(self.dtype), jnp.nan_to_num(v.astype(self.dtype))
 
     def _write_tails(
         self,
@@ -317,8 +295,6 @@ class ClusteredPool:
         slots: Int32[HostOrDevice, " T"],
         offsets: Int32[HostOrDevice, " T"],
     ) -> ClusteredPool:
-        def put(tails: Array, new: Array) -> Array:
-            target = tails.at[layer, :, slots, offsets]
-            return target.set(new, mode="drop", unique_indices=True)
-
-        return replace(self, tail_keys=put(self.tail_keys, k), tail_values=put(self.tail_values, v))
+        tails = self.tail_keys, self.tail_values
+        keys, values = written(tails, (k, v), layer, slots, offsets)
+        return replace(self, tail_keys=keys, tail_values=values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,10 @@ from jaxtyping import Array, Float, Int32
 from jax_chunkattn.device.cache_config import CacheConfig
 from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.model_interface import CacheSpec
+from jax_chunkattn.device.tails import as_kept, copied, written
 from pallas_kernels.codecs import ChunkCodec, ChunkContext, Constants, TensorCodec
 from pallas_kernels.coded_kv import CodedKV, Encoded
 from pallas_kernels.plans import HostOrDevice, NewTokens, OwnChunks, PrefillPlan, Reads
-
-Arrays = TypeVar("Arrays")
-"""Any tree of arrays."""
 
 
 @jax.tree_util.register_dataclass
@@ -105,9 +103,8 @@ class CodedPool:
         rows: DecodeRows,
     ) -> CodedPool:
         """With a token of each active row in its tail."""
-        _, offsets = rows.place(self.num_chunks, self.chunk_size)
-        slots = jnp.where(rows.active, rows.slots, self.num_slots)
-        return self._write_tails(layer, *self._exact(k, v), slots, offsets)
+        slots, offsets = rows.place_in_tails(self.num_slots, self.num_chunks, self.chunk_size)
+        return self._write_tails(layer, *as_kept(k, v, self.dtype), slots, offsets)
 
     def own_chunks(self, rows: DecodeRows) -> OwnChunks:
         """The chunks that rows decode in."""
@@ -124,7 +121,7 @@ class CodedPool:
         call's tokens, as they are read by those of the same chunk."""
         sealing = plan.sealing
         assert sealing is not None, "planned for a pool that encodes"
-        k, v = self._exact(k, v)
+        k, v = as_kept(k, v, self.dtype)
         keys, values = (sealing.chunks_of(tokens, self.chunk_size) for tokens in (k, v))
         coded = self.at_layer(layer).write(keys, values, sealing.chunks, sealing.positions)
         pool = replace(self, keys=coded.keys, values=coded.values)
@@ -182,12 +179,6 @@ class CodedPool:
         keys, values = copied((self.tail_keys, self.tail_values), sources, destinations)
         return replace(self, tail_keys=keys, tail_values=values)
 
-    def _exact(self, k: Float[Array, "T Hkv D"], v: Float[Array, "T Hkv D"]) -> tuple[Array, Array]:
-        """As tails keep them, so that it does not matter where a token was read; values are finite,
-        for the reason that `StoredKV.write` has."""
-        dtype = self.tail_keys.dtype
-        return k.astype(dtype), jnp.nan_to_num(v.astype(dtype))
-
     def _write_tails(
         self,
         layer: Int32[Array, ""],
@@ -196,18 +187,6 @@ class CodedPool:
         slots: Int32[HostOrDevice, " T"],
         offsets: Int32[HostOrDevice, " T"],
     ) -> CodedPool:
-        def put(tails, new):
-            target = tails.at[layer, :, slots, offsets]
-            return target.set(new, mode="drop", unique_indices=True)
-
-        return replace(self, tail_keys=put(self.tail_keys, k), tail_values=put(self.tail_values, v))
-
-
-def copied(
-    arrays: Arrays, sources: Int32[HostOrDevice, " M"], destinations: Int32[HostOrDevice, " M"]
-) -> Arrays:
-    """Arrays of all layers, heads and chunks (or slots) with some copied; a destination behind the
-    last drops one."""
-    return jax.tree.map(
-        lambda array: array.at[:, :, destinations].set(array[:, :, sources], mode="drop"), arrays
-    )
+        tails = self.tail_keys, self.tail_values
+        keys, values = written(tails, (k, v), layer, slots, offsets)
+        return replace(self, tail_keys=keys, tail_values=values)

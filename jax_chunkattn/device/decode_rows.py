@@ -48,6 +48,14 @@ class DecodeRows:
         active = jnp.broadcast_to(self.active, shape)
         return jnp.where(active, chunks, num_chunks), slot % chunk_size
 
+    def place_in_tails(
+        self, num_slots: int, num_chunks: int, chunk_size: int
+    ) -> tuple[Int32[Array, " B"], Int32[Array, " B"]]:
+        """The slot and the offset in its tail where the step's token goes; slot S for frozen
+        rows."""
+        _, offsets = self.place(num_chunks, chunk_size)
+        return jnp.where(self.active, self.slots, num_slots), offsets
+
     def for_each_filled(
         self,
         num_chunks: int,

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from jax_chunkattn.device.cache_config import CacheConfig
-from jax_chunkattn.device.coded_pool import copied
 from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.model_interface import CacheSpec
+from jax_chunkattn.device.tails import copied
 from pallas_kernels.plans import HostOrDevice, PrefillPlan, Reads
 from pallas_kernels.stored_kv import StoredKV
 

@@ -1,9 +1,9 @@
 """Queries, keys and values as clustered heads read them, while a model runs: by step when decoding,
-by call in prefill."""
+by call in prefill. What does not depend on the layer is found once for all of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
@@ -12,8 +12,7 @@ from jax_chunkattn.device.clustered_pool import ClusteredPool
 from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.pool import Pool
 from pallas_kernels.attention_spec import AttentionSpec
-from pallas_kernels.head_map import GroupedHeads
-from pallas_kernels.plans import PrefillPlan
+from pallas_kernels.plans import HostOrDevice, PrefillPlan, Sealing
 
 ByHead = tuple[Float[Array, "T Hq D"], Float[Array, "T Hq D"], Float[Array, "T Hq D"]]
 """Queries, keys and values, each of every query head."""
@@ -22,54 +21,36 @@ ByHead = tuple[Float[Array, "T Hq D"], Float[Array, "T Hq D"], Float[Array, "T H
 def attention_of(pool: Pool, attention: AttentionSpec) -> AttentionSpec:
     """The attention to what a pool holds: where heads form clusters, each query head reads keys and
     values of its own."""
-    if not isinstance(pool, ClusteredPool):
-        return attention
-    heads = attention.heads.query_heads
-    return replace(attention, heads=GroupedHeads(heads, heads))
+    return attention.by_query_head if isinstance(pool, ClusteredPool) else attention
 
 
 @dataclass(frozen=True)
-class RowHeads:
-    """The heads of a decode batch's rows at one step."""
+class ClusteredHeads:
+    """The heads of a decode batch's rows at a step, or of a prefill call's tokens.
 
-    rows: DecodeRows
-    first_chunks: Int32[Array, " B"]  # of their sequences; N where that is the one they decode in
+    Letters: T rows or tokens, M chunks that the call completes.
+    """
+
+    first_chunks: Int32[Array, " T"]  # of their sequences; N where they lie in those
+    query_slots: Int32[Array, " T"]  # whose tail keeps their queries; S where none does
+    offsets: Int32[HostOrDevice, " T"]  # in the tail
+    sealing: Sealing | None = None  # of a prefill call
+    sealed_first: Int32[Array, " M"] | None = None  # first chunks of what it completes
 
     @classmethod
-    def of(cls, pool: ClusteredPool, rows: DecodeRows) -> RowHeads:
+    def of_rows(cls, pool: ClusteredPool, rows: DecodeRows) -> ClusteredHeads:
         """By the tables of the plan."""
-        tables = rows.plan.tables
+        tables, size = rows.plan.tables, pool.chunk_size
         assert tables is not None, "planned with the rows' tables"
-        in_first = rows.lengths < pool.chunk_size
-        return cls(rows, jnp.where(in_first, pool.num_chunks, jnp.asarray(tables)[:, 0]))
-
-    def apply(
-        self,
-        pool: Pool,
-        layer: Int32[Array, ""],
-        q: Float[Array, "B Hq D"],
-        k: Float[Array, "B Hkv D"],
-        v: Float[Array, "B Hkv D"],
-    ) -> tuple[ByHead, ClusteredPool]:
-        """As the rows' heads read them; and the pool with queries of first chunks."""
-        assert isinstance(pool, ClusteredPool), "they were made for one"
-        rows, size = self.rows, pool.chunk_size
-        in_first = rows.active & (rows.lengths < size)
-        slots = jnp.where(in_first, rows.slots, pool.num_slots)
-        pool = pool.write_queries(layer, q, slots, rows.lengths % size)
-        return _by_head(q, k, v, pool.read_by(layer, self.first_chunks)), pool
-
-
-@dataclass(frozen=True)
-class TokenHeads:
-    """The heads of a prefill call's tokens."""
-
-    plan: PrefillPlan
-    first_chunks: Int32[Array, " T"]  # of their sequences; N where that is the one they lie in
-    query_slots: Int32[Array, " T"]  # whose tail keeps a token's queries; S where none does
+        in_first = rows.lengths < size
+        return cls(
+            jnp.where(in_first, pool.num_chunks, jnp.asarray(tables)[:, 0]),
+            jnp.where(rows.active & in_first, rows.slots, pool.num_slots),
+            rows.lengths % size,
+        )
 
     @classmethod
-    def of(cls, pool: ClusteredPool, plan: PrefillPlan) -> TokenHeads:
+    def of_tokens(cls, pool: ClusteredPool, plan: PrefillPlan) -> ClusteredHeads:
         """By the tables of the plan."""
         sealing = plan.sealing
         assert sealing is not None, "planned for a pool that makes something of full chunks"
@@ -77,9 +58,11 @@ class TokenHeads:
         in_first = positions < pool.chunk_size
         first = jnp.asarray(plan.block_tables)[sequence, 0]
         return cls(
-            plan,
             jnp.where(in_first, pool.num_chunks, first),
             jnp.where(in_first, jnp.asarray(sealing.tail_slots), pool.num_slots),
+            plan.write_offsets,
+            sealing,
+            first.at[jnp.asarray(sealing.begin)].get(mode="clip"),
         )
 
     def apply(
@@ -90,22 +73,24 @@ class TokenHeads:
         k: Float[Array, "T Hkv D"],
         v: Float[Array, "T Hkv D"],
     ) -> tuple[ByHead, ClusteredPool]:
-        """As the tokens' heads read them; and the pool with the maps of chunks that the call
-        completes, and queries of first chunks that it does not."""
+        """As the heads read them; and the pool with the maps of chunks that a call completes, and
+        queries of first chunks that are not full."""
         assert isinstance(pool, ClusteredPool), "they were made for one"
-        pool = pool.with_first_chunks(layer, q, k, self.plan)
-        pool = pool.write_queries(layer, q, self.query_slots, self.plan.write_offsets)
+        if self.sealing is not None:
+            assert self.sealed_first is not None, "of the same call"
+            pool = pool.with_sealed_maps(layer, q, k, self.sealing, self.sealed_first)
+        pool = pool.write_queries(layer, q, self.query_slots, self.offsets)
         return _by_head(q, k, v, pool.read_by(layer, self.first_chunks)), pool
 
 
-def row_heads(pool: Pool, rows: DecodeRows) -> RowHeads | None:
+def row_heads(pool: Pool, rows: DecodeRows) -> ClusteredHeads | None:
     """The heads of rows at a step; None for a pool where each attends for itself."""
-    return RowHeads.of(pool, rows) if isinstance(pool, ClusteredPool) else None
+    return ClusteredHeads.of_rows(pool, rows) if isinstance(pool, ClusteredPool) else None
 
 
-def token_heads(pool: Pool, plan: PrefillPlan) -> TokenHeads | None:
+def token_heads(pool: Pool, plan: PrefillPlan) -> ClusteredHeads | None:
     """The heads of a prefill call's tokens; None for a pool where each attends for itself."""
-    return TokenHeads.of(pool, plan) if isinstance(pool, ClusteredPool) else None
+    return ClusteredHeads.of_tokens(pool, plan) if isinstance(pool, ClusteredPool) else None
 
 
 def _by_head(

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from jax_chunkattn.device.cache_config import CacheConfig
-from jax_chunkattn.device.coded_pool import CodedPool, copied
+from jax_chunkattn.device.coded_pool import CodedPool
 from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.exact_pool import ChunkPool
 from jax_chunkattn.device.model_interface import CacheSpec
 from jax_chunkattn.device.read_counts import ReadCounts
+from jax_chunkattn.device.tails import copied
 from pallas_kernels.coded_kv import LayerKV
 from pallas_kernels.plans import HostOrDevice, NewTokens, OwnChunks, PrefillPlan, Reads
 from pallas_kernels.selection import ChunkSelector, Landmarks

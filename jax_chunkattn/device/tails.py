@@ -1,0 +1,53 @@
+"""Tails: the exact last chunk of each slot's row, where full chunks are kept in another form."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.plans import HostOrDevice
+
+Arrays = TypeVar("Arrays")
+"""Any tree of arrays."""
+
+
+def as_kept(
+    k: Float[Array, "T H D"], v: Float[Array, "T H D"], dtype: jnp.dtype
+) -> tuple[Float[Array, "T H D"], Float[Array, "T H D"]]:
+    """Keys and values as tails keep them, so that it does not matter where a token was read; values
+    are finite, for the reason that `StoredKV.write` has."""
+    return k.astype(dtype), jnp.nan_to_num(v.astype(dtype))
+
+
+def written(
+    tails: Arrays,
+    new: Arrays,
+    layer: Int32[Array, ""],
+    slots: Int32[HostOrDevice, " T"],
+    offsets: Int32[HostOrDevice, " T"],
+) -> Arrays:
+    """Tails `[L, H, S, C, D]` with new tokens `[T, H, D]` of a layer; slot S drops one."""
+
+    def put(tail: Array, tokens: Array) -> Array:
+        target = tail.at[layer, :, slots, offsets]
+        return target.set(tokens.astype(tail.dtype), mode="drop", unique_indices=True)
+
+    return jax.tree.map(put, tails, new)
+
+
+def copied(
+    arrays: Arrays,
+    sources: Int32[HostOrDevice, " M"],
+    destinations: Int32[HostOrDevice, " M"],
+    axis: int = 2,
+) -> Arrays:
+    """Arrays with some of what an axis counts, chunks or slots, copied; a destination behind the
+    last drops one."""
+    before = (slice(None),) * axis
+    return jax.tree.map(
+        lambda array: array.at[*before, destinations].set(array[*before, sources], mode="drop"),
+        arrays,
+    )
