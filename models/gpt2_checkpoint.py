@@ -21,8 +21,8 @@ from models.hf_config import read_config
 from models.layout import Layout, every_weight, pieces
 from models.presets import preset
 from models.safetensors_file import write_tensors
-from models.text_files import write_whole
 from models.weights import decoder_weights
+from models.whole_files import write_whole
 
 BYTES = 256
 END = "<|endoftext|>"

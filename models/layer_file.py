@@ -19,7 +19,7 @@ from models.decoder import Decoder
 from models.errors import LayerFileError
 from models.signature import is_signature_of, signature_of
 from models.sizes import is_size, shown
-from models.text_files import write_whole
+from models.whole_files import write_whole
 
 _SIGNATURE, _NUMBERS = "embedding_signature", 64
 

@@ -16,8 +16,6 @@ import dataclasses
 import json
 import math
 import mmap
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ import numpy as np
 from models.errors import CheckpointError
 from models.sizes import is_size
 from models.tensors import drop_pages
+from models.whole_files import whole_file
 
 LENGTH_BYTES = 8
 MOST_HEADER_BYTES = 100_000_000
@@ -144,18 +143,10 @@ def write_tensors(
         begin += array.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % LENGTH_BYTES)  # tensors begin at a multiple, for mapping
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        try:
-            file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
-            for array in arrays.values():
-                file.write(array.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with whole_file(path) as file:
+        file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+        for array in arrays.values():
+            file.write(array.tobytes())
 
 
 def refuse_lfs_pointer(path: Path, begin: bytes) -> None:

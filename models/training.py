@@ -22,6 +22,7 @@ from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.dense_attention import sequence_attend
 from models.errors import CheckpointError
+from models.saved_state import save_state, saved_state
 
 LARGEST_GRADIENT = 1.0
 """Longer gradients, all weights together, are cut to this length."""
@@ -120,8 +121,7 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Everything that the next steps depend on, as arrays."""
-        with path.open("wb") as file:
-            np.savez(file, *map(np.asarray, jax.tree.leaves((self._weights, self._moments))))
+        save_state(path, (self._weights, self._moments))
 
     def restore(self, path: Path) -> None:
         """Go on from where another training of the same config and steps was saved.
@@ -129,15 +129,8 @@ class Training:
         Raises:
           CheckpointError: when the file cannot be read, or is not of such a training.
         """
-        leaves, structure = jax.tree.flatten((self._weights, self._moments))
-        try:
-            with np.load(path) as arrays:
-                found = [arrays[name] for name in arrays.files]
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error})") from error
-        if [(one.shape, one.dtype) for one in found] != [(one.shape, one.dtype) for one in leaves]:
-            raise CheckpointError(f"{path} is not of a training of these sizes")
-        self._weights, self._moments = jax.tree.unflatten(structure, map(jnp.asarray, found))
+        state, what = (self._weights, self._moments), "a training of these sizes"
+        self._weights, self._moments = saved_state(path, state, what=what, error=CheckpointError)
 
 
 def position_waves(positions: int, hidden: int) -> Float32[np.ndarray, "P E"]:

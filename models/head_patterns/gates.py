@@ -34,6 +34,7 @@ from models.dense_attention import (
 )
 from models.errors import HeadPatternError
 from models.head_patterns.pattern import RECENT, SINKS, HeadPattern
+from models.saved_state import save_state, saved_state
 
 RATE, PENALTY = 0.02, 0.05
 """The paper's learning rate, and its weight of the mean gate (section 3.1)."""
@@ -114,9 +115,7 @@ class GateTraining:
 
     def save(self, path: Path) -> None:
         """Everything that the next steps depend on, as arrays."""
-        leaves = jax.tree.leaves(nnx.state((self._gates, self._optimizer)))
-        with path.open("wb") as file:
-            np.savez(file, *map(np.asarray, leaves))
+        save_state(path, nnx.state((self._gates, self._optimizer)))
 
     def restore(self, path: Path) -> None:
         """Go on from where another training of the same model and steps was saved.
@@ -124,17 +123,11 @@ class GateTraining:
         Raises:
           HeadPatternError: when the file cannot be read, or is not of such a training.
         """
-        state = nnx.state((self._gates, self._optimizer))
-        leaves, structure = jax.tree.flatten(state)
-        try:
-            with np.load(path) as arrays:
-                found = [arrays[name] for name in arrays.files]
-        except (OSError, ValueError) as error:
-            raise HeadPatternError(f"{path} cannot be read ({error})") from error
-        if [(one.shape, one.dtype) for one in found] != [(one.shape, one.dtype) for one in leaves]:
-            raise HeadPatternError(f"{path} is not of a training of this model's gates")
-        restored = jax.tree.unflatten(structure, map(jnp.asarray, found))
-        nnx.update((self._gates, self._optimizer), restored)
+        trained = self._gates, self._optimizer
+        what = "a training of this model's gates"
+        nnx.update(
+            trained, saved_state(path, nnx.state(trained), what=what, error=HeadPatternError)
+        )
 
 
 @partial(jax.jit, static_argnums=(0, 5, 6))

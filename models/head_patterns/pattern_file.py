@@ -22,7 +22,7 @@ from models.errors import HeadPatternError
 from models.head_patterns.pattern import HeadPattern
 from models.signature import is_signature_of, signature_of
 from models.sizes import is_size, shown
-from models.text_files import write_whole
+from models.whole_files import write_whole
 from pallas_kernels.windows import FAR
 
 TABLE, CONFIG = "full_attention_heads.tsv", "config.json"
