@@ -86,6 +86,20 @@ def second_half(text: str) -> str:
     return text[len(text) // 2 :]
 
 
+def given_text(path: Path | None) -> str:
+    """That of the option `--text`, or Python's own help.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return python_help() if path is None else read_text(path, "text")
+
+
+def text_name(path: Path | None) -> str:
+    """What a summary calls it."""
+    return "pydoc_data.topics" if path is None else path.name
+
+
 def read_text(path: Path, purpose: str) -> str:
     """The text of a file the user named.
 

@@ -15,13 +15,13 @@ from experiments.codecs import SUFFIX
 from experiments.harness.compilations import compilation_cache
 from experiments.harness.environment import describe_environment
 from experiments.harness.errors import UserError
-from experiments.harness.inputs import check_unchanged
 from experiments.harness.reading import Record
 from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
-from experiments.loading import LoadOptions, ModelSource, load_model
-from experiments.prompts import python_help, read_text, second_half, tokens_of
+from experiments.loading import ModelSource
+from experiments.over_text import OverText
+from experiments.prompts import python_help, read_text, second_half, text_name, tokens_of
 from models import LoadedModel
 from models.calibration import (
     Recipe,
@@ -61,7 +61,7 @@ def calibrate(config: CalibrateConfig, source: ModelSource, folder: ResultFolder
     summary = {
         "experiment": "calibrate",
         **{name: getattr(config, name) for name in ("model", "windows", "window", "stride")},
-        "text": "pydoc_data.topics" if config.text is None else config.text.name,
+        "text": text_name(config.text),
         "outliers": config.outliers,
         "codecs": [
             {name: one[name] for name in ("codec", "file", "bytes_per_token")} for one in fitted
@@ -82,16 +82,8 @@ def _recipes(config: CalibrateConfig) -> Iterator[tuple[str, Recipe]]:
             yield f"step-{step}", recipe
 
 
-class _Fitting:
+class _Fitting(OverText[CalibrateConfig]):
     """Holds the model and the samples, each made when first needed."""
-
-    def __init__(
-        self, config: CalibrateConfig, source: ModelSource, text: str, folder: ResultFolder
-    ) -> None:
-        self._config = config
-        self._source = source
-        self._text = text
-        self._folder = folder
 
     def read(self, window: int) -> Record:
         began = time.perf_counter()
@@ -147,10 +139,7 @@ class _Fitting:
 
     @functools.cached_property
     def _loaded(self) -> LoadedModel:
-        config = self._config
-        options = LoadOptions(config.dtype, config.seed, config.max_positions)
-        loaded = load_model(self._source, options)
-        check_unchanged(self._folder.inputs, config)
+        config, loaded = self._config, self.loaded
         if config.window > loaded.config.max_positions:
             raise UserError(
                 f"--window makes {config.window:,} positions, {config.model} has "

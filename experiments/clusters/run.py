@@ -18,17 +18,16 @@ from experiments.harness import timing
 from experiments.harness.compilations import compilation_cache
 from experiments.harness.environment import describe_environment
 from experiments.harness.errors import UserError
-from experiments.harness.inputs import check_unchanged
 from experiments.harness.reading import Record
 from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
-from experiments.loading import LoadOptions, ModelSource, load_model
-from experiments.prompts import python_help, read_text, second_half, tokens_of
+from experiments.loading import ModelSource
+from experiments.over_text import OverText
+from experiments.prompts import given_text, second_half, text_name, tokens_of
 from experiments.quality.codecs import compare
 from experiments.quality.run_codecs import agreement_lists
 from experiments.quality.scoring import Passage, Scores, SharedScorer, passage_tokens
-from models import LoadedModel
 from models.head_clusters import (
     CLUSTERS,
     clustering_errors,
@@ -59,7 +58,7 @@ def measure(config: ClustersConfig, source: ModelSource, folder: ResultFolder) -
     """Run the experiment into `folder`."""
     began = time.perf_counter()
     environment = describe_environment()
-    text = python_help() if config.text is None else read_text(config.text, "text")
+    text = given_text(config.text)
     folder.begin(environment)
     work = _Clustering(config, source, text, folder)
     measure_units(folder, {"counts": work.find}, "find")
@@ -76,7 +75,7 @@ def measure(config: ClustersConfig, source: ModelSource, folder: ResultFolder) -
     summary = {
         "experiment": "clusters",
         **{name: getattr(config, name) for name in _SETTING},
-        "text": "pydoc_data.topics" if config.text is None else config.text.name,
+        "text": text_name(config.text),
         "scored_tokens": config.window * config.windows * config.passages,
         "counts": work.counts,
         "measured": [dataclasses.asdict(one) for one in cluster_measures(records)],
@@ -86,16 +85,8 @@ def measure(config: ClustersConfig, source: ModelSource, folder: ResultFolder) -
     return finish(folder, summary)
 
 
-class _Clustering:
+class _Clustering(OverText[ClustersConfig]):
     """Finds counts, and measures a model whose heads form so many clusters."""
-
-    def __init__(
-        self, config: ClustersConfig, source: ModelSource, text: str, folder: ResultFolder
-    ) -> None:
-        self._config = config
-        self._source = source
-        self._text = text
-        self._folder = folder
 
     @property
     def counts(self) -> dict[str, list[int]]:
@@ -214,11 +205,3 @@ class _Clustering:
             Passage.of(tokens[begin : begin + each], *shape)
             for begin in range(0, each * config.passages, each)
         ]
-
-    @functools.cached_property
-    def loaded(self) -> LoadedModel:
-        config = self._config
-        options = LoadOptions(config.dtype, config.seed, config.max_positions)
-        loaded = load_model(self._source, options)
-        check_unchanged(self._folder.inputs, config)
-        return loaded

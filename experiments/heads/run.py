@@ -14,7 +14,6 @@ import numpy as np
 from experiments.harness.compilations import compilation_cache
 from experiments.harness.environment import describe_environment
 from experiments.harness.errors import UserError
-from experiments.harness.inputs import check_unchanged
 from experiments.harness.reading import Record
 from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
@@ -23,11 +22,12 @@ from experiments.heads.config import HeadsConfig
 from experiments.heads.measures import head_measures
 from experiments.heads.table import Table
 from experiments.heads.training_texts import copied_text
-from experiments.loading import LoadOptions, ModelSource, load_model
-from experiments.prompts import python_help, read_text, second_half, tokens_of
+from experiments.loading import ModelSource
+from experiments.over_text import OverText
+from experiments.prompts import given_text, second_half, text_name, tokens_of
 from experiments.quality.codecs import copy_passage, string_begins
 from experiments.quality.config import SHOWN, STRING
-from models import HeadPatternError, LoadedModel
+from models import HeadPatternError
 from models.head_patterns import GateTraining, HeadPattern, copy_scores, write_pattern
 
 _SETTING = (
@@ -50,7 +50,7 @@ def measure(config: HeadsConfig, source: ModelSource, folder: ResultFolder) -> d
     """Run the experiment into `folder`."""
     began = time.perf_counter()
     environment = describe_environment()
-    text = python_help() if config.text is None else read_text(config.text, "text")
+    text = given_text(config.text)
     folder.begin(environment)
     finding = _Finding(config, source, text, folder)
     measure_units(folder, dict(finding.units()), "find")
@@ -69,7 +69,7 @@ def measure(config: HeadsConfig, source: ModelSource, folder: ResultFolder) -> d
         "experiment": "heads",
         **{name: getattr(config, name) for name in _SETTING},
         "patterns": finding.names,
-        "text": "pydoc_data.topics" if config.text is None else config.text.name,
+        "text": text_name(config.text),
         "scored_tokens": config.window * config.windows,
         "measured": [dataclasses.asdict(one) for one in head_measures(records)],
         "seconds": round(time.perf_counter() - began, 3),
@@ -78,16 +78,13 @@ def measure(config: HeadsConfig, source: ModelSource, folder: ResultFolder) -> d
     return finish(folder, summary)
 
 
-class _Finding:
+class _Finding(OverText[HeadsConfig]):
     """Finds the patterns, each into a folder of its own."""
 
     def __init__(
         self, config: HeadsConfig, source: ModelSource, text: str, folder: ResultFolder
     ) -> None:
-        self._config = config
-        self._source = source
-        self._text = text
-        self._folder = folder
+        super().__init__(config, source, text, folder)
         self._training: GateTraining | None = None
 
     @property
@@ -115,14 +112,6 @@ class _Finding:
         """Delete what only going on needs."""
         for path in self._state_paths():
             path.unlink()
-
-    @functools.cached_property
-    def loaded(self) -> LoadedModel:
-        config = self._config
-        options = LoadOptions(config.dtype, config.seed, config.max_positions)
-        loaded = load_model(self._source, options)
-        check_unchanged(self._folder.inputs, config)
-        return loaded
 
     def _names_of(self, chooser: str) -> list[str]:
         if chooser != "random":

@@ -12,18 +12,17 @@ import numpy as np
 from experiments.harness.compilations import compilation_cache
 from experiments.harness.environment import describe_environment
 from experiments.harness.errors import UserError
-from experiments.harness.inputs import check_unchanged
 from experiments.harness.reading import Record
 from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
 from experiments.layers.config import LayersConfig
-from experiments.loading import LoadOptions, ModelSource, load_model
-from experiments.prompts import python_help, read_text, tokens_of
+from experiments.loading import ModelSource
+from experiments.over_text import OverText
+from experiments.prompts import given_text, text_name, tokens_of
 from experiments.quality.codecs import compare
 from experiments.quality.scoring import Passage, SharedScorer, passage_tokens
 from experiments.select_option import named_selector
-from models import LoadedModel
 from models.dense_layers import DENSE_LAYERS
 from pallas_kernels.selection import ChunkSelector
 
@@ -37,7 +36,7 @@ def measure(config: LayersConfig, source: ModelSource, folder: ResultFolder) -> 
     """Run the experiment into `folder`."""
     began = time.perf_counter()
     environment = describe_environment()
-    text = python_help() if config.text is None else read_text(config.text, "text")
+    text = given_text(config.text)
     folder.begin(environment)
     layers = _Layers(config, source, text, folder)
     every = range(layers.loaded.model.cache_spec.num_layers)
@@ -64,7 +63,7 @@ def measure(config: LayersConfig, source: ModelSource, folder: ResultFolder) -> 
     summary = {
         "experiment": "layers",
         **{name: getattr(config, name) for name in _SETTING},
-        "text": "pydoc_data.topics" if config.text is None else config.text.name,
+        "text": text_name(config.text),
         "scored_tokens": config.window * config.windows,
         "alone": alone,
         "dense_layers": dense,
@@ -76,16 +75,8 @@ def measure(config: LayersConfig, source: ModelSource, folder: ResultFolder) -> 
     return finish(folder, summary)
 
 
-class _Layers:
+class _Layers(OverText[LayersConfig]):
     """Measures what a model loses, over one passage, where some of its layers choose."""
-
-    def __init__(
-        self, config: LayersConfig, source: ModelSource, text: str, folder: ResultFolder
-    ) -> None:
-        self._config = config
-        self._source = source
-        self._text = text
-        self._folder = folder
 
     def alone(self, layer: int) -> Record:
         """Where this layer chooses, and all others read everything."""
@@ -95,15 +86,6 @@ class _Layers:
     def reading_all(self, layers: tuple[int, ...]) -> Record:
         """Where these layers read everything, and all others choose."""
         return {"kind": "together", "dense_layers": list(layers), **self._lost(layers)}
-
-    @functools.cached_property
-    def loaded(self) -> LoadedModel:
-        config = self._config
-        loaded = load_model(
-            self._source, LoadOptions(config.dtype, config.seed, config.max_positions)
-        )
-        check_unchanged(self._folder.inputs, config)
-        return loaded
 
     def _lost(self, dense: tuple[int, ...]) -> Record:
         """Mean KL of the next token's distribution from that of a model that reads everything."""

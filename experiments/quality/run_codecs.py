@@ -22,7 +22,7 @@ from experiments.harness.units import measure_units
 from experiments.harness.views import finish
 from experiments.head_option import chosen_heads
 from experiments.loading import LoadOptions, ModelSource, load_model
-from experiments.prompts import python_help, read_text, tokens_of
+from experiments.prompts import given_text, text_name, tokens_of
 from experiments.quality.codecs import (
     Agreement,
     answer_passage,
@@ -61,7 +61,7 @@ def measure(config: QualityConfig, source: ModelSource, folder: ResultFolder) ->
     """Run the experiment into `folder`."""
     began = time.perf_counter()
     environment = describe_environment()
-    text = python_help() if config.text is None else read_text(config.text, "text")
+    text = given_text(config.text)
     folder.begin(environment)
     scoring = _Scoring(config, source, text, folder.inputs)
     units = {IDENTITY: functools.partial(scoring.score, IDENTITY)}
@@ -78,7 +78,7 @@ def measure(config: QualityConfig, source: ModelSource, folder: ResultFolder) ->
     summary = {
         "experiment": "quality",
         **{name: getattr(config, name) for name in _SETTING},
-        "text": "pydoc_data.topics" if config.text is None else config.text.name,
+        "text": text_name(config.text),
         "scored_tokens": np.asarray(records[0]["logprobs"]).size,
         "codecs": [vars(one) for one in codec_measures(records)],
         "seconds": round(time.perf_counter() - began, 3),

@@ -19,7 +19,7 @@ from experiments.harness.reading import Record
 from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units, tell_taken_over
 from experiments.harness.views import finish
-from experiments.prompts import python_help, read_text
+from experiments.prompts import given_text, text_name
 from experiments.train_tiny.config import TrainTinyConfig
 from models import CheckpointError, num_parameters
 from models.gpt2_checkpoint import byte_gpt2, write_byte_gpt2
@@ -40,7 +40,7 @@ def train(config: TrainTinyConfig, folder: ResultFolder) -> dict[str, Any]:
     """Run the experiment into `folder`."""
     began = time.perf_counter()
     environment = describe_environment()
-    text = python_help() if config.text is None else read_text(config.text, "text")
+    text = given_text(config.text)
     work = _Training(config, text, folder)
     folder.begin(environment)
     done = work.run_steps()
@@ -50,7 +50,7 @@ def train(config: TrainTinyConfig, folder: ResultFolder) -> dict[str, Any]:
     summary = {
         "experiment": "train-tiny",
         **{name: getattr(config, name) for name in _SETTING},
-        "text": "pydoc_data.topics" if config.text is None else config.text.name,
+        "text": text_name(config.text),
         "steps_done": done,
         "bytes_read": done * config.batch * config.context,
         **{name: written[name] for name in ("parameters", "bits_per_byte", "perplexity", "scored")},
