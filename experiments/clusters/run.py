@@ -62,7 +62,6 @@ def measure(config: ClustersConfig, source: ModelSource, folder: ResultFolder) -
     folder.begin(environment)
     work = _Clustering(config, source, text, folder)
     measure_units(folder, {"counts": work.find}, "find")
-    work.write_files()
     cells: dict[str, Callable[[], Record]] = {
         "all heads": functools.partial(work.measure, "all heads", None)
     }
@@ -94,7 +93,7 @@ class _Clustering(OverText[ClustersConfig]):
         return self._folder.finished["counts"]["counts"]
 
     def find(self) -> Record:
-        """The counts of the elbow, and of each share."""
+        """The counts of the elbow, and of each share; each is written into a file of its own."""
         began = time.perf_counter()
         config = self._config
         tokens = tokens_of(self.loaded, second_half(self._text))
@@ -109,19 +108,16 @@ class _Clustering(OverText[ClustersConfig]):
         errors = clustering_errors(head_correlations(self.loaded.model, pieces), config.seed)
         counts = {ELBOW: elbows(errors)}
         counts |= {f"{100 * share:g}%": counts_within(errors, share) for share in config.shares}
+        for counted, of_layers in counts.items():
+            about = {"made_by": "jax_chunkattn", "model_name": config.model, "counted": counted}
+            path = self._folder.path / f"{counted.rstrip('%')}.json"
+            CLUSTERS.write(path, of_layers, self.loaded.model, about)
         return {
             "kind": "counts",
             "counts": {name: list(found) for name, found in counts.items()},
             "errors": [[float(f"{one:.4g}") for one in layer] for layer in errors.tolist()],
             "seconds": round(time.perf_counter() - began, 3),
         }
-
-    def write_files(self) -> None:
-        """Each of the counts, into a file of its own."""
-        about = {"made_by": "jax_chunkattn", "model_name": self._config.model}
-        for counted, counts in self.counts.items():
-            path = self._folder.path / f"{counted.rstrip('%')}.json"
-            CLUSTERS.write(path, counts, self.loaded.model, {**about, "counted": counted})
 
     def measure(self, counted: str, membership: str | None, draw: int = 0) -> Record:
         """The record of clusters, of chance in this draw; without a membership of the model as it
@@ -134,9 +130,10 @@ class _Clustering(OverText[ClustersConfig]):
             counts = tuple(self.counts[counted])
             clusters = HeadClusters(counts, membership, self._config.seed + draw)
             slots = KeySlots.of(clusters, spec.attention.heads).total
-        exact, found = self._exact, [self._hidden(passage, clusters) for passage in self._passages]
+        scorer = self._scorer(self._passages[0], clusters)
         targets = np.concatenate([passage.targets for passage in self._passages])
-        agreement = compare(self.loaded.model, exact, np.concatenate(found), targets)
+        found = self._hidden(scorer, clusters)
+        agreement = compare(self.loaded.model, self._exact, found, targets)
         return {
             "kind": "clusters",
             "counted": counted,
@@ -144,16 +141,15 @@ class _Clustering(OverText[ClustersConfig]):
             "draw": draw,
             "clusters": sum(counts),
             "key_bytes": slots * spec.head_dim * size,
-            "kv_bytes": self._scorer(self._passages[0], clusters).kv_bytes_per_token,
-            "decode_time": self._decode_time(clusters),
+            "kv_bytes": scorer.kv_bytes_per_token,
+            "decode_time": self._decode_time(scorer),
             **agreement_lists(agreement),
             "seconds": round(time.perf_counter() - began, 3),
         }
 
-    def _decode_time(self, clusters: HeadClusters | None) -> float:
+    def _decode_time(self, scorer: SharedScorer) -> float:
         """Of a step, over that of a step where each head attends for itself."""
-        passage = self._passages[0]
-        sides = {"all": self._scorer(passage, None), "some": self._scorer(passage, clusters)}
+        sides = {"all": self._all_heads, "some": scorer}
         calls: dict[str, Callable[[], Any]] = {
             name: functools.partial(self._decode, scorer) for name, scorer in sides.items()
         }
@@ -165,8 +161,10 @@ class _Clustering(OverText[ClustersConfig]):
         scores: Scores = scorer.decode()
         return jnp.asarray(scores.logprobs)
 
-    def _hidden(self, passage: Passage, clusters: HeadClusters | None) -> np.ndarray:
-        return self._scorer(passage, clusters).hidden()
+    def _hidden(self, first: SharedScorer, clusters: HeadClusters | None) -> np.ndarray:
+        """Of all passages, the first of which has its scorer already."""
+        others = (self._scorer(passage, clusters) for passage in self._passages[1:])
+        return np.concatenate([first.hidden(), *(scorer.hidden() for scorer in others)])
 
     def _scorer(self, passage: Passage, clusters: HeadClusters | None) -> SharedScorer:
         config = self._config
@@ -181,7 +179,11 @@ class _Clustering(OverText[ClustersConfig]):
 
     @functools.cached_property
     def _exact(self) -> np.ndarray:
-        return np.concatenate([self._hidden(passage, None) for passage in self._passages])
+        return self._hidden(self._all_heads, None)
+
+    @functools.cached_property
+    def _all_heads(self) -> SharedScorer:
+        return self._scorer(self._passages[0], None)
 
     @functools.cached_property
     def _passages(self) -> list[Passage]:
