@@ -199,7 +199,9 @@ def plan_decode(
     whole = None if columns is None else _whole_tables(table, plans[0], columns, num_chunks)
     if not windows:
         return replace(plans[0], tables=whole), summaries[0]
-    plans = assemble(PlanShape.largest_of(map(PlanShape.of, plans)))  # of one shape
+    shapes = [PlanShape.of(plan) for plan in plans]
+    if len(set(shapes)) > 1:
+        plans = assemble(PlanShape.largest_of(shapes))
     hidden = [
         reach.hidden(division.private) for reach, division in zip(reaches, divisions, strict=True)
     ]

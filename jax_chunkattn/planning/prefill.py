@@ -309,8 +309,9 @@ def _reads(
     reads = read(least)
     if not windows:
         return reads[0], None
-    items, item_chunks, slots = map(max, zip(*(one.sizes for one in reads), strict=True))
-    reads = read(PrefillShape(least.table_width, items, item_chunks, slots))  # of one shape
+    sizes = [one.sizes for one in reads]
+    if len(set(sizes)) > 1:
+        reads = read(PrefillShape(least.table_width, *map(max, zip(*sizes, strict=True))))
     hidden = [
         reach.hidden(by_row)
         for reach, by_row in zip(reaches, listed, strict=True)
