@@ -23,8 +23,9 @@ from pallas_kernels.coded_kv import LayerKV
 from pallas_kernels.plans import DecodeReads, HostOrDevice, PrefillReads, check_windows
 from pallas_kernels.targets import Target, current_target
 
-PREFERENCE = ("pallas_mosaic_gpu", "pallas_triton", "xla")
+PREFERENCE = ("pallas_mosaic_gpu", "pallas_triton", "native", "xla")
 """The first of these that runs is what `implementation=None` means."""
+NATIVE = "native"
 
 
 Reads = TypeVar("Reads", DecodeReads, PrefillReads)
@@ -158,7 +159,7 @@ class Operation(Generic[Reads]):
         return implementation
 
     def _problem(self, implementation: str, shapes: AttentionShapes) -> str | None:
-        if not needs_partials(implementation):
+        if not is_kernel(implementation):
             return None
         problem = _device_problem(implementation, current_target())
         if problem is not None:
@@ -189,9 +190,14 @@ def needs_partials(implementation: str) -> bool:
     return implementation.startswith("pallas")
 
 
+def is_kernel(implementation: str) -> bool:
+    """Whether it may be unable to run here: its module then says for what shapes."""
+    return implementation == NATIVE or needs_partials(implementation)
+
+
 def check_device(implementation: str | None) -> None:
     """Raises ImplementationError where no shapes would let an implementation run."""
-    if implementation is not None and needs_partials(implementation):
+    if implementation is not None and is_kernel(implementation):
         _refuse_for(implementation, _device_problem(implementation, current_target()))
 
 
@@ -209,6 +215,10 @@ def _refuse_for(implementation: str, problem: str | None) -> None:
 
 
 def _device_problem(implementation: str, target: Target) -> str | None:
+    if implementation == NATIVE:
+        if target.platform != "cpu":
+            return f"it is for CPUs, and the device is {target.name!r}"
+        return import_module("pallas_kernels.native.library").problem()
     if target.compute_capability is None:
         return f"it needs an NVIDIA GPU, and the device is {target.name!r}"
     major, minor = target.compute_capability

@@ -1,0 +1,319 @@
+// Attention of rows to the chunks that a plan names, read where they lie.
+//
+// Each unit of work leaves what it found in memory of its own, and each row then merges what concerns
+// it, in the order of the plan: so results are the same for any number of threads. The division into
+// a phase by chunks and one by sequences is ChunkAttention's, arXiv 2402.15220, section 3.2.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "pools.h"
+#include "tiles.h"
+#include "units.h"
+#include "workers.h"
+
+namespace chunks {
+
+struct Attention {
+  int query_heads, kv_heads, dim;
+  float scale;
+  float softcap;                // 0 for none
+  const float* queries;         // [rows, query_heads, dim]
+  float* output;                // the same
+  const int32_t* head_windows;  // [kv_heads], or null
+
+  int group() const { return query_heads / kv_heads; }
+};
+
+// What one thread works with.
+struct Scratch {
+  std::vector<float> queries, scores, keys, values;
+  std::vector<int32_t> lower, upper, opens;
+
+  template <class T>
+  static T* room(std::vector<T>& vector, int64_t size) {
+    if ((int64_t)vector.size() < size) vector.resize(size);
+    return vector.data();
+  }
+
+  static Scratch& here() {
+    static thread_local Scratch scratch;
+    return scratch;
+  }
+};
+
+// Reads a unit's tokens for one head, in blocks, and attends to them.
+template <class Pool>
+class Reader {
+  using Element = typename Pool::Element;
+
+ public:
+  Reader(const Attention& call, const Pool& pool, const ExactTokens& exact, int head,
+         const Unit& unit, State state)
+      : call_(call), pool_(pool), exact_(exact), head_(head), unit_(unit), state_(state),
+        width_(round_up(call.dim, LANES)), queries_(unit.rows * call.group()),
+        many_(unit.causal || queries_ > FewQueries::MOST) {
+    in_place_ = Pool::IN_PLACE && width_ == call.dim && (std::is_same_v<Element, float> || !many_);
+    state_.clear(queries_, width_);
+    int64_t scores = many_ ? ManyQueries::scores_size(queries_) : queries_ * FewQueries::LD;
+    scores_ = Scratch::room(scratch_.scores, scores);
+    keys_ = Scratch::room(scratch_.keys, (int64_t)BLOCK_TOKENS * width_);
+    values_ = Scratch::room(scratch_.values, (int64_t)BLOCK_TOKENS * width_);
+    pack_queries();
+  }
+
+  void attend() {
+    if (unit_.causal) return attend_causally();
+    read_pool(unit_.begin, unit_.end, unit_.hidden, unit_.opens);
+    flush();
+    int64_t size = (int64_t)pool_.chunk_size * call_.dim;
+    int64_t own = (head_ * exact_.slots + unit_.own_slot) * size;
+    read_exact(own, call_.dim, 0, unit_.own_end, unit_.own_hidden, unit_.own_opens);
+    flush();
+  }
+
+ private:
+  void pack_queries() {
+    int group = call_.group();
+    int64_t size = many_ ? ManyQueries::packed_size(queries_, call_.dim)
+                         : (int64_t)queries_ * width_;
+    packed_ = Scratch::room(scratch_.queries, size);
+    std::fill_n(packed_, size, 0.0f);
+    for (int i = 0; i < queries_; i++) {
+      int64_t row = unit_.list ? unit_.list[i / group] : unit_.row + i / group;
+      int64_t at = row * call_.query_heads + head_ * group + i % group;
+      const float* query = call_.queries + at * call_.dim;
+      if (many_) {
+        ManyQueries::pack(query, call_.scale, i, queries_, call_.dim, packed_);
+      } else {
+        for (int d = 0; d < call_.dim; d++) packed_[i * width_ + d] = query[d] * call_.scale;
+      }
+    }
+  }
+
+  // The places from the unit's first on that all rows see are read as they are; others are masked.
+  void attend_causally() {
+    int last = unit_.place + unit_.rows, size = pool_.chunk_size;
+    bool windowed = unit_.opens != INT_MIN;
+    int64_t padded = round_up(queries_, LANES);
+    int32_t* lower = Scratch::room(scratch_.lower, padded);
+    int32_t* upper = Scratch::room(scratch_.upper, padded);
+    int32_t* opens = Scratch::room(scratch_.opens, padded);
+    auto look = [&](auto of_row) {
+      std::fill_n(lower, padded, 0);
+      std::fill_n(upper, padded, 0);
+      std::fill_n(opens, padded, INT_MIN);
+      for (int i = 0; i < queries_; i++) of_row(i, i / call_.group());
+    };
+    auto chunk_of = [&](int place) { return place / size * size; };
+    int common = unit_.has_fresh ? chunk_of(unit_.place) : unit_.place + 1;
+    int end = unit_.has_fresh ? chunk_of(last - 1) : last;
+    look([&](int i, int row) {
+      int place = unit_.place + row;
+      upper[i] = unit_.has_fresh ? chunk_of(place) : place + 1;
+      if (windowed) opens[i] = unit_.opens + row;
+    });
+    Sight sight{lower, upper, opens, unit_.hidden};
+    if (!windowed) {
+      read_pool(unit_.begin, common, INT_MAX, INT_MIN);
+      flush();
+    }
+    sight_ = &sight;
+    read_pool(windowed ? unit_.begin : std::max(unit_.begin, common), end, unit_.hidden,
+              unit_.opens);
+    flush();
+    if (unit_.has_fresh) {
+      look([&](int i, int row) {
+        int place = unit_.place + row;
+        lower[i] = chunk_of(place);
+        upper[i] = place + 1;
+        if (windowed) opens[i] = unit_.own_opens + row;
+      });
+      sight.hidden = unit_.own_hidden;
+      int64_t stride = (int64_t)call_.kv_heads * call_.dim;
+      int64_t at = unit_.fresh * stride + head_ * call_.dim;
+      read_exact(at, stride, std::max(chunk_of(unit_.place), -unit_.fresh), last, INT_MAX, INT_MIN);
+      flush();
+    }
+  }
+
+  // Calls `read(begin, end)` for the places that are not hidden.
+  template <class Read>
+  static void unhidden(int begin, int end, int hidden, int opens, Read read) {
+    if (opens <= hidden) return read(begin, end);
+    read(begin, std::min(end, hidden));
+    read(std::max(begin, opens), end);
+  }
+
+  void read_pool(int begin, int end, int hidden, int opens) {
+    unhidden(begin, end, hidden, opens, [this](int place, int end) {
+      for (int tokens; place < end; place += tokens) {
+        int token = place % pool_.chunk_size;
+        tokens = std::min({end - place, pool_.chunk_size - token, BLOCK_TOKENS});
+        make_room(tokens, in_place_);
+        int64_t index = std::min<int64_t>(place / pool_.chunk_size, unit_.chunk_count - 1);
+        int64_t chunk = std::clamp<int64_t>(unit_.chunks[index], 0, pool_.chunks - 1);
+        if (in_place_) {
+          if constexpr (Pool::IN_PLACE) {
+            int64_t at = pool_.place(head_, chunk, token);
+            there_[count_++] = {pool_.keys + at, pool_.values + at, pool_.dim, tokens, place};
+          }
+        } else {
+          float *k = keys_ + held_ * width_, *v = values_ + held_ * width_;
+          pool_.read(head_, chunk, token, tokens, k, v, width_);
+          copied_[count_++] = {k, v, width_, tokens, place};
+        }
+        held_ += tokens;
+      }
+    });
+  }
+
+  // Tokens beside the pool, of which the one at place 0 begins `at` elements into them.
+  void read_exact(int64_t at, int64_t stride, int begin, int end, int hidden, int opens) {
+    unhidden(begin, end, hidden, opens, [&](int place, int end) {
+      for (int tokens; place < end; place += tokens) {
+        tokens = std::min(end - place, BLOCK_TOKENS);
+        make_room(tokens, false);
+        float *k = keys_ + held_ * width_, *v = values_ + held_ * width_;
+        exact_.read(at + place * stride, stride, tokens, call_.dim, k, v, width_);
+        copied_[count_++] = {k, v, width_, tokens, place};
+        held_ += tokens;
+      }
+    });
+  }
+
+  void make_room(int tokens, bool in_place) {
+    if (held_ + tokens > BLOCK_TOKENS || in_place != block_in_place_) flush();
+    block_in_place_ = in_place;
+  }
+
+  // Attends to the block.
+  void flush() {
+    if (count_ == 0) return;
+    if (many_) {
+      ManyQueries all(packed_, queries_, call_.dim, width_, call_.softcap, state_, scores_);
+      if constexpr (std::is_same_v<Element, float>) {
+        all.attend(block_in_place_ ? there_ : copied_, count_, sight_);
+      } else {
+        all.attend(copied_, count_, sight_);
+      }
+    } else {
+      FewQueries all(packed_, queries_, width_, call_.softcap, state_, scores_);
+      if (block_in_place_) {
+        all.attend(there_, count_);
+      } else {
+        all.attend(copied_, count_);
+      }
+    }
+    count_ = held_ = 0;
+  }
+
+  const Attention& call_;
+  const Pool& pool_;
+  const ExactTokens& exact_;
+  const int64_t head_;
+  const Unit& unit_;
+  State state_;
+  const int width_, queries_;
+  const bool many_;
+  bool in_place_, block_in_place_ = false;
+  Scratch& scratch_ = Scratch::here();
+  float *packed_, *scores_, *keys_, *values_;
+  const Sight* sight_ = nullptr;
+  int held_ = 0, count_ = 0;
+  Piece<Element> there_[BLOCK_TOKENS];
+  Piece<float> copied_[BLOCK_TOKENS];
+};
+
+// The partial results of one head: an output, a largest score, and a sum of weights in each slot.
+struct Partials {
+  float *output, *maximum, *total;
+  int64_t width;
+
+  State at(int64_t slot) const {
+    return {output + slot * width, maximum + slot, total + slot};
+  }
+
+  // Of several slots, in order; zeros where there was nothing to see.
+  void merge(const int64_t* slots, int64_t count, int64_t query, int dim, float* to) const {
+    float most = MASKED, sum = 0;
+    for (int64_t i = 0; i < count; i++) most = std::max(most, maximum[slots[i] + query]);
+    std::fill_n(to, dim, 0.0f);
+    for (int64_t i = 0; i < count; i++) {
+      int64_t slot = slots[i] + query;
+      float weight = exponential(maximum[slot] - most);
+      sum += total[slot] * weight;
+      for (int d = 0; d < dim; d++) to[d] += output[slot * width + d] * weight;
+    }
+    if (sum == 0) return;
+    float by = 1 / sum;
+    for (int d = 0; d < dim; d++) to[d] *= by;
+  }
+};
+
+constexpr int CUT_INTO = 128;           // as many units and more, where there is enough to read
+constexpr double ALONE = 1 << 18;       // products that take less time than waking a thread
+constexpr int64_t MERGE_ROWS = 8;       // of a task
+
+// Fills `call.output`. `add(units, window)` adds the units of a window.
+template <class Pool, class Add, class Schedule>
+void attend(const Attention& call, const Plan& plan, const Pool& pool, const ExactTokens& exact,
+            Add add, int64_t threads, Schedule schedule) {
+  static Buffers buffers;
+  const int group = call.group(), width = round_up(call.dim, LANES);
+  std::vector<Units> units(plan.windows, Units(plan.rows, group, pool.chunk_size));
+  for (int window = 0; window < plan.windows; window++) add(units[window], window);
+
+  std::vector<int> window_of(call.kv_heads, 0);
+  double cost = 0;
+  for (int head = 0; head < call.kv_heads; head++) {
+    if (call.head_windows) window_of[head] = std::clamp(call.head_windows[head], 0, plan.windows - 1);
+    cost += units[window_of[head]].cost();
+  }
+  for (Units& of_window : units) of_window.finish(std::max(cost / CUT_INTO, 1.0));
+
+  std::vector<int64_t> first_task(call.kv_heads + 1, 0), first_slot(call.kv_heads + 1, 0);
+  for (int head = 0; head < call.kv_heads; head++) {
+    const Units& of_head = units[window_of[head]];
+    first_task[head + 1] = first_task[head] + of_head.all.size();
+    first_slot[head + 1] = first_slot[head] + of_head.slot_count;
+  }
+  const int64_t slots = first_slot.back(), blocks = (plan.rows + MERGE_ROWS - 1) / MERGE_ROWS;
+  std::vector<float> buffer = buffers.take(slots * (width + 2));
+  float* data = buffer.data();
+  auto partials_of = [&](int head) {
+    int64_t first = first_slot[head];
+    return Partials{data + first * width, data + slots * width + first,
+                    data + slots * (width + 1) + first, width};
+  };
+
+  auto attend_unit = [&](int64_t task) {
+    auto next = std::upper_bound(first_task.begin(), first_task.end(), task);
+    int head = next - first_task.begin() - 1;
+    const Unit& unit = units[window_of[head]].all[task - first_task[head]];
+    Reader(call, pool, exact, head, unit, partials_of(head).at(unit.slot)).attend();
+  };
+  auto merge_rows = [&](int64_t task) {
+    int head = task / blocks;
+    Partials partials = partials_of(head);
+    const Units& of_head = units[window_of[head]];
+    int64_t first = task % blocks * MERGE_ROWS;
+    for (int64_t row = first; row < std::min<int64_t>(first + MERGE_ROWS, plan.rows); row++) {
+      const int64_t* of_row = of_head.slots.data() + of_head.begin[row];
+      int64_t count = of_head.begin[row + 1] - of_head.begin[row];
+      for (int g = 0; g < group; g++) {
+        int64_t query = row * call.query_heads + head * group + g;
+        partials.merge(of_row, count, g, call.dim, call.output + query * call.dim);
+      }
+    }
+  };
+  int64_t helpers = cost * call.dim < ALONE ? 0 : threads - 1;
+  helpers = std::min(helpers, first_task.back() - 1);
+  run_tasks(first_task.back(), blocks * call.kv_heads, helpers, schedule, attend_unit, merge_rows);
+  buffers.give_back(std::move(buffer));
+}
+
+}  // namespace chunks

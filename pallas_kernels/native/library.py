@@ -1,0 +1,45 @@
+"""The compiled kernel, loaded into this process and known to XLA."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+
+import jax
+from jaxtyping import Array, Float
+
+from pallas_kernels.native.build import BuildError, build, sources_digest
+
+CALLS = ("chunk_attention_decode", "chunk_attention_prefill")
+_lock = threading.Lock()
+
+
+def problem() -> str | None:
+    """Why it cannot run in this process, if it cannot. The first call compiles it, in seconds."""
+    with _lock:
+        return _load()
+
+
+def call(
+    name: str, operands: list[Array], output: jax.ShapeDtypeStruct, **attributes: object
+) -> Float[Array, "rows Hq D"]:
+    """What one of `CALLS` makes of its operands."""
+    return jax.ffi.ffi_call(_target(name), output)(*operands, **attributes)
+
+
+def _target(name: str) -> str:
+    # A program that was compiled with other sources, and kept, finds no target: not another one.
+    return f"{name}_{sources_digest()}"
+
+
+@functools.cache
+def _load() -> str | None:
+    try:
+        library = ctypes.CDLL(str(build()))
+    except (BuildError, OSError) as error:
+        return str(error)
+    for name in CALLS:
+        handler = jax.ffi.pycapsule(getattr(library, name))
+        jax.ffi.register_ffi_target(_target(name), handler, platform="cpu")
+    return None

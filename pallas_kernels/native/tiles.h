@@ -1,0 +1,344 @@
+// Attention of a few queries to a block of tokens: online softmax (arXiv 1805.02867) around two
+// matrix products whose tiles stay in registers.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "vectors.h"
+
+namespace chunks {
+
+constexpr float MASKED = -1e30f;  // finite, so that the difference of two of them is no NaN
+
+#ifndef BLOCK_TOKENS
+#define BLOCK_TOKENS 64
+#endif
+
+static inline int round_up(int number, int multiple) {
+  return (number + multiple - 1) / multiple * multiple;
+}
+
+// Tokens one after another, `stride` elements apart, and where the first stands in its sequence.
+template <class Element>
+struct Piece {
+  const Element* keys;
+  const Element* values;
+  int64_t stride;
+  int tokens;
+  int place;
+};
+
+// What queries have seen so far: weighted sums of values [rows, width], largest scores, and sums of
+// weights. All three are in the call's partials; the first `rows` numbers of each are kept.
+struct State {
+  float* output;
+  float* maximum;
+  float* total;
+
+  void clear(int rows, int width) {
+    std::fill_n(output, (int64_t)rows * width, 0.0f);
+    std::fill_n(maximum, rows, MASKED);
+    std::fill_n(total, rows, 0.0f);
+  }
+};
+
+// Which tokens each query sees, by their places: from `lower` to before `upper`, and of those the
+// ones before `hidden` or from `opens` on.
+struct Sight {
+  const int32_t* lower;
+  const int32_t* upper;
+  const int32_t* opens;
+  int32_t hidden;
+
+  IntVec of(int row, int32_t place) const {
+    IntVec at = spread(place);
+    IntVec open = (at < spread(hidden)) | (at >= load(opens + row));
+    return (at >= load(lower + row)) & (at < load(upper + row)) & open;
+  }
+};
+
+static inline Vec capped(Vec scores, float softcap) {
+  return tangent_hyperbolic(scores / softcap) * softcap;
+}
+
+static inline void scale_row(float* row, int width, float by) {
+  if (by == 1.0f) return;
+  for (int d = 0; d < width; d += LANES) store(row + d, load(row + d) * by);
+}
+
+// Rows += weights^T values, of R rows and V vectors of each. Weights are [tokens, ld] where `by_row`
+// is 1 and [rows, by_row] where `ld` is 1.
+template <int R, int V, class Element>
+static inline void weigh_tile(const Piece<Element>* pieces, int count, const float* weights,
+                              int64_t ld, int64_t by_row, int from, float* rows, int width) {
+  Vec sums[R][V];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) sums[r][v] = load(rows + r * width + from + v * LANES);
+  for (const Piece<Element>* piece = pieces; piece < pieces + count; piece++) {
+    const Element* values = piece->values + from;
+    for (int t = 0; t < piece->tokens; t++) {
+      Vec value[V];
+      for (int v = 0; v < V; v++) value[v] = load(values + v * LANES);
+      for (int r = 0; r < R; r++) {
+        Vec weight = spread(weights[r * by_row]);
+        for (int v = 0; v < V; v++) sums[r][v] += weight * value[v];
+      }
+      values += piece->stride;
+      weights += ld;
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) store(rows + r * width + from + v * LANES, sums[r][v]);
+}
+
+template <int R, int V, class Element>
+static inline int weigh_tiles(const Piece<Element>* pieces, int count, const float* weights,
+                              int64_t ld, int64_t by_row, int from, float* rows, int width) {
+  for (; from + V * LANES <= width; from += V * LANES)
+    weigh_tile<R, V>(pieces, count, weights, ld, by_row, from, rows, width);
+  return from;
+}
+
+// So few queries that tokens are not worth multiplying with whole vectors of them: each score is a
+// sum over a vector of dimensions, and tokens are read as they lie, whatever their type.
+class FewQueries {
+ public:
+  static constexpr int MOST = LANES / 2;
+  static constexpr int LD = BLOCK_TOKENS + LANES;  // of scores
+
+  // Queries are [rows, width] and scaled.
+  FewQueries(const float* queries, int rows, int width, float softcap, State state, float* scores)
+      : queries(queries), rows(rows), width(width), softcap(softcap), state(state), scores(scores) {}
+
+  template <class Element>
+  void attend(const Piece<Element>* pieces, int count) {
+    int tokens = 0;
+    for (int i = 0; i < count; i++) {
+      int r = 0;
+      for (; r + 2 <= rows; r += 2) score<2>(pieces[i], r, tokens);
+      if (r < rows) score<1>(pieces[i], r, tokens);
+      tokens += pieces[i].tokens;
+    }
+    for (int r = 0; r < rows; r++) soften(r, tokens);
+    int r = 0;
+    for (; r + 4 <= rows; r += 4) weigh<4, REGISTERS == 16 ? 2 : 4>(pieces, count, r);
+    if (rows - r == 3) weigh<3, 4>(pieces, count, r);
+    if (rows - r == 2) weigh<2, 4>(pieces, count, r);
+    if (rows - r == 1) weigh<1, 8>(pieces, count, r);
+  }
+
+ private:
+  template <int R, class Element>
+  void score(const Piece<Element>& piece, int row, int at) {
+    constexpr int T = LANES / R;
+    const float* query = queries + row * width;
+    float* to = scores + row * LD + at;
+    int t = 0;
+    for (; t + T <= piece.tokens; t += T) {
+      const Element* keys = piece.keys + t * piece.stride;
+      Vec products[LANES] = {};
+      for (int d = 0; d < width; d += LANES) {
+        Vec of[R];
+        for (int r = 0; r < R; r++) of[r] = load(query + r * width + d);
+        for (int i = 0; i < T; i++) {
+          Vec key = load(keys + i * piece.stride + d);
+          for (int r = 0; r < R; r++) products[r * T + i] += key * of[r];
+        }
+      }
+      Vec found = sums(products);
+      for (int r = 0; r < R; r++) std::memcpy(to + r * LD + t, (float*)&found + r * T, T * 4);
+    }
+    for (; t < piece.tokens; t++) {
+      for (int r = 0; r < R; r++) {
+        Vec product = {};
+        for (int d = 0; d < width; d += LANES)
+          product += load(piece.keys + t * piece.stride + d) * load(query + r * width + d);
+        to[r * LD + t] = sum(product);
+      }
+    }
+  }
+
+  // Scores to weights.
+  void soften(int row, int tokens) {
+    float* of = scores + row * LD;
+    std::fill_n(of + tokens, LANES, MASKED);
+    Vec most = spread(MASKED);
+    for (int t = 0; t < tokens; t += LANES) {
+      Vec score = load(of + t);
+      if (softcap > 0) store(of + t, score = capped(score, softcap));
+      most = larger(score, most);
+    }
+    if (softcap > 0) std::fill_n(of + tokens, LANES, MASKED);
+    float before = state.maximum[row], now = largest(most, before);
+    float scale = exponential(before - now);
+    Vec total = {};
+    for (int t = 0; t < tokens; t += LANES) {
+      Vec weight = exponential(load(of + t) - now);
+      store(of + t, weight);
+      total += weight;
+    }
+    state.maximum[row] = now;
+    state.total[row] = state.total[row] * scale + sum(total);
+    scale_row(state.output + row * width, width, scale);
+  }
+
+  template <int R, int V, class Element>
+  void weigh(const Piece<Element>* pieces, int count, int row) {
+    const float* weights = scores + row * LD;
+    float* to = state.output + row * width;
+    int from = weigh_tiles<R, V>(pieces, count, weights, 1, LD, 0, to, width);
+    if constexpr (V > 4) from = weigh_tiles<R, 4>(pieces, count, weights, 1, LD, from, to, width);
+    weigh_tiles<R, 1>(pieces, count, weights, 1, LD, from, to, width);
+  }
+
+  const float* queries;
+  int rows, width;
+  float softcap;
+  State state;
+  float* scores;
+};
+
+// Enough queries that each number of a token is multiplied with whole vectors of them.
+class ManyQueries {
+ public:
+  static constexpr int MOST = 96;
+
+  // Numbers of packed queries, and of scores, of so many rows.
+  static int64_t packed_size(int rows, int dim) { return (int64_t)round_up(rows, LANES) * dim; }
+  static int64_t scores_size(int rows) { return (int64_t)BLOCK_TOKENS * round_up(rows, LANES); }
+
+  // `packed` has the queries as `pack` leaves them.
+  ManyQueries(const float* packed, int rows, int dim, int width, float softcap, State state,
+              float* scores)
+      : packed(packed), rows(rows), padded(round_up(rows, LANES)), dim(dim), width(width),
+        softcap(softcap), state(state), scores(scores) {}
+
+  // Writes a query into its panel: of up to 3 vectors of queries all numbers of a dimension lie side
+  // by side.
+  static void pack(const float* query, float scale, int row, int rows, int dim, float* packed) {
+    int vectors = round_up(rows, LANES) / LANES, vector = row / LANES, first = 0, size;
+    while (first + (size = panel(vectors - first)) <= vector) first += size;
+    float* to = packed + (int64_t)first * LANES * dim + (row - first * LANES);
+    for (int d = 0; d < dim; d++) to[(int64_t)d * size * LANES] = query[d] * scale;
+  }
+
+  // Of `sight` null all queries see all tokens.
+  void attend(const Piece<float>* pieces, int count, const Sight* sight) {
+    float* to = scores;
+    for (int i = 0; i < count; i++) {
+      score(pieces[i], to);
+      to += (int64_t)pieces[i].tokens * padded;
+    }
+    for (int row = 0; row < rows; row += LANES) soften(pieces, count, row, sight);
+    constexpr int V = REGISTERS == 16 ? 2 : 4;
+    int from = 0;
+    for (; from + V * LANES <= width; from += V * LANES) weigh<V>(pieces, count, from);
+    for (; from < width; from += LANES) weigh<1>(pieces, count, from);
+  }
+
+ private:
+  // Vectors of the next panel, where so many are left: never 1, if there is more.
+  static int panel(int vectors) { return vectors == 4 ? 2 : std::min(vectors, 3); }
+
+  void score(const Piece<float>& piece, float* to) {
+    int vectors = padded / LANES;
+    const float* queries = packed;
+    for (int first = 0, size; first < vectors; first += size) {
+      size = panel(vectors - first);
+      float* at = to + first * LANES;
+      constexpr bool FEW = REGISTERS == 16;
+      if (size == 3) score_panel<3, FEW ? 4 : 8>(piece, queries, at);
+      if (size == 2) score_panel<2, FEW ? 6 : 12>(piece, queries, at);
+      if (size == 1) score_panel<1, FEW ? 8 : 16>(piece, queries, at);
+      queries += (int64_t)size * LANES * dim;
+    }
+  }
+
+  template <int V, int T>
+  void score_panel(const Piece<float>& piece, const float* queries, float* to) {
+    int t = 0;
+    for (; t + T <= piece.tokens; t += T) score_tile<V, T>(piece, t, queries, to);
+    if constexpr (T > 4)
+      for (; t + 4 <= piece.tokens; t += 4) score_tile<V, 4>(piece, t, queries, to);
+    for (; t < piece.tokens; t++) score_tile<V, 1>(piece, t, queries, to);
+  }
+
+  template <int V, int T>
+  void score_tile(const Piece<float>& piece, int token, const float* queries, float* to) {
+    const float* keys = piece.keys + token * piece.stride;
+    Vec products[T][V] = {};
+    for (int d = 0; d < dim; d++) {
+      Vec of[V];
+      for (int v = 0; v < V; v++) of[v] = load(queries + v * LANES);
+      for (int t = 0; t < T; t++) {
+        Vec key = spread(keys[t * piece.stride + d]);
+        for (int v = 0; v < V; v++) products[t][v] += key * of[v];
+      }
+      queries += V * LANES;
+    }
+    to += (int64_t)token * padded;
+    for (int t = 0; t < T; t++)
+      for (int v = 0; v < V; v++) store(to + t * padded + v * LANES, products[t][v]);
+  }
+
+  // Scores of a vector of queries to weights.
+  void soften(const Piece<float>* pieces, int count, int row, const Sight* sight) {
+    float* of = scores + row;
+    float before_[LANES], total_[LANES];
+    int kept = std::min(rows - row, LANES);
+    for (int i = 0; i < LANES; i++) {
+      before_[i] = i < kept ? state.maximum[row + i] : MASKED;
+      total_[i] = i < kept ? state.total[row + i] : 0;
+    }
+    Vec before = load(before_), now = before, total = {};
+    int t = 0;
+    for (int i = 0; i < count; i++) {
+      for (int place = pieces[i].place; place < pieces[i].place + pieces[i].tokens; place++, t++) {
+        Vec score = load(of + (int64_t)t * padded);
+        if (softcap > 0) score = capped(score, softcap);
+        if (sight) score = sight->of(row, place) ? score : spread(MASKED);
+        if (softcap > 0 || sight) store(of + (int64_t)t * padded, score);
+        now = larger(score, now);
+      }
+    }
+    for (int i = 0; i < t; i++) {
+      Vec score = load(of + (int64_t)i * padded);
+      Vec weight = exponential(score - now);
+      if (sight) weight = score <= MASKED ? Vec{} : weight;
+      store(of + (int64_t)i * padded, weight);
+      total += weight;
+    }
+    Vec scale = exponential(before - now);
+    total += load(total_) * scale;
+    for (int i = 0; i < kept; i++) {
+      state.maximum[row + i] = now[i];
+      state.total[row + i] = total[i];
+      scale_row(state.output + (int64_t)(row + i) * width, width, scale[i]);
+    }
+  }
+
+  template <int V>
+  void weigh(const Piece<float>* pieces, int count, int from) {
+    int row = 0;
+    for (; row + 6 <= rows; row += 6) weigh_rows<6, V>(pieces, count, from, row);
+    int left = rows - row;
+    if (left >= 4) weigh_rows<4, V>(pieces, count, from, row), row += 4, left -= 4;
+    if (left >= 2) weigh_rows<2, V>(pieces, count, from, row), row += 2, left -= 2;
+    if (left >= 1) weigh_rows<1, V>(pieces, count, from, row);
+  }
+
+  template <int R, int V>
+  void weigh_rows(const Piece<float>* pieces, int count, int from, int row) {
+    float* to = state.output + (int64_t)row * width;
+    weigh_tile<R, V>(pieces, count, scores + row, padded, 1, from, to, width);
+  }
+
+  const float* packed;
+  int rows, padded, dim, width;
+  float softcap;
+  State state;
+  float* scores;
+};
+
+}  // namespace chunks
