@@ -14,7 +14,7 @@ from typing import Any
 
 from experiments.harness.environment import describe_host, free_memory_bytes
 
-IMPLEMENTATIONS = ("pallas_mosaic_gpu", "pallas_triton", "xla", "reference")
+IMPLEMENTATIONS = ("pallas_mosaic_gpu", "pallas_triton", "native", "xla", "reference")
 EXTRAS: dict[str, tuple[str, ...]] = {
     "experiments": ("tyro", "rich", "matplotlib", "tokenizers", "jinja2"),
     "test": ("pytest", "hypothesis", "chex"),

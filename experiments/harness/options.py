@@ -28,9 +28,9 @@ ModelName = Annotated[
 """The option `--model`; see `experiments.loading.parse_model`."""
 
 AttentionImplementation = Annotated[
-    Literal["xla", "pallas_triton", "pallas_mosaic_gpu", "reference"] | None,
+    Literal["xla", "native", "pallas_triton", "pallas_mosaic_gpu", "reference"] | None,
     tyro.conf.arg(
-        metavar="{xla,pallas_triton,pallas_mosaic_gpu,reference}",
+        metavar="{xla,native,pallas_triton,pallas_mosaic_gpu,reference}",
         help="The attention implementation.",
         help_behavior_hint="(default: the best for the device)",
     ),

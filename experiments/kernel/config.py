@@ -16,6 +16,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Implementation = Literal[
     "pallas_mosaic_gpu",
     "pallas_triton",
+    "native",
     "xla",
     "xla-unshared",
     "cascade",

@@ -110,6 +110,7 @@ def _coded(codec: str, operands: CaseOperands) -> Call:
 SIDES: dict[str, Callable[[CaseOperands], Call]] = {
     "pallas_mosaic_gpu": lambda operands: _on_gpu(operands, "pallas_mosaic_gpu"),
     "pallas_triton": lambda operands: _on_gpu(operands, "pallas_triton"),
+    "native": lambda operands: _chunk_attention(operands, "native"),
     "xla": lambda operands: _chunk_attention(operands, "xla"),
     "xla-unshared": _xla_unshared,
     "cascade": _cascade,

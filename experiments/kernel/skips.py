@@ -10,7 +10,12 @@ from experiments.kernel.config import CODECS, Implementation
 from experiments.kernel.operands import bytes_per_token, copies_bytes, pool_bytes, shares
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
 from pallas_kernels.codecs import CodecError, codec_of
-from pallas_kernels.implementations import AttentionShapes, ImplementationError, needs_partials
+from pallas_kernels.implementations import (
+    AttentionShapes,
+    ImplementationError,
+    check_device,
+    is_kernel,
+)
 from pallas_kernels.specs import AttentionCase
 from pallas_kernels.targets import current_target
 
@@ -22,13 +27,16 @@ _PLAIN = ("cascade", "paged-shared-pages", "paged", *_DENSE)  # softmax(q k^T / 
 
 
 def runnable_implementations() -> tuple[Implementation, ...]:
-    """All that read chunks as they are, without the Pallas kernels where there is no GPU."""
-    on_gpu = current_target().is_nvidia
-    return tuple(
-        name
-        for name in get_args(Implementation)
-        if name not in CODECS and (on_gpu or not needs_partials(name))
-    )
+    """All that read chunks as they are, without the kernels that are for other devices."""
+
+    def runs(name: Implementation) -> bool:
+        try:
+            check_device(name)
+        except ImplementationError:
+            return False
+        return name not in CODECS
+
+    return tuple(filter(runs, get_args(Implementation)))
 
 
 def skip_reasons(
@@ -49,7 +57,7 @@ def skip_reasons(
 
 
 def _unsupported(case: AttentionCase, name: Implementation) -> str | None:
-    if needs_partials(name):
+    if is_kernel(name):
         group = case.num_heads // case.num_kv_heads
         shapes = AttentionShapes(case.dtype, group, case.head_dim, case.chunk_size)
         try:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-OURS = ("pallas_mosaic_gpu", "pallas_triton", "xla", "reference")
+OURS = ("pallas_mosaic_gpu", "pallas_triton", "native", "xla", "reference")
 
 
 def ours_of(implementations: Sequence[str]) -> str | None:

@@ -60,19 +60,18 @@ class Reader {
     state_.clear(queries_, width_);
     int64_t scores = many_ ? ManyQueries::scores_size(queries_) : queries_ * FewQueries::LD;
     scores_ = Scratch::room(scratch_.scores, scores);
-    keys_ = Scratch::room(scratch_.keys, (int64_t)BLOCK_TOKENS * width_);
-    values_ = Scratch::room(scratch_.values, (int64_t)BLOCK_TOKENS * width_);
+    keys_ = Scratch::room(scratch_.keys, (int64_t)2 * BLOCK_TOKENS * width_);
+    values_ = Scratch::room(scratch_.values, (int64_t)2 * BLOCK_TOKENS * width_);
     pack_queries();
   }
 
   void attend() {
     if (unit_.causal) return attend_causally();
     read_pool(unit_.begin, unit_.end, unit_.hidden, unit_.opens);
-    flush();
     int64_t size = (int64_t)pool_.chunk_size * call_.dim;
     int64_t own = (head_ * exact_.slots + unit_.own_slot) * size;
     read_exact(own, call_.dim, 0, unit_.own_end, unit_.own_hidden, unit_.own_opens);
-    flush();
+    finish();
   }
 
  private:
@@ -119,12 +118,12 @@ class Reader {
     Sight sight{lower, upper, opens, unit_.hidden};
     if (!windowed) {
       read_pool(unit_.begin, common, INT_MAX, INT_MIN);
-      flush();
+      finish();
     }
     sight_ = &sight;
     read_pool(windowed ? unit_.begin : std::max(unit_.begin, common), end, unit_.hidden,
               unit_.opens);
-    flush();
+    finish();
     if (unit_.has_fresh) {
       look([&](int i, int row) {
         int place = unit_.place + row;
@@ -136,7 +135,7 @@ class Reader {
       int64_t stride = (int64_t)call_.kv_heads * call_.dim;
       int64_t at = unit_.fresh * stride + head_ * call_.dim;
       read_exact(at, stride, std::max(chunk_of(unit_.place), -unit_.fresh), last, INT_MAX, INT_MIN);
-      flush();
+      finish();
     }
   }
 
@@ -159,14 +158,15 @@ class Reader {
         if (in_place_) {
           if constexpr (Pool::IN_PLACE) {
             int64_t at = pool_.place(head_, chunk, token);
-            there_[count_++] = {pool_.keys + at, pool_.values + at, pool_.dim, tokens, place};
+            const Element *k = pool_.keys + at, *v = pool_.values + at;
+            block_->there[block_->count++] = {k, v, pool_.dim, tokens, place};
           }
         } else {
-          float *k = keys_ + held_ * width_, *v = values_ + held_ * width_;
+          auto [k, v] = room_for_copies();
           pool_.read(head_, chunk, token, tokens, k, v, width_);
-          copied_[count_++] = {k, v, width_, tokens, place};
+          block_->copied[block_->count++] = {k, v, width_, tokens, place};
         }
-        held_ += tokens;
+        block_->tokens += tokens;
       }
     });
   }
@@ -177,38 +177,71 @@ class Reader {
       for (int tokens; place < end; place += tokens) {
         tokens = std::min(end - place, BLOCK_TOKENS);
         make_room(tokens, false);
-        float *k = keys_ + held_ * width_, *v = values_ + held_ * width_;
+        auto [k, v] = room_for_copies();
         exact_.read(at + place * stride, stride, tokens, call_.dim, k, v, width_);
-        copied_[count_++] = {k, v, width_, tokens, place};
-        held_ += tokens;
+        block_->copied[block_->count++] = {k, v, width_, tokens, place};
+        block_->tokens += tokens;
       }
     });
   }
 
-  void make_room(int tokens, bool in_place) {
-    if (held_ + tokens > BLOCK_TOKENS || in_place != block_in_place_) flush();
-    block_in_place_ = in_place;
+  // Pieces that are attended to together: all read where they lie, or all copied.
+  struct Block {
+    bool in_place = false;
+    int tokens = 0, count = 0;
+    Piece<Element> there[BLOCK_TOKENS];
+    Piece<float> copied[BLOCK_TOKENS];
+  };
+
+  std::pair<float*, float*> room_for_copies() {
+    int64_t place = (int64_t)((block_ - blocks_) * BLOCK_TOKENS + block_->tokens) * width_;
+    return {keys_ + place, values_ + place};
   }
 
-  // Attends to the block.
-  void flush() {
-    if (count_ == 0) return;
+  void make_room(int tokens, bool in_place) {
+    bool fits = block_->tokens + tokens <= BLOCK_TOKENS;
+    if (block_->count > 0 && (!fits || block_->in_place != in_place)) next_block();
+    block_->in_place = in_place;
+  }
+
+  // Attends to the block before this one, while this one comes, and begins another.
+  void next_block() {
+    Block* before = block_ == blocks_ ? blocks_ + 1 : blocks_;
+    attend(*before, *block_);
+    before->count = before->tokens = 0;
+    block_ = before;
+  }
+
+  // Attends to all that is there.
+  void finish() {
+    next_block();
+    next_block();
+  }
+
+  void attend(const Block& block, const Block& next) {
+    if (block.count == 0) return;
+    Ahead ahead;
+    auto expect = [&](auto& all) {
+      if (next.in_place) ahead.begin(next.there, next.count, all.steps(block.tokens));
+    };
     if (many_) {
       ManyQueries all(packed_, queries_, call_.dim, width_, call_.softcap, state_, scores_);
+      expect(all);
       if constexpr (std::is_same_v<Element, float>) {
-        all.attend(block_in_place_ ? there_ : copied_, count_, sight_);
+        const Piece<float>* pieces = block.in_place ? block.there : block.copied;
+        all.attend(pieces, block.count, sight_, ahead);
       } else {
-        all.attend(copied_, count_, sight_);
+        all.attend(block.copied, block.count, sight_, ahead);
       }
     } else {
       FewQueries all(packed_, queries_, width_, call_.softcap, state_, scores_);
-      if (block_in_place_) {
-        all.attend(there_, count_);
+      expect(all);
+      if (block.in_place) {
+        all.attend(block.there, block.count, ahead);
       } else {
-        all.attend(copied_, count_);
+        all.attend(block.copied, block.count, ahead);
       }
     }
-    count_ = held_ = 0;
   }
 
   const Attention& call_;
@@ -219,13 +252,11 @@ class Reader {
   State state_;
   const int width_, queries_;
   const bool many_;
-  bool in_place_, block_in_place_ = false;
+  bool in_place_;
   Scratch& scratch_ = Scratch::here();
   float *packed_, *scores_, *keys_, *values_;
   const Sight* sight_ = nullptr;
-  int held_ = 0, count_ = 0;
-  Piece<Element> there_[BLOCK_TOKENS];
-  Piece<float> copied_[BLOCK_TOKENS];
+  Block blocks_[2], *block_ = blocks_;
 };
 
 // The partial results of one head: an output, a largest score, and a sum of weights in each slot.

@@ -17,9 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
 import jaxlib
 
-import jax
 from pallas_kernels.cache_folder import cache_dir
 
 SOURCES = Path(__file__).parent

@@ -29,6 +29,44 @@ struct Piece {
   int place;
 };
 
+// Brings the tokens of a block to come near, a few lines at a time, while another is worked on: what
+// the processor does by itself stops at every chunk.
+class Ahead {
+ public:
+  Ahead() = default;
+
+  // `steps` calls bring all of it.
+  template <class Element>
+  void begin(const Piece<Element>* pieces, int count, int steps) {
+    count_ = index_ = 0;
+    int64_t lines = 0;
+    for (int i = 0; i < count; i++) {
+      int64_t size = pieces[i].tokens * pieces[i].stride * (int64_t)sizeof(Element);
+      for (const Element* from : {pieces[i].keys, pieces[i].values}) {
+        ranges_[count_++] = {(const char*)from, (const char*)from + size};
+        lines += (size + LINE - 1) / LINE;
+      }
+    }
+    each_ = (lines + steps - 1) / std::max(steps, 1);
+  }
+
+  void step() {
+    for (int64_t left = each_; left > 0 && index_ < count_; left--) {
+      __builtin_prefetch(ranges_[index_].next, 0, 2);
+      if ((ranges_[index_].next += LINE) >= ranges_[index_].end) index_++;
+    }
+  }
+
+ private:
+  static constexpr int LINE = 64;
+  struct Range {
+    const char *next, *end;
+  };
+  Range ranges_[2 * BLOCK_TOKENS];
+  int count_ = 0, index_ = 0;
+  int64_t each_ = 0;
+};
+
 // What queries have seen so far: weighted sums of values [rows, width], largest scores, and sums of
 // weights. All three are in the call's partials; the first `rows` numbers of each are kept.
 struct State {
@@ -111,13 +149,16 @@ class FewQueries {
   FewQueries(const float* queries, int rows, int width, float softcap, State state, float* scores)
       : queries(queries), rows(rows), width(width), softcap(softcap), state(state), scores(scores) {}
 
+  // Calls of `ahead.step` while it attends to so many tokens.
+  int steps(int tokens) const { return (rows + 1) / 2 * (tokens / LANES); }
+
   template <class Element>
-  void attend(const Piece<Element>* pieces, int count) {
+  void attend(const Piece<Element>* pieces, int count, Ahead& ahead) {
     int tokens = 0;
     for (int i = 0; i < count; i++) {
       int r = 0;
-      for (; r + 2 <= rows; r += 2) score<2>(pieces[i], r, tokens);
-      if (r < rows) score<1>(pieces[i], r, tokens);
+      for (; r + 2 <= rows; r += 2) score<2>(pieces[i], r, tokens, ahead);
+      if (r < rows) score<1>(pieces[i], r, tokens, ahead);
       tokens += pieces[i].tokens;
     }
     for (int r = 0; r < rows; r++) soften(r, tokens);
@@ -130,13 +171,14 @@ class FewQueries {
 
  private:
   template <int R, class Element>
-  void score(const Piece<Element>& piece, int row, int at) {
+  void score(const Piece<Element>& piece, int row, int at, Ahead& ahead) {
     constexpr int T = LANES / R;
     const float* query = queries + row * width;
     float* to = scores + row * LD + at;
     int t = 0;
     for (; t + T <= piece.tokens; t += T) {
       const Element* keys = piece.keys + t * piece.stride;
+      ahead.step();
       Vec products[LANES] = {};
       for (int d = 0; d < width; d += LANES) {
         Vec of[R];
@@ -223,42 +265,56 @@ class ManyQueries {
     for (int d = 0; d < dim; d++) to[(int64_t)d * size * LANES] = query[d] * scale;
   }
 
+  int steps(int tokens) const {
+    int tiles = 0;
+    for (int first = 0, size; first < padded / LANES; first += size) {
+      size = panel(padded / LANES - first);
+      tiles += tokens / (size == 3 ? T3 : size == 2 ? T2 : T1);
+    }
+    return tiles + rows / 6 * (width / (V * LANES));
+  }
+
   // Of `sight` null all queries see all tokens.
-  void attend(const Piece<float>* pieces, int count, const Sight* sight) {
+  void attend(const Piece<float>* pieces, int count, const Sight* sight, Ahead& ahead) {
     float* to = scores;
     for (int i = 0; i < count; i++) {
-      score(pieces[i], to);
+      score(pieces[i], to, ahead);
       to += (int64_t)pieces[i].tokens * padded;
     }
     for (int row = 0; row < rows; row += LANES) soften(pieces, count, row, sight);
-    constexpr int V = REGISTERS == 16 ? 2 : 4;
     int from = 0;
-    for (; from + V * LANES <= width; from += V * LANES) weigh<V>(pieces, count, from);
-    for (; from < width; from += LANES) weigh<1>(pieces, count, from);
+    for (; from + V * LANES <= width; from += V * LANES) weigh<V>(pieces, count, from, ahead);
+    for (; from < width; from += LANES) weigh<1>(pieces, count, from, ahead);
   }
 
  private:
   // Vectors of the next panel, where so many are left: never 1, if there is more.
   static int panel(int vectors) { return vectors == 4 ? 2 : std::min(vectors, 3); }
 
-  void score(const Piece<float>& piece, float* to) {
+  // Vectors of values that a tile has, and tokens that one of 3, 2 and 1 vectors of queries has.
+  static constexpr bool FEW = REGISTERS == 16;
+  static constexpr int V = FEW ? 2 : 4, T3 = FEW ? 4 : 8, T2 = FEW ? 6 : 12, T1 = FEW ? 8 : 16;
+
+  void score(const Piece<float>& piece, float* to, Ahead& ahead) {
     int vectors = padded / LANES;
     const float* queries = packed;
     for (int first = 0, size; first < vectors; first += size) {
       size = panel(vectors - first);
       float* at = to + first * LANES;
-      constexpr bool FEW = REGISTERS == 16;
-      if (size == 3) score_panel<3, FEW ? 4 : 8>(piece, queries, at);
-      if (size == 2) score_panel<2, FEW ? 6 : 12>(piece, queries, at);
-      if (size == 1) score_panel<1, FEW ? 8 : 16>(piece, queries, at);
+      if (size == 3) score_panel<3, T3>(piece, queries, at, ahead);
+      if (size == 2) score_panel<2, T2>(piece, queries, at, ahead);
+      if (size == 1) score_panel<1, T1>(piece, queries, at, ahead);
       queries += (int64_t)size * LANES * dim;
     }
   }
 
   template <int V, int T>
-  void score_panel(const Piece<float>& piece, const float* queries, float* to) {
+  void score_panel(const Piece<float>& piece, const float* queries, float* to, Ahead& ahead) {
     int t = 0;
-    for (; t + T <= piece.tokens; t += T) score_tile<V, T>(piece, t, queries, to);
+    for (; t + T <= piece.tokens; t += T) {
+      ahead.step();
+      score_tile<V, T>(piece, t, queries, to);
+    }
     if constexpr (T > 4)
       for (; t + 4 <= piece.tokens; t += 4) score_tile<V, 4>(piece, t, queries, to);
     for (; t < piece.tokens; t++) score_tile<V, 1>(piece, t, queries, to);
@@ -319,9 +375,12 @@ class ManyQueries {
   }
 
   template <int V>
-  void weigh(const Piece<float>* pieces, int count, int from) {
+  void weigh(const Piece<float>* pieces, int count, int from, Ahead& ahead) {
     int row = 0;
-    for (; row + 6 <= rows; row += 6) weigh_rows<6, V>(pieces, count, from, row);
+    for (; row + 6 <= rows; row += 6) {
+      ahead.step();
+      weigh_rows<6, V>(pieces, count, from, row);
+    }
     int left = rows - row;
     if (left >= 4) weigh_rows<4, V>(pieces, count, from, row), row += 4, left -= 4;
     if (left >= 2) weigh_rows<2, V>(pieces, count, from, row), row += 2, left -= 2;
