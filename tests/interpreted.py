@@ -19,13 +19,13 @@ TARGETS = {
 
 # Mosaic's interpreter takes seconds a program: those kernels have a file and a smaller set.
 implementations = pytest.mark.parametrize(
-    "implementation", ["reference", "xla", "pallas_triton"], indirect=True
+    "implementation", ["reference", "xla", "native", "pallas_triton"], indirect=True
 )
 
 # Where rounding counts. What XLA makes of an interpreted kernel nobody runs but these tests.
 optimised_implementations = pytest.mark.parametrize(
     "implementation",
-    ["reference", pytest.param("xla", marks=pytest.mark.optimised), "pallas_triton"],
+    ["reference", pytest.param("xla", marks=pytest.mark.optimised), "native", "pallas_triton"],
     indirect=True,
 )
 

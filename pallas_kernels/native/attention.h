@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "codes.h"
 #include "pools.h"
 #include "tiles.h"
 #include "units.h"

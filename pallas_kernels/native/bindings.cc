@@ -67,6 +67,34 @@ chunks::Type type_of(ffi::AnyBuffer buffer) {
   }
 }
 
+// The keys of an encoded pool, or its values: four arrays, of which some may be empty.
+chunks::Codes codes_of(Operands& operands, const int64_t* format, int64_t layer, int chunk_size,
+                       int dim, int64_t* heads) {
+  chunks::Codes codes;
+  codes.kind = (chunks::Codes::Kind)format[0];
+  codes.bits = format[1];
+  codes.by_token = format[2] != 0;
+  codes.chunk_size = chunk_size;
+  codes.dim = dim;
+  ffi::AnyBuffer all = operands.of(ffi::U8), scale = operands.any(), zero = operands.any();
+  ffi::AnyBuffer first = operands.of(ffi::U8);
+  auto sizes = all.dimensions();  // layers, heads, chunks, ...
+  *heads = sizes[1];
+  codes.chunks = sizes[2];
+  layer = std::clamp<int64_t>(layer, 0, sizes[0] - 1);
+  auto of_layer = [&](auto* from, ffi::AnyBuffer buffer) {
+    return buffer.element_count() ? from + layer * (buffer.element_count() / sizes[0]) : nullptr;
+  };
+  bool affine = codes.kind == chunks::Codes::affine;
+  codes.groups = affine ? scale.dimensions()[codes.by_token ? 4 : 3] : 1;
+  codes.codes = of_layer(all.typed_data<uint8_t>(), all);
+  codes.scale = of_layer((const chunks::Float16*)scale.untyped_data(), scale);
+  codes.zero = of_layer((const chunks::Float16*)zero.untyped_data(), zero);
+  codes.float_scale = of_layer((const float*)scale.untyped_data(), scale);
+  codes.first = of_layer(first.typed_data<uint8_t>(), first);
+  return codes;
+}
+
 // What both calls begin with: queries, windows of heads, layer, items, and what windows hide.
 struct Common {
   chunks::Attention call;
@@ -100,31 +128,51 @@ struct Common {
     hidden.offset = operands.by_window();
   }
 
+  // `codes` is empty where chunks are stored as they are; else it has the tokens of a chunk, and
+  // kind, bits and direction of the codes of keys and of values.
   template <class Add>
-  ffi::Error attend(ffi::ThreadPool pool, Operands& operands, const chunks::ExactTokens& exact,
-                    Add add) {
-    ffi::AnyBuffer keys = operands.any(), values = operands.any();
-    auto sizes = keys.dimensions();  // layers, heads, chunks, tokens, dim
-    call.kv_heads = sizes[1];
-    int64_t of_layer = sizes[1] * sizes[2] * sizes[3] * sizes[4];
-    int64_t at = std::clamp<int64_t>(layer, 0, sizes[0] - 1) * of_layer;
-    auto with = [&](auto element) {
-      using T = decltype(element);
-      chunks::ExactPool<T> stored{(const T*)keys.untyped_data() + at,
-                                  (const T*)values.untyped_data() + at, sizes[2], (int)sizes[3],
-                                  (int)sizes[4]};
-      auto schedule = [&](auto task) { pool.Schedule(std::move(task)); };
+  ffi::Error attend(ffi::ThreadPool threads, Operands& operands, ffi::Span<const int64_t> codes,
+                    const chunks::ExactTokens& exact, Add add) {
+    auto with = [&](const auto& stored, int64_t kv_heads) {
+      call.kv_heads = kv_heads;
+      auto schedule = [&](auto task) { threads.Schedule(std::move(task)); };
       auto of_window = [&](chunks::Units& units, int window) {
-        add(units, window, (int)sizes[3]);
+        add(units, window, stored.chunk_size);
       };
-      chunks::attend(call, plan, stored, exact, of_window, pool.num_threads(), schedule);
+      chunks::attend(call, plan, stored, exact, of_window, threads.num_threads(), schedule);
     };
-    switch (type_of(keys)) {
-      case chunks::Type::float32: with(0.0f); break;
-      case chunks::Type::bfloat16: with(chunks::BFloat16{}); break;
-      case chunks::Type::float16: with(chunks::Float16{}); break;
+    if (codes.size()) {
+      chunks::CodedPool stored;
+      int64_t heads;
+      stored.chunk_size = codes[0];
+      stored.dim = call.dim;
+      stored.keys = codes_of(operands, codes.begin() + 1, layer, codes[0], call.dim, &heads);
+      stored.values = codes_of(operands, codes.begin() + 4, layer, codes[0], call.dim, &heads);
+      stored.chunks = stored.keys.chunks;
+      with(stored, heads);
+    } else {
+      with_exact(operands, with);
     }
     return ffi::Error::Success();
+  }
+
+ private:
+  template <class With>
+  void with_exact(Operands& operands, const With& with) {
+    ffi::AnyBuffer keys = operands.any(), values = operands.any();
+    auto sizes = keys.dimensions();  // layers, heads, chunks, tokens, dim
+    int64_t of_layer = sizes[1] * sizes[2] * sizes[3] * sizes[4];
+    int64_t at = std::clamp<int64_t>(layer, 0, sizes[0] - 1) * of_layer;
+    auto of_type = [&](auto element) {
+      using T = decltype(element);
+      const T *k = (const T*)keys.untyped_data() + at, *v = (const T*)values.untyped_data() + at;
+      with(chunks::ExactPool<T>{k, v, sizes[2], (int)sizes[3], (int)sizes[4]}, sizes[1]);
+    };
+    switch (type_of(keys)) {
+      case chunks::Type::float32: return of_type(0.0f);
+      case chunks::Type::bfloat16: return of_type(chunks::BFloat16{});
+      case chunks::Type::float16: return of_type(chunks::Float16{});
+    }
   }
 };
 
@@ -136,8 +184,8 @@ chunks::ExactTokens exact_tokens(ffi::AnyBuffer keys, ffi::AnyBuffer values) {
   return exact;
 }
 
-ffi::Error decode(ffi::ThreadPool pool, float scale, float softcap, ffi::RemainingArgs arguments,
-                  ffi::Result<ffi::AnyBuffer> output) try {
+ffi::Error decode(ffi::ThreadPool pool, float scale, float softcap, ffi::Span<const int64_t> codes,
+                  ffi::RemainingArgs arguments, ffi::Result<ffi::AnyBuffer> output) try {
   Operands operands(arguments);
   Common common(operands, scale, softcap, output);
   chunks::DecodePlan plan;
@@ -158,15 +206,16 @@ ffi::Error decode(ffi::ThreadPool pool, float scale, float softcap, ffi::Remaini
     own.keys = (const char*)own.keys + common.layer * of_layer;
     own.values = (const char*)own.values + common.layer * of_layer;
   }
-  return common.attend(pool, operands, own, [&](chunks::Units& units, int window, int chunk_size) {
-    add_decoding(units, common.plan, plan, window, chunk_size);
-  });
+  return common.attend(pool, operands, codes, own,
+                       [&](chunks::Units& units, int window, int chunk_size) {
+                         add_decoding(units, common.plan, plan, window, chunk_size);
+                       });
 } catch (const std::exception& error) {
   return ffi::Error::Internal(error.what());
 }
 
-ffi::Error prefill(ffi::ThreadPool pool, float scale, float softcap, ffi::RemainingArgs arguments,
-                   ffi::Result<ffi::AnyBuffer> output) try {
+ffi::Error prefill(ffi::ThreadPool pool, float scale, float softcap, ffi::Span<const int64_t> codes,
+                   ffi::RemainingArgs arguments, ffi::Result<ffi::AnyBuffer> output) try {
   Operands operands(arguments);
   Common common(operands, scale, softcap, output);
   chunks::PrefillPlan plan;
@@ -180,7 +229,7 @@ ffi::Error prefill(ffi::ThreadPool pool, float scale, float softcap, ffi::Remain
   ffi::AnyBuffer keys = operands.any(), values = operands.any();
   plan.has_fresh = keys.element_count() > 0;
   chunks::ExactTokens fresh = exact_tokens(keys, values);
-  return common.attend(pool, operands, fresh,
+  return common.attend(pool, operands, codes, fresh,
                        [&](chunks::Units& units, int window, int chunk_size) {
                          add_prefill(units, common.plan, plan, window, chunk_size);
                        });
@@ -193,6 +242,7 @@ auto binding() {
       .Ctx<ffi::ThreadPool>()
       .Attr<float>("scale")
       .Attr<float>("softcap")
+      .Attr<ffi::Span<const int64_t>>("codes")
       .RemainingArgs()
       .Ret<ffi::AnyBuffer>();
 }

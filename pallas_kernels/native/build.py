@@ -15,12 +15,19 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 import jaxlib
 
 from pallas_kernels.cache_folder import cache_dir
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 SOURCES = Path(__file__).parent
 MAIN = "bindings.cc"
@@ -67,19 +74,31 @@ def build() -> Path:
         return library
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
-        # Whoever finds a library under its name finds all of it.
-        handle, unfinished = tempfile.mkstemp(suffix=".so", dir=library.parent)
+        with _one_at_a_time(library.with_suffix(".lock")):
+            if not library.exists():
+                _compile(command, library)
     except OSError as error:
         raise BuildError(f"{library.parent} cannot be written: {error.strerror}") from error
-    os.close(handle)
-    began = time.perf_counter()
-    try:
-        _run([*command, str(SOURCES / MAIN), "-o", unfinished])
-        os.replace(unfinished, library)
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
-    log.info("compiled attention for this processor in %.1f s", time.perf_counter() - began)
     return library
+
+
+def _compile(command: list[str], library: Path) -> None:
+    began = time.perf_counter()
+    # Whoever finds a library under its name finds all of it.
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        unfinished = Path(folder) / library.name
+        _run([*command, str(SOURCES / MAIN), "-o", str(unfinished)])
+        unfinished.replace(library)
+    log.info("compiled attention for this processor in %.1f s", time.perf_counter() - began)
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Processes that want the same library at once wait for the first, where the system can."""
+    with path.open("w") as lock:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def find_compiler() -> str:

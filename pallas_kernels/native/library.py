@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
+from collections.abc import Sequence
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from pallas_kernels.native.build import BuildError, build, sources_digest
+from pallas_kernels.plans import HostOrDevice
 
 CALLS = ("chunk_attention_decode", "chunk_attention_prefill")
 _lock = threading.Lock()
@@ -22,8 +24,8 @@ def problem() -> str | None:
 
 
 def call(
-    name: str, operands: list[Array], output: jax.ShapeDtypeStruct, **attributes: object
-) -> Float[Array, "rows Hq D"]:
+    name: str, operands: Sequence[HostOrDevice], output: jax.ShapeDtypeStruct, **attributes: object
+) -> Array:
     """What one of `CALLS` makes of its operands."""
     return jax.ffi.ffi_call(_target(name), output)(*operands, **attributes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +11,21 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.attention_spec import AttentionSpec
-from pallas_kernels.coded_kv import LayerKV
+from pallas_kernels.codecs import AffineCodec, ScaledFloatCodec
+from pallas_kernels.coded_kv import CodedKV, Encoded, LayerKV
 from pallas_kernels.implementations import AttentionShapes
 from pallas_kernels.native import library
-from pallas_kernels.plans import ChosenTiles, DecodeReads, HiddenTokens, HostOrDevice, PrefillReads
+from pallas_kernels.plans import DecodeReads, HiddenTokens, HostOrDevice, PrefillReads
 from pallas_kernels.stored_kv import StoredKV
 
 NOTHING = np.zeros(0, np.int32)
 """What stands for an array that a plan does not have."""
+NO_TOKENS = (np.zeros(0, np.float32),) * 2
+FORMATS: dict[type, Callable[[Any], tuple[int, int, int]]] = {
+    AffineCodec: lambda codec: (1, codec.bits, codec.along == "channels"),
+    ScaledFloatCodec: lambda codec: (2, jnp.finfo(codec.dtype).nmant, 0),
+}
+"""The codecs whose codes it reads: a number for each kind, and two of what it depends on."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -25,8 +33,9 @@ def unsupported(shapes: AttentionShapes) -> str | None:
     """Why the kernel cannot read such a pool, if it cannot."""
     if shapes.dtype not in DTYPES:
         return f"it reads {', '.join(DTYPES)}, not {shapes.dtype}"
-    if shapes.codec is not None:
-        return "it reads no codes yet"
+    codec = shapes.codec
+    if codec is not None and not {type(codec.keys), type(codec.values)} <= set(FORMATS):
+        return f"it does not read {codec.name}"
     if shapes.clustered:
         return "it reads no clustered heads"
     return None
@@ -36,45 +45,40 @@ def decode(
     q: Float[Array, "B Hq D"], stored: LayerKV, reads: DecodeReads, attention: AttentionSpec
 ) -> Float[Array, "B Hq D"]:
     """Attention of rows that decode."""
-    plan, of = reads.plan, _by_window(reads)
-    tiles = plan.tiles or ChosenTiles(NOTHING, NOTHING, NOTHING)
-    of_tiles = [NOTHING] * 3 if plan.tiles is None else [of(tiles.chunks), of(tiles.rows)]
-    if plan.tiles is not None:
-        of_tiles.append(of(tiles.count))
+    plan, of, tiles, own = reads.plan, _by_window(reads), reads.plan.tiles, reads.own
     operands = [
         *_common(q, stored, reads),
         of(plan.private_chunks),
         of(plan.covered_tokens),
         _ints(reads.lengths),
-        *of_tiles,
-        NOTHING,  # slots of rows' own chunks
-        *_no_tokens(),
+        *([NOTHING] * 3 if tiles is None else map(of, (tiles.chunks, tiles.rows, tiles.count))),
+        NOTHING if own is None else _ints(own.slots),
+        *(NO_TOKENS if own is None else (own.keys, own.values)),
         *_arrays(stored),
     ]
-    return _call("chunk_attention_decode", q, operands, attention)
+    return _call("chunk_attention_decode", q, stored, operands, attention)
 
 
 def prefill(
     q: Float[Array, "T Hq D"], stored: LayerKV, reads: PrefillReads, attention: AttentionSpec
 ) -> Float[Array, "T Hq D"]:
     """Attention of packed new tokens."""
-    plan, of = reads.plan, _by_window(reads)
+    plan, of, new = reads.plan, _by_window(reads), reads.new
     operands = [
         *_common(q, stored, reads),
         *map(_ints, (plan.tile_begin, plan.tile_count, plan.tile_position, plan.tile_sequence)),
         _ints(plan.num_tiles),
         of(plan.own_chunk),
         of(plan.block_tables),
-        *_no_tokens(),
+        *(NO_TOKENS if new is None else (new.keys, new.values)),
         *_arrays(stored),
     ]
-    return _call("chunk_attention_prefill", q, operands, attention)
+    return _call("chunk_attention_prefill", q, stored, operands, attention)
 
 
 def _common(q: Array, stored: LayerKV, reads: DecodeReads | PrefillReads) -> list[HostOrDevice]:
     items, of = reads.plan.items, _by_window(reads)
-    hidden: HiddenTokens | None = reads.plan.hidden
-    nothing = [NOTHING] * 4
+    hidden = reads.plan.hidden
     return [
         q.astype(jnp.float32),
         NOTHING if reads.head_windows is None else _ints(reads.head_windows),
@@ -85,7 +89,7 @@ def _common(q: Array, stored: LayerKV, reads: DecodeReads | PrefillReads) -> lis
         of(items.chunk_count),
         of(items.chunks),
         of(items.count),
-        *(nothing if hidden is None else map(_ints, _fields(hidden))),
+        *([NOTHING] * 4 if hidden is None else map(_ints, _fields(hidden))),
     ]
 
 
@@ -103,16 +107,35 @@ def _ints(array: HostOrDevice) -> Int32[Array, "*_"]:
     return jnp.asarray(array, jnp.int32)
 
 
-def _no_tokens() -> list[np.ndarray]:
-    return [np.zeros(0, np.float32)] * 2
+def _arrays(stored: LayerKV) -> list[HostOrDevice]:
+    if isinstance(stored, StoredKV):
+        return [stored.keys, stored.values]
+    assert isinstance(stored, CodedKV), "others are not supported"
+    return [*_codes(stored.keys), *_codes(stored.values)]
 
 
-def _arrays(stored: LayerKV) -> list[Array]:
-    assert isinstance(stored, StoredKV), "others are not supported"
-    return [stored.keys, stored.values]
+def _codes(encoded: Encoded) -> list[HostOrDevice]:
+    nothing = {"zero": np.zeros(0, np.float16), "first": np.zeros(0, np.uint8)}
+    arrays = nothing | encoded
+    return [arrays[name] for name in ("codes", "scale", "zero", "first")]
 
 
-def _call(name: str, q: Array, operands: list, attention: AttentionSpec) -> Array:
+def _formats(stored: LayerKV) -> np.ndarray:
+    """Empty for chunks that are stored as they are; else their size, and three numbers for what
+    keys are encoded by and three for values."""
+    codec = stored.codec
+    parts = () if codec is None else (codec.keys, codec.values)
+    formats = [number for part in parts for number in FORMATS[type(part)](part)]
+    return np.array([stored.chunk_size, *formats] if formats else [], np.int64)
+
+
+def _call(
+    name: str, q: Array, stored: LayerKV, operands: list[HostOrDevice], attention: AttentionSpec
+) -> Array:
+    attributes = {
+        "scale": np.float32(attention.scale),
+        "softcap": np.float32(attention.softcap or 0),
+        "codes": _formats(stored),
+    }
     output = jax.ShapeDtypeStruct(q.shape, jnp.float32)
-    scale, softcap = np.float32(attention.scale), np.float32(attention.softcap or 0)
-    return library.call(name, operands, output, scale=scale, softcap=softcap).astype(q.dtype)
+    return library.call(name, operands, output, **attributes).astype(q.dtype)

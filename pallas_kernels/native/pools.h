@@ -1,6 +1,7 @@
 // Where the keys and values of tokens lie, and how they are read.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "vectors.h"

@@ -27,6 +27,7 @@ constexpr int REGISTERS = VECTOR_BYTES == 32 ? 16 : 32;  // of SSE there are 16,
 typedef float Vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t IntVec __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t BitVec __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint8_t ByteVec __attribute__((vector_size(VECTOR_BYTES / 4)));
 typedef uint16_t HalfVec __attribute__((vector_size(VECTOR_BYTES / 2)));
 
 struct BFloat16 {
@@ -72,6 +73,16 @@ static inline Vec load(const Float16* from) {
   Vec size = bits_as<Vec>((half & 0x7fffu) << 13) * 0x1p112f;
   BitVec special = (BitVec)((half & 0x7c00u) == 0x7c00u) & 0x7f800000u;
   return bits_as<Vec>(bits_as<BitVec>(size) | special | (half & 0x8000u) << 16);
+#endif
+}
+
+static inline BitVec load(const uint8_t* from) {
+#if defined(__AVX512F__) && VECTOR_BYTES == 64
+  return (BitVec)_mm512_cvtepu8_epi32(load_any<__m128i>(from));
+#elif defined(__AVX2__) && VECTOR_BYTES == 32
+  return (BitVec)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(load_any<int64_t>(from)));
+#else
+  return __builtin_convertvector(load_any<ByteVec>(from), BitVec);
 #endif
 }
 
