@@ -21,9 +21,9 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from jax_chunkattn.device.compilation_cache import CACHE_VARIABLE, cache_dir
 from models.errors import DownloadError
 from models.messages import tell
+from pallas_kernels.cache_folder import CACHE_VARIABLE, cache_dir
 
 try:
     import fcntl

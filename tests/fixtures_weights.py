@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import models
-from models.download import CACHE_VARIABLE
+from pallas_kernels.cache_folder import CACHE_VARIABLE
 
 CACHE = models.cache_dir()  # of the user, whatever a test sets later
 

@@ -22,6 +22,11 @@ implementations = pytest.mark.parametrize(
     "implementation", ["reference", "xla", "native", "pallas_triton"], indirect=True
 )
 
+# The compiled kernel reads no clustered heads.
+implementations_of_clusters = pytest.mark.parametrize(
+    "implementation", ["reference", "xla", "pallas_triton"], indirect=True
+)
+
 # Where rounding counts. What XLA makes of an interpreted kernel nobody runs but these tests.
 optimised_implementations = pytest.mark.parametrize(
     "implementation",

@@ -28,12 +28,11 @@ def compilation_cache(folder: Path | None = None) -> Iterator[None]:
     from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
     from jax_chunkattn.device.compilation_cache import (
-        CACHE_VARIABLE,
         FOLDER_SETTING,
         KEEP_ALL,
-        cache_dir,
         use_compilation_cache,
     )
+    from pallas_kernels.cache_folder import CACHE_VARIABLE, cache_dir
 
     before = {name: jax.config.values[name] for name in (FOLDER_SETTING, *KEEP_ALL)}
     wanted = before[FOLDER_SETTING] or folder or cache_dir() / "jax"

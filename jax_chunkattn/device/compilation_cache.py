@@ -5,23 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-CACHE_VARIABLE = "JAX_CHUNKATTN_CACHE"
+from pallas_kernels.cache_folder import cache_dir
+
 FOLDER_SETTING = "jax_compilation_cache_dir"
 KEEP_ALL = {
     "jax_persistent_cache_min_compile_time_secs": 0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }
-
-
-def cache_dir() -> Path:
-    """`$JAX_CHUNKATTN_CACHE`, else `$XDG_CACHE_HOME/jax_chunkattn`, else `~/.cache/jax_chunkattn`.
-
-    The folder may not exist yet.
-    """
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "jax_chunkattn"
 
 
 def use_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path:

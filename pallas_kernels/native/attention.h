@@ -273,16 +273,19 @@ struct Partials {
   void merge(const int64_t* slots, int64_t count, int64_t query, int dim, float* to) const {
     float most = MASKED, sum = 0;
     for (int64_t i = 0; i < count; i++) most = std::max(most, maximum[slots[i] + query]);
-    std::fill_n(to, dim, 0.0f);
+    float* weights = Scratch::room(Scratch::here().scores, count);
     for (int64_t i = 0; i < count; i++) {
-      int64_t slot = slots[i] + query;
-      float weight = exponential(maximum[slot] - most);
-      sum += total[slot] * weight;
-      for (int d = 0; d < dim; d++) to[d] += output[slot * width + d] * weight;
+      weights[i] = exponential(maximum[slots[i] + query] - most);
+      sum += total[slots[i] + query] * weights[i];
     }
-    if (sum == 0) return;
-    float by = 1 / sum;
-    for (int d = 0; d < dim; d++) to[d] *= by;
+    const float by = sum == 0 ? 0 : 1 / sum;
+    for (int d = 0; d < dim; d += LANES) {
+      Vec merged = {};
+      for (int64_t i = 0; i < count; i++)
+        merged += load(output + (slots[i] + query) * width + d) * weights[i];
+      merged *= by;
+      std::memcpy(to + d, &merged, std::min(dim - d, LANES) * sizeof(float));
+    }
   }
 };
 
@@ -290,19 +293,16 @@ constexpr int CUT_INTO = 128;           // as many units and more, where there i
 constexpr double ALONE = 1 << 18;       // products that take less time than waking a thread
 constexpr int64_t MERGE_ROWS = 8;       // of a task
 
-// Fills `call.output`. `add(units, window)` adds the units of a window.
-template <class Pool, class Add, class Schedule>
-void attend(const Attention& call, const Plan& plan, const Pool& pool, const ExactTokens& exact,
-            Add add, int64_t threads, Schedule schedule) {
+// Fills `call.output`, of the plan of each window.
+template <class Pool>
+void attend(const Attention& call, int rows, std::vector<Units>& units, const Pool& pool,
+            const ExactTokens& exact, int64_t threads, const Schedule& schedule) {
   static Buffers buffers;
-  const int group = call.group(), width = round_up(call.dim, LANES);
-  std::vector<Units> units(plan.windows, Units(plan.rows, group, pool.chunk_size));
-  for (int window = 0; window < plan.windows; window++) add(units[window], window);
-
+  const int group = call.group(), width = round_up(call.dim, LANES), windows = units.size();
   std::vector<int> window_of(call.kv_heads, 0);
   double cost = 0;
   for (int head = 0; head < call.kv_heads; head++) {
-    if (call.head_windows) window_of[head] = std::clamp(call.head_windows[head], 0, plan.windows - 1);
+    if (call.head_windows) window_of[head] = std::clamp(call.head_windows[head], 0, windows - 1);
     cost += units[window_of[head]].cost();
   }
   for (Units& of_window : units) of_window.finish(std::max(cost / CUT_INTO, 1.0));
@@ -313,7 +313,7 @@ void attend(const Attention& call, const Plan& plan, const Pool& pool, const Exa
     first_task[head + 1] = first_task[head] + of_head.all.size();
     first_slot[head + 1] = first_slot[head] + of_head.slot_count;
   }
-  const int64_t slots = first_slot.back(), blocks = (plan.rows + MERGE_ROWS - 1) / MERGE_ROWS;
+  const int64_t slots = first_slot.back(), blocks = (rows + MERGE_ROWS - 1) / MERGE_ROWS;
   std::vector<float> buffer = buffers.take(slots * (width + 2));
   float* data = buffer.data();
   auto partials_of = [&](int head) {
@@ -333,7 +333,7 @@ void attend(const Attention& call, const Plan& plan, const Pool& pool, const Exa
     Partials partials = partials_of(head);
     const Units& of_head = units[window_of[head]];
     int64_t first = task % blocks * MERGE_ROWS;
-    for (int64_t row = first; row < std::min<int64_t>(first + MERGE_ROWS, plan.rows); row++) {
+    for (int64_t row = first; row < std::min<int64_t>(first + MERGE_ROWS, rows); row++) {
       const int64_t* of_row = of_head.slots.data() + of_head.begin[row];
       int64_t count = of_head.begin[row + 1] - of_head.begin[row];
       for (int g = 0; g < group; g++) {

@@ -128,18 +128,22 @@ struct Common {
     hidden.offset = operands.by_window();
   }
 
+  // Adds the units of a window, of chunks of so many tokens.
+  using Add = std::function<void(chunks::Units&, int window, int chunk_size)>;
+
   // `codes` is empty where chunks are stored as they are; else it has the tokens of a chunk, and
   // kind, bits and direction of the codes of keys and of values.
-  template <class Add>
   ffi::Error attend(ffi::ThreadPool threads, Operands& operands, ffi::Span<const int64_t> codes,
-                    const chunks::ExactTokens& exact, Add add) {
+                    const chunks::ExactTokens& exact, const Add& add) {
     auto with = [&](const auto& stored, int64_t kv_heads) {
       call.kv_heads = kv_heads;
+      std::vector<chunks::Units> units;
+      for (int window = 0; window < plan.windows; window++) {
+        units.emplace_back(plan.rows, call.group(), stored.chunk_size);
+        add(units.back(), window, stored.chunk_size);
+      }
       auto schedule = [&](auto task) { threads.Schedule(std::move(task)); };
-      auto of_window = [&](chunks::Units& units, int window) {
-        add(units, window, stored.chunk_size);
-      };
-      chunks::attend(call, plan, stored, exact, of_window, threads.num_threads(), schedule);
+      chunks::attend(call, plan.rows, units, stored, exact, threads.num_threads(), schedule);
     };
     if (codes.size()) {
       chunks::CodedPool stored;

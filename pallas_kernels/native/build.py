@@ -17,10 +17,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version as version_of
 from pathlib import Path
 
 import jax
-import jaxlib
 
 from pallas_kernels.cache_folder import cache_dir
 
@@ -68,7 +68,7 @@ def build() -> Path:
     compiler = find_compiler()
     command = [compiler, *OPTIONS, *_for_this_processor(), f"-I{jax.ffi.include_dir()}"]
     version = _run([compiler, "--version"]).splitlines()[0]
-    key = _digest(sources_digest(), *command, version, _processor(), jaxlib.__version__)
+    key = _digest(sources_digest(), *command, version, _processor(), version_of("jaxlib"))
     library = cache_dir() / "native" / f"{key}.so"
     if library.exists():
         return library

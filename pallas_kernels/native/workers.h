@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -41,10 +42,13 @@ class Tasks {
   std::atomic<int64_t> next_{0}, done_{0};
 };
 
-// Runs both rows of tasks here and on up to `helpers` other threads; `schedule` takes a function to
-// be called on one, now, later, or never. What tasks find depends on no thread.
-template <class Schedule, class First, class Second>
-void run_tasks(int64_t first_count, int64_t second_count, int64_t helpers, Schedule schedule,
+// Has a function called on another thread: now, later, or never.
+using Schedule = std::function<void(std::function<void()>)>;
+
+// Runs both rows of tasks here and on up to `helpers` other threads. What tasks find depends on no
+// thread.
+template <class First, class Second>
+void run_tasks(int64_t first_count, int64_t second_count, int64_t helpers, const Schedule& schedule,
                const First& first, const Second& second) {
   auto tasks = std::make_shared<Tasks>(first_count, second_count);
   // The functions are on this stack: whoever gets a task gets it before `wait` returns.

@@ -11,22 +11,32 @@ from typing import Any
 import pytest
 
 from experiments.loading import fetched
-from models.download import CACHE_VARIABLE
+from pallas_kernels.cache_folder import CACHE_VARIABLE
+from tests.fixtures_weights import CACHE
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _own_cache_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """As `_own_cache`, for what a module's tests have in common."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        patch.setenv(CACHE_VARIABLE, str(_cache(tmp_path_factory.mktemp("caches"))))
         yield
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each test has a cache folder of its own, and finds nothing compiled or fetched."""
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    """Each test has a cache folder of its own: no program is there, and nothing is fetched."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(_cache(tmp_path)))
     fetched.cache_clear()
+
+
+def _cache(parent: Path) -> Path:
+    """A cache folder with the user's compiled kernel alone, which takes many seconds to make."""
+    folder = parent / "cache"
+    folder.mkdir()
+    (CACHE / "native").mkdir(parents=True, exist_ok=True)
+    (folder / "native").symlink_to(CACHE / "native", target_is_directory=True)
+    return folder
 
 
 class FakeHandle:

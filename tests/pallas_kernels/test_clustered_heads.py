@@ -22,7 +22,7 @@ from pallas_kernels.prefill_attention import PREFILL_ATTENTION
 from pallas_kernels.stored_kv import StoredKV
 from pallas_kernels.targets import H200, use_target
 from pallas_kernels.triton_shape import KernelShape
-from tests.interpreted import implementations
+from tests.interpreted import implementations_of_clusters
 from tests.jax_chunkattn.planning.plan_helpers import SHARE_ALL
 from tests.jax_chunkattn.rule import clusters as definition
 from tests.pallas_kernels.test_codecs import assert_as_exact_as_plain
@@ -172,7 +172,7 @@ def as_tokens(chunks: np.ndarray) -> np.ndarray:
     return chunks.reshape(len(chunks), -1, chunks.shape[-1])
 
 
-@implementations
+@implementations_of_clusters
 @pytest.mark.parametrize(
     ("group", "count", "dtype", "size", "own"),
     [
@@ -224,7 +224,7 @@ def test_attention_is_the_definitions(implementation, group, count, dtype, size,
     np.testing.assert_array_equal(found[rows:], 0)
 
 
-@implementations
+@implementations_of_clusters
 @pytest.mark.parametrize(
     ("group", "dtype", "size"), [(1, "bfloat16", 64), (2, "float32", 16), (4, "float32", 32)]
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_chunkattn.device.compilation_cache import CACHE_VARIABLE, cache_dir
+from pallas_kernels.cache_folder import CACHE_VARIABLE, cache_dir
 
 PROGRAM = """
 import sys

@@ -52,7 +52,7 @@ def pool_sizes(state):
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("implementation", ["xla"])
+@pytest.mark.parametrize("implementation", ["xla", "native"])
 def test_decoding_updates_the_pool_in_place(implementation):
     args = decode_arguments("float32")
     model = SplitModel.of(toy_model())
