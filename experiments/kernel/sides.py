@@ -47,6 +47,10 @@ def _xla_unshared(operands: CaseOperands) -> Call:
     return _chunk_attention(operands, "xla", operands.planned(PlannerOptions(sharing=False)))
 
 
+def _native(operands: CaseOperands) -> Call:
+    return _chunk_attention(operands, "native", operands.planned(PlannerOptions.for_native()))
+
+
 def _on_gpu(operands: CaseOperands, implementation: str) -> Call:
     case = operands.case
     options = PlannerOptions.for_gpu(
@@ -110,7 +114,7 @@ def _coded(codec: str, operands: CaseOperands) -> Call:
 SIDES: dict[str, Callable[[CaseOperands], Call]] = {
     "pallas_mosaic_gpu": lambda operands: _on_gpu(operands, "pallas_mosaic_gpu"),
     "pallas_triton": lambda operands: _on_gpu(operands, "pallas_triton"),
-    "native": lambda operands: _chunk_attention(operands, "native"),
+    "native": _native,
     "xla": lambda operands: _chunk_attention(operands, "xla"),
     "xla-unshared": _xla_unshared,
     "cascade": _cascade,

@@ -39,7 +39,8 @@ def divide_for_cpu(
     alone = reach.read(used) & ~in_item
     covered = in_item.sum(axis=1, dtype=np.int32)
     left = reach.count_whole(full) - covered
-    to_item = np.maximum(left - _private_cutoff(left, overhead, options), 0)
+    most = _private_cutoff(left, overhead, options) if options.even_rows else left
+    to_item = np.maximum(left - most, 0)
     could = alone if reach.is_all else alone & reach.whole(full)
     long = could & (could.cumsum(axis=1) <= to_item[:, None])
     private_items = row_items(table, long)

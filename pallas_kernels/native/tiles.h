@@ -288,8 +288,11 @@ class ManyQueries {
   }
 
  private:
-  // Vectors of the next panel, where so many are left: never 1, if there is more.
-  static int panel(int vectors) { return vectors == 4 ? 2 : std::min(vectors, 3); }
+  // Vectors of the next panel, where so many are left: with 16 registers 3 would not fit, and 1 is
+  // slower than 2.
+  static int panel(int vectors) {
+    return FEW || vectors == 4 ? std::min(vectors, 2) : std::min(vectors, 3);
+  }
 
   // Vectors of values that a tile has, and tokens that one of 3, 2 and 1 vectors of queries has.
   static constexpr bool FEW = REGISTERS == 16;

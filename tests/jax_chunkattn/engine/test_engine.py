@@ -587,7 +587,10 @@ def test_chunks_needed_is_enough_and_no_less():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"implementation": "cuda"}, "unknown implementation 'cuda'; known: native, pallas_mosaic_gpu, "),
+        (
+            {"implementation": "cuda"},
+            "unknown implementation 'cuda'; known: native, pallas_mosaic_gpu, ",
+        ),
         ({"steps_per_call": 0}, "steps_per_call must be at least 1, got 0"),
         ({"max_running": 0}, "max_running must be at least 1, got 0"),
         ({"prefill_tokens": 100}, r"prefill_tokens must be one of \(32, 128, 512\), got 100"),
