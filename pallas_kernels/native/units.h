@@ -159,7 +159,11 @@ class Units {
   int rows_, group_, size_;
 };
 
-// Nothing a plan names may lie outside of its arrays.
+// Nothing that a plan names may lie outside of its arrays, and no sum of its numbers overflow.
+static inline int place_at(int64_t place) {
+  return std::clamp<int64_t>(place, -(1 << 30), 1 << 30);
+}
+
 static inline void add_items(Units& units, const Plan& plan, int window, int chunk_size) {
   const Items& items = plan.items;
   const int32_t* chunks = items.chunks.of(window);
@@ -168,7 +172,7 @@ static inline void add_items(Units& units, const Plan& plan, int window, int chu
     int64_t first = std::clamp<int64_t>(items.chunk_begin.of(window)[i], 0, items.chunks.size);
     int64_t number = std::clamp<int64_t>(items.chunk_count.of(window)[i], 0,
                                          std::min<int64_t>(items.chunks.size - first,
-                                                           INT_MAX / 2 / chunk_size));
+                                                           (1 << 29) / chunk_size));
     Unit unit;
     unit.row = std::clamp(items.row_begin.of(window)[i], 0, plan.rows);
     unit.rows = std::clamp(items.row_count.of(window)[i], 0, plan.rows - unit.row);
@@ -188,7 +192,8 @@ static inline void add_decoding(Units& units, const Plan& plan, const DecodePlan
     for (int64_t tile = 0; tile < count; tile++) {
       Unit unit;
       unit.list = decode.tile_rows.of(window) + tile * rows;
-      while (unit.rows < rows && unit.list[unit.rows] < plan.rows) unit.rows++;
+      auto is_row = [&](int row) { return row >= 0 && row < plan.rows; };
+      for (unit.rows = 0; unit.rows < rows && is_row(unit.list[unit.rows]);) unit.rows++;
       unit.chunks = decode.tile_chunks.of(window) + tile;
       unit.chunk_count = 1;
       unit.end = chunk_size;
@@ -196,9 +201,9 @@ static inline void add_decoding(Units& units, const Plan& plan, const DecodePlan
     }
   }
   int64_t columns = decode.private_chunks.size / std::max(plan.rows, 1);
-  int64_t room = std::min<int64_t>(columns, INT_MAX / 2 / chunk_size) * chunk_size;
+  int64_t room = std::min<int64_t>(columns * chunk_size, 1 << 29);
   for (int row = 0; row < plan.rows; row++) {
-    int length = decode.lengths[row], in_pool = length;
+    int length = place_at(decode.lengths[row]), in_pool = length;
     if (decode.own_slots) in_pool = std::max(length - 1, 0) / chunk_size * chunk_size;
     Unit unit;
     unit.row = row;
@@ -206,11 +211,11 @@ static inline void add_decoding(Units& units, const Plan& plan, const DecodePlan
     unit.chunk_count = columns;
     unit.end = std::clamp<int64_t>((int64_t)in_pool - decode.covered.of(window)[row], 0, room);
     if (plan.hidden.size.data) {
-      int size = *plan.hidden.size.of(window);
-      unit.hidden = plan.hidden.begin.of(window)[row];
-      unit.opens = length - size - plan.hidden.offset.of(window)[row];
-      unit.own_hidden = *plan.hidden.sinks.of(window) - in_pool;
-      unit.own_opens = length - size - in_pool;
+      int64_t opens = (int64_t)length - *plan.hidden.size.of(window);
+      unit.hidden = place_at(plan.hidden.begin.of(window)[row]);
+      unit.opens = place_at(opens - plan.hidden.offset.of(window)[row]);
+      unit.own_hidden = place_at((int64_t)*plan.hidden.sinks.of(window) - in_pool);
+      unit.own_opens = place_at(opens - in_pool);
     }
     if (decode.own_slots && decode.slots > 0) {
       unit.own_slot = std::clamp<int64_t>(decode.own_slots[row], 0, decode.slots - 1);
@@ -225,26 +230,29 @@ static inline void add_prefill(Units& units, const Plan& plan, const PrefillPlan
   add_items(units, plan, window, chunk_size);
   int64_t sequences = prefill.own_chunk.size;
   int64_t columns = sequences ? prefill.tables.size / sequences : 0;
+  int64_t room = std::min<int64_t>(columns * chunk_size, 1 << 29);
   int64_t count = std::min<int64_t>(*prefill.num_tiles, prefill.tiles);
   for (int64_t tile = 0; columns && tile < count; tile++) {
     int64_t sequence = std::clamp<int64_t>(prefill.tile_sequence[tile], 0, sequences - 1);
     Unit unit;
     unit.causal = true;
     unit.row = std::clamp(prefill.tile_begin[tile], 0, plan.rows);
-    unit.rows = std::clamp(prefill.tile_count[tile], 0, plan.rows - unit.row);
-    unit.place = std::max(prefill.tile_position[tile], 0);
+    unit.rows = std::clamp<int64_t>(prefill.tile_count[tile], 0,
+                                    std::min<int64_t>(plan.rows - unit.row, room));
+    unit.place = std::clamp<int64_t>(prefill.tile_position[tile], 0, room - unit.rows);
     unit.chunks = prefill.tables.of(window) + sequence * columns;
     unit.chunk_count = columns;
-    unit.begin = std::max(prefill.own_chunk.of(window)[sequence], 0) * chunk_size;
+    int64_t own_chunk = prefill.own_chunk.of(window)[sequence];
+    unit.begin = std::clamp<int64_t>(own_chunk * chunk_size, 0, room);
     unit.end = unit.place + unit.rows;
     unit.has_fresh = prefill.has_fresh;
     unit.fresh = unit.row - unit.place;
     if (plan.hidden.size.data) {
-      int size = *plan.hidden.size.of(window);
-      unit.hidden = unit.begin + plan.hidden.begin.of(window)[sequence];
-      unit.opens = unit.begin + unit.place + 1 - size - plan.hidden.offset.of(window)[sequence];
-      unit.own_hidden = *plan.hidden.sinks.of(window);
-      unit.own_opens = unit.place + 1 - size;
+      int64_t opens = (int64_t)unit.place + 1 - *plan.hidden.size.of(window);
+      unit.hidden = place_at((int64_t)unit.begin + plan.hidden.begin.of(window)[sequence]);
+      unit.opens = place_at(opens + unit.begin - plan.hidden.offset.of(window)[sequence]);
+      unit.own_hidden = place_at(*plan.hidden.sinks.of(window));
+      unit.own_opens = place_at(opens);
     }
     units.add(unit);
   }
