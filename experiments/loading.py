@@ -119,10 +119,15 @@ def load_fetched(spec: str | Path, options: LoadOptions) -> LoadedModel:
 def fetch_model(source: ModelSource) -> str | Path:
     """What `models.load` takes for `source`: a path, or `random:PRESET`.
 
-    A model not yet on this machine is downloaded. Raises as `load_model`.
+    A model not yet on this machine is downloaded. Meanwhile, and while it is loaded, the attention
+    is compiled for this machine's processor, if it was not yet. Raises as `load_model`.
     """
     import models
+    from pallas_kernels.native import library
+    from pallas_kernels.targets import current_target
 
+    if current_target().platform == "cpu":
+        library.prepare()
     if source.name == SMOLLM2:
         return fetched(source.name)
     if source.is_random:

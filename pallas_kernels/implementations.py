@@ -218,6 +218,7 @@ def _device_problem(implementation: str, target: Target) -> str | None:
     if implementation == NATIVE:
         if target.platform != "cpu":
             return f"it is for CPUs, and the device is {target.name!r}"
+        # Imported when first asked for, as all modules of implementations are.
         return import_module("pallas_kernels.native.library").problem()
     if target.compute_capability is None:
         return f"it needs an NVIDIA GPU, and the device is {target.name!r}"

@@ -23,6 +23,11 @@ def problem() -> str | None:
         return _load()
 
 
+def prepare() -> None:
+    """Begins to compile it on a thread, so that it is there when it is first needed."""
+    threading.Thread(target=problem, name="compile-attention", daemon=True).start()
+
+
 def call(
     name: str, operands: Sequence[HostOrDevice], output: jax.ShapeDtypeStruct, **attributes: object
 ) -> Array:
