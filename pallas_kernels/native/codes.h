@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
+#include "pools.h"
 #include "vectors.h"
 
 namespace chunks {
@@ -26,45 +28,76 @@ struct Codes {
 
   // Tokens of a chunk as floats, `width` apart.
   void read(int head, int64_t chunk, int token, int tokens, float* to, int width) const {
-    int64_t place = head * chunks + chunk;
+    const int64_t place = head * chunks + chunk;
+    int group = -1;
+    static thread_local std::vector<float> known;  // scales and zeros of the channels' group
+    if ((int)known.size() < 2 * dim) known.resize(2 * dim);
+    float *by = known.data(), *above = by + dim;
     for (int t = token; t < token + tokens; t++, to += width) {
-      if (kind == affine) {
-        read_affine(place, t, to);
-      } else {
+      if (kind == float8) {
         read_float8(place, t, to);
+      } else if (by_token) {
+        read_by_token(place, t, to);
+      } else {
+        if (t / (chunk_size / groups) != group) {
+          group = t / (chunk_size / groups);
+          to_floats(scale + (place * groups + group) * dim, 0, 1, dim, by, dim);
+          to_floats(zero + (place * groups + group) * dim, 0, 1, dim, above, dim);
+        }
+        read_by_channel(place, t, by, above, to);
       }
+      if (kind == affine && first && t == 0) refine(place, by, above, to);
       std::fill(to + dim, to + width, 0.0f);
     }
   }
 
  private:
-  void read_affine(int64_t place, int t, float* to) const {
-    int part = chunk_size * bits / 8, shift = t / part * bits, group = dim / groups;
-    uint32_t mask = (1u << bits) - 1;
-    const uint8_t* from = codes + (place * part + t % part) * dim;
-    int64_t scales = by_token ? (place * chunk_size + t) * groups
-                              : (place * groups + t / (chunk_size / groups)) * dim;
-    const Float16 *by = scale + scales, *above = zero + scales;
-    const uint8_t* rest = first && t == 0 ? first + place * (dim / 2) : nullptr;
-    int d = 0;
-    if (!rest && (!by_token || group % LANES == 0)) {
-      for (; d + LANES <= dim; d += LANES) {
-        Vec steps = __builtin_convertvector(load(from + d) >> shift & mask, Vec);
-        if (by_token) {
-          store(to + d, steps * number(by[d / group]) + number(above[d / group]));
-        } else {
-          store(to + d, steps * load(by + d) + load(above + d));
-        }
-      }
+  // Where a token's codes are, and how far its bits are to be moved: of `8 / bits` equal parts that
+  // a chunk's tokens are divided into the first has the lowest bits of each byte.
+  const uint8_t* codes_of(int64_t place, int t, int* shift) const {
+    int part = chunk_size * bits / 8;
+    *shift = t / part * bits;
+    return codes + (place * part + t % part) * dim;
+  }
+
+  void read_by_channel(int64_t place, int t, const float* by, const float* above, float* to) const {
+    int shift, d = 0;
+    const uint8_t* from = codes_of(place, t, &shift);
+    const uint32_t mask = (1u << bits) - 1;
+    for (; d + LANES <= dim; d += LANES) {
+      Vec steps = __builtin_convertvector((IntVec)(load(from + d) >> shift & mask), Vec);
+      store(to + d, steps * load(by + d) + load(above + d));
     }
-    for (; d < dim; d++) {
-      float steps = from[d] >> shift & mask;
-      if (rest) {
-        int sixteenth = d < dim / 2 ? rest[d] & 15 : rest[d - dim / 2] >> 4;
-        steps += (sixteenth - 7.5f) / 16;
+    for (; d < dim; d++) to[d] = (float)(from[d] >> shift & mask) * by[d] + above[d];
+  }
+
+  void read_by_token(int64_t place, int t, float* to) const {
+    int shift;
+    const uint8_t* from = codes_of(place, t, &shift);
+    const uint32_t mask = (1u << bits) - 1;
+    const int64_t at = (place * chunk_size + t) * groups;
+    for (int g = 0, d = 0; g < groups; g++) {
+      const float by = number(scale[at + g]), above = number(zero[at + g]);
+      const int end = (g + 1) * (dim / groups);
+      for (; d + LANES <= end; d += LANES) {
+        Vec steps = __builtin_convertvector((IntVec)(load(from + d) >> shift & mask), Vec);
+        store(to + d, steps * by + above);
       }
-      int at = by_token ? d / group : d;
-      to[d] = steps * number(by[at]) + number(above[at]);
+      for (; d < end; d++) to[d] = (float)(from[d] >> shift & mask) * by + above;
+    }
+  }
+
+  // Adds to the first token's numbers what 4 bits more say of them: which sixteenth of a step.
+  void refine(int64_t place, const float* by_channel, const float* above, float* to) const {
+    const uint8_t* rest = first + place * (dim / 2);
+    int shift;
+    const uint8_t* from = codes_of(place, 0, &shift);
+    for (int d = 0; d < dim; d++) {
+      int sixteenth = d < dim / 2 ? rest[d] & 15 : rest[d - dim / 2] >> 4;
+      float steps = (float)(from[d] & ((1 << bits) - 1)) + (sixteenth - 7.5f) / 16;
+      int64_t at = place * chunk_size * groups + d / (dim / groups);
+      to[d] = by_token ? steps * number(scale[at]) + number(zero[at])
+                       : steps * by_channel[d] + above[d];
     }
   }
 
