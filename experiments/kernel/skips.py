@@ -11,10 +11,11 @@ from experiments.kernel.operands import bytes_per_token, copies_bytes, pool_byte
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
 from pallas_kernels.codecs import CodecError, codec_of
 from pallas_kernels.implementations import (
+    NATIVE,
     AttentionShapes,
     ImplementationError,
-    check_device,
     is_kernel,
+    needs_partials,
 )
 from pallas_kernels.specs import AttentionCase
 from pallas_kernels.targets import current_target
@@ -28,15 +29,14 @@ _PLAIN = ("cascade", "paged-shared-pages", "paged", *_DENSE)  # softmax(q k^T / 
 
 def runnable_implementations() -> tuple[Implementation, ...]:
     """All that read chunks as they are, without the kernels that are for other devices."""
+    on_gpu = current_target().is_nvidia
 
-    def runs(name: Implementation) -> bool:
-        try:
-            check_device(name)
-        except ImplementationError:
-            return False
-        return name not in CODECS
+    def is_for_this(name: Implementation) -> bool:
+        return on_gpu if needs_partials(name) else name != NATIVE or not on_gpu
 
-    return tuple(filter(runs, get_args(Implementation)))
+    return tuple(
+        name for name in get_args(Implementation) if name not in CODECS and is_for_this(name)
+    )
 
 
 def skip_reasons(

@@ -97,7 +97,7 @@ def _fields(hidden: HiddenTokens) -> tuple[HostOrDevice, ...]:
     return hidden.size, hidden.sinks, hidden.begin, hidden.offset
 
 
-def _by_window(reads: DecodeReads | PrefillReads) -> Callable[[HostOrDevice], Int32[Array, W * _]]:
+def _by_window(reads: DecodeReads | PrefillReads) -> Callable[[HostOrDevice], Array]:
     """Gives arrays of the plan a first axis over windows, if they have none."""
     windowed = reads.plan.hidden is not None
     return lambda array: _ints(array) if windowed else _ints(array)[None]

@@ -19,21 +19,21 @@ from tests.fixtures_weights import CACHE
 def _own_cache_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """As `_own_cache`, for what a module's tests have in common."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(CACHE_VARIABLE, str(_cache(tmp_path_factory.mktemp("caches"))))
+        patch.setenv(CACHE_VARIABLE, str(_cache(tmp_path_factory.mktemp("cache"))))
         yield
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each test has a cache folder of its own: no program is there, and nothing is fetched."""
-    monkeypatch.setenv(CACHE_VARIABLE, str(_cache(tmp_path)))
+    folder = tmp_path.with_name(f"{tmp_path.name}-cache")  # what a test writes is alone in its own
+    folder.mkdir()
+    monkeypatch.setenv(CACHE_VARIABLE, str(_cache(folder)))
     fetched.cache_clear()
 
 
-def _cache(parent: Path) -> Path:
-    """A cache folder with the user's compiled kernel alone, which takes many seconds to make."""
-    folder = parent / "cache"
-    folder.mkdir()
+def _cache(folder: Path) -> Path:
+    """The folder with the user's compiled kernel alone, which takes many seconds to make."""
     (CACHE / "native").mkdir(parents=True, exist_ok=True)
     (folder / "native").symlink_to(CACHE / "native", target_is_directory=True)
     return folder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,26 +11,28 @@ import pytest
 
 from experiments.cli import main
 from experiments.doctor.checks import next_command
+from pallas_kernels.cache_folder import cache_dir
 
 
 def test_it_says_what_runs_here_and_why_not_the_rest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ):
-    monkeypatch.setenv("JAX_CHUNKATTN_CACHE", str(tmp_path / "cache"))
+    cache = cache_dir()
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["devices"][0]["platform"] == "cpu"
     assert found["implementations"]["xla"] is None
+    assert found["implementations"]["native"] is None
     assert "needs an NVIDIA GPU" in found["implementations"]["pallas_triton"]
     assert "gpu" in found["problems"]
     assert found["extras"]["experiments"] == []
     assert found["cache"]["smollm2"] is None
     assert found["memory_total_bytes"] > found["memory_free_bytes"] > 0
     assert found["next"][0] == "python -m experiments generate"
-    assert not (tmp_path / "cache").exists()
+    assert [path.name for path in cache.iterdir()] == ["native"]
 
-    (tmp_path / "cache" / "models").mkdir(parents=True)
-    (tmp_path / "cache" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"x" * 2048)
+    (cache / "models").mkdir()
+    (cache / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"x" * 2048)
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     for part in ("2.0 KiB", "next: python -m experiments generate", f"jax {jax.__version__}"):

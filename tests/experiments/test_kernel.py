@@ -206,10 +206,10 @@ def test_kernels_without_a_gpu_are_skipped_and_said():
 def test_baselines_skip_scores_that_they_do_not_know():
     names = [name for name in ALL if name not in ("xla-unshared", "reference")]
     record = measured(dataclasses.replace(SHARED, softcap=3.0, scale=1.0), *names)
-    (side,) = record["implementations"]
-    assert 0 < side["max_error"] < 2e-6
+    assert [side["implementation"] for side in record["implementations"]] == names[:2]
+    assert all(0 < side["max_error"] < 2e-6 for side in record["implementations"])
     reasons = {skip["implementation"]: skip["reason"] for skip in record["skipped"]}
-    assert reasons == dict.fromkeys(names[1:], "it knows neither a softcap nor a scale of its own")
+    assert reasons == dict.fromkeys(names[2:], "it knows neither a softcap nor a scale of its own")
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,8 @@ def test_pytorch_that_is_missing_is_skipped_and_said(monkeypatch: pytest.MonkeyP
 def test_gpu_kernels_are_planned_for_and_checked():
     target = dataclasses.replace(A100, interpret=True)
     with use_target(target):
-        assert kernel_skips.runnable_implementations() == (*NAMED[:2], *ALL)
+        for_gpus = tuple(name for name in ALL if name != "native")
+        assert kernel_skips.runnable_implementations() == (*NAMED[:2], *for_gpus)
         (side,) = measured(SHARED, "pallas_triton")["implementations"]
     assert 0 < side["max_error"] < 2e-6
 
