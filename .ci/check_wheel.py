@@ -9,6 +9,8 @@ NEEDED = {
     "experiments/assets/system_prompt.md",
     "experiments/assets/questions.txt",
     "models/parity.json",
+    "pallas_kernels/native/attention.h",
+    "pallas_kernels/native/bindings.cc",
 }
 
 [path] = sys.argv[1:]

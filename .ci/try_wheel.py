@@ -40,9 +40,10 @@ keys, values = random.standard_normal((2, 1, 2, 4, 8, 16), np.float32)
 padded = plan.num_rows
 q = random.standard_normal((padded, 4, 16), np.float32)
 lengths = np.pad(np.array(lengths, np.int32), (0, padded - len(lengths)))
-shared, reference = (
+xla, native, reference = (
     jax_chunkattn.chunk_attention(q, keys, values, plan, lengths, implementation=implementation)
-    for implementation in ("xla", "reference")
+    for implementation in ("xla", "native", "reference")
 )
-np.testing.assert_allclose(shared, reference, atol=1e-5)
+np.testing.assert_allclose(xla, reference, atol=1e-5)
+np.testing.assert_allclose(native, reference, atol=1e-5)
 print(f"jax_chunkattn {jax_chunkattn.__version__}: {summary.reason}")
