@@ -46,15 +46,17 @@ struct Scratch {
   }
 };
 
-// Reads a unit's tokens for one head, in blocks, and attends to them.
+// Reads a unit's tokens for one head, in blocks, and attends to them; meanwhile the next block comes,
+// and at the end the first of the unit that is next.
 template <class Pool>
 class Reader {
   using Element = typename Pool::Element;
 
  public:
   Reader(const Attention& call, const Pool& pool, const ExactTokens& exact, int head,
-         const Unit& unit, State state)
-      : call_(call), pool_(pool), exact_(exact), head_(head), unit_(unit), state_(state),
+         const Unit& unit, const Unit* next, State state)
+      : call_(call), pool_(pool), exact_(exact), head_(head), unit_(unit), next_(next),
+        state_(state),
         width_(round_up(call.dim, LANES)), queries_(unit.rows * call.group()),
         many_(unit.causal || queries_ > FewQueries::MOST) {
     in_place_ = Pool::IN_PLACE && width_ == call.dim && (std::is_same_v<Element, float> || !many_);
@@ -154,8 +156,7 @@ class Reader {
         int token = place % pool_.chunk_size;
         tokens = std::min({end - place, pool_.chunk_size - token, BLOCK_TOKENS});
         make_room(tokens, in_place_);
-        int64_t index = std::min<int64_t>(place / pool_.chunk_size, unit_.chunk_count - 1);
-        int64_t chunk = std::clamp<int64_t>(unit_.chunks[index], 0, pool_.chunks - 1);
+        int64_t chunk = chunk_at(unit_, place);
         if (in_place_) {
           if constexpr (Pool::IN_PLACE) {
             int64_t at = pool_.place(head_, chunk, token);
@@ -170,6 +171,26 @@ class Reader {
         block_->tokens += tokens;
       }
     });
+  }
+
+  // Where a unit begins to read, in a block's worth of pieces; none where it copies them.
+  int first_pieces(const Unit& unit, Piece<Element>* pieces) const {
+    int count = 0;
+    if constexpr (Pool::IN_PLACE) {
+      int end = std::min({unit.end, unit.begin + BLOCK_TOKENS});
+      for (int place = unit.begin, tokens; place < end; place += tokens) {
+        int token = place % pool_.chunk_size;
+        tokens = std::min(end - place, pool_.chunk_size - token);
+        int64_t at = pool_.place(head_, chunk_at(unit, place), token);
+        pieces[count++] = {pool_.keys + at, pool_.values + at, pool_.dim, tokens, place};
+      }
+    }
+    return count;
+  }
+
+  int64_t chunk_at(const Unit& unit, int place) const {
+    int64_t index = std::min<int64_t>(place / pool_.chunk_size, unit.chunk_count - 1);
+    return std::clamp<int64_t>(unit.chunks[index], 0, pool_.chunks - 1);
   }
 
   // Tokens beside the pool, of which the one at place 0 begins `at` elements into them.
@@ -223,7 +244,13 @@ class Reader {
     if (block.count == 0) return;
     Ahead ahead;
     auto expect = [&](auto& all) {
-      if (next.in_place) ahead.begin(next.there, next.count, all.steps(block.tokens));
+      int steps = all.steps(block.tokens);
+      if (next.count == 0 && next_) {
+        Piece<Element> first[BLOCK_TOKENS];
+        ahead.begin(first, first_pieces(*next_, first), steps);
+      } else if (next.in_place) {
+        ahead.begin(next.there, next.count, steps);
+      }
     };
     if (many_) {
       ManyQueries all(packed_, queries_, call_.dim, width_, call_.softcap, state_, scores_);
@@ -250,6 +277,7 @@ class Reader {
   const ExactTokens& exact_;
   const int64_t head_;
   const Unit& unit_;
+  const Unit* const next_;
   State state_;
   const int width_, queries_;
   const bool many_;
@@ -310,7 +338,7 @@ void attend(const Attention& call, int rows, std::vector<Units>& units, const Po
   std::vector<int64_t> first_task(call.kv_heads + 1, 0), first_slot(call.kv_heads + 1, 0);
   for (int head = 0; head < call.kv_heads; head++) {
     const Units& of_head = units[window_of[head]];
-    first_task[head + 1] = first_task[head] + of_head.all.size();
+    first_task[head + 1] = first_task[head] + of_head.batches.size() - 1;
     first_slot[head + 1] = first_slot[head] + of_head.slot_count;
   }
   const int64_t slots = first_slot.back(), blocks = (rows + MERGE_ROWS - 1) / MERGE_ROWS;
@@ -322,11 +350,16 @@ void attend(const Attention& call, int rows, std::vector<Units>& units, const Po
                     data + slots * (width + 1) + first, width};
   };
 
-  auto attend_unit = [&](int64_t task) {
-    auto next = std::upper_bound(first_task.begin(), first_task.end(), task);
-    int head = next - first_task.begin() - 1;
-    const Unit& unit = units[window_of[head]].all[task - first_task[head]];
-    Reader(call, pool, exact, head, unit, partials_of(head).at(unit.slot)).attend();
+  auto attend_batch = [&](int64_t task) {
+    auto after = std::upper_bound(first_task.begin(), first_task.end(), task);
+    const int head = after - first_task.begin() - 1;
+    const Units& of_head = units[window_of[head]];
+    const int64_t* batch = &of_head.batches[task - first_task[head]];
+    const Unit *unit = &of_head.all[batch[0]], *end = of_head.all.data() + batch[1];
+    for (; unit < end; unit++) {
+      const Unit* next = unit + 1 < end ? unit + 1 : nullptr;
+      Reader(call, pool, exact, head, *unit, next, partials_of(head).at(unit->slot)).attend();
+    }
   };
   auto merge_rows = [&](int64_t task) {
     int head = task / blocks;
@@ -344,7 +377,7 @@ void attend(const Attention& call, int rows, std::vector<Units>& units, const Po
   };
   int64_t helpers = cost * call.dim < ALONE ? 0 : threads - 1;
   helpers = std::min(helpers, first_task.back() - 1);
-  run_tasks(first_task.back(), blocks * call.kv_heads, helpers, schedule, attend_unit, merge_rows);
+  run_tasks(first_task.back(), blocks * call.kv_heads, helpers, schedule, attend_batch, merge_rows);
   buffers.give_back(std::move(buffer));
 }
 

@@ -105,7 +105,8 @@ class Units {
     return total;
   }
 
-  // Cuts units that cost more than `most`, and gives each row its partial results.
+  // Cuts units that cost more than `most`, puts those together that cost far less, and gives each row
+  // its partial results.
   void finish(double most) {
     std::vector<Unit> whole;
     whole.swap(all);
@@ -113,6 +114,14 @@ class Units {
     for (Unit& unit : all) {
       unit.slot = slot_count;
       slot_count += (int64_t)unit.rows * group_;
+    }
+    batches.assign(1, 0);
+    double batch = 0;
+    for (size_t i = 0; i < all.size(); i++) {
+      batch += cost(all[i]);
+      if (batch * 8 < most && i + 1 < all.size()) continue;
+      batches.push_back(i + 1);
+      batch = 0;
     }
     begin.assign(rows_ + 1, 0);
     for_each_row([&](int row, int64_t) { begin[row + 1]++; });
@@ -123,6 +132,7 @@ class Units {
   }
 
   std::vector<Unit> all;
+  std::vector<int64_t> batches;       // that one thread takes: batches[i] to before batches[i + 1]
   std::vector<int64_t> begin, slots;  // of row r: slots[begin[r]] to before slots[begin[r + 1]]
   int64_t slot_count = 0;
 
