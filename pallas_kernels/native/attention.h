@@ -56,8 +56,7 @@ class Reader {
   Reader(const Attention& call, const Pool& pool, const ExactTokens& exact, int head,
          const Unit& unit, const Unit* next, State state)
       : call_(call), pool_(pool), exact_(exact), head_(head), unit_(unit), next_(next),
-        state_(state),
-        width_(round_up(call.dim, LANES)), queries_(unit.rows * call.group()),
+        state_(state), width_(round_up(call.dim, LANES)), queries_(unit.rows * call.group()),
         many_(unit.causal || queries_ > FewQueries::MOST) {
     in_place_ = Pool::IN_PLACE && width_ == call.dim && (std::is_same_v<Element, float> || !many_);
     state_.clear(queries_, width_);
@@ -177,7 +176,7 @@ class Reader {
   int first_pieces(const Unit& unit, Piece<Element>* pieces) const {
     int count = 0;
     if constexpr (Pool::IN_PLACE) {
-      int end = std::min({unit.end, unit.begin + BLOCK_TOKENS});
+      int end = std::min(unit.end, unit.begin + BLOCK_TOKENS);
       for (int place = unit.begin, tokens; place < end; place += tokens) {
         int token = place % pool_.chunk_size;
         tokens = std::min(end - place, pool_.chunk_size - token);
@@ -317,9 +316,9 @@ struct Partials {
   }
 };
 
-constexpr int CUT_INTO = 128;           // as many units and more, where there is enough to read
-constexpr double ALONE = 1 << 18;       // products that take less time than waking a thread
-constexpr int64_t MERGE_ROWS = 8;       // of a task
+constexpr int CUT_INTO = 128;      // as many units and more, where there is enough to read
+constexpr double ALONE = 1 << 18;  // products that take less time than waking a thread
+constexpr int64_t MERGE_ROWS = 8;  // of a task
 
 // Fills `call.output`, of the plan of each window.
 template <class Pool>

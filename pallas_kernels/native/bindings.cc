@@ -207,8 +207,9 @@ ffi::Error decode(ffi::ThreadPool pool, float scale, float softcap, ffi::Span<co
     plan.slots = own.slots = sizes[2];
     int64_t of_layer = sizes[1] * sizes[2] * sizes[3] * sizes[4] * (int64_t)sizeof(float);
     if (own.type != chunks::Type::float32) of_layer /= 2;
-    own.keys = (const char*)own.keys + common.layer * of_layer;
-    own.values = (const char*)own.values + common.layer * of_layer;
+    int64_t at = std::clamp<int64_t>(common.layer, 0, sizes[0] - 1) * of_layer;
+    own.keys = (const char*)own.keys + at;
+    own.values = (const char*)own.values + at;
   }
   return common.attend(pool, operands, codes, own,
                        [&](chunks::Units& units, int window, int chunk_size) {
