@@ -53,7 +53,8 @@ def chunk_attention(
       head_windows: by which of the windows that the plan was made for each KV head reads, from 0 to
         W - 1; None by the first. For plans with windows; the row's query is its last token then.
       implementation: one of `IMPLEMENTATIONS`, or None for the best that runs here: Mosaic on
-        Hopper GPUs, Triton on other NVIDIA GPUs from Ampere on, XLA elsewhere.
+        Hopper GPUs, Triton on other NVIDIA GPUs from Ampere on, the compiled kernel (`native`) on
+        CPUs with a C++ compiler, which takes seconds when it is first used, XLA elsewhere.
 
     Raises:
       ValueError: for an implementation that is unknown or cannot run here, a plan without what it
