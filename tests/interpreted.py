@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
+from pallas_kernels.implementations import NATIVE
+from pallas_kernels.native import library
 from pallas_kernels.targets import A100, H200, use_target
 
 TARGETS = {
@@ -38,12 +40,19 @@ optimised_implementations = pytest.mark.parametrize(
 @pytest.fixture
 def implementation(request):
     """The name of an implementation; within the test there is a device that runs it."""
+    skip_unless_there(request.param)
     if request.param not in TARGETS:
         yield request.param
         return
     _use_the_interpreter()
     with use_target(TARGETS[request.param]):
         yield request.param
+
+
+def skip_unless_there(implementation: str) -> None:
+    """Skips a test of the compiled kernel where there is no compiler."""
+    if implementation == NATIVE and (problem := library.problem()):
+        pytest.skip(problem)
 
 
 @functools.cache

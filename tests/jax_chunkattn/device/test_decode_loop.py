@@ -17,6 +17,7 @@ from jax_chunkattn.device.prefill import prefill_step
 from jax_chunkattn.device.programs import Invocation, Programs, SplitModel
 from jax_chunkattn.device.request_table import DeviceState, RequestTable, RowState, copy_chunks
 from jax_chunkattn.planning.prefill import CALL_TOKENS, Segment, pack_segments
+from tests.interpreted import skip_unless_there
 from tests.jax_chunkattn.device.pool_copies import (
     assert_pool_is_updated_in_place,
     pool_sized_operations,
@@ -54,6 +55,7 @@ def pool_sizes(state):
 @pytest.mark.optimised
 @pytest.mark.parametrize("implementation", ["xla", "native"])
 def test_decoding_updates_the_pool_in_place(implementation):
+    skip_unless_there(implementation)
     args = decode_arguments("float32")
     model = SplitModel.of(toy_model())
     static = {"num_steps": 8, "implementation": implementation}
