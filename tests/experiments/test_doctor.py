@@ -12,6 +12,7 @@ import pytest
 from experiments.cli import main
 from experiments.doctor.checks import next_command
 from pallas_kernels.cache_folder import cache_dir
+from pallas_kernels.native import library
 
 
 def test_it_says_what_runs_here_and_why_not_the_rest(
@@ -22,7 +23,7 @@ def test_it_says_what_runs_here_and_why_not_the_rest(
     found = json.loads(capsys.readouterr().out)
     assert found["devices"][0]["platform"] == "cpu"
     assert found["implementations"]["xla"] is None
-    assert found["implementations"]["native"] is None
+    assert found["implementations"]["native"] == library.problem()
     assert "needs an NVIDIA GPU" in found["implementations"]["pallas_triton"]
     assert "gpu" in found["problems"]
     assert found["extras"]["experiments"] == []
