@@ -22,7 +22,7 @@ from jax_chunkattn.planning.prefill import Segment, pack_segments
 from pallas_kernels.clusters import HeadClusters
 from pallas_kernels.implementations import ImplementationError
 from pallas_kernels.selection import ChunkSelector
-from tests.interpreted import implementations
+from tests.interpreted import implementations_of_clusters
 from tests.jax_chunkattn.device.pool_copies import assert_pool_is_updated_in_place
 from tests.jax_chunkattn.engine.engines import assert_all_returned, make_engine, run
 from tests.jax_chunkattn.rule.clusters import logits_by_the_definition
@@ -115,7 +115,7 @@ def test_decoding_and_prefill_update_the_pool_in_place():
         )
 
 
-@implementations
+@implementations_of_clusters
 @pytest.mark.slow
 def test_each_implementation_decodes_from_it(implementation):
     """Some share a prefix, and one fills its first chunk with its answer."""
