@@ -1,7 +1,10 @@
 // The calls that XLA makes. Their operands are in the order in which `operands.py` has them.
 
-#include <exception>
+#include <functional>
+#include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "attention.h"
 #include "xla/ffi/api/ffi.h"
@@ -12,15 +15,6 @@ namespace {
 
 using chunks::Ints;
 
-class Problem : public std::exception {
- public:
-  explicit Problem(std::string what) : what_(std::move(what)) {}
-  const char* what() const noexcept override { return what_.c_str(); }
-
- private:
-  std::string what_;
-};
-
 // Takes one operand after another.
 class Operands {
  public:
@@ -28,14 +22,14 @@ class Operands {
 
   ffi::AnyBuffer any() {
     auto next = all_.get<ffi::AnyBuffer>(index_++);
-    if (!next.has_value()) throw Problem("there are fewer operands than expected");
+    if (!next.has_value()) throw std::runtime_error("there are fewer operands than expected");
     return *next;
   }
 
   ffi::AnyBuffer of(ffi::DataType type) {
     ffi::AnyBuffer next = any();
     if (next.element_type() != type)
-      throw Problem("operand " + std::to_string(index_ - 1) + " has another type than expected");
+      throw std::runtime_error("operand " + std::to_string(index_ - 1) + " has another type than expected");
     return next;
   }
 
@@ -63,7 +57,7 @@ chunks::Type type_of(ffi::AnyBuffer buffer) {
     case ffi::F32: return chunks::Type::float32;
     case ffi::BF16: return chunks::Type::bfloat16;
     case ffi::F16: return chunks::Type::float16;
-    default: throw Problem("keys and values must be float32, bfloat16 or float16");
+    default: throw std::runtime_error("keys and values must be float32, bfloat16 or float16");
   }
 }
 
@@ -94,6 +88,9 @@ chunks::Codes codes_of(Operands& operands, const int64_t* format, int64_t layer,
   codes.first = of_layer(first.typed_data<uint8_t>(), first);
   return codes;
 }
+
+// Adds the units of a window, of chunks of so many tokens.
+using Add = std::function<void(chunks::Units&, int window, int chunk_size)>;
 
 // What both calls begin with: queries, windows of heads, layer, items, and what windows hide.
 struct Common {
@@ -127,9 +124,6 @@ struct Common {
     hidden.begin = operands.by_window();
     hidden.offset = operands.by_window();
   }
-
-  // Adds the units of a window, of chunks of so many tokens.
-  using Add = std::function<void(chunks::Units&, int window, int chunk_size)>;
 
   // `codes` is empty where chunks are stored as they are; else it has the tokens of a chunk, and
   // kind, bits and direction of the codes of keys and of values.
@@ -188,10 +182,10 @@ chunks::ExactTokens exact_tokens(ffi::AnyBuffer keys, ffi::AnyBuffer values) {
   return exact;
 }
 
-ffi::Error decode(ffi::ThreadPool pool, float scale, float softcap, ffi::Span<const int64_t> codes,
-                  ffi::RemainingArgs arguments, ffi::Result<ffi::AnyBuffer> output) try {
-  Operands operands(arguments);
-  Common common(operands, scale, softcap, output);
+// Reads the operands of a plan, and of exact tokens beside the pool; what it returns adds their units.
+using ReadPlan = Add (*)(Operands&, const Common&, chunks::ExactTokens*);
+
+Add read_decoding(Operands& operands, const Common& common, chunks::ExactTokens* own) {
   chunks::DecodePlan plan;
   plan.private_chunks = operands.by_window();
   plan.covered = operands.by_window();
@@ -200,29 +194,23 @@ ffi::Error decode(ffi::ThreadPool pool, float scale, float softcap, ffi::Span<co
   plan.tile_rows = operands.by_window();
   plan.tile_count = operands.by_window();
   plan.own_slots = operands.ints();
-  ffi::AnyBuffer own_keys = operands.any(), own_values = operands.any();
-  chunks::ExactTokens own = exact_tokens(own_keys, own_values);
+  ffi::AnyBuffer keys = operands.any(), values = operands.any();
+  *own = exact_tokens(keys, values);
   if (plan.own_slots) {
-    auto sizes = own_keys.dimensions();  // layers, heads, slots, tokens, dim
-    plan.slots = own.slots = sizes[2];
+    auto sizes = keys.dimensions();  // layers, heads, slots, tokens, dim
+    plan.slots = own->slots = sizes[2];
     int64_t of_layer = sizes[1] * sizes[2] * sizes[3] * sizes[4] * (int64_t)sizeof(float);
-    if (own.type != chunks::Type::float32) of_layer /= 2;
+    if (own->type != chunks::Type::float32) of_layer /= 2;
     int64_t at = std::clamp<int64_t>(common.layer, 0, sizes[0] - 1) * of_layer;
-    own.keys = (const char*)own.keys + at;
-    own.values = (const char*)own.values + at;
+    own->keys = (const char*)own->keys + at;
+    own->values = (const char*)own->values + at;
   }
-  return common.attend(pool, operands, codes, own,
-                       [&](chunks::Units& units, int window, int chunk_size) {
-                         add_decoding(units, common.plan, plan, window, chunk_size);
-                       });
-} catch (const std::exception& error) {
-  return ffi::Error::Internal(error.what());
+  return [plan, &common](chunks::Units& units, int window, int chunk_size) {
+    add_decoding(units, common.plan, plan, window, chunk_size);
+  };
 }
 
-ffi::Error prefill(ffi::ThreadPool pool, float scale, float softcap, ffi::Span<const int64_t> codes,
-                   ffi::RemainingArgs arguments, ffi::Result<ffi::AnyBuffer> output) try {
-  Operands operands(arguments);
-  Common common(operands, scale, softcap, output);
+Add read_prefill(Operands& operands, const Common& common, chunks::ExactTokens* fresh) {
   chunks::PrefillPlan plan;
   plan.tile_begin = operands.ints(&plan.tiles);
   plan.tile_count = operands.ints();
@@ -233,11 +221,21 @@ ffi::Error prefill(ffi::ThreadPool pool, float scale, float softcap, ffi::Span<c
   plan.tables = operands.by_window();
   ffi::AnyBuffer keys = operands.any(), values = operands.any();
   plan.has_fresh = keys.element_count() > 0;
-  chunks::ExactTokens fresh = exact_tokens(keys, values);
-  return common.attend(pool, operands, codes, fresh,
-                       [&](chunks::Units& units, int window, int chunk_size) {
-                         add_prefill(units, common.plan, plan, window, chunk_size);
-                       });
+  *fresh = exact_tokens(keys, values);
+  return [plan, &common](chunks::Units& units, int window, int chunk_size) {
+    add_prefill(units, common.plan, plan, window, chunk_size);
+  };
+}
+
+template <ReadPlan read_plan>
+ffi::Error attend(ffi::ThreadPool threads, float scale, float softcap,
+                  ffi::Span<const int64_t> codes, ffi::RemainingArgs arguments,
+                  ffi::Result<ffi::AnyBuffer> output) try {
+  Operands operands(arguments);
+  Common common(operands, scale, softcap, output);
+  chunks::ExactTokens exact;
+  Add add = read_plan(operands, common, &exact);
+  return common.attend(threads, operands, codes, exact, add);
 } catch (const std::exception& error) {
   return ffi::Error::Internal(error.what());
 }
@@ -254,5 +252,5 @@ auto binding() {
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(chunk_attention_decode, decode, binding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(chunk_attention_prefill, prefill, binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(chunk_attention_decode, attend<read_decoding>, binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(chunk_attention_prefill, attend<read_prefill>, binding());
