@@ -9,6 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+from jax_chunkattn.planning.workloads import case_inputs
+from pallas_kernels import chunk_attention
 from pallas_kernels.cache_folder import CACHE_VARIABLE
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
 from pallas_kernels.codecs import CodebookCodec, codec_of
@@ -16,6 +18,7 @@ from pallas_kernels.codecs.chunk_codec import ChunkCodec
 from pallas_kernels.implementations import AttentionShapes, ImplementationError, check_device
 from pallas_kernels.native import build, library, operands
 from pallas_kernels.native.build import BuildError
+from pallas_kernels.specs import AttentionCase
 from pallas_kernels.targets import H200, use_target
 from tests.interpreted import skip_unless_there
 
@@ -124,6 +127,19 @@ def test_what_it_reads_and_what_not():
     ):
         assert reason in str(operands.unsupported(shapes))
         assert CHUNK_ATTENTION.resolve(None, shapes) == "xla"
+
+
+def test_it_may_be_mapped_over_queries():
+    skip_unless_there("native")
+    inputs = case_inputs(AttentionCase("1,3_32,16", 4, 2, 16, chunk_size=16))
+    rest = inputs.keys, inputs.values, inputs.plan, inputs.lengths
+    queries = np.stack([inputs.q, -inputs.q])
+
+    def attend(q):
+        return chunk_attention(q, *rest, implementation="native")
+
+    each = np.stack([attend(q) for q in queries])
+    np.testing.assert_array_equal(jax.vmap(attend)(queries), each)
 
 
 def test_operands_that_are_not_expected_are_an_error_and_no_crash():
