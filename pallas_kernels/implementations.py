@@ -20,7 +20,7 @@ from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.clusters import ClusteredKV
 from pallas_kernels.codecs import ChunkCodec
 from pallas_kernels.coded_kv import LayerKV
-from pallas_kernels.plans import DecodeReads, HostOrDevice, PrefillReads, check_windows
+from pallas_kernels.plans import DecodeReads, HostOrDevice, PrefillReads, check_sizes, check_windows
 from pallas_kernels.targets import Target, current_target
 
 PREFERENCE = ("pallas_mosaic_gpu", "pallas_triton", "native", "xla")
@@ -126,11 +126,18 @@ class Operation(Generic[Reads]):
 
         Raises:
           ImplementationError: for an implementation that is unknown or cannot run here.
-          ValueError: for queries or keys that are not the attention's, or a plan without what the
-            implementation needs.
+          ValueError: for queries or keys that are not the attention's, or a plan of other rows or
+            without what the implementation needs.
         """
         check_windows(reads)
-        name = self.resolve(implementation, AttentionShapes.of(q, stored, reads, attention))
+        check_sizes(q.shape[0], attention.heads.kv_heads, reads)
+        shapes = AttentionShapes.of(q, stored, reads, attention)
+        name = self.resolve(implementation, shapes)
+        if shapes.chosen and name in (NATIVE, "xla"):
+            raise ValueError(
+                f"rows of the plan read parts of items, which {name!r} does not: it reads what "
+                "they have chosen as tiles, of a plan without partials"
+            )
         return _attend(
             q,
             stored,

@@ -362,6 +362,23 @@ def check_windows(reads: DecodeReads | PrefillReads) -> None:
         raise ValueError(f"the {has} windows, and the {lacks} none: make the plan with the model's")
 
 
+def check_sizes(rows: int, kv_heads: int, reads: DecodeReads | PrefillReads) -> None:
+    """Raises ValueError for a plan of other rows, or windows of other heads."""
+    if isinstance(reads, DecodeReads):
+        lengths = np.shape(reads.lengths)[0]
+        if not rows == lengths == reads.plan.num_rows:
+            raise ValueError(
+                f"there are {rows} queries and {lengths} lengths, and the plan is of "
+                f"{reads.plan.num_rows} rows, padding among them"
+            )
+    elif reads.new is not None and reads.new.keys.shape[0] != rows:
+        raise ValueError(f"there are {rows} queries and {reads.new.keys.shape[0]} new tokens")
+    if reads.head_windows is not None and np.shape(reads.head_windows) != (kv_heads,):
+        raise ValueError(
+            f"windows are of {np.shape(reads.head_windows)[0]} heads, and there are {kv_heads}"
+        )
+
+
 def require_partials(plan: DecodePlan | PrefillPlan) -> PartialSlots:
     """The plan's slots for partials.
 

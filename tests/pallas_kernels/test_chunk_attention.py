@@ -12,8 +12,12 @@ import pytest
 from jax_chunkattn.planning.planner import PlannerOptions
 from jax_chunkattn.planning.workloads import case_inputs
 from pallas_kernels import chunk_attention, write_kv
+from pallas_kernels.attention_spec import AttentionSpec
+from pallas_kernels.chunk_attention import CHUNK_ATTENTION
 from pallas_kernels.implementations import needs_partials
+from pallas_kernels.plans import DecodeReads
 from pallas_kernels.specs import NUMERICS, AttentionCase
+from pallas_kernels.stored_kv import StoredKV
 from tests import oracle
 from tests.effort import optimised
 from tests.interpreted import implementations, optimised_implementations
@@ -301,3 +305,9 @@ def test_wrong_arguments_are_named():
     for softcap in (0.0, float("inf")):
         with pytest.raises(ValueError, match=rf"softcap must be positive .*, not {softcap}"):
             chunk_attention(inputs.q, *pools, *rest, softcap=softcap)
+    stored = StoredKV(jnp.asarray(inputs.keys), jnp.asarray(inputs.values), 0)
+    whole = DecodeReads(inputs.plan, inputs.lengths)
+    few = DecodeReads(inputs.plan, inputs.lengths[1:])
+    for queries, reads in ((inputs.q[1:], whole), (inputs.q[1:], few), (inputs.q, few)):
+        with pytest.raises(ValueError, match="lengths, and the plan is of"):
+            CHUNK_ATTENTION.attend(queries, stored, reads, AttentionSpec.of(4, 2, 16))

@@ -13,7 +13,7 @@ import pytest
 from jax_chunkattn.planning.planner import PlannerOptions, plan_decode
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
-from pallas_kernels.plans import DecodeReads
+from pallas_kernels.plans import ChosenChunks, DecodeReads
 from pallas_kernels.selection import (
     Asking,
     ChunkSelector,
@@ -29,7 +29,7 @@ from pallas_kernels.selection.estimates import KeyScores
 from pallas_kernels.selection.landmarks import KEY_CODES
 from pallas_kernels.stored_kv import StoredKV
 from tests import oracle
-from tests.interpreted import implementations
+from tests.interpreted import implementations, skip_unless_there
 from tests.pallas_kernels.test_windows import (
     CHUNK,
     CHUNKS,
@@ -203,6 +203,21 @@ def test_a_query_chooses_the_best_chunks_of_its_own_sequence(policy, keep):
             chosen = np.argsort(-worth, kind="stable")[: number[row] - len(always)]
             assert columns[place, : number[row]].tolist() == sorted(always | {*chosen.tolist()})
             assert (columns[place, number[row] :] == COLUMNS).all()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "native"])
+def test_items_of_which_rows_read_parts_are_refused_by_those_who_read_tiles(implementation):
+    skip_unless_there(implementation)
+    plan, lengths = planned("pallas_triton")
+    items, rows = jax.tree.map(jnp.asarray, plan.items), len(lengths)
+    part = ChosenChunks(
+        jnp.zeros(items.chunks.shape, jnp.int32), jnp.ones((rows, COLUMNS), jnp.bool_)
+    )
+    reads = DecodeReads(replace(plan, items=replace(items, chosen=part)), lengths)
+    stored = StoredKV(jnp.asarray(KEYS), jnp.asarray(VALUES), LAYER)
+    queries = jnp.asarray(QUERIES)
+    with pytest.raises(ValueError, match=f"read parts of items, which '{implementation}' does not"):
+        CHUNK_ATTENTION.attend(queries, stored, reads, ATTENTION, implementation=implementation)
 
 
 @implementations

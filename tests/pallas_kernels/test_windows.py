@@ -264,7 +264,7 @@ def test_a_new_token_reads_its_own_chunk_exact_as_far_as_each_head_sees(implemen
 
 def test_windows_of_heads_are_refused_by_a_plan_without_any():
     tables, lengths = batch()
-    plan, _ = plan_decode(tables, lengths, chunk_size=CHUNK, num_chunks=CHUNKS)
+    plan, _ = plan_decode(tables, lengths, chunk_size=CHUNK, num_chunks=CHUNKS, at_least=SHAPE)
     now = np.ones(len(QUERIES), np.int32)
     with pytest.raises(ValueError, match="made without windows"):
         chunk_attention(QUERIES, KEYS, VALUES, plan, now, head_windows=OF_HEADS)
@@ -272,6 +272,11 @@ def test_windows_of_heads_are_refused_by_a_plan_without_any():
     reads = DecodeReads(plan, now, head_windows=jnp.asarray(OF_HEADS))
     with pytest.raises(ValueError, match="heads have windows, and the plan none"):
         CHUNK_ATTENTION.attend(QUERIES, stored, reads, ATTENTION)
-    plan, _ = plan_decode(tables, lengths, chunk_size=CHUNK, num_chunks=CHUNKS, windows=WINDOWS)
+    plan, _ = plan_decode(
+        tables, lengths, chunk_size=CHUNK, num_chunks=CHUNKS, at_least=SHAPE, windows=WINDOWS
+    )
     with pytest.raises(ValueError, match="plan has windows, and the heads none"):
         CHUNK_ATTENTION.attend(QUERIES, stored, DecodeReads(plan, now), ATTENTION)
+    reads = DecodeReads(plan, now, head_windows=jnp.asarray(OF_HEADS[:2]))
+    with pytest.raises(ValueError, match="windows are of 2 heads, and there are 3"):
+        CHUNK_ATTENTION.attend(QUERIES, stored, reads, ATTENTION)
