@@ -31,9 +31,8 @@ def prepare() -> None:
 def call(
     name: str, operands: Sequence[HostOrDevice], output: jax.ShapeDtypeStruct, **attributes: object
 ) -> Array:
-    """What one of `CALLS` makes of its operands; under `jax.vmap`, of each in turn."""
-    made = jax.ffi.ffi_call(_target(name), output, vmap_method="sequential")
-    return made(*operands, **attributes)
+    """What one of `CALLS` makes of its operands."""
+    return jax.ffi.ffi_call(_target(name), output)(*operands, **attributes)
 
 
 def _target(name: str) -> str:

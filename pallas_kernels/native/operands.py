@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,36 @@ from pallas_kernels.codecs import AffineCodec, ScaledFloatCodec
 from pallas_kernels.coded_kv import CodedKV, Encoded, LayerKV
 from pallas_kernels.implementations import AttentionShapes
 from pallas_kernels.native import library
-from pallas_kernels.plans import DecodeReads, HiddenTokens, HostOrDevice, PrefillReads
+from pallas_kernels.native.devices import split_by_heads
+from pallas_kernels.plans import (
+    DecodeReads,
+    HiddenTokens,
+    HostOrDevice,
+    NewTokens,
+    OwnChunks,
+    PrefillReads,
+)
 from pallas_kernels.stored_kv import StoredKV
 
 NOTHING = np.zeros(0, np.int32)
 """What stands for an array that a plan does not have."""
-NO_TOKENS = (np.zeros(0, np.float32),) * 2
+NO_TOKENS = np.zeros(0, np.float32)
 FORMATS: dict[type, Callable[[Any], tuple[int, int, int]]] = {
     AffineCodec: lambda codec: (1, codec.bits, codec.along == "channels"),
     ScaledFloatCodec: lambda codec: (2, jnp.finfo(codec.dtype).nmant, 0),
 }
 """The codecs whose codes it reads: a number for each kind, and two of what it depends on."""
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+class _ByHead(NamedTuple):
+    """An operand with KV heads, or query heads, on an axis."""
+
+    array: HostOrDevice
+    axis: int = 1
+
+
+_Operands = list[HostOrDevice | _ByHead]
 
 
 def unsupported(shapes: AttentionShapes) -> str | None:
@@ -53,7 +71,7 @@ def decode(
         _ints(reads.lengths),
         *([NOTHING] * 3 if tiles is None else map(of, (tiles.chunks, tiles.rows, tiles.count))),
         NOTHING if own is None else _ints(own.slots),
-        *(NO_TOKENS if own is None else (own.keys, own.values)),
+        *_exact(own),
         *_arrays(stored),
     ]
     return _call("chunk_attention_decode", q, stored, operands, attention)
@@ -70,18 +88,18 @@ def prefill(
         _ints(plan.num_tiles),
         of(plan.own_chunk),
         of(plan.block_tables),
-        *(NO_TOKENS if new is None else (new.keys, new.values)),
+        *_exact(new),
         *_arrays(stored),
     ]
     return _call("chunk_attention_prefill", q, stored, operands, attention)
 
 
-def _common(q: Array, stored: LayerKV, reads: DecodeReads | PrefillReads) -> list[HostOrDevice]:
+def _common(q: Array, stored: LayerKV, reads: DecodeReads | PrefillReads) -> _Operands:
     items, of = reads.plan.items, _by_window(reads)
     hidden = reads.plan.hidden
     return [
-        q.astype(jnp.float32),
-        NOTHING if reads.head_windows is None else _ints(reads.head_windows),
+        _ByHead(q.astype(jnp.float32)),
+        NOTHING if reads.head_windows is None else _ByHead(_ints(reads.head_windows), axis=0),
         stored.layer_operand(),
         of(items.row_begin),
         of(items.row_count),
@@ -107,16 +125,23 @@ def _ints(array: HostOrDevice) -> Int32[Array, "*_"]:
     return jnp.asarray(array, jnp.int32)
 
 
-def _arrays(stored: LayerKV) -> list[HostOrDevice]:
+def _exact(tokens: OwnChunks | NewTokens | None) -> _Operands:
+    """Keys and values that are beside the pool, exact."""
+    if tokens is None:
+        return [NO_TOKENS, NO_TOKENS]
+    return [_ByHead(tokens.keys), _ByHead(tokens.values)]
+
+
+def _arrays(stored: LayerKV) -> _Operands:
     if isinstance(stored, StoredKV):
-        return [stored.keys, stored.values]
+        return [_ByHead(stored.keys), _ByHead(stored.values)]
     assert isinstance(stored, CodedKV), "others are not supported"
     return [*_codes(stored.keys), *_codes(stored.values)]
 
 
-def _codes(encoded: Encoded) -> list[HostOrDevice]:
+def _codes(encoded: Encoded) -> _Operands:
     nothing = {"zero": np.zeros(0, np.float16), "first": np.zeros(0, np.uint8)}
-    arrays = nothing | encoded
+    arrays = nothing | {name: _ByHead(array) for name, array in encoded.items()}
     return [arrays[name] for name in ("codes", "scale", "zero", "first")]
 
 
@@ -130,12 +155,19 @@ def _formats(stored: LayerKV) -> np.ndarray:
 
 
 def _call(
-    name: str, q: Array, stored: LayerKV, operands: list[HostOrDevice], attention: AttentionSpec
+    name: str, q: Array, stored: LayerKV, operands: _Operands, attention: AttentionSpec
 ) -> Array:
     attributes = {
         "scale": np.float32(attention.scale),
         "softcap": np.float32(attention.softcap or 0),
         "codes": _formats(stored),
     }
-    output = jax.ShapeDtypeStruct(q.shape, jnp.float32)
-    return library.call(name, operands, output, **attributes).astype(q.dtype)
+
+    def call(queries: Array, *others: Array) -> Array:
+        output = jax.ShapeDtypeStruct(queries.shape, jnp.float32)
+        return library.call(name, (queries, *others), output, **attributes)
+
+    arrays = [one.array if isinstance(one, _ByHead) else one for one in operands]
+    axes = [one.axis if isinstance(one, _ByHead) else None for one in operands]
+    group = q.shape[1] // stored.kv_heads
+    return split_by_heads(call, arrays, axes, group=group).astype(q.dtype)

@@ -20,8 +20,11 @@ from jax_chunkattn.device.decode_loop import Chosen, decode_steps
 from jax_chunkattn.device.logical_axes import logical_sharding
 from jax_chunkattn.device.programs import Invocation, Programs, SplitModel
 from jax_chunkattn.device.request_table import DeviceState, RequestTable, RowState
+from jax_chunkattn.planning.prefill import QUERY_TILE, Segment, pack_segments
 from models.decoder import Decoder
 from models.dense_attention import empty_pool, run_dense
+from pallas_kernels import chunk_attention, prefill_attention
+from pallas_kernels.windows import Window
 from tests.jax_chunkattn.device.pool_copies import assert_pool_is_updated_in_place
 from tests.jax_chunkattn.engine.engines import SHARE_ALL
 
@@ -135,6 +138,46 @@ def decode(
     return program, state.pool, chosen
 
 
+def check_attention(mesh: Mesh) -> None:
+    """Each device attends for its heads: nothing is gathered, whichever implementation runs."""
+    random = np.random.default_rng(0)
+    shape = 1, 4, 10, CHUNK_SIZE, 16
+    pool = random.standard_normal((2, *shape), np.float32)
+    of_head = PartitionSpec(None, "tp")
+    q, keys, values = (
+        jax.device_put(array, NamedSharding(mesh, of_head))
+        for array in (random.standard_normal((32, 8, 16), np.float32), *pool)
+    )
+    tables, lengths = [[0, 1, 2], [0, 1, 3], [4], [0, 5]], np.array([40, 33, 7, 20], np.int32)
+    plan, _ = plan_decode(
+        tables,
+        lengths.tolist(),
+        chunk_size=CHUNK_SIZE,
+        num_chunks=10,
+        options=SHARE_ALL,
+        windows=(None, Window(9)),
+    )
+    segments = [
+        Segment([7] * 9, table, length - 9, length, length - 9)
+        for table, length in zip(tables[:2], [40, 33], strict=True)
+    ]
+    new = pack_segments(segments, num_tokens=32, chunk_size=CHUNK_SIZE, num_chunks=10)
+
+    def attend(q, keys, values, windows):
+        rows = chunk_attention(q[:4], keys, values, plan, lengths, head_windows=windows)
+        tokens = prefill_attention(q, keys, values, new.plan, query_tile=QUERY_TILE)
+        return rows, tokens
+
+    windows = np.array([0, 1, 1, 0], np.int32)
+    split = jax.device_put(windows, NamedSharding(mesh, PartitionSpec("tp")))
+    run = jax.jit(attend)
+    assert "all-gather" not in str(run.lower(q, keys, values, split).compile().as_text())
+    got = run(q, keys, values, split)
+    assert {one.sharding.spec for one in got} == {of_head}
+    expected = attend(np.asarray(q), np.asarray(keys), np.asarray(values), windows)
+    chex.assert_trees_all_close(got, expected, rtol=0, atol=2e-6)
+
+
 def check_programs(mesh: Mesh) -> None:
     """They are kept by where their arguments lie."""
 
@@ -158,4 +201,5 @@ if __name__ == "__main__":
     check_weights(mesh)
     check_decoding(mesh)
     check_decoding_encoded(mesh)
+    check_attention(mesh)
     check_programs(mesh)

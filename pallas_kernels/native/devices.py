@@ -1,0 +1,74 @@
+"""A call that each device of a mesh makes for the heads it keeps.
+
+XLA does not see what a call into a library does, and would gather all of its operands, the pool
+among them, on each device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.custom_batching import sequential_vmap
+from jax.experimental.custom_partitioning import (
+    ArrayMapping,
+    CompoundFactor,
+    SdyShardingRule,
+    custom_partitioning,
+)
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from pallas_kernels.plans import HostOrDevice
+
+
+def split_by_heads(
+    function: Callable[..., Array],
+    operands: Sequence[HostOrDevice],
+    axes: Sequence[int | None],
+    *,
+    group: int,
+) -> Array:
+    """What a function of queries and other operands gives, where each KV head is by itself.
+
+    Args:
+      function: takes all operands, or those of some KV heads, and gives an array like the first.
+      operands: the first are the queries, and those with an axis have KV heads there.
+      axes: which of their axes counts KV heads, if one does; of the queries, it counts query heads.
+      group: query heads for each KV head.
+    """
+    pool = max(range(len(axes)), key=lambda at: (axes[at] is not None, operands[at].size))
+
+    def partition(mesh: Mesh, shapes: Sequence[jax.ShapeDtypeStruct], result: object):
+        spec, axis = shapes[pool].sharding.spec, axes[pool]
+        heads = spec[axis] if axis is not None and axis < len(spec) else None
+
+        def place(axis: int | None) -> NamedSharding:
+            before = () if axis is None else (None,) * axis
+            return NamedSharding(mesh, PartitionSpec(*before, *(() if axis is None else (heads,))))
+
+        return mesh, function, place(axes[0]), tuple(map(place, axes))
+
+    def infer(mesh: Mesh, shapes: Sequence[jax.ShapeDtypeStruct], result: object) -> NamedSharding:
+        return partition(mesh, shapes, result)[2]
+
+    split = custom_partitioning(function)
+    rule = _sharding_rule(operands, axes, group)
+    split.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=rule)
+    return sequential_vmap(split)(*operands)
+
+
+def _sharding_rule(
+    operands: Sequence[HostOrDevice], axes: Sequence[int | None], group: int
+) -> SdyShardingRule:
+    """Heads go together; no other dimensions do."""
+    mappings: list[ArrayMapping] = []
+    for at, (operand, axis) in enumerate(zip(operands, axes, strict=True)):
+        factors: list[str | CompoundFactor] = [f"d{at}_{i}" for i in range(operand.ndim)]
+        if axis is not None:
+            of_queries = at == 0 and group > 1
+            factors[axis] = CompoundFactor("heads", "group") if of_queries else "heads"
+        mappings.append(ArrayMapping(*factors))
+    sizes: dict[str, Any] = {"group": group} if group > 1 else {}
+    return SdyShardingRule(tuple(mappings), (mappings[0],), **sizes)
