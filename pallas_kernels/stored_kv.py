@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.plans import HostOrDevice
+from pallas_kernels.pool_writes import put_tokens
 
 
 @jax.tree_util.register_dataclass
@@ -89,12 +90,10 @@ class StoredKV:
         dtype. Values are stored as finite numbers, 0 for NaN and the dtype's largest for what
         overflows it: attention multiplies every value of a chunk it reads, those no query sees by a
         weight of 0, and an infinity left in a chunk would reach whoever has it next. Keys are
-        stored as they are, because a masked score is replaced and not multiplied. On XLA:CPU with
-        jaxlib 0.10.2 a bfloat16 scatter converts the whole pool to float32 and back; float32 and
-        float16 are written in place.
+        stored as they are, because a masked score is replaced and not multiplied. In place when
+        donated; see `pallas_kernels.pool_writes`.
         """
-
-        return self._write(k, v, (slice(None), chunks, offsets))
+        return self._write(k, v, chunks, offsets)
 
     def write_by_head(
         self,
@@ -104,15 +103,12 @@ class StoredKV:
         offsets: Int32[HostOrDevice, " T"],
     ) -> StoredKV:
         """The same with chunks of each head."""
-        heads = jnp.arange(self.kv_heads, dtype=jnp.int32)
-        by_token = jnp.asarray(chunks).T, jnp.asarray(offsets)[:, None]
-        return self._write(k, v, (heads[None], *by_token))
+        return self._write(k, v, chunks, offsets)
 
-    def _write(self, k: Array, v: Array, place: tuple) -> StoredKV:
-        def put(pool, new):
-            target = pool.at[self.layer, *place]
-            return target.set(new.astype(pool.dtype), mode="drop", unique_indices=True)
-
-        keys = put(self.keys, k)
-        values = put(self.values, jnp.nan_to_num(v.astype(self.values.dtype)))
+    def _write(self, k: Array, v: Array, chunks: HostOrDevice, offsets: HostOrDevice) -> StoredKV:
+        finite = jnp.nan_to_num(v.astype(self.values.dtype))
+        keys, values = (
+            put_tokens(pool, new, self.layer, chunks, offsets)
+            for pool, new in ((self.keys, k), (self.values, finite))
+        )
         return StoredKV(keys, values, self.layer)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.plans import HostOrDevice
+from pallas_kernels.pool_writes import copy_slots, put_tokens
 
 Arrays = TypeVar("Arrays")
 """Any tree of arrays."""
@@ -31,11 +32,9 @@ def written(
 ) -> Arrays:
     """Tails `[L, H, S, C, D]` with new tokens `[T, H, D]` of a layer; slot S drops one."""
 
-    def put(tail: Array, tokens: Array) -> Array:
-        target = tail.at[layer, :, slots, offsets]
-        return target.set(tokens.astype(tail.dtype), mode="drop", unique_indices=True)
-
-    return jax.tree.map(put, tails, new)
+    return jax.tree.map(
+        lambda tail, tokens: put_tokens(tail, tokens, layer, slots, offsets), tails, new
+    )
 
 
 def copied(
@@ -46,8 +45,4 @@ def copied(
 ) -> Arrays:
     """Arrays with some of what an axis counts, chunks or slots, copied; a destination behind the
     last drops one."""
-    before = (slice(None),) * axis
-    return jax.tree.map(
-        lambda array: array.at[*before, destinations].set(array[*before, sources], mode="drop"),
-        arrays,
-    )
+    return jax.tree.map(lambda array: copy_slots(array, sources, destinations, axis), arrays)

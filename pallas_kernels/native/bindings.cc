@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "rows.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -250,7 +251,25 @@ auto binding() {
       .Ret<ffi::AnyBuffer>();
 }
 
+ffi::Error put_rows(ffi::AnyBuffer array, ffi::AnyBuffer added, ffi::Buffer<ffi::S32> places,
+                    ffi::Result<ffi::AnyBuffer> output) {
+  // XLA copies the array where someone else still reads it.
+  if (array.untyped_data() != output->untyped_data())
+    std::memcpy(output->untyped_data(), array.untyped_data(), array.size_bytes());
+  int64_t count = places.element_count(), bytes = count ? added.size_bytes() / count : 0;
+  if (bytes == 0) return ffi::Error::Success();
+  chunks::put_rows((char*)output->untyped_data(), array.size_bytes() / bytes,
+                   (const char*)added.untyped_data(), places.typed_data(), count, bytes);
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(chunk_attention_decode, attend<read_decoding>, binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(chunk_attention_prefill, attend<read_prefill>, binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(chunk_pool_put, put_rows,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>());

@@ -28,15 +28,15 @@ def split_by_heads(
     operands: Sequence[HostOrDevice],
     axes: Sequence[int | None],
     *,
-    group: int,
+    group: int = 1,
 ) -> Array:
-    """What a function of queries and other operands gives, where each KV head is by itself.
+    """What a function gives, where each KV head is by itself.
 
     Args:
       function: takes all operands, or those of some KV heads, and gives an array like the first.
-      operands: the first are the queries, and those with an axis have KV heads there.
-      axes: which of their axes counts KV heads, if one does; of the queries, it counts query heads.
-      group: query heads for each KV head.
+      operands: arrays, in the function's order.
+      axes: which of their axes counts KV heads, if one does.
+      group: what the axis of the first operand counts for each KV head, such as query heads.
     """
     pool = max(range(len(axes)), key=lambda at: (axes[at] is not None, operands[at].size))
 
@@ -67,8 +67,8 @@ def _sharding_rule(
     for at, (operand, axis) in enumerate(zip(operands, axes, strict=True)):
         factors: list[str | CompoundFactor] = [f"d{at}_{i}" for i in range(operand.ndim)]
         if axis is not None:
-            of_queries = at == 0 and group > 1
-            factors[axis] = CompoundFactor("heads", "group") if of_queries else "heads"
+            grouped = at == 0 and group > 1
+            factors[axis] = CompoundFactor("heads", "group") if grouped else "heads"
         mappings.append(ArrayMapping(*factors))
     sizes: dict[str, Any] = {"group": group} if group > 1 else {}
     return SdyShardingRule(tuple(mappings), (mappings[0],), **sizes)

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from pallas_kernels.native.build import BuildError, build, sources_digest
 from pallas_kernels.plans import HostOrDevice
 
-CALLS = ("chunk_attention_decode", "chunk_attention_prefill")
+DECODE, PREFILL, PUT_ROWS = "chunk_attention_decode", "chunk_attention_prefill", "chunk_pool_put"
 _lock = threading.Lock()
 
 
@@ -29,10 +29,17 @@ def prepare() -> None:
 
 
 def call(
-    name: str, operands: Sequence[HostOrDevice], output: jax.ShapeDtypeStruct, **attributes: object
+    name: str,
+    operands: Sequence[HostOrDevice],
+    output: jax.ShapeDtypeStruct,
+    *,
+    in_place: bool = False,
+    **attributes: object,
 ) -> Array:
-    """What one of `CALLS` makes of its operands."""
-    return jax.ffi.ffi_call(_target(name), output)(*operands, **attributes)
+    """What a call of the library makes of its operands, in the first of them if `in_place`."""
+    aliases = {0: 0} if in_place else {}
+    made = jax.ffi.ffi_call(_target(name), output, input_output_aliases=aliases)
+    return made(*operands, **attributes)
 
 
 def _target(name: str) -> str:
@@ -46,7 +53,7 @@ def _load() -> str | None:
         library = ctypes.CDLL(str(build()))
     except (BuildError, OSError) as error:
         return str(error)
-    for name in CALLS:
+    for name in (DECODE, PREFILL, PUT_ROWS):
         handler = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(_target(name), handler, platform="cpu")
     return None

@@ -74,7 +74,7 @@ def decode(
         *_exact(own),
         *_arrays(stored),
     ]
-    return _call("chunk_attention_decode", q, stored, operands, attention)
+    return _call(library.DECODE, q, stored, operands, attention)
 
 
 def prefill(
@@ -91,7 +91,7 @@ def prefill(
         *_exact(new),
         *_arrays(stored),
     ]
-    return _call("chunk_attention_prefill", q, stored, operands, attention)
+    return _call(library.PREFILL, q, stored, operands, attention)
 
 
 def _common(q: Array, stored: LayerKV, reads: DecodeReads | PrefillReads) -> _Operands:

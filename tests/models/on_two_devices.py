@@ -24,6 +24,7 @@ from jax_chunkattn.planning.prefill import QUERY_TILE, Segment, pack_segments
 from models.decoder import Decoder
 from models.dense_attention import empty_pool, run_dense
 from pallas_kernels import chunk_attention, prefill_attention
+from pallas_kernels.pool_writes import copy_slots, put_tokens
 from pallas_kernels.windows import Window
 from tests.jax_chunkattn.device.pool_copies import assert_pool_is_updated_in_place
 from tests.jax_chunkattn.engine.engines import SHARE_ALL
@@ -167,6 +168,18 @@ def check_attention(mesh: Mesh) -> None:
         rows = chunk_attention(q[:4], keys, values, plan, lengths, head_windows=windows)
         tokens = prefill_attention(q, keys, values, new.plan, query_tile=QUERY_TILE)
         return rows, tokens
+
+    def write(pool, new):
+        at = np.arange(3, dtype=np.int32)
+        return put_tokens(copy_slots(pool, at, at + 3, 2), new[:3, :4], 0, at, at)
+
+    halves = keys.astype("bfloat16")
+    writing = jax.jit(write, donate_argnums=0)
+    assert "all-gather" not in str(writing.lower(halves, q).compile().as_text())
+    written = write(np.asarray(halves), np.asarray(q))
+    got = writing(halves, q)
+    assert got.sharding.spec == of_head
+    chex.assert_trees_all_equal(got, written)
 
     windows = np.array([0, 1, 1, 0], np.int32)
     split = jax.device_put(windows, NamedSharding(mesh, PartitionSpec("tp")))

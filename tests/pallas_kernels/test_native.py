@@ -149,7 +149,7 @@ def test_operands_that_are_not_expected_are_an_error_and_no_crash():
     how = {"scale": np.float32(1), "softcap": np.float32(0), "codes": np.zeros(0, np.int64)}
     few = [np.zeros((1, 1, 8), np.float32), np.zeros(0, np.int32)]
     with pytest.raises(Exception, match="fewer operands than expected"):
-        jax.block_until_ready(library.call(library.CALLS[0], few, output, **how))
+        jax.block_until_ready(library.call(library.DECODE, few, output, **how))
     wrong = [np.zeros((1, 1, 8), np.int32)]
     with pytest.raises(Exception, match="another type than expected"):
-        jax.block_until_ready(library.call(library.CALLS[0], wrong, output, **how))
+        jax.block_until_ready(library.call(library.DECODE, wrong, output, **how))

@@ -1,0 +1,60 @@
+"""Writing into the arrays of a pool, in place when they are donated.
+
+XLA writes in place, but for bfloat16 on CPUs with jaxlib 0.10.2: there a scatter converts the whole
+array to float32 and back. Where there is a compiled kernel it writes those.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Shaped
+
+from pallas_kernels.plans import HostOrDevice
+from pallas_kernels.targets import current_target
+
+
+def put_tokens(
+    pool: Float[Array, "L H S C D"],
+    new: Float[Array, "T H D"],
+    layer: int | Int32[Array, ""],
+    slots: Int32[HostOrDevice, "*H T"],
+    offsets: Int32[HostOrDevice, " T"],
+) -> Float[Array, "L H S C D"]:
+    """The pool with tokens in a layer's slots, those of all heads or of each; slot S drops one.
+
+    Casts to the pool's dtype. No two tokens may name one place.
+    """
+    new = new.astype(pool.dtype)
+    if _is_native(pool):
+        native = import_module("pallas_kernels.native.writes")
+        return native.put_tokens(pool, new, layer, slots, offsets)
+    if jnp.ndim(slots) == 1:
+        place = slice(None), slots, offsets
+    else:
+        heads = jnp.arange(pool.shape[1], dtype=jnp.int32)
+        place = heads[None], jnp.asarray(slots).T, jnp.asarray(offsets)[:, None]
+    return pool.at[layer, *place].set(new, mode="drop", unique_indices=True)
+
+
+def copy_slots(
+    array: Shaped[Array, "*shape"],
+    sources: Int32[HostOrDevice, " M"],
+    destinations: Int32[HostOrDevice, " M"],
+    axis: int,
+) -> Shaped[Array, "*shape"]:
+    """The array with some of what an axis counts copied, all read before any is written; a
+    destination behind the last drops one. With heads and layers before it, it is axis 2."""
+    before = (slice(None),) * axis
+    copies = array[*before, sources]
+    if _is_native(array):
+        native = import_module("pallas_kernels.native.writes")
+        return native.put_slots(array, copies, destinations, axis)
+    return array.at[*before, destinations].set(copies, mode="drop")
+
+
+def _is_native(pool: Array) -> bool:
+    if pool.dtype != jnp.bfloat16 or current_target().platform != "cpu":
+        return False
+    return import_module("pallas_kernels.native.library").problem() is None
