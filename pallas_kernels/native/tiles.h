@@ -271,7 +271,7 @@ class ManyQueries {
       size = panel(padded / LANES - first);
       tiles += tokens / (size == 3 ? T3 : size == 2 ? T2 : T1);
     }
-    return tiles + rows / 6 * (width / (V * LANES));
+    return tiles * ((dim + AHEAD - 1) / AHEAD) + rows / 6 * (width / (V * LANES));
   }
 
   // Of `sight` null all queries see all tokens.
@@ -297,6 +297,7 @@ class ManyQueries {
   // Vectors of values that a tile has, and tokens that one of 3, 2 and 1 vectors of queries has.
   static constexpr bool FEW = REGISTERS == 16;
   static constexpr int V = FEW ? 2 : 4, T3 = FEW ? 4 : 8, T2 = FEW ? 6 : 12, T1 = FEW ? 8 : 16;
+  static constexpr int AHEAD = 8;  // dimensions of a tile for each step: many lines at once wait
 
   void score(const Piece<float>& piece, float* to, Ahead& ahead) {
     int vectors = padded / LANES;
@@ -314,20 +315,19 @@ class ManyQueries {
   template <int V, int T>
   void score_panel(const Piece<float>& piece, const float* queries, float* to, Ahead& ahead) {
     int t = 0;
-    for (; t + T <= piece.tokens; t += T) {
-      ahead.step();
-      score_tile<V, T>(piece, t, queries, to);
-    }
+    for (; t + T <= piece.tokens; t += T) score_tile<V, T>(piece, t, queries, to, &ahead);
     if constexpr (T > 4)
-      for (; t + 4 <= piece.tokens; t += 4) score_tile<V, 4>(piece, t, queries, to);
-    for (; t < piece.tokens; t++) score_tile<V, 1>(piece, t, queries, to);
+      for (; t + 4 <= piece.tokens; t += 4) score_tile<V, 4>(piece, t, queries, to, nullptr);
+    for (; t < piece.tokens; t++) score_tile<V, 1>(piece, t, queries, to, nullptr);
   }
 
   template <int V, int T>
-  void score_tile(const Piece<float>& piece, int token, const float* queries, float* to) {
+  void score_tile(const Piece<float>& piece, int token, const float* queries, float* to,
+                  Ahead* ahead) {
     const float* keys = piece.keys + token * piece.stride;
     Vec products[T][V] = {};
     for (int d = 0; d < dim; d++) {
+      if (ahead && d % AHEAD == 0) ahead->step();
       Vec of[V];
       for (int v = 0; v < V; v++) of[v] = load(queries + v * LANES);
       for (int t = 0; t < T; t++) {
