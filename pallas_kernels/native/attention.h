@@ -27,6 +27,13 @@ struct Attention {
   const int32_t* head_windows;  // [kv_heads], or null
 
   int group() const { return query_heads / kv_heads; }
+
+  // What queries are multiplied by, and tangents of scores with a cap: see `capped`.
+  float factor() const { return softcap > 0 ? scale / softcap : scale * LOG2_E; }
+  float cap() const { return softcap * LOG2_E; }
+
+ private:
+  static constexpr float LOG2_E = 1.44269504f;
 };
 
 // What one thread works with.
@@ -78,7 +85,8 @@ class Reader {
 
  private:
   void pack_queries() {
-    int group = call_.group();
+    const int group = call_.group();
+    const float factor = call_.factor();
     int64_t size = many_ ? ManyQueries::packed_size(queries_, call_.dim)
                          : (int64_t)queries_ * width_;
     packed_ = Scratch::room(scratch_.queries, size);
@@ -88,9 +96,9 @@ class Reader {
       int64_t at = row * call_.query_heads + head_ * group + i % group;
       const float* query = call_.queries + at * call_.dim;
       if (many_) {
-        ManyQueries::pack(query, call_.scale, i, queries_, call_.dim, packed_);
+        ManyQueries::pack(query, factor, i, queries_, call_.dim, packed_);
       } else {
-        for (int d = 0; d < call_.dim; d++) packed_[i * width_ + d] = query[d] * call_.scale;
+        for (int d = 0; d < call_.dim; d++) packed_[i * width_ + d] = query[d] * factor;
       }
     }
   }
@@ -252,7 +260,7 @@ class Reader {
       }
     };
     if (many_) {
-      ManyQueries all(packed_, queries_, call_.dim, width_, call_.softcap, state_, scores_);
+      ManyQueries all(packed_, queries_, call_.dim, width_, call_.cap(), state_, scores_);
       expect(all);
       if constexpr (std::is_same_v<Element, float>) {
         const Piece<float>* pieces = block.in_place ? block.there : block.copied;
@@ -261,7 +269,7 @@ class Reader {
         all.attend(block.copied, block.count, sight_, ahead);
       }
     } else {
-      FewQueries all(packed_, queries_, width_, call_.softcap, state_, scores_);
+      FewQueries all(packed_, queries_, width_, call_.cap(), state_, scores_);
       expect(all);
       if (block.in_place) {
         all.attend(block.there, block.count, ahead);
@@ -302,7 +310,7 @@ struct Partials {
     for (int64_t i = 0; i < count; i++) most = std::max(most, maximum[slots[i] + query]);
     float* weights = Scratch::room(Scratch::here().scores, count);
     for (int64_t i = 0; i < count; i++) {
-      weights[i] = exponential(maximum[slots[i] + query] - most);
+      weights[i] = power_of_two(maximum[slots[i] + query] - most);
       sum += total[slots[i] + query] * weights[i];
     }
     const float by = sum == 0 ? 0 : 1 / sum;

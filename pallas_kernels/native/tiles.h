@@ -96,9 +96,9 @@ struct Sight {
   }
 };
 
-static inline Vec capped(Vec scores, float softcap) {
-  return tangent_hyperbolic(scores / softcap) * softcap;
-}
+// Scores are binary logarithms of weights: those with a cap are hyperbolic tangents of what queries
+// and keys give, times the cap.
+static inline Vec capped(Vec scores, float cap) { return tangent_hyperbolic(scores) * cap; }
 
 static inline void scale_row(float* row, int width, float by) {
   if (by == 1.0f) return;
@@ -146,8 +146,8 @@ class FewQueries {
   static constexpr int LD = BLOCK_TOKENS + LANES;  // of scores
 
   // Queries are [rows, width] and scaled.
-  FewQueries(const float* queries, int rows, int width, float softcap, State state, float* scores)
-      : queries(queries), rows(rows), width(width), softcap(softcap), state(state), scores(scores) {}
+  FewQueries(const float* queries, int rows, int width, float cap, State state, float* scores)
+      : queries(queries), rows(rows), width(width), cap(cap), state(state), scores(scores) {}
 
   // Calls of `ahead.step` while it attends to so many tokens.
   int steps(int tokens) const { return (rows + 1) / 2 * (tokens / LANES); }
@@ -208,15 +208,15 @@ class FewQueries {
     Vec most = spread(MASKED);
     for (int t = 0; t < tokens; t += LANES) {
       Vec score = load(of + t);
-      if (softcap > 0) store(of + t, score = capped(score, softcap));
+      if (cap > 0) store(of + t, score = capped(score, cap));
       most = larger(score, most);
     }
-    if (softcap > 0) std::fill_n(of + tokens, LANES, MASKED);
+    if (cap > 0) std::fill_n(of + tokens, LANES, MASKED);
     float before = state.maximum[row], now = largest(most, before);
-    float scale = exponential(before - now);
+    float scale = power_of_two(before - now);
     Vec total = {};
     for (int t = 0; t < tokens; t += LANES) {
-      Vec weight = exponential(load(of + t) - now);
+      Vec weight = power_of_two(load(of + t) - now);
       store(of + t, weight);
       total += weight;
     }
@@ -236,7 +236,7 @@ class FewQueries {
 
   const float* queries;
   int rows, width;
-  float softcap;
+  float cap;
   State state;
   float* scores;
 };
@@ -251,10 +251,10 @@ class ManyQueries {
   static int64_t scores_size(int rows) { return (int64_t)BLOCK_TOKENS * round_up(rows, LANES); }
 
   // `packed` has the queries as `pack` leaves them.
-  ManyQueries(const float* packed, int rows, int dim, int width, float softcap, State state,
+  ManyQueries(const float* packed, int rows, int dim, int width, float cap, State state,
               float* scores)
       : packed(packed), rows(rows), padded(round_up(rows, LANES)), dim(dim), width(width),
-        softcap(softcap), state(state), scores(scores) {}
+        cap(cap), state(state), scores(scores) {}
 
   // Writes a query into its panel: of up to 3 vectors of queries all numbers of a dimension lie side
   // by side.
@@ -355,20 +355,20 @@ class ManyQueries {
     for (int i = 0; i < count; i++) {
       for (int place = pieces[i].place; place < pieces[i].place + pieces[i].tokens; place++, t++) {
         Vec score = load(of + (int64_t)t * padded);
-        if (softcap > 0) score = capped(score, softcap);
+        if (cap > 0) score = capped(score, cap);
         if (sight) score = sight->of(row, place) ? score : spread(MASKED);
-        if (softcap > 0 || sight) store(of + (int64_t)t * padded, score);
+        if (cap > 0 || sight) store(of + (int64_t)t * padded, score);
         now = larger(score, now);
       }
     }
     for (int i = 0; i < t; i++) {
       Vec score = load(of + (int64_t)i * padded);
-      Vec weight = exponential(score - now);
+      Vec weight = power_of_two(score - now);
       if (sight) weight = score <= MASKED ? Vec{} : weight;
       store(of + (int64_t)i * padded, weight);
       total += weight;
     }
-    Vec scale = exponential(before - now);
+    Vec scale = power_of_two(before - now);
     total += load(total_) * scale;
     for (int i = 0; i < kept; i++) {
       state.maximum[row + i] = now[i];
@@ -398,7 +398,7 @@ class ManyQueries {
 
   const float* packed;
   int rows, padded, dim, width;
-  float softcap;
+  float cap;
   State state;
   float* scores;
 };

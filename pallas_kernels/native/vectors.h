@@ -122,12 +122,23 @@ static inline Power power(Vec x) {
   return {bits_as<Vec>(exponent), p * f * f + f};
 }
 
-static inline Vec exponential(Vec x) {
-  Power two = power(x);
-  return two.rest * two.scale + two.scale;
+// 2^x of what is not positive; below -126 as at -126, and NaN of NaN.
+static inline Vec power_of_two(Vec x) {
+  x = x < -126.0f ? spread(-126.0f) : x;
+  const Vec shifted = x + 12582912.0f;  // 1.5 * 2^23: the last bits are those of the next integer
+  const Vec f = x - (shifted - 12582912.0f);
+  // A polynomial for (2^f - 1) / f on [-1/2, 1/2], off by 2e-9.
+  Vec p = spread(1.5353362e-4f);
+  p = p * f + 1.3398875e-3f;
+  p = p * f + 9.618437e-3f;
+  p = p * f + 5.5503324e-2f;
+  p = p * f + 2.4022648e-1f;
+  p = p * f + 6.931472e-1f;
+  const BitVec integer = bits_as<BitVec>(shifted) << 23;
+  return (p * f + 1.0f) * bits_as<Vec>(integer + bits_as<uint32_t>(1.0f));
 }
 
-static inline float exponential(float x) { return exponential(spread(x))[0]; }
+static inline float power_of_two(float x) { return power_of_two(spread(x))[0]; }
 
 static inline Vec tangent_hyperbolic(Vec x) {
   Power two = power(x + x);
