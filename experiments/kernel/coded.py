@@ -12,16 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.kernel.operands import CaseOperands
-from jax_chunkattn.planning.planner import plan_decode
+from jax_chunkattn.planning.planner import PlannerOptions, plan_decode
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
 from pallas_kernels.codecs import ChunkCodec, codec_of
 from pallas_kernels.coded_kv import CodedKV
+from pallas_kernels.implementations import NATIVE
 from pallas_kernels.plans import DecodeReads, OwnChunks
 
 
-def coded_attention(operands: CaseOperands, implementation: str, codec: str) -> Callable[[], Any]:
-    """A call that attends to all chunks encoded but each row's last, [B, Hq, D]."""
+def coded_attention(operands: CaseOperands, coded: tuple[str, str]) -> Callable[[], Any]:
+    """A call of an implementation that attends to all chunks encoded by a codec but each row's
+    last, [B, Hq, D]."""
+    implementation, codec = coded
     case, chunk_codec = operands.case, codec_of(codec)
     assert chunk_codec is not None, "a side of its own"
     stored = _encoded(operands.keys, operands.values, chunk_codec)
@@ -31,6 +34,7 @@ def coded_attention(operands: CaseOperands, implementation: str, codec: str) -> 
         [length - 1 for length in operands.row_lengths],
         chunk_size=case.chunk_size,
         num_chunks=operands.keys.shape[2],
+        options=PlannerOptions.for_native() if implementation == NATIVE else PlannerOptions(),
     )
     slots = np.full(len(operands.lengths), operands.rows, np.int32)
     slots[: operands.rows] = np.arange(operands.rows)

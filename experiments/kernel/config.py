@@ -26,18 +26,23 @@ Implementation = Literal[
     "jax-dpa",
     "torch-sdpa",
     "reference",
+    "native-int8",
+    "native-int4",
+    "native-int4/int2",
+    "native-int2",
+    "native-fp8",
     "xla-int8",
     "xla-int4",
     "xla-int4/int2",
     "xla-int2",
     "xla-fp8",
 ]
-CODECS: dict[str, str] = {
-    name: name.removeprefix("xla-")
+CODED: dict[str, tuple[str, str]] = {
+    name: (name.split("-")[0], name.split("-")[1])
     for name in get_args(Implementation)
-    if name.startswith("xla-") and name != "xla-unshared"
+    if name.startswith(("xla-", "native-")) and name != "xla-unshared"
 }
-"""What the chunks are encoded by, of implementations that read codes."""
+"""Of those that read codes, the implementation of attention and what chunks are encoded by."""
 
 SCALES: dict[str, int] = {"smoke": 1, "paper": 1, "trees": 8, "hydragen": 8}
 """What the sizes of each suite are divided by unless `--scale` says otherwise."""

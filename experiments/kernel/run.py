@@ -15,7 +15,7 @@ from experiments.harness.units import measure_units
 from experiments.harness.views import finish
 from experiments.kernel.cases import SizedCase, scaling_note, suite_cases
 from experiments.kernel.coded import coded_bytes
-from experiments.kernel.config import CODECS, Implementation, KernelConfig
+from experiments.kernel.config import CODED, Implementation, KernelConfig
 from experiments.kernel.operands import CaseOperands, Checker, bytes_per_token, make_operands
 from experiments.kernel.sides import make_sides
 from experiments.kernel.skips import runnable_implementations, skip_reasons
@@ -118,7 +118,7 @@ def _measure(
     # timed, and each distinct key and value read once, at the rate of the memory.
     distinct = operands.distinct_tokens * bytes_per_token(case)
     least = {
-        name: coded_bytes(operands, CODECS[name]) if name in CODECS else distinct for name in names
+        name: coded_bytes(operands, CODED[name][1]) if name in CODED else distinct for name in names
     }
     product = timings[_MATMUL].median * operands.flops / (2 * size**3)
     read = timings[_READ].median * distinct / timing.READ_BYTES

@@ -20,7 +20,7 @@ from experiments.baselines import (
     torch_attention,
 )
 from experiments.kernel.coded import coded_attention
-from experiments.kernel.config import CODECS, Implementation
+from experiments.kernel.config import CODED, Implementation
 from experiments.kernel.operands import CaseOperands, shares
 from jax_chunkattn.planning.planner import PlannerOptions
 from pallas_kernels import chunk_attention
@@ -107,10 +107,6 @@ def _torch_sdpa(operands: CaseOperands) -> Call:
     return torch_attention(q, *operands.copies, lengths)
 
 
-def _coded(codec: str, operands: CaseOperands) -> Call:
-    return coded_attention(operands, "xla", codec)
-
-
 SIDES: dict[str, Callable[[CaseOperands], Call]] = {
     "pallas_mosaic_gpu": lambda operands: _on_gpu(operands, "pallas_mosaic_gpu"),
     "pallas_triton": lambda operands: _on_gpu(operands, "pallas_triton"),
@@ -124,5 +120,5 @@ SIDES: dict[str, Callable[[CaseOperands], Call]] = {
     "jax-dpa": _jax_dpa,
     "torch-sdpa": _torch_sdpa,
     "reference": lambda operands: _chunk_attention(operands, "reference"),
-    **{name: partial(_coded, codec) for name, codec in CODECS.items()},
+    **{name: partial(coded_attention, coded=coded) for name, coded in CODED.items()},
 }

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import get_args
 
 from experiments.baselines import torch_missing
-from experiments.kernel.config import CODECS, Implementation
+from experiments.kernel.config import CODED, Implementation
 from experiments.kernel.operands import bytes_per_token, copies_bytes, pool_bytes, shares
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
-from pallas_kernels.codecs import CodecError, codec_of
+from pallas_kernels.codecs import IDENTITY, CodecError, codec_of
 from pallas_kernels.implementations import (
     NATIVE,
     AttentionShapes,
@@ -35,7 +35,7 @@ def runnable_implementations() -> tuple[Implementation, ...]:
         return on_gpu if needs_partials(name) else name != NATIVE or not on_gpu
 
     return tuple(
-        name for name in get_args(Implementation) if name not in CODECS and is_for_this(name)
+        name for name in get_args(Implementation) if name not in CODED and is_for_this(name)
     )
 
 
@@ -57,19 +57,19 @@ def skip_reasons(
 
 
 def _unsupported(case: AttentionCase, name: Implementation) -> str | None:
-    if is_kernel(name):
-        group = case.num_heads // case.num_kv_heads
-        shapes = AttentionShapes(case.dtype, group, case.head_dim, case.chunk_size)
+    implementation, codec = CODED.get(name, (name, IDENTITY))
+    chunk_codec = codec_of(codec)
+    if chunk_codec is not None:
         try:
-            CHUNK_ATTENTION.resolve(name, shapes)
-        except ImplementationError as error:
-            return str(error)
-    if name in CODECS:
-        codec = codec_of(CODECS[name])
-        assert codec is not None, "it is named for one"
-        try:
-            codec.check(case.chunk_size, case.head_dim)
+            chunk_codec.check(case.chunk_size, case.head_dim)
         except CodecError as error:
+            return str(error)
+    if is_kernel(implementation):
+        group = case.num_heads // case.num_kv_heads
+        shapes = AttentionShapes(case.dtype, group, case.head_dim, case.chunk_size, chunk_codec)
+        try:
+            CHUNK_ATTENTION.resolve(implementation, shapes)
+        except ImplementationError as error:
             return str(error)
     if name in _PLAIN and not case.has_plain_scores:
         return "it knows neither a softcap nor a scale of its own"

@@ -22,19 +22,20 @@ from experiments.kernel import sides as kernel_sides
 from experiments.kernel import skips as kernel_skips
 from experiments.kernel.cases import SizedCase, divided, suite_cases
 from experiments.kernel.command import headline, run
-from experiments.kernel.config import CODECS, SCALES, Implementation, KernelConfig, Suite
+from experiments.kernel.config import CODED, SCALES, Implementation, KernelConfig, Suite
 from experiments.kernel.published import published_speedups
 from experiments.kernel.views import figures, tables
 from pallas_kernels import specs
 from pallas_kernels.chunk_attention import IMPLEMENTATIONS
 from pallas_kernels.specs import PAPER, AttentionCase
 from pallas_kernels.targets import A100, use_target
+from tests.interpreted import skip_unless_there
 
 SHARED = AttentionCase("1,6_64,16", 4, 2, 16, chunk_size=16, ragged=20)
 UNSHARED = AttentionCase("3_40", 2, 2, 16, chunk_size=16)
 NAMED = get_args(Implementation)
 # Without those that need a GPU, or a codec.
-ALL = tuple(name for name in NAMED[2:] if name not in CODECS)
+ALL = tuple(name for name in NAMED[2:] if name not in CODED)
 RUN = tuple(name for name in ALL if name != "torch-sdpa" or importlib.util.find_spec("torch"))
 
 
@@ -176,8 +177,16 @@ def test_what_does_not_fit_is_skipped_and_said(
     assert "skipped jax-dpa, 1 of 1 cases, first because its copies take" in printed
 
 
-def test_encoded_chunks_are_fewer_bytes_and_off_by_what_the_codec_is():
-    record = measured(SHARED, "xla", "xla-int8", "xla-int4")
+SIDES_WITH_CODES: list[tuple[Implementation, ...]] = [
+    ("xla", "xla-int8", "xla-int4"),
+    ("native", "native-int8", "native-int4"),
+]
+
+
+@pytest.mark.parametrize("sides", SIDES_WITH_CODES, ids=lambda sides: sides[0])
+def test_encoded_chunks_are_fewer_bytes_and_off_by_what_the_codec_is(sides):
+    skip_unless_there(sides[0])
+    record = measured(SHARED, *sides)
     exact, int8, int4 = record["implementations"]
     assert exact["max_error"] < 1e-6 < 1e-4 < int8["max_error"] < int4["max_error"] < 0.2
     assert exact["distinct_kv_bytes"] == record["distinct_kv_bytes"]
