@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Int32
 
 from jax_chunkattn import CacheConfig, CacheSpec
+from jax_chunkattn.device.backend import choose_backend
 from jax_chunkattn.device.choices import item_columns, row_choices, token_choices
 from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.pool import SelectivePool, empty_pool
@@ -56,12 +57,14 @@ class Choosing:
         """Rows of `length` tokens and a few more, each another number; a segment to compute."""
         rows, (num_chunks, size) = len(tables), keys.shape[2:4]
         columns = max(map(len, tables))
-        sizes: Any = {"chunk_size": size, "num_chunks": num_chunks}
+        config = CacheConfig(num_chunks, size, selector=selector)
+        options = choose_backend(spec, config).planner
+        sizes: Any = {"chunk_size": size, "num_chunks": num_chunks, "options": options}
         lengths = [length + row % selector.refresh for row in range(rows)]
         plan, _ = plan_decode(tables, lengths, columns=columns, **sizes)
         tokens = len(segment.tokens)
         batch = pack_segments([segment], num_tokens=tokens, num_slots=rows, **sizes)
-        pool = empty_pool(spec, CacheConfig(num_chunks, size, selector=selector), rows, columns)
+        pool = empty_pool(spec, config, rows, columns)
         assert isinstance(pool, SelectivePool)
         landmarks = jax.jit(pool.kept.make)(keys)
         pool = replace(pool, kv=replace(pool.kv, keys=keys, values=values), landmarks=landmarks)

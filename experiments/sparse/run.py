@@ -22,7 +22,8 @@ from experiments.harness.views import finish
 from experiments.select_option import named_selector
 from experiments.sparse.choosing import Choosing, alike
 from experiments.sparse.config import PREFILL_TOKENS, PRIVATE_TOKENS, SparseConfig
-from jax_chunkattn import CacheSpec
+from jax_chunkattn import CacheConfig, CacheSpec
+from jax_chunkattn.device.backend import choose_backend
 from jax_chunkattn.planning.planner import plan_decode
 from jax_chunkattn.planning.prefill import QUERY_TILE, Segment, pack_segments
 from pallas_kernels import PrefillPlan, chunk_attention, prefill_attention
@@ -88,7 +89,13 @@ def _measure_context(config: SparseConfig, context: int) -> dict[str, Any]:
         context,
         context - PREFILL_TOKENS,
     )
-    sizes: Any = {"chunk_size": config.chunk_size, "num_chunks": num_chunks}
+    spec = CacheSpec(config.layers, kv_heads, config.head_dim, query_heads)
+    options = choose_backend(spec, CacheConfig(num_chunks, config.chunk_size)).planner
+    sizes: Any = {
+        "chunk_size": config.chunk_size,
+        "num_chunks": num_chunks,
+        "options": options,
+    }
     for window in windows:
         by_window = () if window is None else (window,)
         plan, found = plan_decode(tables, lengths, windows=by_window, **sizes)
@@ -102,7 +109,6 @@ def _measure_context(config: SparseConfig, context: int) -> dict[str, Any]:
         prefilling = jax.device_put((jnp.asarray(tokens), keys, values, batch.plan))
         calls[f"prefill {_name(window)}"] = partial(_prefill, *prefilling)
         reads[f"prefill {_name(window)}"] = _prefill_reads(batch.plan, context, config.chunk_size)
-    spec = CacheSpec(config.layers, kv_heads, config.head_dim, query_heads)
     for choice in config.select:
         choosing = Choosing.of(
             named_selector(choice), spec, keys, values, tables, lengths[0], whole
