@@ -1,4 +1,5 @@
-"""The implementations that tests run on a CPU, Pallas kernels in their interpreter."""
+"""The implementations that tests run on a CPU, Pallas kernels in their interpreter, and which cases
+each of them runs every day."""
 
 from __future__ import annotations
 
@@ -35,6 +36,20 @@ optimised_implementations = pytest.mark.parametrize(
     ["reference", pytest.param("xla", marks=pytest.mark.optimised), "native", "pallas_triton"],
     indirect=True,
 )
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A case marked `slow_to_compile` is slow, but for the compiled kernel: the others are compiled
+    for each case anew."""
+    for item in items:
+        if item.get_closest_marker("slow_to_compile") and _implementation_of(item) != NATIVE:
+            item.add_marker(pytest.mark.slow)
+
+
+def _implementation_of(item: pytest.Item) -> object:
+    assert isinstance(item, pytest.Function)
+    return item.callspec.params.get("implementation")
 
 
 @pytest.fixture

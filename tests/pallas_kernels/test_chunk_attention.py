@@ -22,7 +22,22 @@ from tests import oracle
 from tests.effort import optimised
 from tests.interpreted import implementations, optimised_implementations
 
-cases = pytest.mark.parametrize("case", NUMERICS, ids=lambda case: case.name)
+# Grouped heads and single ones, small chunks and large ones, rows of many lengths, a softcap.
+EVERYDAY = {"1_300", "1,5_513,1", "1,6_96,20"}
+# Their shapes are between those of others.
+THOROUGH = {"1_1", "4_40", "1,4,16_96,64,48", "2,6_160,96"}
+
+
+def marks_of(case: AttentionCase) -> list[pytest.MarkDecorator]:
+    if case.tree in EVERYDAY:
+        return []
+    thorough = [pytest.mark.thorough] if case.tree in THOROUGH else []
+    return [pytest.mark.slow_to_compile, *thorough]
+
+
+cases = pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name, marks=marks_of(case)) for case in NUMERICS]
+)
 PLANS = ["auto", "share all", "share nothing", "cut", "whole"]
 
 
@@ -135,7 +150,15 @@ def test_every_way_to_cut_the_work_gives_the_same_attention(plan, implementation
 
 @optimised_implementations
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("case", [NUMERICS[at] for at in (4, 7, -1)], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        NUMERICS[4],
+        pytest.param(NUMERICS[7], marks=marks_of(NUMERICS[7])),
+        pytest.param(NUMERICS[-1], marks=pytest.mark.slow_to_compile),
+    ],
+    ids=lambda case: case.name,
+)
 def test_half_precision_accumulates_in_float32(case, dtype, implementation):
     case = dataclasses.replace(case, dtype=dtype)
     assert_as_exact_as_naive(case, implementation)
