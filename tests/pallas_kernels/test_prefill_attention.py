@@ -51,14 +51,20 @@ RANGES = [
     ([(1030, 1130)], 16, 100),
 ]
 HEADS = [(6, 2), (4, 4), (8, 1)]
+EVERYDAY = {(0, 0), (3, 1)}  # grouped heads and single ones, small chunks and large ones
+
+
+def marks_of(row: int, column: int) -> list[pytest.MarkDecorator]:
+    """The first of either with all of the other are enough but before a release."""
+    if (row, column) in EVERYDAY:
+        return []
+    if row and column:
+        return [pytest.mark.slow, pytest.mark.thorough]
+    return [pytest.mark.slow_to_compile]
+
+
 CASES = [
-    pytest.param(
-        *ranges,
-        *heads,
-        id=f"{ranges[0]} {heads}",
-        # The first of either with all of the other are enough for every day.
-        marks=[pytest.mark.slow] if row and column else [],
-    )
+    pytest.param(*ranges, *heads, id=f"{ranges[0]} {heads}", marks=marks_of(row, column))
     for row, ranges in enumerate(RANGES)
     for column, heads in enumerate(HEADS)
 ]
