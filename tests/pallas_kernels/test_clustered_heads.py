@@ -176,11 +176,11 @@ def as_tokens(chunks: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("group", "count", "dtype", "size", "own"),
     [
-        (1, 2, "float32", CHUNK, False),
+        pytest.param(1, 2, "float32", CHUNK, False, marks=pytest.mark.slow),
         (1, 4, "bfloat16", CHUNK, True),
         (2, 3, "float32", 64, True),
-        (2, 3, "bfloat16", CHUNK, False),
-        (4, 5, "float32", CHUNK, True),
+        pytest.param(2, 3, "bfloat16", CHUNK, False, marks=pytest.mark.slow),
+        pytest.param(4, 5, "float32", CHUNK, True, marks=pytest.mark.slow),
         pytest.param(4, 5, "bfloat16", 128, True, marks=pytest.mark.slow),
         pytest.param(8, 1, "float32", CHUNK, True, marks=pytest.mark.slow),
     ],
@@ -226,7 +226,12 @@ def test_attention_is_the_definitions(implementation, group, count, dtype, size,
 
 @implementations_of_clusters
 @pytest.mark.parametrize(
-    ("group", "dtype", "size"), [(1, "bfloat16", 64), (2, "float32", 16), (4, "float32", 32)]
+    ("group", "dtype", "size"),
+    [
+        pytest.param(1, "bfloat16", 64, marks=pytest.mark.slow),
+        (2, "float32", 16),
+        pytest.param(4, "float32", 32, marks=pytest.mark.slow),
+    ],
 )
 def test_new_tokens_read_clusters_before_their_own_chunk(implementation, group, dtype, size):
     random, kv_heads = np.random.default_rng(group), 2
