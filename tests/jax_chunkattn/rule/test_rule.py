@@ -30,25 +30,36 @@ INT4 = Feature("int4", {"codec": "int4"})
 TOLERANCE = 1e-5  # of log-probabilities, in float32
 
 
+OWN_PROGRAMS = {"among_mates", "joined_at_any_step", "preempted", "evicted"}
+"""Histories of many rows, or of a pool of another size, which need programs that no other does."""
+EVERYDAY = {"marked chunks", "windows", "choices", "clusters"}
+"""Rows with one history that is asked every day; each compiles programs of its own."""
+ALONE = {FEATURES[0].name, "marked chunks", "windows", "head pattern", "choices", "clusters"}
+ALIKE = {
+    "windows that give up nothing",
+    "choices, marked chunks",
+    "choices, windows",
+    "one cluster",
+}
+"""Rows that another row asks the same of, or more."""
+
+
 def takes_long(history, feature: Feature) -> bool:
-    """Many rows, or a pool of another size, are programs that no other history needs."""
     if feature is FEATURES[0]:
-        return history.__name__ == "among_mates"
-    if "selector" in feature.options:  # so are those of each selector
-        return feature.name != "choices" or history is not cold
-    if "clusters" in feature.options:
-        return feature.name != "clusters" or history is not cold
-    if "model" in feature.options:  # all of its programs are its own
-        return feature.name != "windows" or history.__name__ != "warm_at_every_split"
-    return history.__name__ in {"among_mates", "joined_at_any_step", "preempted", "evicted"}
+        return history.__name__ in OWN_PROGRAMS
+    return feature.name not in EVERYDAY or history.__name__ != "after_its_own_answer"
 
 
 def is_thorough(history, feature: Feature) -> bool:
-    """Of combinations, whose programs take a minute to compile, the histories that ask most of them
-    are asked each time, and the others before a release."""
-    alone = {FEATURES[0].name, "marked chunks", "windows", "head pattern", "choices", "clusters"}
-    asked = {"warm_at_every_split", "in_pieces", "forked", "preempted"}
-    return feature.name not in alone and history.__name__ not in asked
+    """Where a row's programs take a minute to compile, the histories that ask most of them are
+    asked each time, and the others before a release."""
+    if feature is FEATURES[0]:
+        return False
+    if feature.name in ALONE:
+        return history.__name__ in {
+            "cold", "under_other_prefixes", "joined_at_any_step", "evicted",
+        }  # fmt: skip
+    return feature.name in ALIKE or history.__name__ not in {"warm_at_every_split", "forked"}
 
 
 @functools.cache
@@ -93,7 +104,7 @@ def test_greedy_tokens_and_their_probabilities_do_not_depend_on_history(feature,
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "history",
-    [history for history in HISTORIES if not takes_long(history, INT4)],
+    [history for history in HISTORIES if history.__name__ not in OWN_PROGRAMS],
     ids=lambda history: history.__name__,
 )
 def test_rounding_moves_codes_and_they_move_no_clear_choice(history):
