@@ -301,15 +301,16 @@ def assert_as_exact_as_plain(got, q, contexts, softcap=None):
     assert np.abs(np.asarray(got, np.float64) - exact).max() <= 2 * allowed + 2e-7
 
 
+THOROUGH = [pytest.mark.slow, pytest.mark.thorough]  # between others
 DECODE = [
     pytest.param("1,5_100,40", 6, 2, 32, 16, 30, "int4", "float32", marks=pytest.mark.slow),
-    pytest.param("1,5_100,40", 6, 2, 32, 16, 30, "int8", "float32", marks=pytest.mark.slow),
-    pytest.param("1,5_100,40", 6, 2, 32, 16, 30, "int4", "bfloat16", marks=pytest.mark.slow),
+    pytest.param("1,5_100,40", 6, 2, 32, 16, 30, "int8", "float32", marks=THOROUGH),
+    pytest.param("1,5_100,40", 6, 2, 32, 16, 30, "int4", "bfloat16", marks=THOROUGH),
     pytest.param("1,3_200,90", 4, 2, 128, 64, 60, "int4", "bfloat16", marks=pytest.mark.slow),
     pytest.param("1,3_200,90", 4, 2, 64, 64, 60, "int8", "float16", marks=pytest.mark.slow),
     ("1,3,12_80,48,16", 4, 4, 16, 16, 0, "int4/int2", "float32"),
     pytest.param("1,4_256,64", 4, 2, 24, 64, 60, SWAPPED, "float32", marks=pytest.mark.slow),
-    pytest.param("1,4_256,64", 4, 2, 64, 64, 60, "fp8", "float32", marks=pytest.mark.slow),
+    pytest.param("1,4_256,64", 4, 2, 64, 64, 60, "fp8", "float32", marks=THOROUGH),
     pytest.param("1,4_256,64", 4, 2, 64, 64, 60, "fp8_e5m2", "bfloat16", marks=pytest.mark.slow),
 ]
 
@@ -362,11 +363,14 @@ def test_a_row_reads_what_is_encoded_and_its_own_chunk(
 # Segments begin where chunks do; tiles of 64 tokens lie in one chunk, in several, or across calls'
 # ends; some have chunks before them, some complete chunks and some none.
 PREFILL = [
-    ([(64, 129), (0, 3), (640, 699), (16, 20)], 16, 144, "int4"),
+    pytest.param(
+        [(64, 129), (0, 3), (640, 699), (16, 20)], 16, 144, "int4",
+        marks=pytest.mark.slow_to_compile,
+    ),
     ([(0, 20), (64, 84)], 64, 40, "int8"),
     pytest.param([(0, 300), (128, 257)], 128, 512, "int4/int2", marks=pytest.mark.slow),
     pytest.param([(32, 100)], 32, 100, "fp8", marks=pytest.mark.slow),
-]
+]  # fmt: skip
 
 
 @implementations
