@@ -36,6 +36,7 @@ KEYS, VALUES = RANDOM.standard_normal((2, 2, KV_HEADS, CHUNKS, CHUNK, DIM), np.f
 QUERIES = RANDOM.standard_normal((8, HEADS, DIM), np.float32)
 SHAPE = PlanShape(rows=8, items=64, item_chunks=256, private_chunks=16)
 TOLERANCE = 2e-6  # as without windows
+THOROUGH = [pytest.mark.slow, pytest.mark.thorough]
 
 
 def options_for(implementation, **how):
@@ -101,7 +102,7 @@ attend_decoding = jax.jit(chunk_attention, static_argnames=("implementation", "l
         pytest.param(TINY, OF_HEADS, id="tiny"),
     ],
 )
-@pytest.mark.parametrize("steps", [0, pytest.param(7, marks=pytest.mark.slow), 20])
+@pytest.mark.parametrize("steps", [0, pytest.param(7, marks=THOROUGH), 20])
 def test_a_row_reads_what_each_head_sees(implementation, windows, of_heads, steps):
     """By one plan, also some tokens after it was made."""
     tables, lengths = batch()
@@ -190,7 +191,7 @@ def codes_and_exact(codec):
 
 
 CODED = [
-    pytest.param(WINDOWS, id="long", marks=pytest.mark.slow),
+    pytest.param(WINDOWS, id="long", marks=THOROUGH),
     pytest.param((*TINY[:2], WINDOWS[2]), id="tiny"),
 ]
 
@@ -228,6 +229,7 @@ def test_a_row_reads_its_own_chunk_exact_as_far_as_each_head_sees(implementation
     np.testing.assert_allclose(got[:rows], expected, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.slow_to_compile
 @implementations
 @pytest.mark.parametrize("windows", CODED)
 def test_a_new_token_reads_its_own_chunk_exact_as_far_as_each_head_sees(implementation, windows):
