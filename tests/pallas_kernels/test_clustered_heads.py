@@ -30,6 +30,7 @@ from tests.pallas_kernels.test_prefill_attention import pack
 
 CHUNK = 16
 DIM = 8
+THOROUGH = [pytest.mark.slow, pytest.mark.thorough]
 
 
 def random_representatives(random, heads: int, count: int) -> np.ndarray:
@@ -176,11 +177,11 @@ def as_tokens(chunks: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("group", "count", "dtype", "size", "own"),
     [
-        pytest.param(1, 2, "float32", CHUNK, False, marks=pytest.mark.slow),
+        pytest.param(1, 2, "float32", CHUNK, False, marks=THOROUGH),
         (1, 4, "bfloat16", CHUNK, True),
         (2, 3, "float32", 64, True),
         pytest.param(2, 3, "bfloat16", CHUNK, False, marks=pytest.mark.slow),
-        pytest.param(4, 5, "float32", CHUNK, True, marks=pytest.mark.slow),
+        pytest.param(4, 5, "float32", CHUNK, True, marks=THOROUGH),
         pytest.param(4, 5, "bfloat16", 128, True, marks=pytest.mark.slow),
         pytest.param(8, 1, "float32", CHUNK, True, marks=pytest.mark.slow),
     ],

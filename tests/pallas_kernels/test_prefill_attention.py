@@ -55,10 +55,11 @@ EVERYDAY = {(0, 0), (3, 1)}  # grouped heads and single ones, small chunks and l
 
 
 def marks_of(row: int, column: int) -> list[pytest.MarkDecorator]:
-    """The first of either with all of the other are enough but before a release."""
+    """The first of either with all of the other are enough but before a release, without those
+    that are simple or whose heads are in an everyday case."""
     if (row, column) in EVERYDAY:
         return []
-    if row and column:
+    if (row and column) or (row, column) in {(0, 1), (1, 0)}:
         return [pytest.mark.slow, pytest.mark.thorough]
     return [pytest.mark.slow_to_compile]
 
