@@ -55,6 +55,21 @@ def submit_all(engine):
 
 
 BOOKS = (PrefixTree, scheduler.Scheduler)
+# One change of each kind: of the host's books, of a prompt, a row, a call and what the device does.
+EVERYDAY = {
+    (PrefixTree, "insert"), (scheduler.Scheduler, "_place"), (core.Core, "_send_prefill"),
+    (core.Core, "_collect"), (prompts.Prompts, "_admitted"), (lifecycle.Lifecycle, "prefilled"),
+    (recording.Recorder, "record"), (rows.PlannedRows, "plan"), (device.Device, "copy_chunks"),
+    (device.Device, "decode"), (device.Device, "fetch"),
+}  # fmt: skip
+
+
+def marks_of(owner, name) -> list[pytest.MarkDecorator]:
+    if (owner, name) in EVERYDAY:
+        return []
+    return [pytest.mark.slow, *([pytest.mark.thorough] if owner in BOOKS else [])]
+
+
 HOST_FUNCTIONS = [
     (owner, name)
     for owner, names in {
@@ -83,13 +98,7 @@ HOST_FUNCTIONS = [
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        pytest.param(
-            owner,
-            name,
-            id=f"{owner.__name__}.{name}",
-            # Of the host's own books one change of each kind is enough for every day.
-            marks=[pytest.mark.slow] if owner in BOOKS and name not in ("insert", "_place") else [],
-        )
+        pytest.param(owner, name, id=f"{owner.__name__}.{name}", marks=marks_of(owner, name))
         for owner, name in HOST_FUNCTIONS
     ],
 )
