@@ -1,10 +1,12 @@
-"""How hard XLA tries when tests compile for the CPU.
+"""How hard tests try: XLA when it compiles for the CPU, and hypothesis.
 
 Most of the tests' time is XLA making machine code, and most tests ask what a program computes and
 not how well. So XLA emits the plainest code for them, and where it still has its older emitters
 (jaxlib 0.10.2; 0.12 has not) by those. It is as users get it in tests marked `optimised`, whose
 subject is rounding or the program itself; in all with `--optimise`; and in the processes that tests
 start. Code for GPUs is never touched.
+
+`--hypothesis-profile=long` has hypothesis make up more examples.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 
 import jax
 import pytest
+from hypothesis import settings
 from jax._src import compiler  # no public option holds for all that is compiled
 
 from jax_chunkattn.device.programs import Invocation
@@ -50,6 +53,11 @@ def optimised() -> Iterator[None]:
         yield
     finally:
         _plain = before
+
+
+def examples(everyday: int, long: int) -> int:
+    """How many hypothesis makes up."""
+    return long if settings.get_current_profile_name() == "long" else everyday
 
 
 def _options_by_effort(

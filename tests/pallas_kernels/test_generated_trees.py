@@ -14,6 +14,7 @@ from jax_chunkattn.tree.prefix_tree import PrefixTree
 from pallas_kernels import chunk_attention
 from pallas_kernels.implementations import needs_partials
 from tests import oracle
+from tests.effort import examples
 from tests.interpreted import optimised_implementations
 
 CHUNK, CHUNKS, ROWS, HEADS, KV_HEADS, HEAD_DIM = 16, 160, 8, 6, 2, 16
@@ -50,7 +51,7 @@ attend = jax.jit(
 
 @optimised_implementations
 @settings(
-    max_examples=150,
+    max_examples=examples(50, 150),
     deadline=None,
     # The fixture chooses the device for all examples alike.
     suppress_health_check=[HealthCheck.function_scoped_fixture],

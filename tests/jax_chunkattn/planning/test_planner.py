@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jax_chunkattn.planning.planner import PlannerOptions, PlanShape, bucket, plan_decode
 from jax_chunkattn.planning.workloads import case_inputs
 from pallas_kernels.specs import AttentionCase
+from tests.effort import examples
 from tests.jax_chunkattn.planning.plan_helpers import (
     CHUNK,
     POOL,
@@ -32,7 +33,7 @@ options = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(25, 60), deadline=None)
 @given(batches(), options)
 def test_every_row_attends_to_its_tokens_once_however_work_is_cut(batch, options):
     tables, lengths = batch

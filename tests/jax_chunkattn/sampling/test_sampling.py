@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from jax_chunkattn import sampling
 from jax_chunkattn.sampling import RowSampling, SamplingParams, TokenCounts
+from tests.effort import examples
 from tests.jax_chunkattn.sampling import sampling_oracle
 from tests.jax_chunkattn.sampling.sampling_oracle import ROWS, OnTheEdge, Row, expected_token
 
@@ -192,7 +193,7 @@ def test_min_p_counts_after_temperature(geometric):
 ALONE = Row(np.zeros(sampling_oracle.VOCABULARY, np.float32), SamplingParams())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(60, 200), deadline=None)
 @given(st.lists(ROWS, min_size=4, max_size=4))
 def test_every_row_is_sampled_by_the_definitions_whatever_the_others_ask(rows):
     together = sample_rows(rows)
