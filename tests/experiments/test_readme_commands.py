@@ -26,21 +26,35 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 RUN = "python -m experiments "
 LONG = (
+    "cache --config",
     "compile-report",
     "decode",
     "engine",
     "generate",
     "heads",
     "clusters",
+    "kernel --suite paper --memory-gb",
     "layers",
+    "minor",
     "quality",
     "report",
     "search",
     "serve",
     "soak",
+    "sparse",
     "train-tiny",
 )
-"""These take most of their time to compile, and have tests of their own that are shorter."""
+"""These take long, most of them to compile, and have tests of their own that are shorter."""
+
+THOROUGH = (
+    "cache --config",
+    "decode --study batch",
+    "decode --study completion",
+    "generate --compare-batch",
+    "generate --system-prompt",
+    "kernel --suite paper --memory-gb",
+)
+"""These run what another command runs, but for an option."""
 
 OF_THE_USER = ("model", "trace", "system_prompt", "prompts", "text")
 """Options that name what is read: those typed win over the smoke form, but for the large model."""
@@ -101,17 +115,17 @@ def smoke(command: str) -> list[str]:
     return [name, *typed, *as_arguments(EXPERIMENTS[name].config, sizes, "--smoke")]
 
 
+def marks_of(command: str) -> list[pytest.MarkDecorator]:
+    if not command.startswith(LONG):
+        return []
+    return [pytest.mark.slow, *([pytest.mark.thorough] if command.startswith(THOROUGH) else [])]
+
+
 def test_every_experiment_is_shown():
     assert {command.split()[0] for command in commands()} == {*EXPERIMENTS, *COMMANDS}
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        pytest.param(one, marks=pytest.mark.slow if one.startswith(LONG) else ())
-        for one in commands()
-    ],
-)
+@pytest.mark.parametrize("command", [pytest.param(one, marks=marks_of(one)) for one in commands()])
 def test_a_command_runs(command: str, workplace: Path, capsys: pytest.CaptureFixture[str]):
     if command.startswith("compile-report"):
         try:
