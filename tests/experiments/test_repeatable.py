@@ -35,6 +35,7 @@ def test_one_seed_gives_one_result(name: str, tmp_path: Path):
     assert any(len(row) > 1 for table in untimed for row in table.rows)
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_tokens(tmp_path: Path):
     first = run(tmp_path / "a", "generate")
     second = run(tmp_path / "b", "generate", "--seed", "1")
