@@ -177,7 +177,7 @@ def as_tokens(chunks: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("group", "count", "dtype", "size", "own"),
     [
-        pytest.param(1, 2, "float32", CHUNK, False, marks=THOROUGH),
+        (1, 2, "float32", CHUNK, False),
         (1, 4, "bfloat16", CHUNK, True),
         (2, 3, "float32", 64, True),
         pytest.param(2, 3, "bfloat16", CHUNK, False, marks=pytest.mark.slow),

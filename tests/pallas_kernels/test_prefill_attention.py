@@ -60,7 +60,7 @@ def marks_of(row: int, column: int) -> list[pytest.MarkDecorator]:
     if (row, column) in EVERYDAY:
         return []
     if (row and column) or (row, column) in {(0, 1), (1, 0)}:
-        return [pytest.mark.slow, pytest.mark.thorough]
+        return [pytest.mark.slow_to_compile, pytest.mark.thorough]
     return [pytest.mark.slow_to_compile]
 
 
