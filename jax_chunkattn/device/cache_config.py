@@ -24,8 +24,10 @@ class CacheConfig:
     Attributes:
       num_chunks: chunks in the pool, N; None takes as many as fit into `memory`.
       chunk_size: tokens a chunk holds, C.
-      dtype: of keys and values. Prefer float32 on CPU, where jaxlib 0.10.2 converts a bfloat16
-        pool as a whole at every write.
+      dtype: of keys and values. In float32 tokens are those of a model without a cache; in float16
+        or bfloat16 the pool holds twice as many, and reading them takes less of a CPU's time. XLA
+        of jaxlib 0.10.2 converts a bfloat16 pool as a whole where it reads or writes it on a CPU,
+        which it does only where there is no compiled kernel.
       memory: of the pool, in bytes or as text with a unit: "2GiB", "500 MB". Instead of
         `num_chunks`, not beside it.
       codec: what full chunks are encoded by: a name such as "int4" (see `pallas_kernels.codecs`),
