@@ -160,8 +160,8 @@ def test_ctrl_c_at_any_moment_of_the_work_loses_nothing(rounds):
             assert sum((event.logprobs for event in events), ()) == answer.logprobs
             assert [event.finish_reason for event in events].count("length") == 1
         start(engine.check)()
-    assert interrupts > 100 * rounds // 8
-    assert engine.stats.recoveries > 10 * rounds // 8
+    assert interrupts > 100
+    assert engine.stats.recoveries > 10
     assert_all_returned(engine)
 
 
