@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.kernel.operands import CaseOperands
-from jax_chunkattn.planning.planner import PlannerOptions, plan_decode
+from jax_chunkattn import CacheConfig, CacheSpec
+from jax_chunkattn.device.backend import choose_backend
+from jax_chunkattn.planning.planner import plan_decode
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
 from pallas_kernels.codecs import ChunkCodec, codec_of
 from pallas_kernels.coded_kv import CodedKV
-from pallas_kernels.implementations import NATIVE
 from pallas_kernels.plans import DecodeReads, OwnChunks
 
 
@@ -28,13 +29,15 @@ def coded_attention(operands: CaseOperands, coded: tuple[str, str]) -> Callable[
     case, chunk_codec = operands.case, codec_of(codec)
     assert chunk_codec is not None, "a side of its own"
     stored = _encoded(operands.keys, operands.values, chunk_codec)
+    spec = CacheSpec(1, case.num_kv_heads, case.head_dim, case.num_heads)
+    config = CacheConfig(operands.keys.shape[2], case.chunk_size, case.dtype, codec=codec)
     # As the loop plans it: without the token that the step writes, so the last chunk is private.
     plan, _ = plan_decode(
         operands.tables,
         [length - 1 for length in operands.row_lengths],
         chunk_size=case.chunk_size,
         num_chunks=operands.keys.shape[2],
-        options=PlannerOptions.for_native() if implementation == NATIVE else PlannerOptions(),
+        options=choose_backend(spec, config, implementation=implementation).planner,
     )
     slots = np.full(len(operands.lengths), operands.rows, np.int32)
     slots[: operands.rows] = np.arange(operands.rows)
