@@ -45,8 +45,8 @@ def split_by_heads(
         heads = spec[axis] if axis is not None and axis < len(spec) else None
 
         def place(axis: int | None) -> NamedSharding:
-            before = () if axis is None else (None,) * axis
-            return NamedSharding(mesh, PartitionSpec(*before, *(() if axis is None else (heads,))))
+            dims = () if axis is None else (*[None] * axis, heads)
+            return NamedSharding(mesh, PartitionSpec(*dims))
 
         return mesh, function, place(axes[0]), tuple(map(place, axes))
 

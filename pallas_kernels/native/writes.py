@@ -56,8 +56,7 @@ def _put_rows(array: Array, index: tuple[Array, ...], new: Array) -> Array:
     rows = new.shape[: new.ndim - array.ndim + len(index)]
     places = jnp.broadcast_to(jnp.where(inside, place, -1), rows)
     output = jax.ShapeDtypeStruct(array.shape, array.dtype)
-    operands = array, new.astype(array.dtype), places
-    return library.call(library.PUT_ROWS, operands, output, in_place=True)
+    return library.call(library.PUT_ROWS, (array, new, places), output, in_place=True)
 
 
 def _ints(array: int | HostOrDevice) -> Array:
