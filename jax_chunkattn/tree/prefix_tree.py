@@ -228,6 +228,7 @@ class PrefixTree:
         donor, num_copied = None, 0
         if copy_partial:
             donor, num_copied = self._find_donor(stored.roots.get(salt), matched, encoded)
+        places = self._windows.places([donor.chunk_id] if donor is not None else [])
         num_usable_tokens = self._windows.usable(matched) * self.chunk_size
         root = stored.open_root(salt)
         root.references += 1  # before anything is evicted: an emptied root would be dropped
@@ -255,7 +256,7 @@ class PrefixTree:
         self._activate(sequence)
         self._windows.enter(sequence, num_usable_tokens)
         if donor is not None:
-            copies = [(donor.chunk_id, chunk_ids[0])]
+            copies = list(zip(places, chunk_ids, strict=False))
             self._windows.copy(sequence, num_usable_tokens, sequence.num_cached_tokens, copies)
         return sequence
 
@@ -386,7 +387,8 @@ class PrefixTree:
         self._windows.enter(copy, min(begin, sealed))
         if begin > sealed:
             end = min(begin, sealed + copy.num_computed_tail_tokens)
-            self._windows.copy(copy, sealed, end, copies)
+            places = self._windows.places(sources)
+            self._windows.copy(copy, sealed, end, list(zip(places, destinations, strict=False)))
         return copy, copies
 
     def is_active(self, sequence: SequenceHandle) -> bool:

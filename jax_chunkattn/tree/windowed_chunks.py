@@ -57,6 +57,9 @@ class EveryChunk:
     def reserve(self, sequence: SequenceHandle, computed: int, end: int) -> bool:
         return False
 
+    def places(self, chunk_ids: Sequence[int]) -> list[int]:
+        return list(chunk_ids)
+
     def copy(
         self, sequence: SequenceHandle, begin: int, end: int, copies: list[tuple[int, int]]
     ) -> None: ...
@@ -202,14 +205,22 @@ class WindowedChunks(EveryChunk):
             return False
         return bool(self.fill(sequence, sequence.num_tokens, end))
 
+    def places(self, chunk_ids: Sequence[int]) -> list[int]:
+        """Where chunks are here, by this pool's ids: to be asked before anything is evicted of
+        which a copy is to be made."""
+        return [self._ids[chunk_id] for chunk_id in chunk_ids]
+
     def copy(
         self, sequence: SequenceHandle, begin: int, end: int, copies: list[tuple[int, int]]
     ) -> None:
-        """Room for a sequence's tokens that are copied, and what is to be copied here for chunks
-        that are, given as source and destination."""
-        sources = {to: self._ids[of] for of, to in copies if self.has(of)}
+        """Room for a sequence's tokens that are copied, and what is to be copied here.
+
+        Each copy is given as the source's place (`places`) and the chunk that is its destination.
+        """
         self.fill(sequence, begin, end)
-        sequence.window_copies = [(source, self._ids[to]) for to, source in sources.items()]
+        sequence.window_copies = [
+            (place, self._ids[to]) for place, to in copies if place != self._nowhere
+        ]
 
     def exchange(self, sequence: SequenceHandle, column: int, chunk_id: int) -> None:
         """Another chunk, with the same tokens, takes a column's place; the old one is given up."""

@@ -245,6 +245,18 @@ def test_who_waited_computes_what_nobody_will():
     assert device.computed_tokens - before == 64 - 2 * CALL
 
 
+def test_the_beginning_of_a_chunk_is_copied_though_it_is_evicted_for_the_copy():
+    window = Window(6)
+    device = Device(window, 5, room_for(window, 1, more=5))
+    prompt = long_prompt()
+    for cached in (prompt[:12], [0, 0, 1, 1]):
+        device.release(computed(device, cached)[0])
+    sequence, count = computed(device, [*prompt[:10], *[2 - token for token in prompt[10:18]]])
+    assert device.tree.num_evicted == 2
+    assert sequence.num_cached_tokens == 10
+    assert count == 8
+
+
 def test_sequences_beyond_the_room_are_refused_and_nothing_changes():
     window = Window(6)
     device = Device(window, 40, room_for(window, 2))
