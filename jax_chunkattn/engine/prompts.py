@@ -141,7 +141,9 @@ class Prompts:
         scheduler = self._scheduler
         tree, size = scheduler.tree, scheduler.tree.chunk_size
         sequence, history = work.placed, work.history
-        known = max(tree.computed_tokens(sequence), work.dispatched)
+        known, stored = tree.computed_tokens(sequence), tree.stored_tokens(sequence)
+        if known == stored:  # else windows lack a part of what has been computed
+            known = stored = max(stored, work.dispatched)  # a part of a chunk, it may be
         sealed = [node.chunk_id for node in sequence.nodes]
         while known // size < len(sealed) and sealed[known // size] in chunks:
             known = (known // size + 1) * size
@@ -155,8 +157,8 @@ class Prompts:
                 self._lifecycle.prefilled(work)
             return 0
         slot = work.placed_slot if isinstance(work, Request) else None
-        stored = max(known, tree.stored_tokens(sequence))
-        segment = Segment(history[begin:], sequence.chunk_ids, begin, len(history), stored, slot)
+        written = max(known, stored)
+        segment = Segment(history[begin:], sequence.chunk_ids, begin, len(history), written, slot)
         segments.append((work, segment))
         return segment.end - segment.begin
 
