@@ -73,13 +73,14 @@ def closest_child(parent: Node | Root, tokens: bytes) -> tuple[Node | None, int]
         neighbours = children[max(position - 1, 0) : position + 1]
     closest, most = None, 0
     for child in neighbours:
-        shared = _num_shared_tokens(child.key[8:], tokens)
+        shared = num_shared_tokens(child.key[8:], tokens)
         if shared > most:
             closest, most = child, shared
     return closest, most
 
 
-def _num_shared_tokens(first: bytes, second: bytes) -> int:
+def num_shared_tokens(first: bytes, second: bytes) -> int:
+    """How many tokens two sequences of them begin with alike."""
     length = min(len(first), len(second))
     differing = int.from_bytes(first[:length], "little") ^ int.from_bytes(second[:length], "little")
     if not differing:

@@ -204,6 +204,7 @@ class PrefixTree:
         salt: bytes = b"",
         *,
         copy_partial: bool = False,
+        like: SequenceHandle | None = None,
     ) -> SequenceHandle:
         """Starts a sequence: shares the chunks that match, makes pending ones for the rest.
 
@@ -213,7 +214,8 @@ class PrefixTree:
         With ``copy_partial``, the first chunk that is not shared takes over what it has in common
         with the computed chunk, in its place, that begins most like it: the caller must carry out
         the sequence's ``copy``, under the rules of `PartialCopy`. The donor's place in the order of
-        eviction stays.
+        eviction stays. An active sequence that is ``like`` this one may give what is computed of
+        its tail, which is found in no other way.
 
         Raises ValueError on bad tokens and PoolExhausted when the pool is too small or too much of
         it is in use; nothing has changed then.
@@ -227,8 +229,8 @@ class PrefixTree:
 
         donor, num_copied = None, 0
         if copy_partial:
-            donor, num_copied = self._find_donor(stored.roots.get(salt), matched, encoded)
-        places = self._windows.places([donor.chunk_id] if donor is not None else [])
+            donor, num_copied = self._find_donor(stored.roots.get(salt), matched, encoded, like)
+        places = self._windows.places([donor] if donor is not None else [])
         num_usable_tokens = self._windows.usable(matched) * self.chunk_size
         root = stored.open_root(salt)
         root.references += 1  # before anything is evicted: an emptied root would be dropped
@@ -250,7 +252,7 @@ class PrefixTree:
         sequence.num_cached_tokens = num_usable_tokens + num_copied
         sequence.num_matched_tokens = len(matched) * self.chunk_size
         if donor is not None:
-            sequence.copy = PartialCopy(donor.chunk_id, chunk_ids[0], num_copied)
+            sequence.copy = PartialCopy(donor, chunk_ids[0], num_copied)
             if len(nodes) == len(matched):
                 sequence.num_computed_tail_tokens = num_copied
         self._activate(sequence)
@@ -437,12 +439,21 @@ class PrefixTree:
     # Inside.
 
     def _find_donor(
-        self, root: Root | None, nodes: list[Node], encoded: bytes
-    ) -> tuple[Node | None, int]:
-        """The node that the chunk behind these can be copied from, and how many tokens of it."""
-        donor, num_tokens = self._stored.find_donor(root, nodes, encoded)
+        self,
+        root: Root | None,
+        nodes: list[Node],
+        encoded: bytes,
+        like: SequenceHandle | None = None,
+    ) -> tuple[int | None, int]:
+        """The chunk that the one behind these can be copied from, and how many tokens of it."""
+        node, num_tokens = self._stored.find_donor(root, nodes, encoded)
+        donor = node.chunk_id if node is not None else None
+        if like is not None and self.is_active(like):
+            in_tail = self._stored.tokens_in_tail(like, root, nodes, encoded)
+            if in_tail > num_tokens:
+                donor, num_tokens = like.chunk_ids[len(nodes)], in_tail
         windows = self._windows
-        if donor is None or not windows.has(donor.chunk_id) or windows.usable(nodes) < len(nodes):
+        if donor is None or not windows.has(donor) or windows.usable(nodes) < len(nodes):
             return None, 0
         return donor, num_tokens
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from jax_chunkattn.tree.allocator import ChunkAllocator, PoolExhausted
-from jax_chunkattn.tree.children import children_of, closest_child, remove_child
+from jax_chunkattn.tree.children import children_of, closest_child, num_shared_tokens, remove_child
 from jax_chunkattn.tree.eviction import RecencyList
-from jax_chunkattn.tree.nodes import TOKEN_BYTES, Node, Root
+from jax_chunkattn.tree.nodes import TOKEN_BYTES, Node, Root, SequenceHandle
 from jax_chunkattn.tree.window_room import WindowRoom
 from jax_chunkattn.tree.windowed_chunks import EveryChunk, WindowedChunks
 
@@ -83,8 +83,22 @@ class StoredChunks:
         parent = nodes[-1] if nodes else root
         if parent is None:
             return None, 0
+        return closest_child(parent, self._behind(nodes, encoded))
+
+    def tokens_in_tail(
+        self, sequence: SequenceHandle, root: Root | None, nodes: list[Node], encoded: bytes
+    ) -> int:
+        """How many tokens behind `nodes` are computed, alike, in a sequence's own first chunk."""
+        alike = sequence.root is root and len(sequence.nodes) == len(nodes)
+        if not alike or (nodes and sequence.nodes[-1] is not nodes[-1]):
+            return 0
+        computed = sequence.tail[: sequence.num_computed_tail_tokens * TOKEN_BYTES]
+        return num_shared_tokens(computed, self._behind(nodes, encoded))
+
+    def _behind(self, nodes: list[Node], encoded: bytes) -> bytes:
+        """What of a sequence fills the chunk behind these."""
         begin = len(nodes) * self.chunk_bytes
-        return closest_child(parent, encoded[begin : begin + self.chunk_bytes])
+        return encoded[begin : begin + self.chunk_bytes]
 
     # Room.
 

@@ -27,8 +27,8 @@ class Device:
         self.tree = PrefixTree(num_chunks, 4, retain=retain)
         self.pool = SlotPool(num_chunks, 4)
 
-    def insert(self, tokens: list[int]) -> SequenceHandle:
-        sequence = self.tree.insert(tokens, copy_partial=True)
+    def insert(self, tokens: list[int], like: SequenceHandle | None = None) -> SequenceHandle:
+        sequence = self.tree.insert(tokens, copy_partial=True, like=like)
         self.tree.check()
         return sequence
 
@@ -171,6 +171,48 @@ def test_a_donor_keeps_its_place_in_the_order_of_eviction():
     tree.evict(1)
     assert tree.match(A).num_tokens == 0
     assert tree.match(B).num_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("first", "computed", "second", "num_copied"),
+    [
+        ([*A, 2, 2, 3], 7, [*A, 2, 2, 9, 9, *C], 2),
+        ([*A, 2, 2, 3], 5, [*A, 2, 2, 9], 1),  # no more is computed
+        ([2, 2, 3], 3, [2, 2, 3, 3, *C], 3),  # of the first chunk
+        ([*A, 2, 2, 3], 7, [*B, 2, 2, 9], 0),  # behind another chunk
+        ([*A, 2, 2, 3], 7, [*A, *B, 2, 9], 2),  # as B begins too
+    ],
+)
+def test_a_sequence_that_is_alike_gives_what_is_computed_of_its_tail(
+    first, computed, second, num_copied
+):
+    device = Device(16)
+    like = device.insert(first)
+    device.compute(like, first[:computed])
+    assert device.insert(second).copy is None
+    device = Device(16)
+    like = device.insert(first)
+    device.compute(like, first[:computed])
+    sequence = device.insert(second, like)
+    begin = 4 if second[:4] == A and first[:4] == A else 0
+    assert device.tree.computed_tokens(sequence) == begin + num_copied
+    device.carry_out(sequence)
+    device.tree.release(like)
+    device.compute(sequence, second)
+    assert device.holds(sequence, second)
+
+
+def test_what_a_node_has_in_common_counts_before_less_in_a_tail():
+    device = Device(16)
+    device.cache([*A, 2, 2, 2, 2])
+    like = device.insert([*A, 2, 9])
+    device.carry_out(like)
+    device.compute(like, [*A, 2, 9])
+    sequence = device.insert([*A, 2, 2, 2, 9], like)
+    assert sequence.copy is not None
+    assert sequence.copy.num_tokens == 3
+    device.tree.release(like)
+    assert device.insert([*A, 2, 9, 9], like).num_cached_tokens == 5  # it has left
 
 
 def test_salts_copy_nothing_from_each_other():
