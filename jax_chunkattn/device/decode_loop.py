@@ -76,7 +76,8 @@ def decode_steps(
         logits = model.logits(hidden)
         following = sample(logits, sampling, rows.lengths + 1, lambda: counts.take(slots))
         emitted = Chosen(
-            jnp.where(active, following, NOTHING), log_probabilities(logits, following, sampling)
+            jnp.where(active, following, NOTHING),
+            log_probabilities(logits, following, sampling.logprobs),
         )
         chosen = jax.tree.map(lambda all, one: all.at[step].set(one), chosen, emitted)
         counts = count_tokens(counts, slots, following, active)

@@ -49,7 +49,8 @@ def prefill_step(
     logits = model.logits(jnp.take(hidden, batch.last_token, axis=0))
     drawn = sample(logits, sampling, following, lambda: table.counts.take(slots))
     active = rows.remaining > 0
-    chosen = Chosen(jnp.where(active, drawn, NOTHING), log_probabilities(logits, drawn, sampling))
+    logprobs = log_probabilities(logits, drawn, sampling.logprobs)
+    chosen = Chosen(jnp.where(active, drawn, NOTHING), logprobs)
     counts = count_tokens(table.counts, slots, drawn, active)
     table = replace(table.put(slots, rows.choose(drawn, sampling.stop_tokens)), counts=counts)
     return DeviceState(pool, table), chosen

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_chunkattn.sampling.params import MAX_LOGPROBS
-from jax_chunkattn.sampling.rows import RowSampling
+from pallas_kernels.plans import HostOrDevice
 
 NO_TOKEN = -1
 
@@ -22,7 +22,7 @@ NO_TOKEN = -1
 class Logprobs:
     """Natural logarithms of probabilities, likeliest token first. Letters: L = `MAX_LOGPROBS`.
 
-    Row b holds what it asks for, `RowSampling.logprobs[b]`. A row that asks for no report has 0 in
+    Row b holds what it asks for (`log_probabilities`). A row that asks for no report has 0 in
     `chosen`; columns a row did not ask for, or beyond the vocabulary, have the token `NO_TOKEN` and
     the value 0.
     """
@@ -72,15 +72,17 @@ class TokenLogprobs:
 
 
 def log_probabilities(
-    logits: Float[Array, "B V"], tokens: Int32[Array, " B"], rows: RowSampling
+    logits: Float[Array, "B V"], tokens: Int32[Array, " B"], asked: Int32[HostOrDevice, " B"]
 ) -> Logprobs:
-    """Log-probabilities of the chosen `tokens`, and of each row's likeliest.
+    """Log-probabilities of the chosen `tokens`, and of each row's `asked[b]` likeliest; of a row
+    that asks for -1 neither.
 
     They are those of the model's own distribution, the softmax of `logits`, whatever bias, penalty,
     temperature or truncation the tokens were chosen with. Free when no row asks. A token outside
     the vocabulary is taken for the nearest in it.
     """
     batch, vocabulary = logits.shape
+    asked = jnp.asarray(asked)
     unasked = Logprobs.empty(batch)
     likeliest = (unasked.top_tokens, unasked.top_values)
 
@@ -88,21 +90,21 @@ def log_probabilities(
         scores = logits.astype(jnp.float32)
         normaliser = jax.nn.logsumexp(scores, axis=-1)
         chosen = jnp.take_along_axis(scores, tokens[:, None], axis=-1, mode="clip")[:, 0]
-        chosen = jnp.where(rows.logprobs >= 0, chosen - normaliser, 0)
+        chosen = jnp.where(asked >= 0, chosen - normaliser, 0)
 
         def rank():
             columns = min(MAX_LOGPROBS, vocabulary)
             values, indices = lax.top_k(scores, columns)
             values -= normaliser[:, None]
-            asked = jnp.arange(columns, dtype=jnp.int32)[None, :] < rows.logprobs[:, None]
+            reported = jnp.arange(columns, dtype=jnp.int32)[None, :] < asked[:, None]
             return (
-                likeliest[0].at[:, :columns].set(jnp.where(asked, indices, NO_TOKEN)),
-                likeliest[1].at[:, :columns].set(jnp.where(asked, values, 0)),
+                likeliest[0].at[:, :columns].set(jnp.where(reported, indices, NO_TOKEN)),
+                likeliest[1].at[:, :columns].set(jnp.where(reported, values, 0)),
             )
 
-        return chosen, *lax.cond(jnp.any(rows.logprobs > 0), rank, lambda: likeliest)
+        return chosen, *lax.cond(jnp.any(asked > 0), rank, lambda: likeliest)
 
     def nothing():
         return unasked.chosen, *likeliest
 
-    return Logprobs(*lax.cond(jnp.any(rows.logprobs >= 0), report, nothing))
+    return Logprobs(*lax.cond(jnp.any(asked >= 0), report, nothing))

@@ -278,7 +278,7 @@ def test_no_more_logprobs_are_reported_than_the_vocabulary_has_tokens():
     """A beam search over more than there are would go on with padding."""
     asked = RowSampling.stack([SamplingParams(logprobs=10), SamplingParams(logprobs=2)], 2)
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.2], [0.2, 0.3, 0.5]]))
-    logprobs = log_probabilities(logits, jnp.array([0, 1]), asked)
+    logprobs = log_probabilities(logits, jnp.array([0, 1]), asked.logprobs)
     tokens = np.array([[0, 1]], np.int32)
     results = Results(Chosen(tokens, jax.tree.map(lambda one: np.asarray(one)[None], logprobs)))
     [best] = results.logprobs_of(0, 10, 1)

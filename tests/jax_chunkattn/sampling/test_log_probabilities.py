@@ -18,7 +18,7 @@ ROWS, VOCABULARY = 4, 32
 def report(logits, tokens, asked):
     params = [SamplingParams(logprobs=number) for number in asked]
     rows = RowSampling.stack(params, len(params))
-    return log_probabilities(jnp.asarray(logits), jnp.asarray(tokens, jnp.int32), rows)
+    return log_probabilities(jnp.asarray(logits), jnp.asarray(tokens, jnp.int32), rows.logprobs)
 
 
 def check(logits, tokens, asked):
@@ -81,8 +81,10 @@ def test_they_are_the_models_own_whatever_the_tokens_were_chosen_with():
         logprobs=3,
     )
     tokens = jnp.array([5, 5], jnp.int32)
-    result = log_probabilities(jnp.asarray(logits), tokens, RowSampling.stack([plain, params], 2))
-    same = log_probabilities(jnp.asarray(logits), tokens, RowSampling.stack([plain, plain], 2))
+    result, same = (
+        log_probabilities(jnp.asarray(logits), tokens, RowSampling.stack(rows, 2).logprobs)
+        for rows in ([plain, params], [plain, plain])
+    )
     chex.assert_trees_all_equal(result, same)
 
 

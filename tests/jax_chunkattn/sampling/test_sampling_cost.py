@@ -37,7 +37,7 @@ def sample_from_table(logits, rows, positions, counts, slots):
 
 
 SAMPLE = sample_from_table, (LOGITS, RowSampling.stack([], ROWS), INTEGERS, COUNTS, INTEGERS)
-REPORT = log_probabilities, (LOGITS, INTEGERS, RowSampling.stack([], ROWS))
+REPORT = log_probabilities, (LOGITS, INTEGERS, RowSampling.stack([], ROWS).logprobs)
 
 
 def unconditional(jaxpr) -> Iterator:
@@ -139,7 +139,7 @@ def test_a_loop_that_counts_tokens_updates_its_table_in_place():
             index, counts, chosen, total = carry
             following = logits + index.astype(jnp.float32)
             chosen = sample(following, rows, chosen + index, lambda: counts.take(batch))
-            total += log_probabilities(following, chosen, rows).chosen
+            total += log_probabilities(following, chosen, rows.logprobs).chosen
             generated = counts.generated.at[batch, chosen].add(1, mode="drop")
             return index + 1, TokenCounts(counts.prompt, generated), chosen, total
 

@@ -53,7 +53,7 @@ class SamplingVariants(VariantsTestCase):
 
         @self.variant
         def report(logits, tokens, rows):
-            return log_probabilities(jnp.asarray(logits), jnp.asarray(tokens), rows)
+            return log_probabilities(jnp.asarray(logits), jnp.asarray(tokens), rows.logprobs)
 
         got = report(LOGITS, tokens, RowSampling.stack(PARAMS, 4))
         exact = LOGITS.astype(np.float64)
