@@ -12,6 +12,7 @@ from jax_chunkattn.engine.outputs import (
     EngineClosed,
     Output,
     RequestFailed,
+    Score,
     StreamEvent,
 )
 from jax_chunkattn.engine.search import Hypothesis, beam_search
@@ -51,6 +52,7 @@ __all__ = [
     "RequestHandle",
     "RequestLimits",
     "SamplingParams",
+    "Score",
     "StreamEvent",
     "TokenLogprobs",
     "WarmUp",

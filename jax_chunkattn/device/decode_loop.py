@@ -33,6 +33,7 @@ class Chosen:
     tokens: Int32[HostOrDevice, "*K B"]
     logprobs: Logprobs  # *K B
     counts: ReadCounts | None = None  # of all steps together, where rows choose what they read
+    scores: Logprobs | None = None  # T, of tokens that were given
 
 
 def decode_steps(

@@ -75,7 +75,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Results:
-    """What a call chose, on the host."""
+    """What a call chose, and the scores of tokens that were given, on the host."""
 
     chosen: Chosen
 
@@ -91,6 +91,12 @@ class Results:
             return ()
         steps = range(count)
         return tuple(TokenLogprobs.at(self.chosen.logprobs, step, row, number) for step in steps)
+
+    def scores_of(self, places: range, number: int) -> tuple[TokenLogprobs, ...]:
+        """Of these scored tokens of a prefill call, with the `number` likeliest."""
+        assert self.chosen.scores is not None, "the call has scored tokens"
+        values = jax.tree.map(lambda of_all: of_all[None], self.chosen.scores)
+        return tuple(TokenLogprobs.at(values, 0, place, number) for place in places)
 
 
 class Device:
@@ -182,8 +188,10 @@ class Device:
         prefill_tokens: int,
         *,
         threads: int,
+        scores: bool = False,
     ) -> int:
-        """Compiles all programs, for plans of these shapes, and runs none; returns how many.
+        """Compiles all programs, for plans of these shapes, and runs none; returns how many. Those
+        that score given tokens only for `scores`.
 
         From now on prefill calls of a size, `prefill_tokens` at most, have one shape. What shares
         more than that has room for is computed without sharing.
@@ -194,7 +202,7 @@ class Device:
         self._invocations.fix_prefill_shapes()
         began = time.perf_counter()
         calls = self._invocations.of_all_shapes(
-            self._state, decode_shapes, num_steps, prefill_tokens
+            self._state, decode_shapes, num_steps, prefill_tokens, scores=scores
         )
         programs, compiled = PROGRAMS.compile_all(calls, threads)
         self._programs.update(programs)
@@ -209,6 +217,7 @@ class Device:
         self._note_ready(call, began)
         if call.chosen.counts is not None:  # ready as the tokens are
             self._note_reads(jax.tree.map(np.asarray, call.chosen.counts))
+        scores = jax.tree.map(np.asarray, call.chosen.scores)
         reported: Any = call.chosen.logprobs
         if logprobs:
             reported = jax.tree.map(np.asarray, reported)
@@ -216,7 +225,7 @@ class Device:
             tokens = tokens[None]
             if logprobs:  # else they are the device's, where this would be three programs
                 reported = jax.tree.map(lambda values: values[None], reported)
-        return Results(Chosen(tokens, reported))
+        return Results(Chosen(tokens, reported, scores=scores))
 
     def _note_ready(self, call: Call, began: float) -> None:
         counters, ready = self.counters, time.perf_counter()
@@ -247,7 +256,7 @@ class Device:
             self._state = updated
             return None
         self._state, chosen = updated
-        for array in (chosen.tokens, *jax.tree.leaves(chosen.counts)):
+        for array in (chosen.tokens, *jax.tree.leaves((chosen.counts, chosen.scores))):
             array.copy_to_host_async()
         return chosen
 

@@ -109,9 +109,11 @@ class Invocations:
         decode_shapes: Sequence[PlanShape],
         num_steps: int,
         prefill_tokens: int,
+        *,
+        scores: bool,
     ) -> Iterator[Invocation]:
         """A call of each kind and shape, with nothing to do; those that take longest to compile
-        come first."""
+        come first. Of prefill calls both kinds if there are to be `scores`."""
         for shape in reversed(decode_shapes):
             for columns in self._columns_of_plans():
                 plan, _ = plan_decode(
@@ -128,8 +130,9 @@ class Invocations:
         ids = None if self._window_room is None else np.zeros(self._num_chunks + 1, np.int32)
         for num_tokens in CALL_TOKENS:
             if num_tokens <= prefill_tokens:
-                segment = Segment([0], [0], 0, 1, 0)
-                yield self.prefilling(state, [segment], [None], num_tokens, ids)
+                for targets in [[], [0]] if scores else [[]]:
+                    segment = Segment([0], [0], 0, 1, 0, targets=targets)
+                    yield self.prefilling(state, [segment], [None], num_tokens, ids)
         yield self.placing(state, [])
         yield self.counting(state, 0, (), [])
         yield self.copying(state, [])

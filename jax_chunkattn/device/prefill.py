@@ -14,6 +14,7 @@ from jax_chunkattn.device.head_maps import attention_of, token_heads
 from jax_chunkattn.device.model_interface import Attend, CacheSpec, DecoderModel
 from jax_chunkattn.device.pool import Pool
 from jax_chunkattn.device.request_table import DeviceState, count_tokens
+from jax_chunkattn.device.scores import score_tokens
 from jax_chunkattn.planning.prefill import QUERY_TILE, PrefillBatch
 from jax_chunkattn.sampling import log_probabilities, sample
 from pallas_kernels.plans import HostOrDevice, PrefillPlan, PrefillReads
@@ -37,7 +38,8 @@ def prefill_step(
       slots: of the rows that the segments complete the prompts of; the number of slots for others.
 
     Returns:
-      The new state, those rows ready to decode, and what was chosen, `NOTHING` for other segments.
+      The new state, those rows ready to decode, and what was chosen, `NOTHING` for other segments;
+      with the scores of the tokens that the call scores.
     """
     attend = prefill_attend(model.cache_spec, state.pool, batch.plan, implementation)
     tokens, positions = jnp.asarray(batch.tokens), jnp.asarray(batch.positions)
@@ -50,7 +52,8 @@ def prefill_step(
     drawn = sample(logits, sampling, following, lambda: table.counts.take(slots))
     active = rows.remaining > 0
     logprobs = log_probabilities(logits, drawn, sampling.logprobs)
-    chosen = Chosen(jnp.where(active, drawn, NOTHING), logprobs)
+    scores = None if batch.scored is None else score_tokens(model, hidden, batch.scored)
+    chosen = Chosen(jnp.where(active, drawn, NOTHING), logprobs, scores=scores)
     counts = count_tokens(table.counts, slots, drawn, active)
     table = replace(table.put(slots, rows.choose(drawn, sampling.stop_tokens)), counts=counts)
     return DeviceState(pool, table), chosen

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jax_chunkattn.device.model_interface import DecoderModel
-from jax_chunkattn.sampling import MAX_DEFAULT_STOP_TOKENS, SamplingParams
+from jax_chunkattn.sampling import MAX_DEFAULT_STOP_TOKENS, MAX_LOGPROBS, SamplingParams
 from jax_chunkattn.sampling.params import checked_stop_tokens, require_in_vocabulary
 from jax_chunkattn.tree.prefix_tree import PrefixTree
 
@@ -155,6 +155,12 @@ def check_priority(priority: Any) -> int:
     if isinstance(priority, bool) or not isinstance(priority, Integral):
         raise InvalidRequest(f"priority must be an integer, got {priority!r:.60}")
     return int(priority)
+
+
+def check_top(top: Any) -> None:
+    """Raises InvalidRequest when this is no number of likeliest tokens that can be reported."""
+    if isinstance(top, bool) or not isinstance(top, Integral) or not 0 <= int(top) <= MAX_LOGPROBS:
+        raise InvalidRequest(f"top must be an integer from 0 to {MAX_LOGPROBS}, got {top!r:.60}")
 
 
 def check_stop_tokens(tokens: Any, model: DecoderModel) -> tuple[int, ...]:

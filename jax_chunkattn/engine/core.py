@@ -18,9 +18,9 @@ from jax_chunkattn.engine.integrity import Integrity, whole
 from jax_chunkattn.engine.lifecycle import Lifecycle
 from jax_chunkattn.engine.misses import PrefixMemory
 from jax_chunkattn.engine.outputs import EngineClosed, RequestFailed
-from jax_chunkattn.engine.prompts import Prompts
+from jax_chunkattn.engine.prompts import Prompts, scored_parts
 from jax_chunkattn.engine.recording import Recorder
-from jax_chunkattn.engine.requests import Phase, Pinned, Request
+from jax_chunkattn.engine.requests import Phase, Pinned, Request, Scored
 from jax_chunkattn.engine.rows import PlannedRows
 from jax_chunkattn.engine.scheduler import Scheduler
 from jax_chunkattn.engine.stats import EngineStats
@@ -154,7 +154,8 @@ class Core:
         segments = [segment for _, segment in call]
         sent = self.device.prefill(segments, slots, num_tokens, self.tree.window_ids)
         self._prompts.sent(call)
-        self._in_flight.add(sent, [*completed.values()], [*completed], [1] * len(completed))
+        rows, requests = [*completed], [*completed.values()]
+        self._in_flight.add(sent, requests, rows, [1] * len(rows), scored_parts(call))
         return True
 
     def _send_decode(self) -> bool:
@@ -179,6 +180,9 @@ class Core:
         for request, row in zip(sent.requests, sent.rows, strict=True):
             if request.phase is not Phase.DONE and not request.dropped:
                 self._recorder.record(request, results, row, decoded=sent.call.decoded)
+        for part in sent.scored:
+            if part.work.phase is not Phase.DONE:
+                self._recorder.record_scores(part, results)
         self._call_back()
 
     def _call_back(self) -> None:
@@ -241,6 +245,11 @@ class Core:
         self._lifecycle.accept(samples, forking=forking)
 
     @whole
+    def accept_scored(self, group: Sequence[Scored]) -> None:
+        """Queues continuations of one prefix that fit, to be scored."""
+        self._lifecycle.accept_scored(group)
+
+    @whole
     def fork(self, parent: Request, child: Request) -> None:
         """Queues a fork that fits, with a copy of its parent's sequence if there is room for it.
 
@@ -255,8 +264,8 @@ class Core:
             raise closed from error.__cause__
 
     @whole
-    def abort(self, request: Request) -> None:
-        """Ends a request because nobody wants it any more."""
+    def abort(self, request: Request | Scored) -> None:
+        """Ends work because nobody wants it any more."""
         if request in self.scheduler.accepted:
             try:
                 self._lifecycle.abort(request)
@@ -301,11 +310,12 @@ class Core:
             self.recover(error)
             self._call_back()
 
-    def warm_up(self, threads: int) -> int:
-        """Compiles all programs that any work can need, and returns how many were not there."""
+    def warm_up(self, threads: int, *, scores: bool) -> int:
+        """Compiles all programs that any work can need, those that score if there are to be
+        `scores`, and returns how many were not there."""
         shapes = self._rows.fix_shapes(self.scheduler.max_running)
         return self.device.warm_up(
-            shapes, self._steps_per_call, self._prefill_tokens, threads=threads
+            shapes, self._steps_per_call, self._prefill_tokens, threads=threads, scores=scores
         )
 
     # Errors, and the end.

@@ -23,7 +23,7 @@ from jax_chunkattn.engine.core import Core
 from jax_chunkattn.engine.handle import Outputs, PinnedPrefix, RequestHandle
 from jax_chunkattn.engine.incoming import Incoming, Prompt
 from jax_chunkattn.engine.misses import PrefixMemory
-from jax_chunkattn.engine.outputs import StreamEvent
+from jax_chunkattn.engine.outputs import Score, StreamEvent
 from jax_chunkattn.engine.requests import Request
 from jax_chunkattn.engine.rows import PlannedRows
 from jax_chunkattn.engine.scheduler import Scheduler
@@ -274,6 +274,56 @@ class Engine:
         self._service.queue(requests, numbered=True)
         return outputs
 
+    def score(
+        self,
+        prefix: Prompt,
+        continuations: Sequence[Prompt],
+        *,
+        top: int = 0,
+        salt: str = "",
+    ) -> list[Score]:
+        """How likely the model finds each of these continuations of a prefix.
+
+        The log-probabilities are those of the model's own distribution, of each token behind all
+        that comes before it. The prefix is computed once, or found in the cache, and so is what
+        continuations have in common; each token is read in the same way whatever else is scored.
+        Logits are there for a few tokens at a time.
+
+        Args:
+          prefix: token ids or text, at least one token: what follows nothing has no probability.
+          continuations: token ids or text, each of at least one token. Text is tokenized by itself.
+          top: how many of the likeliest tokens are reported in the place of each.
+          salt: as for `submit`.
+
+        Raises:
+          InvalidRequest: for tokens that this engine can never score.
+          PoolExhausted: when the pool can never hold the prefix with a continuation.
+          RequestFailed: when an error ended it, or logits were no numbers.
+          EngineClosed: after `close`.
+        """
+        [scores] = self.score_batch([(prefix, continuations)], top=top, salt=salt)
+        return scores
+
+    def score_batch(
+        self,
+        queries: Sequence[tuple[Prompt, Sequence[Prompt]]],
+        *,
+        top: int = 0,
+        salt: str = "",
+    ) -> list[list[Score]]:
+        """The same of several prefixes, each with continuations of its own, computed together.
+
+        Raises what `score` raises; nothing has been queued then, but by RequestFailed.
+        """
+        self._service.require_open()
+        scored = self._service.incoming.scored
+        return self._service.score(
+            [
+                scored(prefix, continuations, salt, top, f"prefix {index}")
+                for index, (prefix, continuations) in enumerate(queries)
+            ]
+        )
+
     def pin(self, prompt: Prompt, *, salt: str = "") -> PinnedPrefix:
         """Computes a prefix, for instance a system prompt, and keeps it until it is released.
 
@@ -301,7 +351,7 @@ class Engine:
     # Running.
 
     @in_turn
-    def warm_up(self, *, threads: int = 4) -> WarmUp:
+    def warm_up(self, *, threads: int = 4, scores: bool = False) -> WarmUp:
         """Compiles every program that any work can come to need, and runs none of them.
 
         Without it programs are compiled when they are first needed. On a GPU they are then as small
@@ -310,6 +360,7 @@ class Engine:
 
         Args:
           threads: that compile at once.
+          scores: those of `score` too.
 
         Raises:
           ValueError: for fewer than one.
@@ -319,7 +370,7 @@ class Engine:
             raise ValueError(f"threads must be at least 1, got {threads}")
         self._service.require_open()
         began = time.perf_counter()
-        compiled = self._core.warm_up(threads)
+        compiled = self._core.warm_up(threads, scores=scores)
         return WarmUp(compiled, time.perf_counter() - began)
 
     @property

@@ -7,14 +7,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jax_chunkattn.device.device import Call
-from jax_chunkattn.engine.requests import Request
+from jax_chunkattn.engine.requests import Request, Scored
 
 MAX_ROUNDS = 2
 
 
+@dataclass(frozen=True)
+class ScoredPart:
+    """What a call scores for one work.
+
+    Attributes:
+      position: in its text, where the first token stands that is scored from.
+      places: among all scores of the call.
+    """
+
+    work: Scored
+    position: int
+    places: range
+
+
 @dataclass(frozen=True, eq=False)
 class SentCall:
-    """A call, and whose tokens it chooses.
+    """A call, whose tokens it chooses, and what it scores.
 
     Attributes:
       requests, rows: in which of the call's rows each request's tokens are.
@@ -26,6 +40,7 @@ class SentCall:
     requests: Sequence[Request]
     rows: Sequence[int]
     most_tokens: Sequence[int]
+    scored: Sequence[ScoredPart]
     round: int
 
 
@@ -58,6 +73,7 @@ class CallsInFlight:
         requests: Sequence[Request],
         rows: Sequence[int],
         most_tokens: Sequence[int],
+        scored: Sequence[ScoredPart] = (),
     ) -> None:
         """A call of this round, in which row `rows[i]` is `requests[i]`'s."""
         for request, most in zip(requests, most_tokens, strict=True):
@@ -65,7 +81,7 @@ class CallsInFlight:
             if call.decoded:
                 request.writes_in_flight += most
                 request.written = request.placed.num_tokens + request.writes_in_flight
-        self._calls.append(SentCall(call, requests, rows, most_tokens, self._round))
+        self._calls.append(SentCall(call, requests, rows, most_tokens, scored, self._round))
 
     def take_oldest(self) -> SentCall:
         """The call that is over first; what it could do is not in flight any longer."""

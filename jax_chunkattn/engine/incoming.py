@@ -20,8 +20,9 @@ from jax_chunkattn.engine.admission import (
     check_prompt,
     check_sampling,
     check_text,
+    check_top,
 )
-from jax_chunkattn.engine.requests import Pinned, Request
+from jax_chunkattn.engine.requests import Pinned, Request, Scored, ScoreGroup
 from jax_chunkattn.engine.text import TextStream, Tokenizer, open_stream
 from jax_chunkattn.sampling import SamplingParams, each_sample, fork_seed
 
@@ -85,6 +86,27 @@ class Incoming:
             )
         encoded = check_text(salt, "the salt")
         return Pinned(tokens[:whole], self._salt(encoded), (0, next(self._arrivals)))
+
+    def scored(
+        self, prefix: Prompt, continuations: Sequence[Prompt], salt: str, top: int, name: str
+    ) -> list[Scored]:
+        """Each continuation of a prefix, to be scored; `name` stands for the prefix in messages."""
+        if isinstance(continuations, str) or not isinstance(continuations, Sequence):
+            raise InvalidRequest(
+                f"continuations must be a sequence of them, got {continuations!r:.60}"
+            )
+        check_top(top)
+        begin, encoded = self._tokens(prefix, name), check_text(salt, "the salt")
+        group, shared = ScoreGroup(), self._salt(encoded)
+        works = []
+        for index, continuation in enumerate(continuations):
+            one = f"continuation {index} of {name}"
+            *tokens, last = self._tokens(continuation, one)
+            check_positions(len(begin) + len(tokens), 0, self._model, one)
+            own = shared if self._sharing else self._salt(encoded)
+            order = 0, next(self._arrivals)
+            works.append(Scored((*begin, *tokens), own, order, last, len(begin), top, group))
+        return works
 
     def fork(
         self, parent: Request, params: SamplingParams | None, next_token: int | None, hold: bool

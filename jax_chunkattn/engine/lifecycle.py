@@ -8,7 +8,7 @@ from jax_chunkattn.device.device import Device
 from jax_chunkattn.engine.callbacks import Callbacks
 from jax_chunkattn.engine.integrity import Integrity, whole
 from jax_chunkattn.engine.misses import PrefixMemory
-from jax_chunkattn.engine.requests import Phase, Pinned, Request, Work
+from jax_chunkattn.engine.requests import Phase, Pinned, Request, Scored, Work
 from jax_chunkattn.engine.scheduler import Scheduler
 from jax_chunkattn.engine.stats import EngineStats
 from jax_chunkattn.engine.text import TextStream
@@ -50,6 +50,14 @@ class Lifecycle:
         for request in queued:
             self._scheduler.enqueue(request)
 
+    def accept_scored(self, group: Sequence[Scored]) -> None:
+        """Queues the first of the continuations of a prefix that fit; the others come when the
+        prefix is computed, so that what it has of a chunk they share is too."""
+        first, *others = group
+        first.group.waiting.extend(others)
+        self._scheduler.accepted.update(dict.fromkeys(others))
+        self._scheduler.enqueue(first)
+
     def fork(self, parent: Request, child: Request) -> None:
         """Queues a fork that fits, with a copy of its parent's sequence if there is room for it."""
         parent.num_forks += 1
@@ -66,6 +74,10 @@ class Lifecycle:
             for sibling in self._take_siblings(work):
                 self._fork_sequence(work, sibling)
                 self._scheduler.enqueue(sibling)
+        elif isinstance(work, Scored):
+            work.phase = Phase.DECODE
+            work.group.computed = work
+            self._queue_waiting(work)
 
     def add(
         self,
@@ -91,25 +103,32 @@ class Lifecycle:
         self._scheduler.finish(request, hold=request.hold)
         self._memory.remember(request.history, request.salt, from_chunk=generated_from)
 
-    def abort(self, request: Request) -> None:
-        """Ends a request because nobody wants it any more."""
-        self.add(request, finish_reason="abort")
-        self._stats.aborted += 1
-        self._scheduler.finish(request)
-        self._queue_siblings(request)
+    def finish_scored(self, work: Scored) -> None:
+        """Ends what has all its scores."""
+        self._scheduler.finish(work)
+
+    def abort(self, work: Request | Scored) -> None:
+        """Ends work because nobody wants it any more."""
+        if isinstance(work, Request):
+            self.add(work, finish_reason="abort")
+            self._stats.aborted += 1
+        self._scheduler.finish(work)
+        self._queue_waiting(work)
 
     @whole
-    def fail(self, request: Request, error: BaseException, *, discard: bool = False) -> None:
-        """Ends a request by an error; `discard` caches nothing of what was computed for it."""
-        if request.phase is not Phase.DONE:
-            request.error, request.finish_reason = error, "error"
-            self._stats.failed += 1
-            self._scheduler.finish(request, discard=discard)
-            self._queue_siblings(request)
+    def fail(self, work: Request | Scored, error: BaseException, *, discard: bool = False) -> None:
+        """Ends work by an error; `discard` caches nothing of what was computed for it."""
+        if work.phase is not Phase.DONE:
+            work.error = error
+            if isinstance(work, Request):
+                work.finish_reason = "error"
+                self._stats.failed += 1
+            self._scheduler.finish(work, discard=discard)
+            self._queue_waiting(work)
 
     def give_up(self, work: Work, error: BaseException) -> None:
-        """Work that cannot be done: a request fails, a prefix is not pinned any longer."""
-        if isinstance(work, Request):
+        """Work that cannot be done: it fails, or if it is a prefix it is not pinned any longer."""
+        if isinstance(work, Request | Scored):
             self.fail(work, error)
         elif isinstance(work, Pinned) and work in self._scheduler.pinned:
             self._scheduler.unpin(work)
@@ -139,11 +158,19 @@ class Lifecycle:
         child.sequence, child.found = copy, parent.found
         self._stats.forks += 1
 
-    def _queue_siblings(self, request: Request) -> None:
-        """Samples that waited to be forked from a request stand in the queue by themselves."""
-        for sibling in self._take_siblings(request):
-            self._scheduler.enqueue(sibling)
+    def _queue_waiting(self, work: Request | Scored) -> None:
+        """What waited for it, to be forked or to be like it, stands in the queue by itself."""
+        if isinstance(work, Request):
+            waiting = self._take_siblings(work)
+        else:
+            waiting = self._take_others(work)
+        for one in waiting:
+            self._scheduler.enqueue(one)
 
     def _take_siblings(self, request: Request) -> list[Request]:
         siblings, request.siblings = request.siblings, []
         return [sibling for sibling in siblings if sibling.phase is not Phase.DONE]
+
+    def _take_others(self, scored: Scored) -> list[Scored]:
+        waiting, scored.group.waiting = scored.group.waiting, []
+        return [other for other in waiting if other.phase is not Phase.DONE]

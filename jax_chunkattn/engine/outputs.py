@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from jax_chunkattn.sampling import TokenLogprobs
@@ -45,6 +46,35 @@ class Completion:
     logprobs: tuple[TokenLogprobs, ...]
     finish_reason: str
     seed: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a model finds tokens behind a prefix.
+
+    Attributes:
+      tokens: that were scored.
+      logprobs: one for each, with as many of the likeliest as were asked for.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+
+    @property
+    def total(self) -> float:
+        """The natural logarithm of the probability of all of them, one behind another."""
+        return math.fsum(one.chosen for one in self.logprobs)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether each was the likeliest.
+
+        Raises ValueError when the likeliest were not asked for.
+        """
+        if not all(one.top for one in self.logprobs):
+            raise ValueError("is_greedy needs the likeliest tokens: ask for top=1 or more")
+        likeliest = tuple(one.top[0][0] for one in self.logprobs)
+        return likeliest == self.tokens
 
 
 @dataclass(frozen=True)

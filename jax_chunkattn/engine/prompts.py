@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from jax_chunkattn.device.device import Device
 from jax_chunkattn.device.invocations import Placement
+from jax_chunkattn.engine.in_flight import ScoredPart
 from jax_chunkattn.engine.lifecycle import Lifecycle
 from jax_chunkattn.engine.misses import PrefixMemory
-from jax_chunkattn.engine.requests import Phase, Request, Work
+from jax_chunkattn.engine.requests import Phase, Request, Scored, Work
 from jax_chunkattn.engine.scheduler import Scheduler
 from jax_chunkattn.engine.stats import EngineStats
 from jax_chunkattn.engine.tails import Tails
@@ -148,8 +149,10 @@ class Prompts:
         while known // size < len(sealed) and sealed[known // size] in chunks:
             known = (known // size + 1) * size
         chunks.update(sealed[known // size :])
+        begin, written = min(known, work.needed_from), max(known, stored)
+        if begin < known - 1:  # else its windows are those of the one behind it
+            known = begin = tree.begin_of(sequence, begin)
         tree.expect(sequence, known)
-        begin = min(known, len(history) - 1) if work.samples_next else known
         if not scheduler.exact and begin < len(history):
             begin -= begin % size  # a query reads the chunk that it lies in as it was computed
         if begin == len(history):
@@ -157,10 +160,22 @@ class Prompts:
                 self._lifecycle.prefilled(work)
             return 0
         slot = work.placed_slot if isinstance(work, Request) else None
-        written = max(known, stored)
         segment = Segment(history[begin:], sequence.chunk_ids, begin, len(history), written, slot)
+        if isinstance(work, Scored):
+            segment = replace(segment, targets=work.targets(begin), top=work.top)
         segments.append((work, segment))
         return segment.end - segment.begin
+
+
+def scored_parts(call: PromptWork) -> list[ScoredPart]:
+    """What a call of these segments scores for each, in their order."""
+    parts, begin = [], 0
+    for work, segment in call:
+        count = segment.num_scored
+        if isinstance(work, Scored) and count:
+            parts.append(ScoredPart(work, segment.end - count, range(begin, begin + count)))
+            begin += count
+    return parts
 
 
 def _placement(request: Request) -> Placement:

@@ -1,18 +1,20 @@
-"""Taking over what a call has chosen for a request."""
+"""Taking over what a call has chosen for requests, and scored."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from jax_chunkattn.device.device import Results
+from jax_chunkattn.engine.in_flight import ScoredPart
 from jax_chunkattn.engine.lifecycle import Lifecycle
-from jax_chunkattn.engine.requests import Request
+from jax_chunkattn.engine.requests import Request, Scored
 from jax_chunkattn.engine.scheduler import Scheduler
 from jax_chunkattn.engine.stats import EngineStats
 
 
 class Recorder:
-    """Adds chosen tokens to requests, and finds out which of them end."""
+    """Adds chosen tokens to requests and scores to what is scored, and finds out which end."""
 
     def __init__(
         self,
@@ -31,7 +33,7 @@ class Recorder:
         new, no_choice = results.tokens_of(row)
         if not new:
             if no_choice:
-                return self._fail_by_numbers(request)
+                return self._fail_by_numbers(request, request.num_tokens)
             raise RuntimeError(f"a call chose no token for {request}")
         stopped = new[-1] in self._stop_tokens_of(request)
         stream, text = request.text_stream, ""
@@ -60,18 +62,29 @@ class Recorder:
         if reason is not None:
             self._lifecycle.finish(request)
         elif no_choice:
-            self._fail_by_numbers(request)
+            self._fail_by_numbers(request, request.num_tokens)
+
+    def record_scores(self, part: ScoredPart, results: Results) -> None:
+        """Takes over what a call has scored for one work."""
+        work = part.work
+        scores = results.scores_of(part.places, work.top)
+        for index, score in enumerate(scores):
+            if math.isnan(score.chosen):
+                return self._fail_by_numbers(work, part.position + index + 1)
+        work.failures = 0
+        self._stats.scored_tokens += len(scores)
+        if work.put(part.position, scores):
+            self._lifecycle.finish_scored(work)
 
     def _stop_tokens_of(self, request: Request) -> frozenset[int]:
         own = frozenset(request.params.stop_token_ids)
         return own if request.params.ignore_eos else own | self._stop_tokens
 
-    def _fail_by_numbers(self, request: Request) -> None:
-        """Ends a request for which the model gave no numbers; what it computed serves nobody."""
-        position = len(request.prompt) + len(request.tokens)
+    def _fail_by_numbers(self, work: Request | Scored, position: int) -> None:
+        """Ends work for which the model gave no numbers; what it computed serves nobody."""
         error = FloatingPointError(
             f"the model's logits for the token at position {position} are NaN or infinite: "
             "its weights are broken, or these tokens overflow in this dtype"
         )
         self._stats.not_finite += 1
-        self._lifecycle.fail(request, error, discard=True)
+        self._lifecycle.fail(work, error, discard=True)

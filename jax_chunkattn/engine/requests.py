@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 from weakref import ref
 
-from jax_chunkattn.engine.outputs import Completion, RequestFailed, StreamEvent
+from jax_chunkattn.engine.outputs import Completion, RequestFailed, Score, StreamEvent
 from jax_chunkattn.engine.text import TextStream
+from jax_chunkattn.planning.scored_tokens import UNSCORED
 from jax_chunkattn.sampling import SamplingParams, TokenLogprobs
 from jax_chunkattn.tree.nodes import SequenceHandle
 
@@ -19,7 +20,7 @@ class Phase(enum.Enum):
     """Where a request stands.
 
     WAITING for admission (for the first time, or again after a preemption); PREFILL while a part
-    of its tokens has no keys and values; DECODE; DONE, for whatever reason.
+    of its tokens has no keys and values; DECODE, or scores on their way; DONE, for whatever reason.
     """
 
     WAITING = "waiting"
@@ -30,14 +31,15 @@ class Phase(enum.Enum):
 
 @dataclass(eq=False)
 class Work:
-    """Tokens that shall be in the pool, for a request or to be pinned.
+    """Tokens that shall be in the pool, for a request, to be pinned, or to be scored.
 
     Attributes:
       order: when its turn is: (priority, arrival).
       sequence: its place in the tree, while it has one.
       found: tokens that others had computed when it was placed there.
       dispatched: tokens whose keys and values it has computed itself, or found, up to here.
-      failures: errors while it was being computed, since it last chose a token.
+      failures: errors while it was being computed, since it last chose a token or was scored.
+      error: what ended it, if an error did.
     """
 
     prompt: tuple[int, ...]
@@ -48,6 +50,7 @@ class Work:
     found: int = field(default=0, init=False)
     dispatched: int = field(default=0, init=False)
     failures: int = field(default=0, init=False)
+    error: BaseException | None = field(default=None, init=False)
 
     @property
     def history(self) -> Sequence[int]:
@@ -55,9 +58,19 @@ class Work:
         return self.prompt
 
     @property
-    def samples_next(self) -> bool:
-        """Whether its prefill chooses a token from the last position's logits."""
-        return False
+    def needed_from(self) -> int:
+        """The first of these tokens that is to be computed though its keys and values are there."""
+        return len(self.history)
+
+    @property
+    def like(self) -> SequenceHandle | None:
+        """A sequence of which the beginning of a chunk may be taken over, if it is active."""
+        return None
+
+    def raise_error(self) -> None:
+        """Raises RequestFailed when an error ended it."""
+        if self.error is not None:
+            raise RequestFailed(f"the request failed: {self.error}") from self.error
 
     @property
     def placed(self) -> SequenceHandle:
@@ -68,6 +81,74 @@ class Work:
 @dataclass(eq=False)
 class Pinned(Work):
     """A prefix that stays in the pool until it is released."""
+
+
+@dataclass(eq=False)
+class ScoreGroup:
+    """Continuations of one prefix.
+
+    Attributes:
+      waiting: those that come when the prefix has been computed for the first.
+      computed: the last one that was computed: its own chunks begin as others' do.
+    """
+
+    waiting: list[Scored] = field(default_factory=list)
+    computed: Scored | None = None
+
+    def forget(self) -> None:
+        """Whatever was computed is gone, and who waits waits no longer."""
+        self.waiting, self.computed = [], None
+
+
+@dataclass(eq=False)
+class Scored(Work):
+    """A prefix with tokens behind it that are to be scored.
+
+    The prompt has all of them but the last, whose keys and values nobody needs.
+
+    Attributes:
+      last: that one.
+      prefix: tokens of the prefix.
+      top: how many of the likeliest tokens are reported.
+    """
+
+    last: int
+    prefix: int
+    top: int
+    group: ScoreGroup
+    _found: list[TokenLogprobs | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._found = [None] * (len(self.prompt) + 1 - self.prefix)
+
+    @property
+    def needed_from(self) -> int:
+        """The prefix's last token says what the first behind it scores."""
+        return max(self.prefix - 1, self.dispatched)
+
+    @property
+    def like(self) -> SequenceHandle | None:
+        computed = self.group.computed
+        return computed.sequence if computed is not None else None
+
+    def targets(self, begin: int) -> list[int]:
+        """What follows each token from a position on, `UNSCORED` where that is not to be scored."""
+        first = max(begin, self.prefix - 1)
+        return [UNSCORED] * (first - begin) + [*self.prompt[first + 1 :], self.last]
+
+    def put(self, position: int, scores: Sequence[TokenLogprobs]) -> bool:
+        """Takes over scores of what follows the first token that is scored from a position on;
+        whether they are all there now."""
+        begin = max(position + 1 - self.prefix, 0)
+        self._found[begin : begin + len(scores)] = scores
+        return None not in self._found
+
+    def answer(self) -> Score | None:
+        """Its score; None before it is there, and when an error ended it."""
+        if self.phase is not Phase.DONE or self.error is not None:
+            return None
+        tokens = (*self.prompt[self.prefix :], self.last)
+        return Score(tokens, tuple(score for score in self._found if score is not None))
 
 
 class Reader(ref):
@@ -153,7 +234,6 @@ class Request(Work):
     text: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
-    error: BaseException | None = None
     readers: list[Reader] = field(default_factory=list, init=False)
     ends: list[tuple[int, int]] = field(default_factory=list, init=False)
     num_read: int = field(default=0, init=False)
@@ -189,7 +269,17 @@ class Request(Work):
 
     @property
     def samples_next(self) -> bool:
+        """Whether its prefill chooses a token from the last position's logits."""
         return not self.tokens
+
+    @property
+    def needed_from(self) -> int:
+        return len(self.history) - self.samples_next
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt, and chosen."""
+        return len(self.prompt) + len(self.tokens)
 
     @property
     def placed_slot(self) -> int:
@@ -277,11 +367,6 @@ class Request(Work):
             tuple(self.logprobs[first_token:last_token]),
             self.finish_reason if is_last else None,
         )
-
-    def raise_error(self) -> None:
-        """Raises RequestFailed when an error ended it."""
-        if self.error is not None:
-            raise RequestFailed(f"the request failed: {self.error}") from self.error
 
     def answer(self) -> Completion | None:
         """The whole answer; None before it is there, and when an error ended it."""

@@ -13,7 +13,7 @@ from collections.abc import Set
 
 from jax_chunkattn.engine.admission import chunks_to_finish
 from jax_chunkattn.engine.misses import prefix_hashes
-from jax_chunkattn.engine.requests import Phase, Pinned, Request, Work
+from jax_chunkattn.engine.requests import Phase, Pinned, Request, Scored, Work
 from jax_chunkattn.tree.allocator import PoolExhausted
 from jax_chunkattn.tree.nodes import Node
 from jax_chunkattn.tree.prefix_tree import PrefixTree
@@ -172,6 +172,8 @@ class Scheduler:
                 work.slot = None
                 work.in_flight = work.writes_in_flight = 0
                 work.siblings = []
+            if isinstance(work, Scored):
+                work.group.forget()
         self.held.clear()
         self.active.clear()
         self.waiting.clear()
@@ -212,7 +214,9 @@ class Scheduler:
         while True:
             spare = self.tree.room_after_insert(history, work.salt)
             if spare >= self._num_growing(work):
-                work.sequence = self.tree.insert(history, work.salt, copy_partial=self.exact)
+                work.sequence = self.tree.insert(
+                    history, work.salt, copy_partial=self.exact, like=work.like
+                )
                 work.found = self.tree.computed_tokens(work.sequence)
                 return True
             if not self.drop_idle():

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from jax_chunkattn.engine.core import Core
 from jax_chunkattn.engine.incoming import Incoming
-from jax_chunkattn.engine.outputs import Completion, EngineClosed, StreamEvent
-from jax_chunkattn.engine.requests import Phase, Pinned, Request
+from jax_chunkattn.engine.outputs import Completion, EngineClosed, Score, StreamEvent
+from jax_chunkattn.engine.requests import Phase, Pinned, Request, Scored, Work
 from jax_chunkattn.engine.turns import Turns
 from jax_chunkattn.sampling import SamplingParams
 
@@ -60,6 +60,24 @@ class Service:
         every = [request for samples in requests for request in samples]
         self.turns.run_or_undo(accept, partial(self.drop, every))
 
+    def score(self, groups: Sequence[Sequence[Scored]]) -> list[list[Score]]:
+        """The scores of the continuations of each prefix, all or none."""
+        works = [work for group in groups for work in group]
+
+        def accept() -> None:
+            self.require_open()
+            for work in works:
+                self._core.scheduler.require_fit(work)
+            for group in filter(None, groups):
+                self._core.accept_scored(group)
+
+        self.turns.run_or_undo(accept, partial(self.drop, works))
+        try:
+            return [[self._wait(work, work.answer) for work in group] for group in groups]
+        except BaseException:
+            self.drop(works)
+            raise
+
     def fork(
         self,
         parent: Request,
@@ -106,10 +124,7 @@ class Service:
 
     def wait(self, request: Request) -> Completion:
         """The whole answer, when it is there."""
-        while True:
-            answer, _ = self._read_or_advance(request, request.answer)
-            if answer is not None:
-                return answer
+        return self._wait(request, request.answer)
 
     def is_computed(self, pinned: Pinned) -> bool:
         """Whether all of a prefix is in the pool."""
@@ -121,7 +136,7 @@ class Service:
         """Ends a request at once, wherever it stands."""
         self.turns.change(partial(self._core.abort, request))
 
-    def drop(self, requests: Iterable[Request]) -> None:
+    def drop(self, requests: Iterable[Request | Scored]) -> None:
         """Aborts what nobody has a handle of, at the next turn."""
         for request in requests:
             self.turns.leave(partial(self._core.abort, request))
@@ -142,8 +157,15 @@ class Service:
         for index, (first, *_) in enumerate(requests):
             self._core.scheduler.require_fit(first, f"prompt {index}: " if numbered else "")
 
+    def _wait(self, work: Work, answer: Callable[[], Result | None]) -> Result:
+        """What there is when the work is done."""
+        while True:
+            found, _ = self._read_or_advance(work, answer)
+            if found is not None:
+                return found
+
     def _read_or_advance(
-        self, request: Request, read: Callable[[], Result | None]
+        self, request: Work, read: Callable[[], Result | None]
     ) -> tuple[Result | None, bool]:
         """What there is to read, and whether there will be no more; if neither, after a turn.
 

@@ -22,6 +22,7 @@ from jax_chunkattn.planning.gpu_time import choose_pieces, most_items_alone
 from jax_chunkattn.planning.options import GpuWork, PlannerOptions
 from jax_chunkattn.planning.packing import single_rows
 from jax_chunkattn.planning.reach import Reach, hidden_tokens, stack, with_window_ids
+from jax_chunkattn.planning.scored_tokens import UNSCORED, ScoredTokens
 from jax_chunkattn.planning.work_items import flatten_items, items_of, pad, partial_slots
 from pallas_kernels import PrefillPlan
 from pallas_kernels.plans import HiddenTokens, HostOrDevice, PartialSlots, Sealing, WorkItems
@@ -45,7 +46,9 @@ class Segment:
     is cached as a whole still computes its last token, for the logits, and writes nothing.
     `tail_slot`, where full chunks are encoded, keeps what the segment leaves of one that is not
     full; None keeps it nowhere. `window_columns` are the chunks, by their place in the sequence,
-    that heads with windows do not have yet, whatever the others have.
+    that heads with windows do not have yet, whatever the others have. `targets` are the tokens that
+    follow its own and are to be scored, `UNSCORED` for those that are not, with `top` of the
+    likeliest; none of them if it is empty.
     """
 
     tokens: Sequence[int]  # those of the positions [begin, end)
@@ -55,6 +58,19 @@ class Segment:
     write_from: int
     tail_slot: int | None = None
     window_columns: Sequence[int] = ()
+    targets: Sequence[int] = ()
+    top: int = 0
+
+    @property
+    def num_scored(self) -> int:
+        """Of its targets, those that are scored."""
+        return sum(target != UNSCORED for target in self.targets)
+
+    def until(self, end: int) -> Segment:
+        """The part of it before a position."""
+        length = end - self.begin
+        tokens, targets = self.tokens[:length], self.targets[:length]
+        return replace(self, tokens=tokens, end=end, targets=targets)
 
 
 @jax.tree_util.register_dataclass
@@ -66,6 +82,7 @@ class PrefillBatch:
     positions: Int32[HostOrDevice, " T"]
     last_token: Int32[HostOrDevice, " S"]  # where each segment's last token is packed
     plan: PrefillPlan
+    scored: ScoredTokens | None = None
 
 
 @dataclass(frozen=True)
@@ -213,7 +230,12 @@ def pack_segments(
         if num_slots is None
         else _sealing(segments, num_tokens, chunk_size, num_chunks, num_slots),
     )
-    return PrefillBatch(tokens, positions, last_token, plan)
+    following = [
+        segment.targets or [UNSCORED] * length
+        for segment, length in zip(segments, lengths, strict=True)
+    ]
+    scored = ScoredTokens.pack(following, [segment.top for segment in segments], num_tokens)
+    return PrefillBatch(tokens, positions, last_token, plan, scored)
 
 
 def _sealing(
@@ -400,7 +422,7 @@ def next_call(
         if fits <= 0:
             break
         room -= fits
-        call.append((owner, replace(segment, tokens=segment.tokens[:fits], end=cut)))
+        call.append((owner, segment.until(cut)))
         if cut < segment.end:
             break  # what follows may read what is not computed by this call
     return call, num_tokens

@@ -174,7 +174,13 @@ class PrefixTree:
 
         Heads with windows count as far as what the next token reads is there.
         """
-        return self._windows.begin_of(sequence, self.stored_tokens(sequence))
+        return self.begin_of(sequence, self.stored_tokens(sequence))
+
+    def begin_of(self, sequence: SequenceHandle, position: int) -> int:
+        """Where ``sequence`` may be computed from, at ``position`` at most, if heads that see all
+        have what is before that: heads with windows may have given up what the token there reads.
+        """
+        return self._windows.begin_of(sequence, position)
 
     def count_windowed(self, sequence: SequenceHandle) -> int:
         """Chunks of heads with windows that a sequence needs, where they have their own."""
