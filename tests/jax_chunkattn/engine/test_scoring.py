@@ -5,8 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jax_chunkattn import Engine, EngineClosed, InvalidRequest, PoolExhausted, SamplingParams
+from jax_chunkattn import (
+    Engine,
+    EngineClosed,
+    InvalidRequest,
+    PoolExhausted,
+    RequestFailed,
+    SamplingParams,
+)
+from jax_chunkattn.device.device import Device
+from jax_chunkattn.engine.recording import Recorder
+from jax_chunkattn.tree.prefix_tree import PrefixTree
 from tests.jax_chunkattn.engine.engines import assert_all_returned, make_engine, run
+from tests.jax_chunkattn.engine.test_faults import fail_once
+from tests.jax_chunkattn.engine.test_interrupts import interrupted_at
+from tests.jax_chunkattn.engine.test_numbers import model_without_numbers_behind_token_7
 from tests.jax_chunkattn.toy import logits_without_cache, token_tree, windowed_model
 
 TEXTS = token_tree((1, 90), (5, 25), seed=3)
@@ -165,3 +178,65 @@ def test_a_closed_engine_scores_nothing():
     engine.close()
     with pytest.raises(EngineClosed):
         engine.score(PREFIX, CONTINUATIONS)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "at"),
+    [
+        (Device, "prefill", 1),
+        (Device, "fetch", 2),
+        (PrefixTree, "insert", 3),
+        (Recorder, "record_scores", 1),
+        (Device, "copy_chunks", 2),
+    ],
+)
+def test_an_error_costs_time_only(monkeypatch, owner, name, at):
+    engine = engine_of()
+    called = fail_once(monkeypatch, owner, name, at)
+    assert_right(engine.score(PREFIX, CONTINUATIONS), PREFIX, CONTINUATIONS)
+    assert len(called) > at
+    assert engine.stats.recoveries == 1
+    assert_all_returned(engine)
+
+
+def test_a_lasting_error_ends_it_and_leaves_nothing(monkeypatch):
+    engine = engine_of()
+    handle = engine.submit(PREFIX, SamplingParams(4))
+    handle.result()
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "record_scores", lambda *_: 1 / 0)
+        with pytest.raises(RequestFailed, match="division by zero"):
+            engine.score(PREFIX, CONTINUATIONS)
+        engine.run()
+    assert engine.stats.failed == 0
+    assert_right(engine.score(PREFIX, CONTINUATIONS), PREFIX, CONTINUATIONS)
+    assert_all_returned(engine)
+
+
+def test_what_has_no_numbers_is_no_score():
+    engine = engine_of(model=model_without_numbers_behind_token_7())
+    with pytest.raises(RequestFailed, match="token at position 6 are NaN or infinite"):
+        engine.score([1, 2, 3], [[4, 5], [6, 5, 7, 8]])
+    engine.run()
+    assert engine.stats.not_finite == 1
+    assert np.isfinite(engine.score([1, 2, 3], [[4, 5]])[0].total)
+    assert_all_returned(engine)
+
+
+def test_an_interrupt_leaves_nothing_to_score():
+    """At every moment, in steps; whoever comes next is not held up by it."""
+    engine = engine_of()
+    queries = [(PREFIX, CONTINUATIONS[:2]), ([1], [[2, 3]])]
+    interrupted = []
+    for number in range(1, 10_000, 61):
+        function = interrupted_at(number, lambda: engine.score_batch(queries))
+        if function is None:
+            break
+        interrupted.append(function)
+        assert engine.submit([5, 6], SamplingParams(1)).result().tokens
+        assert not engine.has_work, function
+        engine.check()
+        engine.reset()
+    assert len(set(interrupted)) > 20
+    assert_right(engine.score(PREFIX, CONTINUATIONS), PREFIX, CONTINUATIONS)
+    assert_all_returned(engine)
