@@ -5,6 +5,7 @@ from experiments.baselines.dense import dense_attention, dense_copies, pad_table
 from experiments.baselines.exact import exact_attention
 from experiments.baselines.library import (
     jax_dot_product_attention,
+    matrix_products,
     torch_attention,
     torch_missing,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "dense_copies",
     "exact_attention",
     "jax_dot_product_attention",
+    "matrix_products",
     "pad_tables",
     "paged_attention",
     "pool_of_copies",

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from experiments.harness import timing
 from experiments.harness.environment import usable_cpus
 
 
@@ -38,6 +39,23 @@ def torch_missing() -> str | None:
     if importlib.util.find_spec("torch") is None:
         return "PyTorch is not installed; its CPU build will do: pip install torch"
     return None
+
+
+def matrix_products(
+    size: int, dtype: str, *, seed: int
+) -> dict[str, Callable[[], jax.Array | np.ndarray]]:
+    """A product of two square matrices, by XLA and, where they are the CPU's, by PyTorch too."""
+    products: dict[str, Callable[[], jax.Array | np.ndarray]] = {
+        "XLA": timing.matmul(size, dtype, seed=seed)
+    }
+    if torch_missing() is None and jax.default_backend() == "cpu":
+        import torch  # pyright: ignore[reportMissingImports]
+
+        torch.set_num_threads(usable_cpus())
+        drawn = np.random.default_rng(seed).standard_normal((2, size, size), np.float32)
+        left, right = (torch.from_numpy(one).to(getattr(torch, dtype)) for one in drawn)
+        products["PyTorch"] = lambda: (left @ right).float().numpy()
+    return products
 
 
 def torch_attention(
