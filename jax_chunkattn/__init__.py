@@ -4,6 +4,7 @@ from jax_chunkattn.device.cache_config import CacheConfig
 from jax_chunkattn.device.compilation_cache import use_compilation_cache
 from jax_chunkattn.device.model_interface import CacheSpec, DecoderModel
 from jax_chunkattn.device.pool import ChunkPool, allocate_pool
+from jax_chunkattn.device.weights import InvalidWeights
 from jax_chunkattn.engine.admission import InvalidRequest, RequestLimits, chunks_needed
 from jax_chunkattn.engine.engine import Engine
 from jax_chunkattn.engine.handle import PinnedPrefix, RequestHandle
@@ -42,6 +43,7 @@ __all__ = [
     "HeadClusters",
     "Hypothesis",
     "InvalidRequest",
+    "InvalidWeights",
     "Output",
     "PinnedPrefix",
     "PlanSummary",

@@ -25,6 +25,7 @@ from jax_chunkattn.device.invocations import (
 from jax_chunkattn.device.programs import PROGRAMS, Invocation
 from jax_chunkattn.device.read_counts import ReadCounts
 from jax_chunkattn.device.request_table import DeviceState
+from jax_chunkattn.device.weights import replace_values
 from jax_chunkattn.planning.planner import PlanShape
 from jax_chunkattn.planning.prefill import Segment
 from jax_chunkattn.sampling import NO_CHOICE, TokenLogprobs
@@ -127,6 +128,16 @@ class Device:
 
     def _allocate(self) -> DeviceState:
         return self._empty([])
+
+    @property
+    def weights(self) -> dict[str, jax.Array]:
+        """The arrays that are served, by name."""
+        split = self._invocations.split
+        return dict(zip(split.names, split.arrays, strict=True))
+
+    def replace_weights(self, values: Sequence[Any]) -> None:
+        """New values for all of them, in their order; see `weights.replace_values`."""
+        replace_values(self._invocations.split.arrays, values)
 
     def close(self) -> None:
         """Gives up pool, table and programs."""
@@ -278,8 +289,8 @@ class Device:
             raise WeightsDeleted(
                 "arrays of the model it serves have been deleted, or donated to another "
                 "computation. An engine keeps the arrays that the model had when the engine was "
-                "made: give a computation that donates them a copy, and make a new engine for new "
-                "weights"
+                "made, until update_weights gives it copies of others: have a computation donate a "
+                "copy, and make a new engine"
             ) from error
 
     def _call(self, chosen: Chosen, *, decoded: bool) -> Call:

@@ -22,6 +22,7 @@ import jax
 from jax.stages import Compiled
 
 from jax_chunkattn.device import memory_maps
+from jax_chunkattn.device.weights import named_leaves
 
 MAPS_PER_PROGRAM = 500  # on a CPU; measured: 250 to 450
 
@@ -32,11 +33,15 @@ class SplitModel:
 
     Passing an NNX module through a jit boundary costs tens of milliseconds a call; a flat list of
     arrays costs microseconds.
+
+    Attributes:
+      names: of the arrays, in their order.
     """
 
     leaves: list[jax.Array] | list[jax.ShapeDtypeStruct]
     definition: Hashable
     merge: Callable[[list[jax.Array]], Any] = field(compare=False)
+    names: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: Any) -> SplitModel:
@@ -49,7 +54,13 @@ class SplitModel:
         def merge(leaves: list[jax.Array]) -> Any:
             return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
 
-        return cls(leaves, (graphdef, treedef), merge)
+        return cls(leaves, (graphdef, treedef), merge, tuple(named_leaves(state)))
+
+    @property
+    def arrays(self) -> list[jax.Array]:
+        """The leaves of a model that is there, not only its shapes."""
+        assert all(isinstance(leaf, jax.Array) for leaf in self.leaves), "a model of shapes"
+        return self.leaves  # pyright: ignore[reportReturnType]
 
     @cached_property
     def signature(self) -> Hashable:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from jax_chunkattn.device.model_interface import DecoderModel
 from jax_chunkattn.sampling import MAX_DEFAULT_STOP_TOKENS, MAX_LOGPROBS, SamplingParams
 from jax_chunkattn.sampling.params import checked_stop_tokens, require_in_vocabulary
 from jax_chunkattn.tree.prefix_tree import PrefixTree
@@ -45,7 +44,15 @@ class RequestLimits:
                 raise ValueError(f"{name} must be an integer from {least} up, got {value!r:.60}")
 
 
-def check_prompt(prompt: Any, model: DecoderModel, name: str = "the prompt") -> tuple[int, ...]:
+@dataclass(frozen=True)
+class ModelSizes:
+    """What a model can take: so much of it is known without its arrays, which may be replaced."""
+
+    vocab_size: int
+    max_positions: int
+
+
+def check_prompt(prompt: Any, model: ModelSizes, name: str = "the prompt") -> tuple[int, ...]:
     """The prompt as a tuple of ints, checked; `name` stands for it in messages.
 
     Raises:
@@ -128,7 +135,7 @@ def check_sampling(params: Any, limits: RequestLimits, name: str) -> None:
 
 
 def check_positions(
-    prompt_tokens: int, max_tokens: int, model: DecoderModel, name: str = "the prompt"
+    prompt_tokens: int, max_tokens: int, model: ModelSizes, name: str = "the prompt"
 ) -> None:
     """Raises InvalidRequest when the model has fewer positions than that."""
     if prompt_tokens + max_tokens > model.max_positions:
@@ -140,7 +147,7 @@ def check_positions(
 
 
 def check_params(
-    params: SamplingParams, prompt_tokens: int, model: DecoderModel, name: str = "the prompt"
+    params: SamplingParams, prompt_tokens: int, model: ModelSizes, name: str = "the prompt"
 ) -> None:
     """Raises InvalidRequest when the model cannot serve these parameters with such a prompt."""
     check_positions(prompt_tokens, params.max_tokens, model, name)
@@ -163,7 +170,7 @@ def check_top(top: Any) -> None:
         raise InvalidRequest(f"top must be an integer from 0 to {MAX_LOGPROBS}, got {top!r:.60}")
 
 
-def check_stop_tokens(tokens: Any, model: DecoderModel) -> tuple[int, ...]:
+def check_stop_tokens(tokens: Any, model: ModelSizes) -> tuple[int, ...]:
     """An engine's own stop tokens as ints, `MAX_DEFAULT_STOP_TOKENS` at most.
 
     Raises:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 from jax_chunkattn.device.device import Device, WeightsDeleted
+from jax_chunkattn.device.weights import PartlyReplaced
 from jax_chunkattn.engine.callbacks import Callbacks
 from jax_chunkattn.engine.in_flight import CallsInFlight
 from jax_chunkattn.engine.integrity import Integrity, whole
@@ -71,6 +73,7 @@ class Core:
         self._prefill_tokens = prefill_tokens
         self._prefill_first = prefill_first
         self._in_flight = CallsInFlight()
+        self._new_weights: tuple[Sequence[Any], int] | None = None  # and the version they are
         self._lifecycle = Lifecycle(
             scheduler, device, memory, stats, self.callbacks, self.integrity
         )
@@ -113,6 +116,8 @@ class Core:
 
     def _turn(self) -> None:
         had_calls, sent = bool(self._in_flight), False
+        if not (self._in_flight or self.scheduler.active or self.scheduler.next_waiting):
+            return  # all who wait are held back
         # Without room for all rows, the calls on their way come first: they may end requests.
         if self._in_flight.begin_round() and self._reserve_rows():
             sent = self._send_prefill()
@@ -194,7 +199,7 @@ class Core:
         """Nothing runs and nothing could be started: never wait for what cannot come."""
         if self.scheduler.active:
             raise RuntimeError("active requests have nothing to compute")
-        for work in self.scheduler.waiting[:1]:
+        if (work := self.scheduler.next_waiting) is not None:
             error = PoolExhausted("the pool has no room for it, though nothing runs")
             self._lifecycle.give_up(work, error)
 
@@ -310,6 +315,55 @@ class Core:
             self.recover(error)
             self._call_back()
 
+    # Weights.
+
+    @whole
+    def update_weights(self, values: Sequence[Any]) -> None:
+        """New values for all arrays of the model; all that was computed by the old ones is
+        forgotten, and computed again for those who go on.
+
+        Raises:
+          EngineClosed: when only some of the arrays could be replaced; another error when none.
+        """
+        self.drain()
+        self._new_weights = values, self.stats.weights_version + 1
+        try:
+            self._replace_weights()
+        except Exception as error:
+            self._new_weights = None
+            if not isinstance(error, PartlyReplaced):
+                raise
+            closed = _closed_by(error)
+            self.shut_down(closed)
+            raise closed from error
+        self._memory.forget()
+        self._start_over()
+
+    def hold_back(self, held_back: bool) -> bool:
+        """Has nobody begin who has not, or anybody again; whether somebody runs."""
+        self.scheduler.held_back = held_back
+        begun = any(work.begun for work in self.scheduler.waiting)
+        return bool(self.scheduler.active or self._in_flight or begun)
+
+    def _replace_weights(self) -> None:
+        """Also what is left of it to do when it was broken off."""
+        if self._new_weights is not None:
+            values, version = self._new_weights
+            self.device.replace_weights(values)
+            self.stats.weights_version = version
+            self._new_weights = None
+
+    def _start_over(self) -> None:
+        """Everything is to be computed again from the tokens, in an empty tree."""
+        self._in_flight.clear()
+        self._rows.forget()
+        if self._tails is not None:
+            self._tails.forget()
+        old = self.tree
+        self.stats.evictions += old.num_evicted
+        sizes = old.num_chunks, old.chunk_size
+        self.scheduler.restart(PrefixTree(*sizes, retain=old.retain, window_room=old.window_room))
+
     def warm_up(self, threads: int, *, scores: bool) -> int:
         """Compiles all programs that any work can need, those that score if there are to be
         `scores`, and returns how many were not there."""
@@ -323,6 +377,10 @@ class Core:
     def mend(self) -> None:
         """Puts right what a broken off change has left; nothing to do if there was none."""
         if self.integrity.torn:
+            try:
+                self._replace_weights()
+            except Exception as error:
+                self.closed = self.closed or _closed_by(error)
             with suppress(RequestFailed):  # they all have, and know; the pool is tried for again
                 self.recover(None)
             if self.closed is not None:
@@ -339,19 +397,12 @@ class Core:
             return self.shut_down(_closed_by(error))
         scheduler = self.scheduler
         suspects = self._prompts.take_admitting() or list(scheduler.active) or scheduler.waiting[:1]
-        self._in_flight.clear()
-        self._rows.forget()
-        if self._tails is not None:
-            self._tails.forget()
-        old = self.tree
         self.stats.recoveries += 1
-        self.stats.evictions += old.num_evicted
         for work in (*scheduler.accepted, *scheduler.held):
             if isinstance(work, Request):
                 work.finish_adding()
                 self.callbacks.note(work)
-        sizes = old.num_chunks, old.chunk_size
-        scheduler.restart(PrefixTree(*sizes, retain=old.retain, window_room=old.window_room))
+        self._start_over()
         if error is not None:
             for work in suspects:
                 work.failures += 1
@@ -385,7 +436,7 @@ class Core:
                 assert not request.writes_in_flight, "writes in flight in no call"
 
 
-def _closed_by(error: WeightsDeleted) -> EngineClosed:
+def _closed_by(error: Exception) -> EngineClosed:
     closed = EngineClosed(f"the engine closed itself: {error}")
     closed.__cause__ = error.__cause__
     return closed

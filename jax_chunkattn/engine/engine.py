@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial, wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from jax_chunkattn.device.backend import Backend, choose_backend
 from jax_chunkattn.device.cache_config import CacheConfig
@@ -15,6 +15,7 @@ from jax_chunkattn.device.invocations import Invocations
 from jax_chunkattn.device.model_interface import DecoderModel
 from jax_chunkattn.engine.admission import (
     InvalidRequest,
+    ModelSizes,
     RequestLimits,
     check_stop_tokens,
     each_request,
@@ -73,10 +74,9 @@ class Engine:
     and release requests, `close` and read `stats`; the rest raises RuntimeError there. Ctrl-C may
     come at any time: what it breaks off is computed again.
 
-    The engine keeps the arrays that the model has when the engine is made: it never sees new
-    weights, whatever is done to the model. To serve those make a new engine, which uses the same
-    compiled programs. A trainer must not donate these arrays, or delete them: that closes the
-    engine, with an error that says so.
+    The engine keeps the arrays that the model has when the engine is made: whatever is done to the
+    model, it sees new weights by `update_weights` only. A trainer must not donate these arrays, or
+    delete them, before that: it closes the engine, with an error that says so.
 
     Args:
       model: any decoder with the interface of `jax_chunkattn.DecoderModel`; its weights as they are
@@ -125,8 +125,8 @@ class Engine:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if prefill_tokens not in CALL_TOKENS:
             raise ValueError(f"prefill_tokens must be one of {CALL_TOKENS}, got {prefill_tokens}")
-        stop_tokens = check_stop_tokens(stop_tokens, model)
-        self.model = model
+        sizes = ModelSizes(model.vocab_size, model.max_positions)
+        stop_tokens = check_stop_tokens(stop_tokens, sizes)
         self.cache = cache = cache.for_model(model.cache_spec)
         self.backend: Backend = choose_backend(
             model.cache_spec, cache, implementation=implementation, planner=planner
@@ -187,7 +187,7 @@ class Engine:
             prefill_first=prefill_first,
             stop_tokens=stop_tokens,
         )
-        incoming = Incoming(model, tokenizer, limits, sharing=sharing)
+        incoming = Incoming(sizes, tokenizer, limits, sharing=sharing)
         self._service = Service(self._core, incoming, sharing=sharing)
 
     def __enter__(self) -> Engine:
@@ -399,9 +399,35 @@ class Engine:
         """Forgets all that is cached, held or pinned.
 
         Requests that run go on with what they have, and leave nothing behind in the cache. The
-        weights stay those that the model had when the engine was made.
+        weights stay; `update_weights` is for new ones.
         """
         self._core.forget_cached()
+
+    def update_weights(
+        self, weights: Any, *, running: Literal["recompute", "finish"] = "recompute"
+    ) -> None:
+        """Serves new weights from now on, by the programs that are compiled.
+
+        Nothing that was computed by the old ones is read any more: the cache is empty, and pinned
+        prefixes are computed again. Each `Completion` says by which `weights` its tokens were
+        chosen. The values are copied, one array after another: a trainer may donate its own.
+
+        Args:
+          weights: a model of the same architecture, its NNX state, or any tree of arrays whose
+            paths are the same, such as a checkpoint's: of JAX's or NumPy's, in any float type.
+          running: "recompute" has requests that run go on by the new weights: the keys and values
+            of their tokens are computed again. "finish" lets them come to their end by the old ones
+            first, while nobody else begins; this returns when they have.
+
+        Raises:
+          InvalidWeights: when they do not fit; the old ones are served.
+          EngineClosed: after `close`, or when memory ran out in the midst of it, which closes the
+            engine. When there was no room for the first array, the largest, the error is JAX's and
+            the old weights are served.
+        """
+        if running not in ("recompute", "finish"):
+            raise ValueError(f"running must be 'recompute' or 'finish', got {running!r:.60}")
+        self._service.update_weights(weights, finish=running == "finish")
 
     def close(self) -> None:
         """Ends everything: streams that wait raise `RequestFailed`. Harmless when done twice."""

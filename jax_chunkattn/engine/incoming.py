@@ -10,9 +10,9 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
-from jax_chunkattn.device.model_interface import DecoderModel
 from jax_chunkattn.engine.admission import (
     InvalidRequest,
+    ModelSizes,
     RequestLimits,
     check_params,
     check_positions,
@@ -34,7 +34,7 @@ class Incoming:
 
     def __init__(
         self,
-        model: DecoderModel,
+        model: ModelSizes,
         tokenizer: Tokenizer | None,
         limits: RequestLimits,
         *,
@@ -148,6 +148,7 @@ class Incoming:
             tokens=tokens,
             text=text,
             logprobs=parent.logprobs_for_fork(params, next_token),
+            weights=list(parent.weights),
         )
 
     def _tokens(self, prompt: Any, name: str) -> tuple[int, ...]:

@@ -38,7 +38,8 @@ class Completion:
     """A request's whole answer, as `StreamEvent` has it in pieces.
 
     `seed` is what its tokens were drawn with: given again, alone, it draws them again; those apart
-    that a fork has of its parent.
+    that a fork has of its parent. `weights` are the versions of the model's weights that chose
+    them, in their order: 0 are those that the engine was made with.
     """
 
     tokens: tuple[int, ...]
@@ -46,6 +47,7 @@ class Completion:
     logprobs: tuple[TokenLogprobs, ...]
     finish_reason: str
     seed: int
+    weights: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)

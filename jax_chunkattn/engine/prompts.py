@@ -90,7 +90,7 @@ class Prompts:
         admitted: list[Request] = []
         tails: list[tuple[int, int]] = []  # to copy, from slot to slot
         while total < self._prefill_tokens:
-            self._admitting = scheduler.waiting[:1]
+            self._admitting = [one for one in [scheduler.next_waiting] if one is not None]
             work = scheduler.admit_next()
             if work is None:
                 break

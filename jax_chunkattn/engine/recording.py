@@ -53,6 +53,8 @@ class Recorder:
             self._scheduler.tree.append(request.placed, [request.tokens[-1], *new[:-1]])
             self._stats.decode_tokens += len(new)
         request.failures = 0
+        if self._stats.weights_version not in request.weights[-1:]:
+            request.weights.append(self._stats.weights_version)
         reason = None
         if stopped:
             reason = "stop"

@@ -58,6 +58,11 @@ class Work:
         return self.prompt
 
     @property
+    def begun(self) -> bool:
+        """Whether something of it depends on the weights that it was computed by."""
+        return False
+
+    @property
     def needed_from(self) -> int:
         """The first of these tokens that is to be computed though its keys and values are there."""
         return len(self.history)
@@ -119,7 +124,15 @@ class Scored(Work):
     _found: list[TokenLogprobs | None] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """As if nothing had been scored."""
         self._found = [None] * (len(self.prompt) + 1 - self.prefix)
+
+    @property
+    def begun(self) -> bool:
+        return any(score is not None for score in self._found)
 
     @property
     def needed_from(self) -> int:
@@ -222,7 +235,8 @@ class Request(Work):
     from, until it is first admitted. `tail_slot` is where its exact last chunk lies, and `written`
     how many positions may have been written when that was (`engine.tails`). `ends` are how many
     tokens and characters there were after each addition, `num_read` and `num_told` how many
-    additions a stream and the callback have had.
+    additions a stream and the callback have had. `weights` are the versions of the model's that its
+    tokens were chosen by.
     """
 
     params: SamplingParams
@@ -233,6 +247,7 @@ class Request(Work):
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    weights: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     readers: list[Reader] = field(default_factory=list, init=False)
     ends: list[tuple[int, int]] = field(default_factory=list, init=False)
@@ -256,6 +271,10 @@ class Request(Work):
     def dropped(self) -> bool:
         """Whether somebody has left off reading it: it shall be aborted."""
         return any(reader.was_dropped for reader in self.readers)
+
+    @property
+    def begun(self) -> bool:
+        return bool(self.tokens)
 
     @property
     def seed(self) -> int:
@@ -374,5 +393,10 @@ class Request(Work):
             return None
         assert self.finish_reason is not None, "not finished"
         return Completion(
-            tuple(self.tokens), self.text, tuple(self.logprobs), self.finish_reason, self.seed
+            tuple(self.tokens),
+            self.text,
+            tuple(self.logprobs),
+            self.finish_reason,
+            self.seed,
+            tuple(self.weights),
         )

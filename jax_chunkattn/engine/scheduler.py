@@ -34,6 +34,7 @@ class Scheduler:
       preemptions: how often a request had to give way.
       max_running: most requests with a slot.
       exact: chunks are stored as they are, so that parts of one can be copied.
+      held_back: only who has begun before is admitted.
     """
 
     def __init__(self, tree: PrefixTree, *, max_running: int, exact: bool = True):
@@ -46,6 +47,7 @@ class Scheduler:
         self.pinned: dict[Pinned, None] = {}
         self.preemptions = 0
         self.max_running = max_running
+        self.held_back = False
         self._pinned_chunks: Counter[Chunk] = Counter()
         self._free_slots = list(range(max_running))
 
@@ -77,16 +79,23 @@ class Scheduler:
         self.accepted[work] = None
         work.phase = Phase.WAITING
 
+    @property
+    def next_waiting(self) -> Work | None:
+        """Whose turn it is."""
+        if not self.held_back:
+            return self.waiting[0] if self.waiting else None
+        return next((work for work in self.waiting if work.begun), None)
+
     def admit_next(self) -> Work | None:
         """Places the first of the queue in the tree and gives it a slot; None if it must wait."""
-        if not self.waiting:
+        work = self.next_waiting
+        if work is None:
             return None
-        work = self.waiting[0]
         if isinstance(work, Request) and not self._free_slots:
             return None
         if work.sequence is None and not self._place(work):
             return None
-        self.waiting.pop(0)
+        self.waiting.remove(work)
         if isinstance(work, Request):
             work.slot = self._free_slots.pop()
         work.phase = Phase.PREFILL
@@ -174,6 +183,7 @@ class Scheduler:
                 work.siblings = []
             if isinstance(work, Scored):
                 work.group.forget()
+                work.begin_again()
         self.held.clear()
         self.active.clear()
         self.waiting.clear()

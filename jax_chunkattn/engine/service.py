@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from jax_chunkattn.device.weights import matching_values
 from jax_chunkattn.engine.core import Core
 from jax_chunkattn.engine.incoming import Incoming
 from jax_chunkattn.engine.outputs import Completion, EngineClosed, Score, StreamEvent
@@ -112,6 +113,29 @@ class Service:
 
         undo = partial(self.turns.leave, partial(self._core.unpin, pinned))
         self.turns.run_or_undo(accept, undo)
+
+    def update_weights(self, weights: Any, *, finish: bool) -> None:
+        """Serves new values for the model's arrays; `finish` lets those who run come to their end
+        by the old ones."""
+
+        def update() -> bool:
+            self.require_open()
+            values = matching_values(weights, self._core.device.weights)
+            if finish and self._core.hold_back(True):
+                self._core.advance()
+                return False
+            self._core.update_weights(values)
+            return True
+
+        try:
+            while not self.turns.run(update):
+                pass
+        finally:
+            if finish:
+                self.turns.change(self._admit_all)
+
+    def _admit_all(self) -> None:
+        self._core.hold_back(False)
 
     # Results.
 

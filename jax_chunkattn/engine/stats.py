@@ -36,6 +36,7 @@ class EngineStats:
       evictions: cached chunks given up for others.
       prompts: prompt tokens by where they came from: found in the cache, or why not.
       prefill_tokens: tokens computed by prefill, those computed again after a preemption included.
+      weights_version: how often the model's weights have been replaced.
       scored_tokens: tokens that were given, of which it was said how likely they were.
       decode_tokens: tokens chosen by decoding, the first of each request not included.
       prefill_seconds, decode_seconds: the device was busy with either.
@@ -82,6 +83,7 @@ class EngineStats:
     prompts: PromptUse = field(default_factory=PromptUse)
     prefill_tokens: int = 0
     scored_tokens: int = 0
+    weights_version: int = 0
     decode_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
