@@ -15,6 +15,10 @@ import numpy as np
 READ_BYTES = 256 * 2**20
 """Larger than the last-level cache of the machines in view; what is in it is gone after a read."""
 
+SETTLE = 0.03
+"""Seconds. The threads of OpenMP, PyTorch's, look for more work for some 16 ms after a call, and keep
+a processor from whoever comes next: on two cores that took twice its time, if that was 1.4 ms."""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -35,8 +39,9 @@ def time_in_turns(
 ) -> tuple[dict[str, Timing], dict[str, Any]]:
     """Time every call `repeats` times, one after another in an order that changes each round.
 
-    Each is called once before, to compile. Before each timed call `READ_BYTES` of memory are read,
-    so that its operands are in no cache. Calls return arrays, which are waited for.
+    Each is called once before, to compile. Before each timed call `SETTLE` seconds pass, and then
+    `READ_BYTES` of memory are read, so that its operands are in no cache. Calls return arrays,
+    which are waited for.
 
     Returns:
       The timing of each call, and what its first call returned.
@@ -49,6 +54,7 @@ def time_in_turns(
     names = list(calls)
     for _ in range(repeats):
         for index in random.permutation(len(names)):
+            time.sleep(SETTLE)
             jax.block_until_ready(evict())
             begin = time.perf_counter()
             jax.block_until_ready(calls[names[index]]())
