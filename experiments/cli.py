@@ -47,6 +47,7 @@ from experiments.minor.command import MINOR
 from experiments.models.command import MODELS
 from experiments.quality.command import QUALITY
 from experiments.report.command import REPORT
+from experiments.score.command import SCORE
 from experiments.search.command import SEARCH
 from experiments.serve.command import SERVE
 from experiments.soak.command import SOAK
@@ -75,6 +76,7 @@ EXPERIMENTS: dict[str, Experiment[Any]] = {
         TRAIN_TINY,
         CACHE,
         SEARCH,
+        SCORE,
         SPARSE,
         MINOR,
         ENGINE,

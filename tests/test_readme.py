@@ -12,16 +12,26 @@ from models.parity import markdown_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 @pytest.mark.slow
 def test_the_library_example_runs(smollm2_path, capsys):
-    [example] = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    exec(compile(example, "README.md", "exec"), {})
+    exec(compile(EXAMPLES[0], "README.md", "exec"), {})
     paris, cold, decision = capsys.readouterr().out.strip().splitlines()
     assert "Paris" in paris
     assert "cold" in cold
     assert re.match("shared|unshared", decision)
+
+
+def test_the_example_of_rollouts_runs(capsys):
+    _, example = EXAMPLES
+    exec(compile(example, "README.md", "exec"), {})
+    said = capsys.readouterr().out
+    found = re.fullmatch(r"weights \((\d),\), log-probabilities within (.*)\n", said)
+    assert found is not None, said
+    assert int(found[1]) == 1
+    assert float(found[2]) < 1e-4
 
 
 def test_every_experiment_has_a_row_and_every_row_an_experiment(capsys):

@@ -16,8 +16,8 @@ READ_BYTES = 256 * 2**20
 """Larger than the last-level cache of the machines in view; what is in it is gone after a read."""
 
 SETTLE = 0.03
-"""Seconds. The threads of OpenMP, PyTorch's, look for more work for some 16 ms after a call, and keep
-a processor from whoever comes next: on two cores that took twice its time, if that was 1.4 ms."""
+"""Seconds. The threads of OpenMP, PyTorch's, look for more work for some 16 ms after a call, and
+keep a processor from who comes next: what took 1.4 ms on two cores took twice that behind them."""
 
 
 @dataclass(frozen=True)

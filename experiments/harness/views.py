@@ -35,6 +35,7 @@ VIEWS: dict[str, str] = {
     "layers": "experiments.layers.views",
     "minor": "experiments.minor.views",
     "quality": "experiments.quality.views",
+    "score": "experiments.score.views",
     "search": "experiments.search.views",
     "serve": "experiments.serve.views",
     "soak": "experiments.soak.views",

@@ -38,6 +38,7 @@ LONG = (
     "minor",
     "quality",
     "report",
+    "score",
     "search",
     "serve",
     "soak",

@@ -68,6 +68,7 @@ COMMON = {
     "partial chunk copied",
     "pinned",
     "preempted",
+    "scored",
     "stop string",
     "stop token",
     "stream left",
@@ -389,6 +390,34 @@ class EngineMachine(RuleBasedStateMachine):
         tracked.handle.release()
         tracked.hold = False
         self.saw("held released", before - self.engine.stats.held)
+
+    @rule(
+        prompt=PROMPTS,
+        continuations=st.lists(SUFFIXES, min_size=1, max_size=3),
+        top=st.integers(0, 2),
+        salt=SALTS,
+        sometimes=st.integers(0, 1),
+    )
+    def score(self, prompt, continuations, top, salt, sometimes) -> None:
+        """While requests are there, which go on meanwhile."""
+        if sometimes:
+            return
+        pinned = self.pinned()
+        fits = all(
+            self.fits([*prompt, *some[:-1]], 1, self.namespace(salt), pinned)
+            for some in continuations
+        )
+        try:
+            scores = self.engine.score(prompt, continuations, top=top, salt=salt)
+        except PoolExhausted:
+            assert not fits
+            return self.saw("score refused")
+        assert fits
+        self.saw("scored")
+        for score, tokens in zip(scores, continuations, strict=True):
+            assert score.tokens == tuple(tokens)
+            params = SamplingParams(len(tokens), logprobs=top)
+            self.agreement.check_logprobs(prompt, params, tokens, score.logprobs)
 
     @rule(tokens=PROMPTS, salt=SALTS, sometimes=st.integers(0, 2))
     def pin_sometimes(self, tokens, salt, sometimes) -> None:

@@ -1,0 +1,1 @@
+"""`score`: what it takes to say how likely continuations of one prefix are."""
