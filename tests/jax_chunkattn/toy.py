@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -35,6 +36,13 @@ def windowed_model() -> Decoder:
     model = models.load("random:tiny").model
     model.cache_spec = replace(model.cache_spec, windows=WINDOWS)
     return model
+
+
+@functools.cache
+def reweighted(model: Decoder) -> Decoder:
+    """The same decoder with other weights."""
+    graphdef, state = _split(model)
+    return nnx.merge(graphdef, jax.tree.map(lambda x: jnp.flip(x, axis=-1) * 1.25, state))
 
 
 PATTERN = HeadPattern.of([[0.9, 0.1], [0.2, 0.8]], sinks=19, recent=25)

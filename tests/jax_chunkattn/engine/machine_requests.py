@@ -82,6 +82,8 @@ class Tracked:
       read: events that streams of it gave.
       stream: one that has been left open.
       tokens, text: when last looked at.
+      version: of the weights, when it was made.
+      changes: how many tokens it had whenever the weights were replaced.
       verified: its end has been seen and checked.
     """
 
@@ -93,6 +95,8 @@ class Tracked:
     read: list[StreamEvent] = field(default_factory=list)
     stream: Generator[StreamEvent] | None = None
     num_forks: int = 0
+    version: int = 0
+    changes: list[int] = field(default_factory=list)
     verified: bool = False
 
     def __post_init__(self):
@@ -102,6 +106,14 @@ class Tracked:
 
     def __repr__(self) -> str:
         return repr(self.handle)
+
+    @property
+    def spans(self) -> list[tuple[int, int, int]]:
+        """Which of its own tokens were chosen by which version: from, to before, version."""
+        begins = [len(self.given), *self.changes]
+        ends = [*self.changes, len(self.handle.tokens)]
+        versions = range(self.version, self.version + len(begins))
+        return list(zip(begins, ends, versions, strict=True))
 
     def note_growth(self) -> None:
         """What has been chosen stays as it is, and callbacks have been told all of it."""

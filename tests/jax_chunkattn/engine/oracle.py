@@ -43,7 +43,7 @@ class Agreement:
       largest_error: of a log-probability.
     """
 
-    model: Decoder = field(default_factory=toy_model)
+    model: Decoder = field(default_factory=toy_model, repr=False)
     tokens: int = 0
     near_ties: int = 0
     logprobs: int = 0

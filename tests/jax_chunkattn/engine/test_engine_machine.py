@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -30,6 +30,7 @@ from hypothesis.stateful import (
 from jax_chunkattn import InvalidRequest, PoolExhausted, RequestFailed, SamplingParams
 from jax_chunkattn.engine.admission import chunks_to_finish
 from jax_chunkattn.sampling import each_sample, fork_seed
+from models.decoder import Decoder
 from tests.jax_chunkattn.engine.engines import BytePairs, assert_all_returned, make_engine
 from tests.jax_chunkattn.engine.machine_requests import (
     LONG,
@@ -49,7 +50,7 @@ from tests.jax_chunkattn.engine.machine_requests import (
 )
 from tests.jax_chunkattn.engine.oracle import Agreement, ending, text_of
 from tests.jax_chunkattn.machines import run_until_seen
-from tests.jax_chunkattn.toy import windowed_model
+from tests.jax_chunkattn.toy import reweighted, toy_model, windowed_model
 
 MOST_OPEN = 8
 MOST_DONE = 8
@@ -86,6 +87,8 @@ RARE = {
     "samples forked",
     "stepped in a callback",
     "twins",
+    "weights replaced, finish",
+    "weights replaced, recompute",
 }
 
 
@@ -94,10 +97,15 @@ def pick(data: st.DataObject, some: list):
     return some[data.draw(st.integers(0, len(some) - 1))]
 
 
+def agreements_of(model: Decoder) -> tuple[Agreement, Agreement]:
+    """With a model, and with another of other weights."""
+    return Agreement(model), Agreement(reweighted(model))
+
+
 class EngineMachine(RuleBasedStateMachine):
     steps: ClassVar[int] = 0
     seen: ClassVar[Counter[str]] = Counter()
-    agreement: ClassVar[Agreement] = Agreement()
+    agreements: ClassVar[tuple[Agreement, Agreement]] = agreements_of(toy_model())
     pools: ClassVar[list[tuple[int, int]]] = POOLS
     options: ClassVar[Mapping[str, Any]] = {}
 
@@ -118,6 +126,7 @@ class EngineMachine(RuleBasedStateMachine):
             retain=data.draw(st.sampled_from([True] * 7 + [False])),
             **self.options,
         )
+        self.version = 0  # of the weights: even ones are the model's, odd ones the others
         self.requests: list[Tracked] = []
         self.pins: list[TrackedPin] = []
         self.counts: Counter[str] = Counter()  # what the engine's statistics must say
@@ -134,8 +143,13 @@ class EngineMachine(RuleBasedStateMachine):
     def may_submit(self) -> bool:
         return len(self.open()) < MOST_OPEN
 
+    @property
+    def agreement(self) -> Agreement:
+        """With the weights that are served."""
+        return self.agreements[self.version % 2]
+
     def track(self, handle, namespace, listener=None, hold=False) -> Tracked:
-        tracked = Tracked(handle, namespace, listener, hold)
+        tracked = Tracked(handle, namespace, listener, hold, version=self.version)
         self.requests.append(tracked)
         self.counts["submitted"] += 1
         return tracked
@@ -464,6 +478,17 @@ class EngineMachine(RuleBasedStateMachine):
         pin.handle.release()
         pin.handle.release()
 
+    @rule(sometimes=st.integers(0, 4), running=st.sampled_from(["recompute", "finish"]))
+    def update_weights(self, sometimes: int, running) -> None:
+        if sometimes:
+            return
+        begun = sum(bool(tracked.handle.tokens) for tracked in self.open())
+        self.engine.update_weights(self.agreements[(self.version + 1) % 2].model, running=running)
+        self.version += 1  # only now: what callbacks have forked meanwhile began by the old ones
+        for tracked in self.open():
+            tracked.changes.append(len(tracked.handle.tokens))
+        self.saw(f"weights replaced, {running}", begun > 0)
+
     @rule(sometimes=st.integers(0, 5))
     def reset(self, sometimes: int) -> None:
         if sometimes:
@@ -533,10 +558,15 @@ class EngineMachine(RuleBasedStateMachine):
         else:
             assert expected == (handle.finish_reason, len(handle.tokens), handle.text)
             self.saw("late error", handle.error is not None)
-        of = (handle.prompt, handle.params, handle.tokens)
-        if handle.tokens:
-            self.agreement.check_tokens(*of, given)
-        self.agreement.check_logprobs(*of, handle.logprobs, given)
+        of = (handle.prompt, handle.params)
+        for begin, end, version in tracked.spans:
+            agreement = self.agreements[version % 2]
+            if end > begin:
+                agreement.check_tokens(*of, handle.tokens[:end], begin)
+            agreement.check_logprobs(*of, handle.tokens[:end], handle.logprobs[:end], begin)
+        if not given and expected is not None:
+            weights = tuple(version for begin, end, version in tracked.spans if end > begin)
+            assert handle.error is not None or handle.result().weights == weights
         self.counts[handle.finish_reason or ""] += 1
         self.saw(f"ended by {handle.finish_reason}")
         if expected and expected.reason == "stop":
@@ -598,7 +628,7 @@ class WindowMachine(EngineMachine):
 
     seen: ClassVar[Counter[str]] = Counter()
     pools: ClassVar[list[tuple[int, int]]] = [(24, 16)]
-    agreement: ClassVar[Agreement] = Agreement(windowed_model())
+    agreements: ClassVar[tuple[Agreement, Agreement]] = agreements_of(windowed_model())
     options: ClassVar[Mapping[str, Any]] = {"model": windowed_model(), "window_chunks": 20}
 
     @invariant()
@@ -607,20 +637,26 @@ class WindowMachine(EngineMachine):
             self.saw("window", self.engine.stats.prompts.window > 0)
 
 
+def assert_agreed(agreements: Sequence[Agreement]) -> None:
+    for agreement in agreements:
+        print(agreement)
+        assert agreement.near_ties <= agreement.tokens / 10_000
+
+
 @pytest.mark.slow
 def test_random_use_of_windows_gives_the_answers_of_a_model_without_a_cache():
     wanted = {"evicted", "fork copied", "partial chunk copied", "pinned", "window"}
     missed = run_until_seen(WindowMachine, wanted, max_examples=12, report_multiple_bugs=False)
-    seen, agreement = WindowMachine.seen, WindowMachine.agreement
-    print(f"{WindowMachine.steps} steps, {agreement}, {dict(sorted(seen.items()))}")
-    assert agreement.near_ties <= agreement.tokens / 10_000
+    seen = WindowMachine.seen
+    print(f"{WindowMachine.steps} steps, {dict(sorted(seen.items()))}")
+    assert_agreed(WindowMachine.agreements)
     assert not missed, f"never happened in {WindowMachine.steps} steps: {missed}"
 
 
 @pytest.mark.parametrize("examples", [8, pytest.param(20, marks=pytest.mark.slow)])
 def test_random_use_gives_the_answers_of_a_model_without_a_cache(examples):
     thorough = settings.get_current_profile_name() == "long"
-    EngineMachine.agreement = Agreement()
+    EngineMachine.agreements = agreements_of(toy_model())
     EngineMachine.pools = MORE_POOLS if thorough else POOLS
     missed = run_until_seen(
         EngineMachine,
@@ -628,8 +664,8 @@ def test_random_use_gives_the_answers_of_a_model_without_a_cache(examples):
         max_examples=600 if thorough else examples,
         report_multiple_bugs=False,
     )
-    seen, agreement = EngineMachine.seen, EngineMachine.agreement
-    print(f"{EngineMachine.steps} steps, {agreement}, {dict(sorted(seen.items()))}")
-    assert agreement.near_ties <= agreement.tokens / 10_000
+    seen = EngineMachine.seen
+    print(f"{EngineMachine.steps} steps, {dict(sorted(seen.items()))}")
+    assert_agreed(EngineMachine.agreements)
     assert EngineMachine.steps >= (20_000 if thorough else 25 * examples)
     assert not missed, f"never happened in {EngineMachine.steps} steps: {missed}"

@@ -15,18 +15,14 @@ from jax_chunkattn import EngineClosed, InvalidWeights, RequestFailed, SamplingP
 from jax_chunkattn.device import weights as weights_module
 from tests.jax_chunkattn.engine.engines import assert_all_returned, make_engine, run
 from tests.jax_chunkattn.engine.test_scoring import assert_right
-from tests.jax_chunkattn.toy import greedy_without_cache, token_tree, toy_model
+from tests.jax_chunkattn.toy import greedy_without_cache, reweighted, token_tree, toy_model
 
 PROMPTS = token_tree((1, 40), (4, 9))
 PARAMS = SamplingParams(40)
 
 
-@cache
 def other_model():
-    """Another model of the same shapes."""
-    model = models.load("random:tiny").model
-    nnx.update(model, jax.tree.map(lambda x: jnp.flip(x, axis=-1) * 1.25, nnx.state(model)))
-    return model
+    return reweighted(toy_model())
 
 
 @cache
