@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from jax_chunkattn import (
+    ChunkSelector,
     Engine,
     EngineClosed,
+    HeadClusters,
     InvalidRequest,
     PoolExhausted,
     RequestFailed,
@@ -151,6 +153,32 @@ def test_encoded_chunks_score_as_they_decode():
     np.testing.assert_allclose(found, exact, atol=0.05)
     again = engine.score(PREFIX, CONTINUATIONS[:2])
     assert [one.total for one in again] == pytest.approx([one.total for one in first], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"codec": "int4"},
+        {"selector": ChunkSelector(0.4, whole=0)},
+        {"clusters": HeadClusters((2, 3))},
+    ],
+    ids=lambda stored: next(iter(stored)),
+)
+def test_scores_are_those_of_decoding_however_chunks_are_stored(stored):
+    """With what was cached, in other pieces and in another order."""
+    engine, other = make_engine(prefill_tokens=32, **stored), make_engine(**stored)
+    params = SamplingParams(20, logprobs=0)
+    [answer] = [engine.submit(PREFIX, params).result()]
+    continuations = [answer.tokens, *CONTINUATIONS]
+    scores = engine.score(PREFIX, continuations)
+    sampled = [token.chosen for token in answer.logprobs]
+    assert [token.chosen for token in scores[0].logprobs] == pytest.approx(sampled, abs=2e-5)
+    totals = [score.total for score in scores]
+    again = engine.score(PREFIX, continuations[::-1])[::-1]
+    assert [score.total for score in again] == pytest.approx(totals, abs=1e-4)
+    alone = [other.score(PREFIX, [one])[0].total for one in continuations]
+    assert alone == pytest.approx(totals, abs=1e-4)
 
 
 @pytest.mark.parametrize(
