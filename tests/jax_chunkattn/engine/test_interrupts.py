@@ -193,7 +193,7 @@ def test_a_signals_handler_may_abort_and_close_and_no_more():
     victims = []
 
     def handler():
-        assert engine.stats.submitted > 0
+        assert engine.stats.submitted >= len(victims)
         if victims:
             victims.pop().abort()
             done["aborted"] += 1

@@ -97,7 +97,7 @@ def test_nothing_that_rows_ask_for_has_a_program_traced_again():
         for stop_tokens in ([], [1, 8]):
             rows = RowSampling.stack(params, 4, stop_tokens)
             choose.eval_shape(logits, rows, integers)
-            report.eval_shape(logits, integers, rows)
+            report.eval_shape(logits, integers, rows.logprobs)
 
 
 def test_what_does_not_fit_is_refused():
