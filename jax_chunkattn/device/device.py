@@ -25,7 +25,7 @@ from jax_chunkattn.device.invocations import (
 from jax_chunkattn.device.programs import PROGRAMS, Invocation
 from jax_chunkattn.device.read_counts import ReadCounts
 from jax_chunkattn.device.request_table import DeviceState
-from jax_chunkattn.device.weights import replace_values
+from jax_chunkattn.device.weights import Replacement
 from jax_chunkattn.planning.planner import PlanShape
 from jax_chunkattn.planning.prefill import Segment
 from jax_chunkattn.sampling import NO_CHOICE, TokenLogprobs
@@ -135,9 +135,9 @@ class Device:
         split = self._invocations.split
         return dict(zip(split.names, split.arrays, strict=True))
 
-    def replace_weights(self, values: Sequence[Any]) -> None:
-        """New values for all of them, in their order; see `weights.replace_values`."""
-        replace_values(self._invocations.split.arrays, values)
+    def replace_weights(self, new: Replacement) -> None:
+        """New values for all of them."""
+        new.carry_out(self._invocations.split.arrays)
 
     def close(self) -> None:
         """Gives up pool, table and programs."""

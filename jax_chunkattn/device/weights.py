@@ -82,24 +82,42 @@ class PartlyReplaced(RuntimeError):
     """Some arrays have new values and others could not get theirs."""
 
 
-def replace_values(leaves: list[jax.Array], values: Sequence[Any]) -> None:
-    """Puts copies of `values` in the place of the arrays, in their types and where they lie.
+class Replacement:
+    """New values on their way into the arrays of a model, one after another, the largest first.
 
-    One after another, the largest first: beside both there is one array more at most, and if that
-    can be had for the first the others will fit. Whoever gave the values may do with them what he
-    likes afterwards. May be called again where Ctrl-C has broken it off.
+    Beside both there is one array more at most, and if that can be had for the first the others
+    will fit. The values are copied, in the types of the arrays and to where they lie: whoever gave
+    them may do with them what he likes afterwards.
 
-    Raises:
-      PartlyReplaced: when a copy fails, but for the first: what that raises nothing has changed by.
+    Attributes:
+      begun: some array may have its new value.
     """
-    order = sorted(range(len(leaves)), key=lambda index: -leaves[index].nbytes)
-    for number, index in enumerate(order):
-        try:
-            leaves[index] = _copy(values[index], leaves[index])
-        except Exception as error:
-            if not number:
-                raise
-            raise PartlyReplaced(f"{number} of {len(leaves)} arrays are new: {error}") from error
+
+    def __init__(self, values: Sequence[Any]):
+        self.begun = False
+        self._values = values
+        self._done = 0
+
+    def carry_out(self, leaves: list[jax.Array]) -> None:
+        """Replaces what is not yet; may be called again where Ctrl-C has broken it off.
+
+        Raises:
+          PartlyReplaced: when a copy fails, but for the first: what that raises has changed
+            nothing.
+        """
+        order = sorted(range(len(leaves)), key=lambda index: -leaves[index].nbytes)
+        for number in range(self._done, len(order)):
+            index = order[number]
+            try:
+                copied = _copy(self._values[index], leaves[index])
+            except Exception as error:
+                if not self.begun:
+                    raise
+                message = f"{number} of {len(leaves)} arrays are new: {error}"
+                raise PartlyReplaced(message) from error
+            self.begun = True
+            leaves[index] = copied
+            self._done = number + 1
 
 
 def _copy(value: Any, like: jax.Array) -> jax.Array:

@@ -15,10 +15,12 @@ class Callbacks:
 
     Attributes:
       running: a callback runs, and may call the engine.
+      depth: callbacks that run, one called by what another one has called.
     """
 
     def __init__(self) -> None:
         self.running = False
+        self.depth = 0
         self._news: deque[Request] = deque()
 
     def __len__(self) -> int:
@@ -42,13 +44,14 @@ class Callbacks:
         while request.on_event is not None and (event := request.untold) is not None:
             failure = None
             outer, self.running = self.running, True
+            depth, self.depth = self.depth, self.depth + 1
             try:
                 request.num_told += 1
                 request.on_event(event)
             except Exception as error:
                 failure = error
             finally:
-                self.running = outer
+                self.running, self.depth = outer, depth
             if failure is not None:
                 request.on_event, request.error = None, failure
                 fail(request, failure)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from jax_chunkattn.device.device import Device, WeightsDeleted
-from jax_chunkattn.device.weights import PartlyReplaced
+from jax_chunkattn.device.weights import PartlyReplaced, Replacement
 from jax_chunkattn.engine.callbacks import Callbacks
 from jax_chunkattn.engine.in_flight import CallsInFlight
 from jax_chunkattn.engine.integrity import Integrity, whole
@@ -73,7 +73,7 @@ class Core:
         self._prefill_tokens = prefill_tokens
         self._prefill_first = prefill_first
         self._in_flight = CallsInFlight()
-        self._new_weights: tuple[Sequence[Any], int] | None = None  # and the version they are
+        self._new_weights: tuple[Replacement, int] | None = None  # and the version they are
         self._lifecycle = Lifecycle(
             scheduler, device, memory, stats, self.callbacks, self.integrity
         )
@@ -117,7 +117,9 @@ class Core:
     def _turn(self) -> None:
         had_calls, sent = bool(self._in_flight), False
         if not (self._in_flight or self.scheduler.active or self.scheduler.next_waiting):
-            return  # all who wait are held back
+            if not self.callbacks.depth:
+                return  # all who wait are held back
+            self.scheduler.held_back = False  # a callback waits for them, and all for the callback
         # Without room for all rows, the calls on their way come first: they may end requests.
         if self._in_flight.begin_round() and self._reserve_rows():
             sent = self._send_prefill()
@@ -326,7 +328,7 @@ class Core:
           EngineClosed: when only some of the arrays could be replaced; another error when none.
         """
         self.drain()
-        self._new_weights = values, self.stats.weights_version + 1
+        self._new_weights = Replacement(values), self.stats.weights_version + 1
         try:
             self._replace_weights()
         except Exception as error:
@@ -348,8 +350,8 @@ class Core:
     def _replace_weights(self) -> None:
         """Also what is left of it to do when it was broken off."""
         if self._new_weights is not None:
-            values, version = self._new_weights
-            self.device.replace_weights(values)
+            new, version = self._new_weights
+            self.device.replace_weights(new)
             self.stats.weights_version = version
             self._new_weights = None
 
@@ -377,7 +379,10 @@ class Core:
     def mend(self) -> None:
         """Puts right what a broken off change has left; nothing to do if there was none."""
         if self.integrity.torn:
+            self.scheduler.held_back = False  # whoever holds them back does so in each turn
             try:
+                if self._new_weights is not None and not self._new_weights[0].begun:
+                    self._new_weights = None  # whoever gave them knows that they did not come
                 self._replace_weights()
             except Exception as error:
                 self.closed = self.closed or _closed_by(error)

@@ -172,5 +172,8 @@ class Lifecycle:
         return [sibling for sibling in siblings if sibling.phase is not Phase.DONE]
 
     def _take_others(self, scored: Scored) -> list[Scored]:
+        if scored in scored.group.waiting:  # then it is not for it that the others wait
+            scored.group.waiting.remove(scored)
+            return []
         waiting, scored.group.waiting = scored.group.waiting, []
         return [other for other in waiting if other.phase is not Phase.DONE]

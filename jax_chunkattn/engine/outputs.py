@@ -57,10 +57,12 @@ class Score:
     Attributes:
       tokens: that were scored.
       logprobs: one for each, with as many of the likeliest as were asked for.
+      weights: the version of the model's weights, the same for all of one call.
     """
 
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
+    weights: int = 0
 
     @property
     def total(self) -> float:

@@ -73,7 +73,7 @@ class Recorder:
         for index, score in enumerate(scores):
             if math.isnan(score.chosen):
                 return self._fail_by_numbers(work, part.position + index + 1)
-        work.failures = 0
+        work.failures, work.version = 0, self._stats.weights_version
         self._stats.scored_tokens += len(scores)
         if work.put(part.position, scores):
             self._lifecycle.finish_scored(work)

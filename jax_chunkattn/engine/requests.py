@@ -115,12 +115,14 @@ class Scored(Work):
       last: that one.
       prefix: tokens of the prefix.
       top: how many of the likeliest tokens are reported.
+      version: of the model's weights that it was scored by.
     """
 
     last: int
     prefix: int
     top: int
     group: ScoreGroup
+    version: int = field(default=0, init=False)
     _found: list[TokenLogprobs | None] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -161,7 +163,8 @@ class Scored(Work):
         if self.phase is not Phase.DONE or self.error is not None:
             return None
         tokens = (*self.prompt[self.prefix :], self.last)
-        return Score(tokens, tuple(score for score in self._found if score is not None))
+        found = tuple(score for score in self._found if score is not None)
+        return Score(tokens, found, self.version)
 
 
 class Reader(ref):

@@ -62,7 +62,7 @@ class Service:
         self.turns.run_or_undo(accept, partial(self.drop, every))
 
     def score(self, groups: Sequence[Sequence[Scored]]) -> list[list[Score]]:
-        """The scores of the continuations of each prefix, all or none."""
+        """The scores of the continuations of each prefix, all by the same weights, or none."""
         works = [work for group in groups for work in group]
 
         def accept() -> None:
@@ -72,9 +72,22 @@ class Service:
             for group in filter(None, groups):
                 self._core.accept_scored(group)
 
+        def score_again() -> bool:
+            """Those that were scored by older weights than others."""
+            self.require_open()
+            newest = max((work.version for work in works), default=0)
+            stale = [work for work in works if work.version < newest]
+            for work in stale:
+                work.begin_again()
+                self._core.accept_scored([work])
+            return bool(stale)
+
         self.turns.run_or_undo(accept, partial(self.drop, works))
         try:
-            return [[self._wait(work, work.answer) for work in group] for group in groups]
+            while True:
+                scores = [[self._wait(work, work.answer) for work in group] for group in groups]
+                if not self.turns.run(score_again):
+                    return scores
         except BaseException:
             self.drop(works)
             raise
@@ -120,6 +133,9 @@ class Service:
 
         def update() -> bool:
             self.require_open()
+            self._core.drain()
+            self._core.mend()
+            self.require_open()  # a callback may have closed it
             values = matching_values(weights, self._core.device.weights)
             if finish and self._core.hold_back(True):
                 self._core.advance()
@@ -132,7 +148,7 @@ class Service:
                 pass
         finally:
             if finish:
-                self.turns.change(self._admit_all)
+                self.turns.leave(self._admit_all)  # waits for nothing: no Ctrl-C can come between
 
     def _admit_all(self) -> None:
         self._core.hold_back(False)

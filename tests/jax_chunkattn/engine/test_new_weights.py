@@ -232,3 +232,83 @@ def test_ctrl_c_in_the_midst_leaves_all_arrays_new(monkeypatch):
     assert handle.result().weights == (1,)
     assert engine.stats.weights_version == 1
     assert_all_returned(engine)
+
+
+def test_ctrl_c_before_any_array_is_new_leaves_the_old_ones(monkeypatch):
+    """And nothing of what was given is looked at again."""
+    engine = make_engine()
+    given = jax.tree.map(jnp.copy, state_of(other_model()))
+    failing_at(1, KeyboardInterrupt(), monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        engine.update_weights(given)
+    for array in jax.tree.leaves(given):
+        array.delete()
+    assert answers(engine, PROMPTS[:1]) == [expected(tuple(PROMPTS[0]), 40, new=False)]
+    assert engine.stats.weights_version == 0
+
+
+def calling_once(call):
+    """A callback that makes a call at the first event."""
+    calls = []
+
+    def on_event(_):
+        if not calls:
+            calls.append(None)
+            calls[0] = call()
+
+    return calls, on_event
+
+
+@pytest.mark.parametrize("running", ["recompute", "finish"])
+def test_scores_of_one_call_are_all_by_the_same_weights(running):
+    engine = make_engine(prefill_tokens=32, prefill_first=False)
+    _, update = calling_once(lambda: engine.update_weights(other_model(), running=running))
+    handle = engine.submit(PROMPTS[3], SamplingParams(60), on_event=update)
+    prefix, continuations = PROMPTS[0], [prompt[-9:] * 3 for prompt in PROMPTS[1:]]
+    scores = engine.score(prefix, continuations)
+    assert {score.weights for score in scores} == {1}
+    assert_right(scores, prefix, continuations, other_model())
+    handle.result()
+    assert_all_returned(engine)
+
+
+def test_a_callback_may_wait_for_others_while_those_who_run_finish():
+    engine = make_engine()
+    waited, wait = calling_once(lambda: engine.submit(PROMPTS[1], PARAMS).result())
+    handle = engine.submit(PROMPTS[0], PARAMS)
+    while not handle.tokens:
+        engine.step()
+    fork = handle.fork(PARAMS)
+    fork._request.on_event = wait
+    engine.update_weights(other_model(), running="finish")
+    assert list(handle.result().tokens) == expected(tuple(PROMPTS[0]), 40, new=False)
+    assert list(waited[0].tokens) == expected(tuple(PROMPTS[1]), 40, new=False)
+    assert answers(engine, PROMPTS[:1]) == [expected(tuple(PROMPTS[0]), 40, new=True)]
+    assert_all_returned(engine)
+
+
+def test_ctrl_c_while_those_who_run_finish_holds_nobody_back(monkeypatch):
+    engine = make_engine()
+    handle = engine.submit(PROMPTS[0], PARAMS)
+    while not handle.tokens:
+        engine.step()
+    with monkeypatch.context() as patch:
+
+        def interrupted(*_, **__):
+            raise KeyboardInterrupt
+
+        patch.setattr(engine._core.device, "fetch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.update_weights(other_model(), running="finish")
+    assert answers(engine, PROMPTS[1:2]) == [expected(tuple(PROMPTS[1]), 40, new=False)]
+    assert list(handle.result().tokens) == expected(tuple(PROMPTS[0]), 40, new=False)
+
+
+def test_an_engine_that_a_callback_closes_takes_no_weights():
+    engine = make_engine()
+    _, close = calling_once(engine.close)
+    engine.submit(PROMPTS[0], PARAMS, on_event=close)
+    engine.step()
+    with pytest.raises(EngineClosed):
+        engine.update_weights(other_model())
+    assert engine.stats.weights_version == 0

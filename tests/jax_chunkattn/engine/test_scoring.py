@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,13 +17,15 @@ from jax_chunkattn import (
     SamplingParams,
 )
 from jax_chunkattn.device.device import Device
+from jax_chunkattn.device.scores import score_tokens
 from jax_chunkattn.engine.recording import Recorder
+from jax_chunkattn.planning.scored_tokens import ScoredTokens
 from jax_chunkattn.tree.prefix_tree import PrefixTree
 from tests.jax_chunkattn.engine.engines import assert_all_returned, make_engine, run
 from tests.jax_chunkattn.engine.test_faults import fail_once
 from tests.jax_chunkattn.engine.test_interrupts import interrupted_at
 from tests.jax_chunkattn.engine.test_numbers import model_without_numbers_behind_token_7
-from tests.jax_chunkattn.toy import logits_without_cache, token_tree, windowed_model
+from tests.jax_chunkattn.toy import logits_without_cache, token_tree, toy_model, windowed_model
 
 TEXTS = token_tree((1, 90), (5, 25), seed=3)
 PREFIX = TEXTS[0][:90]
@@ -268,3 +271,25 @@ def test_an_interrupt_leaves_nothing_to_score():
     assert len(set(interrupted)) > 20
     assert_right(engine.score(PREFIX, CONTINUATIONS), PREFIX, CONTINUATIONS)
     assert_all_returned(engine)
+
+
+class Unembedded:
+    """A model whose hidden states are its logits."""
+
+    cache_spec = toy_model().cache_spec
+    vocab_size, max_positions = 3, 32
+
+    def __call__(self, tokens, positions, pool, attend):
+        raise NotImplementedError
+
+    def logits(self, hidden):
+        return hidden
+
+
+def test_infinite_logits_are_no_score():
+    scored = ScoredTokens.pack([[1, 0]], [0], 32)
+    assert scored is not None
+    hidden = jnp.zeros((32, 3)).at[0].set(jnp.array([jnp.inf, 0, 1])).at[1, 1].set(-jnp.inf)
+    found = score_tokens(Unembedded(), hidden, scored)
+    assert np.isnan(found.chosen[0])
+    assert found.chosen[1] == pytest.approx(-np.log(2))
