@@ -321,13 +321,12 @@ class Core:
 
     @whole
     def update_weights(self, values: Sequence[Any]) -> None:
-        """New values for all arrays of the model; all that was computed by the old ones is
-        forgotten, and computed again for those who go on.
+        """New values for all arrays of the model, when nothing is on its way; all that was computed
+        by the old ones is forgotten, and computed again for those who go on.
 
         Raises:
           EngineClosed: when only some of the arrays could be replaced; another error when none.
         """
-        self.drain()
         self._new_weights = Replacement(values), self.stats.weights_version + 1
         try:
             self._replace_weights()

@@ -103,10 +103,6 @@ class Lifecycle:
         self._scheduler.finish(request, hold=request.hold)
         self._memory.remember(request.history, request.salt, from_chunk=generated_from)
 
-    def finish_scored(self, work: Scored) -> None:
-        """Ends what has all its scores."""
-        self._scheduler.finish(work)
-
     def abort(self, work: Request | Scored) -> None:
         """Ends work because nobody wants it any more."""
         if isinstance(work, Request):

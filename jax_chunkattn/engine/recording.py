@@ -76,7 +76,7 @@ class Recorder:
         work.failures, work.version = 0, self._stats.weights_version
         self._stats.scored_tokens += len(scores)
         if work.put(part.position, scores):
-            self._lifecycle.finish_scored(work)
+            self._scheduler.finish(work)
 
     def _stop_tokens_of(self, request: Request) -> frozenset[int]:
         own = frozenset(request.params.stop_token_ids)

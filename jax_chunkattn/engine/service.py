@@ -104,10 +104,7 @@ class Service:
         made: list[Request] = []
 
         def make() -> Result:
-            self.require_open()
-            self._core.drain()
-            self._core.mend()  # a callback may have kept Ctrl-C to itself
-            self.require_open()  # and another may have closed it
+            self._settle()
             child = self.incoming.fork(parent, params, next_token, hold)
             self._core.scheduler.require_fit(child)
             made.append(child)
@@ -131,24 +128,34 @@ class Service:
         """Serves new values for the model's arrays; `finish` lets those who run come to their end
         by the old ones."""
 
+        def values() -> list[Any]:
+            self.require_open()
+            return matching_values(weights, self._core.device.weights)
+
         def update() -> bool:
             self.require_open()
-            self._core.drain()
-            self._core.mend()
-            self.require_open()  # a callback may have closed it
-            values = matching_values(weights, self._core.device.weights)
             if finish and self._core.hold_back(True):
                 self._core.advance()
                 return False
-            self._core.update_weights(values)
+            self._settle()
+            self._core.update_weights(values())
             return True
 
+        if finish:
+            self.turns.run(values)  # what does not fit is refused before anybody waits for it
         try:
             while not self.turns.run(update):
                 pass
         finally:
             if finish:
                 self.turns.leave(self._admit_all)  # waits for nothing: no Ctrl-C can come between
+
+    def _settle(self) -> None:
+        """Takes over all that is on its way; EngineClosed if the engine is closed then."""
+        self.require_open()
+        self._core.drain()
+        self._core.mend()  # a callback may have kept Ctrl-C to itself
+        self.require_open()  # and another may have closed it
 
     def _admit_all(self) -> None:
         self._core.hold_back(False)
