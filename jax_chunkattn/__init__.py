@@ -20,6 +20,8 @@ from jax_chunkattn.engine.search import Hypothesis, beam_search
 from jax_chunkattn.engine.stats import EngineStats, WarmUp
 from jax_chunkattn.planning.planner import PlannerOptions, PlanSummary, plan_decode
 from jax_chunkattn.sampling import SamplingParams, TokenLogprobs
+from jax_chunkattn.training.token_tree import TokenTree
+from jax_chunkattn.training.tree_log_probs import tree_log_probs
 from jax_chunkattn.tree.allocator import ChunkAllocator, PoolExhausted
 from jax_chunkattn.tree.prefix_tree import PrefixTree
 from pallas_kernels import DecodePlan, Window, WindowMap, chunk_attention, prefill_attention
@@ -57,6 +59,7 @@ __all__ = [
     "Score",
     "StreamEvent",
     "TokenLogprobs",
+    "TokenTree",
     "WarmUp",
     "Window",
     "WindowMap",
@@ -67,5 +70,6 @@ __all__ = [
     "chunks_needed",
     "plan_decode",
     "prefill_attention",
+    "tree_log_probs",
     "use_compilation_cache",
 ]

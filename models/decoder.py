@@ -23,6 +23,7 @@ from models.config import DecoderConfig
 from models.rope import Angles, rotate
 from models.weights import BlockWeights, Weight, block_weights, decoder_weights
 from pallas_kernels.softcap import cap_scores
+from pallas_kernels.tree_attention import KEPT
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -160,10 +161,12 @@ class Decoder(nnx.Module):
 
     Norms and rotary angles are computed in float32 whatever `dtype` is, and logits are float32.
     `Decoder(config, rngs=...)` draws random weights; `models.load` reads them from a checkpoint.
-    `unroll` gives each layer arrays of its own instead of a part of stacked ones.
+    `unroll` gives each layer arrays of its own instead of a part of stacked ones. With `remat`, a
+    backward pass computes each layer again from what it was given and what `attend` named `KEPT`.
     """
 
     blocks: Block | nnx.List
+    remat: bool = False
 
     def __init__(
         self,
@@ -213,9 +216,11 @@ class Decoder(nnx.Module):
         def angles_of(kind) -> Angles | None:
             return None if turning is None else (turning[0][kind], turning[1][kind])
 
+        run_block = self._run_block(attend)
         if isinstance(self.blocks, nnx.List):
             for layer, block in enumerate(self.blocks):
-                x, pool = block(x, angles_of(kinds[layer]), pool, jnp.int32(layer), attend)
+                weights = nnx.split(block)
+                x, pool = run_block(*weights, x, angles_of(kinds[layer]), pool, jnp.int32(layer))
             return x, pool
         graphdef, stacked = nnx.split(self.blocks)
         all_alike = len(set(kinds)) == 1
@@ -224,12 +229,24 @@ class Decoder(nnx.Module):
             x, pool = carry
             weights, layer, kind = scanned
             angles = angles_of(0 if all_alike else kind)
-            return nnx.merge(graphdef, weights)(x, angles, pool, layer, attend), None
+            return run_block(graphdef, weights, x, angles, pool, layer), None
 
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         scanned = stacked, layers, jnp.array(kinds, jnp.int32)
         (x, pool), _ = lax.scan(run_layer, (x, pool), scanned)
         return x, pool
+
+    def _run_block(self, attend: Attend) -> Callable[..., tuple[jax.Array, Pool]]:
+        """Runs a layer that is taken apart; in a backward pass from the start, where it should."""
+
+        def run(graphdef, weights, x, angles, pool, layer):
+            return nnx.merge(graphdef, weights)(x, angles, pool, layer, attend)
+
+        if not self.remat:
+            return run
+        kept = jax.checkpoint_policies.save_only_these_names(KEPT)
+        scanned = not isinstance(self.blocks, nnx.List)
+        return jax.checkpoint(run, prevent_cse=not scanned, policy=kept, static_argnums=0)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final norm and unembedding: `hidden [R, E] -> [R, V]` float32."""

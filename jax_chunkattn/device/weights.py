@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 class InvalidWeights(ValueError):
@@ -74,7 +75,8 @@ def _check(name: str, new: Any, old: Any) -> None:
     kinds = [jnp.issubdtype(one.dtype, jnp.floating) for one in (new, old)]
     if kinds[0] != kinds[1] or not (kinds[0] or new.dtype == old.dtype):
         raise InvalidWeights(f"{name} is of {new.dtype}, the model's of {old.dtype}")
-    if isinstance(new, jax.Array) and new.is_deleted():
+    traced = isinstance(new, Tracer)
+    if isinstance(new, jax.Array) and not traced and new.is_deleted():
         raise InvalidWeights(f"{name} has been deleted, or donated to a computation")
 
 

@@ -1,0 +1,1 @@
+"""Losses over sequences that share prefixes, with gradients."""
