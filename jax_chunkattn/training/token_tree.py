@@ -17,7 +17,7 @@ TILE = 64
 """Tokens of a tile. On two cores with AVX-512, for 1,024 tokens and 8 times 128 below them, 9 heads
 of 64, forward and backward take 1.45 times as long with 32, and 1.3 with 256."""
 BLOCK_TOKENS = 128
-"""Tokens whose logits are there at once."""
+"""Tokens whose logits are there at once; T is a multiple of it."""
 
 
 @jax.tree_util.register_dataclass
@@ -26,18 +26,19 @@ class TokenTree:
     """B sequences, those of rollouts say, for `tree_log_probs`: a token that several have behind
     the same tokens is packed, computed and differentiated once.
 
-    The same tree serves any model. Arrays are padded to some sizes, eight for each power of two,
-    so that trees of one kind share compiled programs. Made by `TokenTree.of` on the host.
+    The same tree serves any model. Made by `TokenTree.of` on the host; a program is compiled for
+    each T, B and L there is.
 
-    Letters: T packed tokens in depth-first order, M whose log-probability is asked for, L of the
-    sequence that most are asked for of.
+    Letters: T packed tokens in depth-first order, with padding; L asked for of one sequence, at
+    most.
     """
 
     tokens: Int32[HostOrDevice, " T"]
     plan: TreePlan
-    targets: Int32[HostOrDevice, " M"]  # the tokens whose log-probabilities are asked for
-    previous: Int32[HostOrDevice, " M"]  # for each, the packed token that it follows
-    places: Int32[HostOrDevice, "B L"]  # in `targets`; M where a sequence has no more tokens
+    previous: Int32[HostOrDevice, " T"]  # the packed token each follows; T if it is not asked for
+    places: Int32[
+        HostOrDevice, "B L"
+    ]  # where what is asked for is packed; T where there is no more
     num_tokens: Int32[HostOrDevice, ""]  # packed, padding apart
 
     @classmethod
@@ -47,34 +48,35 @@ class TokenTree:
         begins: Sequence[int] | None = None,
         *,
         width: int | None = None,
+        min_tokens: int = 1,
     ) -> TokenTree:
         """Of sequences of token ids, in any order; prefixes in common are found by comparing them.
 
         Args:
           begins: how many tokens of each sequence are given, its prompt say, and not asked for; at
             least 1. None asks for all tokens but the first.
-          width: L; None takes the most that are asked for of one sequence. With the same one in
-            every step, a jitted step is compiled less often.
+          width: L; None takes the most that are asked for of one sequence.
+          min_tokens: T is the next of eight sizes for each power of two above as many tokens as
+            there are, or above these. As many as any step's tree has make one program do for all.
 
         Raises:
           ValueError: when there is no sequence, one has no token to ask for or no token before it,
             an id is no int32 from 0 on, or a sequence asks for more than `width`.
         """
         arrays, begins = _checked(sequences, begins)
-        asked = [len(tokens) - begin for tokens, begin in zip(arrays, begins, strict=True)]
-        longest = max(asked)
+        longest = max(len(tokens) - begin for tokens, begin in zip(arrays, begins, strict=True))
         if width is not None and longest > width:
             raise ValueError(f"{longest} tokens of a sequence are asked for, and width is {width}")
-        packing = _Packing()
+        packing = _Packing(sum(map(len, arrays)))
         order = sorted(range(len(arrays)), key=lambda index: arrays[index].tolist())
-        for index in order:
-            packing.add(index, arrays[index], begins[index])
-        return packing.tree(begins, longest if width is None else width)
+        paths = {index: packing.add(arrays[index], begins[index]) for index in order}
+        asked = [paths[index] for index in range(len(arrays))]
+        return packing.tree(asked, longest if width is None else width, min_tokens)
 
     @property
     def mask(self) -> Bool[HostOrDevice, "B L"]:
         """Where `tree_log_probs` has a token of a sequence and not padding."""
-        return self.places < len(self.targets)
+        return self.places < len(self.tokens)
 
 
 def _checked(
@@ -102,66 +104,62 @@ def _checked(
 
 
 class _Packing:
-    """Sequences as they are added, each behind those that come before it in their order."""
+    """Sequences as they are added, each behind those that come before it in their order.
 
-    def __init__(self) -> None:
-        self._tokens: list[np.ndarray] = []
-        self._positions: list[np.ndarray] = []
-        self._ends = np.zeros(0, np.int64)
+    A token is followed by those that are packed behind it, in any of its sequences, until one is
+    packed that is not below it.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        """With room for so many tokens."""
+        self._tokens, self._positions, self._ends, self._previous = np.zeros(
+            (4, capacity), np.int32
+        )
+        self._asked = np.zeros(capacity, bool)
         self._count = 0
         self._last = np.zeros(0, np.int32)  # the sequence added last
-        self._path = np.zeros(0, np.int64)  # where each of its tokens is packed
-        self._paths: dict[int, np.ndarray] = {}
-        self._asked: list[np.ndarray] = []
+        self._path = np.zeros(0, np.int32)  # where each of its tokens is packed
 
-    def add(self, index: int, tokens: np.ndarray, begin: int) -> None:
-        """Adds a sequence that no added one comes behind."""
+    def add(self, tokens: np.ndarray, begin: int) -> np.ndarray:
+        """Adds a sequence that no added one comes behind; where those it asks for are packed."""
         shared = _in_common(self._last, tokens)
         self._close(shared)
-        fresh = len(tokens) - shared
-        self._tokens.append(tokens[shared:])
-        self._positions.append(np.arange(shared, len(tokens)))
-        self._path = np.append(self._path[:shared], self._count + np.arange(fresh))
-        self._count += fresh
-        self._ends = np.append(self._ends, np.zeros(fresh, np.int64))
-        self._last = tokens
-        self._paths[index] = self._path
-        self._asked.append(self._path[begin:])
+        fresh = np.arange(self._count, self._count + len(tokens) - shared, dtype=np.int32)
+        path = np.concatenate([self._path[:shared], fresh])
+        self._tokens[path[shared:]] = tokens[shared:]
+        self._positions[path[shared:]] = np.arange(shared, len(tokens))
+        self._previous[path[1:]] = path[:-1]
+        self._asked[path[begin:]] = True
+        self._count += len(fresh)
+        self._last, self._path = tokens, path
+        return path[begin:]
 
-    def tree(self, begins: list[int], width: int) -> TokenTree:
+    def tree(self, asked: list[np.ndarray], width: int, min_tokens: int) -> TokenTree:
+        """Of what was added; `asked` is what `add` said of each sequence."""
         self._close(0)
-        padded = padded_size(self._count, TILE)
-        tokens, positions, ends = (
-            np.pad(array, (0, padded - self._count)).astype(np.int32)
-            for array in (
-                np.concatenate(self._tokens),
-                np.concatenate(self._positions),
-                self._ends,
-            )
-        )
-        plan = TreePlan.of(ends, positions, tile=TILE)
-        plan = TreePlan.of(ends, positions, tile=TILE, pairs=bucket(len(plan.key_tiles)))
-        asked = np.unique(np.concatenate(self._asked))
-        rows = padded_size(len(asked), BLOCK_TOKENS)
-        before = np.zeros(self._count, np.int64)
-        places = np.full((len(begins), width), rows)
-        for index, begin in enumerate(begins):
-            path = self._paths[index]
-            before[path[1:]] = path[:-1]
-            places[index, : len(path) - begin] = np.searchsorted(asked, path[begin:])
-        fill = (0, rows - len(asked))
+        size = padded_size(max(self._count, min_tokens), BLOCK_TOKENS)
+        packed = (self._tokens, self._positions, self._ends)
+        tokens, positions, ends = (_resized(array, size, 0) for array in packed)
+        previous = np.where(self._asked, self._previous, size)
+        places = [_resized(path, width, size) for path in asked]
         return TokenTree(
             tokens,
-            plan,
-            np.pad(tokens[asked], fill),
-            np.pad(before[asked], fill).astype(np.int32),
-            places.astype(np.int32),
+            TreePlan.of(ends, positions, tile=TILE),
+            _resized(previous, size, size),
+            np.stack(places),
             np.array(self._count, np.int32),
         )
 
     def _close(self, depth: int) -> None:
         """No token below this depth of the last sequence gets another one below it."""
         self._ends[self._path[depth:]] = self._count
+
+
+def _resized(array: np.ndarray, size: int, fill: int) -> np.ndarray:
+    """Of `size` numbers: cut, or filled up."""
+    return np.pad(array[:size], (0, max(0, size - len(array))), constant_values=fill).astype(
+        np.int32
+    )
 
 
 def _in_common(one: np.ndarray, other: np.ndarray) -> int:

@@ -67,7 +67,7 @@ def tree_log_probs(
     attend = _attend(model.cache_spec, tree, implementation)
     positions = jnp.asarray(tree.plan.positions)
     hidden, _ = model(jnp.asarray(tree.tokens), positions, None, attend)
-    found = _log_probs(model, hidden, jnp.asarray(tree.previous), jnp.asarray(tree.targets))
+    found = _log_probs(model, hidden, jnp.asarray(tree.previous), jnp.asarray(tree.tokens))
     return found.at[jnp.asarray(tree.places)].get(mode="fill", fill_value=0)
 
 
@@ -101,17 +101,22 @@ def _windows(spec: CacheSpec, layer: Int32[Array, ""]) -> HeadWindows | None:
 def _log_probs(
     model: DecoderModel,
     hidden: Float[Array, "T E"],
-    previous: Int32[Array, " M"],
-    targets: Int32[Array, " M"],
-) -> Float32[Array, " M"]:
-    """Of each target behind the token that it follows, a block at a time, forward and backward."""
+    previous: Int32[Array, " T"],
+    tokens: Int32[Array, " T"],
+) -> Float32[Array, " T"]:
+    """Of each token behind the one that it follows, a block at a time, forward and backward; a
+    block none of which is asked for costs nothing."""
 
     @jax.checkpoint
-    def of_block(block: tuple[Float[Array, "R E"], Int32[Array, " R"]]) -> Float32[Array, " R"]:
-        rows, tokens = block
-        logits = model.logits(rows)
-        chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
+    def of_some(block: tuple[Int32[Array, " R"], Int32[Array, " R"]]) -> Float32[Array, " R"]:
+        before, targets = block
+        logits = model.logits(jnp.take(hidden, before, axis=0, mode="clip"))
+        chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
         return chosen - jax.nn.logsumexp(logits, axis=1)
 
-    rows = jnp.take(hidden, previous, axis=0).reshape(-1, BLOCK_TOKENS, hidden.shape[1])
-    return lax.map(of_block, (rows, targets.reshape(-1, BLOCK_TOKENS))).reshape(-1)
+    def of_block(block):
+        asked = jnp.any(block[0] < len(hidden))
+        return lax.cond(asked, of_some, lambda _: jnp.zeros(BLOCK_TOKENS, jnp.float32), block)
+
+    blocks = (array.reshape(-1, BLOCK_TOKENS) for array in (previous, tokens))
+    return lax.map(of_block, tuple(blocks)).reshape(-1)

@@ -57,12 +57,12 @@ class TreePlan:
         positions: Int32[np.ndarray, " T"],
         *,
         tile: int,
-        pairs: int | None = None,
     ) -> TreePlan:
-        """Of where subtrees end, with room for so many `pairs` of tiles, or those there are.
+        """Of where subtrees end. There is room for all pairs of tiles, whatever the tree, so that
+        programs depend on T alone.
 
         Raises:
-          ValueError: when T is not a multiple of `tile`, or there are more pairs.
+          ValueError: when T is not a multiple of `tile`.
         """
         if len(ends) % tile:
             raise ValueError(f"{len(ends)} tokens are no multiple of a tile of {tile}")
@@ -73,10 +73,7 @@ class TreePlan:
         seen = (tiles[None] <= tiles[:, None]) & (tiles[:, None] <= last[None])
         begin = np.concatenate([[0], seen.sum(axis=1).cumsum()])
         keys = np.nonzero(seen)[1]
-        if pairs is not None:
-            if pairs < len(keys):
-                raise ValueError(f"there are {len(keys)} pairs of tiles, more than {pairs}")
-            keys = np.pad(keys, (0, pairs - len(keys)))
+        keys = np.pad(keys, (0, number * (number + 1) // 2 - len(keys)))
         return cls(
             np.asarray(ends, np.int32),
             np.asarray(positions, np.int32),

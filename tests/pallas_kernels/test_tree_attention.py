@@ -197,5 +197,3 @@ def test_wrong_plans_are_refused():
     ends = np.arange(1, 33, dtype=np.int32)
     with pytest.raises(ValueError, match="32 tokens are no multiple of a tile of 24"):
         TreePlan.of(ends, ends, tile=24)
-    with pytest.raises(ValueError, match="there are 2 pairs of tiles, more than 1"):
-        TreePlan.of(ends, ends, tile=16, pairs=1)

@@ -31,8 +31,8 @@ def test_a_tree_is_the_prefixes_of_its_sequences(cases):
     packed = {}
     for sequence, begin, places in zip(sequences, begins, tree.places, strict=True):
         asked = places[: len(sequence) - begin]
-        assert np.all(places[len(asked) :] == len(tree.targets))
-        assert tree.targets[asked].tolist() == list(sequence[begin:])
+        assert np.all(places[len(asked) :] == len(tree.tokens))
+        assert tree.tokens[asked].tolist() == list(sequence[begin:])
         for place, end in zip(asked, range(begin, len(sequence)), strict=True):
             before = tree.previous[place]
             path = np.nonzero(seen[before])[0]
@@ -41,18 +41,21 @@ def test_a_tree_is_the_prefixes_of_its_sequences(cases):
             assert packed.setdefault(tuple(sequence[:end]), before) == before
     asked = {tuple(s[: end + 1]) for s, b in cases for end in range(b, len(s))}
     assert len(np.unique(tree.places[tree.mask])) == len(asked)
-    np.testing.assert_array_equal(tree.mask, tree.places != len(tree.targets))
+    assert np.sum(tree.previous < len(tree.tokens)) == len(asked)
+    np.testing.assert_array_equal(tree.mask, tree.places != len(tree.tokens))
 
 
 def test_all_tokens_but_the_first_are_asked_for_by_default():
     tree = TokenTree.of([[5, 6, 7], [5, 8]])
-    assert tree.targets[tree.places[0]].tolist() == [6, 7]
+    assert tree.tokens[tree.places[0]].tolist() == [6, 7]
     assert tree.mask.tolist() == [[True, True], [True, False]]
 
 
-def test_a_width_leaves_room():
+def test_a_width_and_a_size_leave_room():
     tree = TokenTree.of([np.array([5, 6, 7])], [2], width=4)
     assert tree.mask.tolist() == [[True, False, False, False]]
+    assert len(tree.tokens) == 128
+    assert len(TokenTree.of([[5, 6, 7]], min_tokens=1025).tokens) == 1152
 
 
 @pytest.mark.parametrize(
