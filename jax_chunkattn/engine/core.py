@@ -281,6 +281,29 @@ class Core:
             self._call_back()
 
     @whole
+    def prune(self, request: Request) -> None:
+        """Ends a request and all that was forked from it, and keeps nothing of them."""
+        live = [*self.scheduler.accepted, *self.scheduler.held]
+        for one in request.lineage.family(work for work in live if isinstance(work, Request)):
+            one.hold = False
+            self.scheduler.drop_held(one)
+            if one in self.scheduler.accepted:
+                try:
+                    self._lifecycle.abort(one)
+                except Exception as error:
+                    self.recover(error)
+        self._call_back()
+
+    @whole
+    def hold(self, request: Request) -> bool:
+        """A request's chunks are to be kept for forks when it has ended; False when they are gone
+        already."""
+        if request.phase is Phase.DONE:
+            return request in self.scheduler.held
+        request.hold = True
+        return True
+
+    @whole
     def let_go(self, request: Request) -> None:
         """A request's chunks need not be kept for forks any longer."""
         request.hold = False

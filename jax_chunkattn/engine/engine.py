@@ -70,9 +70,9 @@ class Engine:
 
     The engine has no thread of its own: it advances while a caller waits for something (`generate`,
     a handle's `stream` or `result`) or calls `step`. All methods may be called from any thread, and
-    from callbacks. A signal's handler, or a finaliser, that interrupts the engine at work may abort
-    and release requests, `close` and read `stats`; the rest raises RuntimeError there. Ctrl-C may
-    come at any time: what it breaks off is computed again.
+    from callbacks. A signal's handler, or a finaliser, that interrupts the engine at work may
+    abort, release and prune requests, `close` and read `stats`; the rest raises RuntimeError there.
+    Ctrl-C may come at any time: what it breaks off is computed again.
 
     The engine keeps the arrays that the model has when the engine is made: whatever is done to the
     model, it sees new weights by `update_weights` only. A trainer must not donate these arrays, or

@@ -190,9 +190,27 @@ class RequestHandle:
         handle = partial(RequestHandle, self._service)
         return self._service.fork(self._request, params, next_token, hold, handle)
 
+    def hold(self) -> bool:
+        """Keeps its chunks when it has ended, as if `submit` had been told to `hold`.
+
+        Returns False when it has ended and they are held no longer: a fork finds in the cache what
+        is left of them.
+        """
+        return self._service.hold(self._request)
+
     def release(self) -> None:
         """Gives up what `hold` keeps; the tokens stay readable. Harmless at any time."""
         self._service.let_go(self._request)
+
+    def prune(self) -> None:
+        """Ends this request and all forks of it, and forks of those, whoever has their handles.
+
+        As `abort` and `release` of each, but at once: none of them decodes a token after others
+        have ended, and if Ctrl-C comes in between, the rest is done before the engine does anything
+        else. Tokens stay readable. Other samples of one `submit_samples` are no forks. Harmless at
+        any time.
+        """
+        self._service.prune(self._request)
 
 
 class PinnedPrefix:

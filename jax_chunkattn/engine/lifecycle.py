@@ -61,6 +61,7 @@ class Lifecycle:
     def fork(self, parent: Request, child: Request) -> None:
         """Queues a fork that fits, with a copy of its parent's sequence if there is room for it."""
         parent.num_forks += 1
+        child.lineage.fork_from(parent.lineage)
         self._fork_sequence(parent, child)
         self.accept([child], forking=False)
 

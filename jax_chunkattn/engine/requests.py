@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 from weakref import ref
 
+from jax_chunkattn.engine.lineage import Lineage
 from jax_chunkattn.engine.outputs import Completion, RequestFailed, Score, StreamEvent
 from jax_chunkattn.engine.text import TextStream
 from jax_chunkattn.planning.scored_tokens import UNSCORED
@@ -235,11 +236,11 @@ class Request(Work):
     `in_flight` counts, of calls to the device whose results are not here yet, the tokens they can
     choose for this request; `writes_in_flight` the positions they can write. `siblings` are samples
     of the same prompt that wait to be forked from this one; `parent` is what this one was forked
-    from, until it is first admitted. `tail_slot` is where its exact last chunk lies, and `written`
-    how many positions may have been written when that was (`engine.tails`). `ends` are how many
-    tokens and characters there were after each addition, `num_read` and `num_told` how many
-    additions a stream and the callback have had. `weights` are the versions of the model's that its
-    tokens were chosen by.
+    from, until it is first admitted; `lineage` says so for good. `tail_slot` is where its exact
+    last chunk lies, and `written` how many positions may have been written when that was
+    (`engine.tails`). `ends` are how many tokens and characters there were after each addition,
+    `num_read` and `num_told` how many additions a stream and the callback have had. `weights` are
+    the versions of the model's that its tokens were chosen by.
     """
 
     params: SamplingParams
@@ -261,12 +262,14 @@ class Request(Work):
     writes_in_flight: int = field(default=0, init=False)
     num_forks: int = field(default=0, init=False)
     parent: Request | None = field(default=None, init=False)
+    lineage: Lineage = field(init=False)
     tail_slot: int | None = field(default=None, init=False)
     written: int = field(default=0, init=False)
     admitted: bool = field(default=False, init=False)
     _adding: Addition | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        self.lineage = Lineage(self)
         # What a fork has of its parent's answer is in none of its events.
         self._begin = len(self.tokens), len(self.text)
 

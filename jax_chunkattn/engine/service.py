@@ -188,6 +188,14 @@ class Service:
         for request in requests:
             self.turns.leave(partial(self._core.abort, request))
 
+    def prune(self, request: Request) -> None:
+        """Ends a request and all that was forked from it, and keeps nothing of them."""
+        self.turns.see_through(partial(self._core.prune, request))
+
+    def hold(self, request: Request) -> bool:
+        """A request's chunks are to be kept when it has ended; False when they are gone."""
+        return self.turns.run(partial(self._core.hold, request))
+
     def let_go(self, request: Request) -> None:
         """A request's chunks need not be kept for forks any longer."""
         self.turns.change(partial(self._core.let_go, request))

@@ -65,7 +65,7 @@ class Turns:
         if self.interrupted:
             raise RuntimeError(
                 "the engine was called by a signal's handler or a finaliser that interrupted it at "
-                "work: only stats, close, abort and release can be used there"
+                "work: only stats, close, abort, release and prune can be used there"
             )
 
     def change(self, change: Callable[[], None]) -> None:
@@ -77,6 +77,12 @@ class Turns:
             self.leave(change)
         else:
             self.run(change)
+
+    def see_through(self, change: Callable[[], None]) -> None:
+        """As `change`; if Ctrl-C breaks it off, the next turn makes it, whoever's that is."""
+        self.leave(change)
+        if not self.interrupted:
+            self.run(lambda: None)
 
     def leave(self, change: Callable[[], None]) -> None:
         """Leaves a change for the next turn. Takes no lock and waits for nothing."""

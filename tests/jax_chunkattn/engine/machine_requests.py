@@ -78,6 +78,7 @@ class Tracked:
       namespace: what its prompt shares chunks with.
       hold: its chunks are to be kept when it has ended, as far as is known.
       siblings: samples that wait to be forked from it.
+      parent: that it was forked from.
       given, given_text, given_logprobs: what it had when it was made: nothing, but for forks.
       read: events that streams of it gave.
       stream: one that has been left open.
@@ -92,6 +93,7 @@ class Tracked:
     listener: Listener | None = None
     hold: bool = False
     siblings: list[Tracked] = field(default_factory=list)
+    parent: Tracked | None = None
     read: list[StreamEvent] = field(default_factory=list)
     stream: Generator[StreamEvent] | None = None
     num_forks: int = 0
@@ -106,6 +108,10 @@ class Tracked:
 
     def __repr__(self) -> str:
         return repr(self.handle)
+
+    def descends_from(self, other: Tracked) -> bool:
+        """Whether it is the other, or a fork of it, or a fork of a fork."""
+        return self is other or (self.parent is not None and self.parent.descends_from(other))
 
     @property
     def spans(self) -> list[tuple[int, int, int]]:

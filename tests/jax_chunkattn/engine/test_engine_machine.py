@@ -69,6 +69,7 @@ COMMON = {
     "partial chunk copied",
     "pinned",
     "preempted",
+    "pruned a fork",
     "scored",
     "stop string",
     "stop token",
@@ -80,8 +81,10 @@ RARE = {
     "forked in a callback",
     "held lost",
     "held released",
+    "held late",
     "late error",
     "pin refused",
+    "pruned a held fork",
     "request refused",
     "reset with requests active",
     "samples forked",
@@ -327,7 +330,7 @@ class EngineMachine(RuleBasedStateMachine):
         copied = self.engine.stats.forks - before
         self.counts["forks"] += copied
         self.saw("fork copied" if copied else "fork recomputed")
-        self.track(handle, parent.namespace, hold=hold)
+        self.track(handle, parent.namespace, hold=hold).parent = parent
 
     def has_no_next(self, parent: Tracked, params, next_token) -> bool:
         tokens = list(parent.handle.tokens)
@@ -392,6 +395,32 @@ class EngineMachine(RuleBasedStateMachine):
         self.saw(f"aborted in {tracked.handle.state}")
         if tracked.siblings and tracked.handle.state != "decode":
             self.saw("aborted with siblings")
+
+    @precondition(lambda self: any(tracked.parent for tracked in self.requests))
+    @rule(data=st.data())
+    def prune(self, data) -> None:
+        """A request that has forks, or that had, or any."""
+        parents = [tracked.parent for tracked in self.requests if tracked.parent is not None]
+        root = pick(data, parents)
+        family = [tracked for tracked in self.requests if tracked.descends_from(root)]
+        for tracked in family:
+            if not tracked.handle.done:
+                self.note_abort(tracked)
+                self.saw("pruned a fork", tracked is not root)
+            self.saw("pruned a held fork", tracked.hold and tracked.verified)
+        root.handle.prune()
+        for tracked in family:
+            assert tracked.handle.done
+            tracked.hold = False
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def hold(self, data) -> None:
+        tracked = pick(data, self.open() or self.requests)
+        held = tracked.handle.hold()
+        assert held == (tracked.hold if tracked.verified else True)
+        self.saw("held late", held and not tracked.hold)
+        tracked.hold = held
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
