@@ -6,6 +6,7 @@ from jax_chunkattn.device.model_interface import CacheSpec, DecoderModel
 from jax_chunkattn.device.pool import ChunkPool, allocate_pool
 from jax_chunkattn.device.weights import InvalidWeights
 from jax_chunkattn.engine.admission import InvalidRequest, RequestLimits, chunks_needed
+from jax_chunkattn.engine.beam_search import Hypothesis, beam_search
 from jax_chunkattn.engine.engine import Engine
 from jax_chunkattn.engine.handle import PinnedPrefix, RequestHandle
 from jax_chunkattn.engine.outputs import (
@@ -16,7 +17,6 @@ from jax_chunkattn.engine.outputs import (
     Score,
     StreamEvent,
 )
-from jax_chunkattn.engine.search import Hypothesis, beam_search
 from jax_chunkattn.engine.stats import EngineStats, WarmUp
 from jax_chunkattn.planning.planner import PlannerOptions, PlanSummary, plan_decode
 from jax_chunkattn.sampling import SamplingParams, TokenLogprobs

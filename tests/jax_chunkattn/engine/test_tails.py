@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jax_chunkattn import SamplingParams
-from jax_chunkattn.engine.search import beam_search
+from jax_chunkattn.engine.beam_search import beam_search
 from jax_chunkattn.engine.tails import Tails
 from tests.jax_chunkattn.engine.engines import assert_all_returned, make_engine, run
 from tests.jax_chunkattn.rule.features import MARKED
