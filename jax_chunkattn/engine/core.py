@@ -171,7 +171,7 @@ class Core:
         if not rows:
             return False
         self._note_memory()
-        ordered = [rows[row] for row in self.tree.rows() if row in rows]
+        ordered = [rows[row] for row in self.tree.in_order(rows)]
         plan = self._rows.plan(self.tree, ordered)
         slots = [request.placed_slot for request in ordered]
         sent = self.device.decode(slots, plan, self._steps_per_call)

@@ -7,7 +7,7 @@ pool changes nothing. Host only: it deals in chunk ids and never touches the dev
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
@@ -201,6 +201,14 @@ class PrefixTree:
         if self._rows is None:
             self._rows = sorted(self._sequences, key=lambda sequence: sequence.path)
         return list(self._rows)
+
+    def in_order(self, some: Collection[SequenceHandle]) -> list[SequenceHandle]:
+        """Those of ``some`` that are active, in the order of `rows`. When others are many, as those
+        are that a search holds, they are not sorted."""
+        if self._rows is None and 2 * len(some) < len(self._sequences):
+            few = (sequence for sequence in self._sequences if sequence in some)
+            return sorted(few, key=lambda sequence: sequence.path)
+        return [sequence for sequence in self.rows() if sequence in some]
 
     # Sequences.
 

@@ -289,6 +289,20 @@ def test_rows_keep_insertion_order_among_equals_and_follow_changes():
     assert len(tree.rows()) == 2
 
 
+def test_some_rows_are_in_the_order_of_all():
+    tree = PrefixTree(64, 4)
+    prompts = [C, A + B, [*A, 2], [*A, 2], A + C, [*A, 2], D, A + B + [7], A, A]
+    sequences = [insert_computed(tree, prompt) for prompt in prompts]
+    gone = insert_computed(tree, B)
+    tree.release(gone)
+    few, many = {*sequences[2:6:3], sequences[9], gone}, {*sequences[1:], gone}
+    ordered_before = [tree.in_order(some) for some in (few, many)]
+    rows = tree.rows()
+    for some, before in zip((few, many), ordered_before, strict=True):
+        assert before == tree.in_order(some) == [row for row in rows if row in some]
+        assert len(before) == len(some) - 1
+
+
 def test_version_stands_while_rows_and_chunks_stand():
     tree = PrefixTree(16, 4)
     cache(tree, D)
