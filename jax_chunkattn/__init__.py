@@ -17,7 +17,17 @@ from jax_chunkattn.engine.outputs import (
     Score,
     StreamEvent,
 )
+from jax_chunkattn.engine.search_expansion import (
+    Candidate,
+    Continuations,
+    Expansion,
+    NextTokens,
+    SearchNode,
+)
+from jax_chunkattn.engine.search_selection import Beam, BestFirst, Puct, Selected
+from jax_chunkattn.engine.search_tree import SearchTree
 from jax_chunkattn.engine.stats import EngineStats, WarmUp
+from jax_chunkattn.engine.tree_search import SearchFailed, tree_search
 from jax_chunkattn.planning.planner import PlannerOptions, PlanSummary, plan_decode
 from jax_chunkattn.sampling import SamplingParams, TokenLogprobs
 from jax_chunkattn.training.token_tree import TokenTree
@@ -31,32 +41,43 @@ from pallas_kernels.selection import ChunkSelector
 __version__ = "0.1.0"
 
 __all__ = [
+    "Beam",
+    "BestFirst",
     "CacheConfig",
     "CacheSpec",
+    "Candidate",
     "ChunkAllocator",
     "ChunkPool",
     "ChunkSelector",
     "Completion",
+    "Continuations",
     "DecodePlan",
     "DecoderModel",
     "Engine",
     "EngineClosed",
     "EngineStats",
+    "Expansion",
     "HeadClusters",
     "Hypothesis",
     "InvalidRequest",
     "InvalidWeights",
+    "NextTokens",
     "Output",
     "PinnedPrefix",
     "PlanSummary",
     "PlannerOptions",
     "PoolExhausted",
     "PrefixTree",
+    "Puct",
     "RequestFailed",
     "RequestHandle",
     "RequestLimits",
     "SamplingParams",
     "Score",
+    "SearchFailed",
+    "SearchNode",
+    "SearchTree",
+    "Selected",
     "StreamEvent",
     "TokenLogprobs",
     "TokenTree",
@@ -71,5 +92,6 @@ __all__ = [
     "plan_decode",
     "prefill_attention",
     "tree_log_probs",
+    "tree_search",
     "use_compilation_cache",
 ]
