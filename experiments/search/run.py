@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from rich.text import Text
@@ -22,36 +21,21 @@ from experiments.loading import LoadOptions, ModelSource, load_model
 from experiments.prompts import chat_tokens
 from experiments.search.config import SearchConfig
 from jax_chunkattn import (
+    Beam,
     CacheConfig,
+    Continuations,
     Engine,
     EngineStats,
-    RequestHandle,
     SamplingParams,
+    SearchNode,
+    SearchTree,
+    tree_search,
 )
 from jax_chunkattn.engine.admission import chunks_to_finish
+from jax_chunkattn.engine.search_expansion import mean_logprob
+from jax_chunkattn.engine.search_tree import ROOT
 from models import LoadedModel
 from models.tokenizer import ChatTokenizer
-
-
-@dataclass(eq=False)
-class Branch:
-    """A partial answer: where it begins in its request's tokens, and how likely its own are."""
-
-    handle: RequestHandle
-    begin: int
-    depth: int
-    children: list[Branch] = field(default_factory=list)
-    kept: bool = False
-
-    @property
-    def score(self) -> float:
-        """Mean log-probability of all tokens of the answer so far."""
-        logprobs = [one.chosen for one in self.handle.logprobs]
-        return sum(logprobs) / len(logprobs)
-
-    @property
-    def stopped(self) -> bool:
-        return self.handle.finish_reason == "stop"
 
 
 @compilation_cache()
@@ -69,51 +53,50 @@ def search(
     cache = cache_of(config, loaded, len(prompt))
     folder.begin(environment, prompt_tokens=len(prompt))
     with _engine(config, loaded, loaded.tokenizer, cache) as engine:
-        root = grow(engine, prompt, config, folder)
-    answers = [branch for branch in everything_below(root) if not branch.children]
-    best = max(answers, key=lambda branch: (branch.stopped, branch.score))
-    make_console().print(_drawn(config, root, best))
+        tree = grow(engine, prompt, config, loaded.tokenizer, folder)
+    best = tree.best()
+    texts = [_text(loaded.tokenizer, tree, node) for node in range(tree.num_nodes)]
+    make_console().print(_drawn(config, tree, texts, best))
     summary = {
         "experiment": "search",
         **{name: getattr(config, name) for name in ("question", "width", "keep", "depth")},
         "tokens": config.tokens,
         "seed": config.seed,
-        "answer": best.handle.text,
-        "score": round(best.score, 4),
-        **_sharing(engine.stats, len(prompt), root),
+        "answer": texts[best],
+        "score": round(float(tree.raw_values[best]), 4),
+        **_sharing(engine.stats, len(prompt), tree),
         "environment": environment,
     }
     return finish(folder, summary)
 
 
 def grow(
-    engine: Engine, prompt: Sequence[int], config: SearchConfig, folder: ResultFolder
-) -> Branch:
-    """The tree: its root is the answer's likeliest first token, replaced in each first branch."""
-    first = SamplingParams(1, logprobs=config.width, ignore_eos=True)
-    root = Branch(engine.submit(prompt, first, hold=True), 0, 0)
-    starts = [token for token, _ in root.handle.result().logprobs[0].top]
-    going_on = [root]
-    for depth in range(1, config.depth + 1):
-        for parent in going_on:
-            parent.kept = True
-            for index in range(config.width):
-                child = _branch(parent, config, starts[index] if parent is root else None, index)
-                parent.children.append(child)
-        fresh = [child for parent in going_on for child in parent.children]
-        for child in fresh:
-            child.handle.result()
-            folder.write_record(_record(child))
-        for parent in going_on:
-            parent.handle.release()
-        fresh.sort(key=lambda branch: -branch.score)
-        going_on = [branch for branch in fresh if not branch.stopped][: config.keep]
-        for branch in fresh:
-            if depth == config.depth or branch not in going_on:
-                branch.handle.release()
-        if not going_on:
-            break
-    return root
+    engine: Engine,
+    prompt: Sequence[int],
+    config: SearchConfig,
+    tokenizer: ChatTokenizer,
+    folder: ResultFolder,
+) -> SearchTree:
+    """The tree, each of whose branches is recorded as it comes."""
+
+    def evaluate(nodes: Sequence[SearchNode]) -> list[float]:
+        scores = mean_logprob(nodes)
+        for node, score in zip(nodes, scores, strict=True):
+            folder.write_record(_record(tokenizer, node, score))
+        return scores
+
+    sampling = SamplingParams(temperature=config.temperature, seed=config.seed)
+    return tree_search(
+        engine,
+        prompt,
+        expand=Continuations(config.width, config.tokens, sampling),
+        evaluate=evaluate,
+        select=Beam(config.keep),
+        num_simulations=1 + config.keep * (config.depth - 1),
+        max_tokens=config.depth * config.tokens,
+        max_depth=config.depth,
+        stop_tokens=tokenizer.stop_ids,
+    )
 
 
 def cache_of(config: SearchConfig, loaded: LoadedModel, prompt_tokens: int) -> CacheConfig:
@@ -151,65 +134,54 @@ def _engine(
     return Engine(
         loaded.model,
         cache,
-        tokenizer=tokenizer,
         stop_tokens=tokenizer.stop_ids,
         max_running=config.keep * config.width,
     )
 
 
-def _sharing(stats: EngineStats, prompt_tokens: int, root: Branch) -> dict[str, int]:
+def _sharing(stats: EngineStats, prompt_tokens: int, tree: SearchTree) -> dict[str, int]:
     """What the search did, and would have done without sharing."""
-    branches = everything_below(root)
+    begins = [len(tree.answer(int(parent))) for parent in tree.parents[ROOT + 1 :]]
     return {
-        "branches": len(branches),
+        "branches": len(begins),
         "forked": stats.forks,
         "prefill_tokens_computed": stats.prefill_tokens,
-        "prefill_tokens_without_sharing": sum(
-            prompt_tokens + branch.begin for branch in (root, *branches)
-        ),
+        "prefill_tokens_without_sharing": sum(prompt_tokens + begin for begin in (0, *begins)),
         "decode_tokens": stats.decode_tokens,
         "kv_bytes_held": stats.kv_bytes_held,
         "kv_bytes_unshared": stats.kv_bytes_unshared,
     }
 
 
-def _branch(parent: Branch, config: SearchConfig, next_token: int | None, index: int) -> Branch:
-    begin = 0 if next_token is not None else len(parent.handle.tokens)
-    params = SamplingParams(
-        max_tokens=begin + config.tokens,
-        temperature=config.temperature,
-        seed=config.seed + 1000 * parent.depth + index,
-        logprobs=0,
-    )
-    handle = parent.handle.fork(params, next_token=next_token, hold=True)
-    return Branch(handle, begin, parent.depth + 1)
-
-
-def everything_below(root: Branch) -> list[Branch]:
-    """All branches, each before those that go on from it."""
-    return [branch for child in root.children for branch in (child, *everything_below(child))]
-
-
-def _record(branch: Branch) -> dict[str, Any]:
+def _record(tokenizer: ChatTokenizer, node: SearchNode, score: float) -> dict[str, Any]:
     return {
         "kind": "branch",
-        "depth": branch.depth,
-        "text": branch.handle.text,
-        "tokens": list(branch.handle.tokens),
-        "score": round(branch.score, 4),
-        "stopped": branch.stopped,
+        "depth": node.depth,
+        "text": _decoded(tokenizer, node.tokens, node.stopped),
+        "tokens": list(node.tokens),
+        "score": round(score, 4),
+        "stopped": node.stopped,
     }
 
 
-def _drawn(config: SearchConfig, root: Branch, best: Branch) -> Tree:
+def _text(tokenizer: ChatTokenizer, tree: SearchTree, node: int) -> str:
+    return _decoded(tokenizer, tree.answer(node), bool(tree.stopped[node]))
+
+
+def _decoded(tokenizer: ChatTokenizer, tokens: Sequence[int], stopped: bool) -> str:
+    """Without the stop token."""
+    return tokenizer.decode(tokens[: len(tokens) - stopped])
+
+
+def _drawn(config: SearchConfig, tree: SearchTree, texts: Sequence[str], best: int) -> Tree:
     drawn = Tree(Text(config.question, style="bold"))
 
-    def add(branch: Branch, to: Tree, shown: int) -> None:
-        for child in branch.children:
-            text = " ".join(child.handle.text[shown:].split())
-            style = "bold green" if child is best else ("" if child.kept else "dim")
-            node = to.add(Text(f"{child.score:6.3f}  {text}", style=style))
-            add(child, node, len(child.handle.text))
+    def add(node: int, to: Tree) -> None:
+        for child in tree.children_of(node):
+            text = " ".join(texts[child][len(texts[node]) :].split())
+            goes_on = bool(tree.children_of(child))
+            style = "bold green" if child == best else ("" if goes_on else "dim")
+            add(child, to.add(Text(f"{tree.raw_values[child]:6.3f}  {text}", style=style)))
 
-    add(root, drawn, 0)
+    add(ROOT, drawn)
     return drawn
