@@ -27,7 +27,18 @@ from hypothesis.stateful import (
     rule,
 )
 
-from jax_chunkattn import InvalidRequest, PoolExhausted, RequestFailed, SamplingParams
+from jax_chunkattn import (
+    Beam,
+    BestFirst,
+    InvalidRequest,
+    NextTokens,
+    PoolExhausted,
+    Puct,
+    RequestFailed,
+    SamplingParams,
+    TokenLogprobs,
+    tree_search,
+)
 from jax_chunkattn.engine.admission import chunks_to_finish
 from jax_chunkattn.sampling import each_sample, fork_seed
 from models.decoder import Decoder
@@ -71,6 +82,7 @@ COMMON = {
     "preempted",
     "pruned a fork",
     "scored",
+    "searched",
     "stop string",
     "stop token",
     "stream left",
@@ -461,6 +473,43 @@ class EngineMachine(RuleBasedStateMachine):
             assert score.tokens == tuple(tokens)
             params = SamplingParams(len(tokens), logprobs=top)
             self.agreement.check_logprobs(prompt, params, tokens, score.logprobs)
+
+    @rule(
+        prompt=PROMPTS,
+        width=st.integers(1, 3),
+        salt=SALTS,
+        policy=st.sampled_from([Puct(), Puct(batch=2), BestFirst(), Beam(1)]),
+        sometimes=st.integers(0, 1),
+    )
+    def search(self, prompt, width, salt, policy, sometimes) -> None:
+        """While requests are there, which go on meanwhile; nothing is left of it."""
+        if sometimes:
+            return
+        fits = self.fits(prompt, 4, self.namespace(salt), self.pinned())
+        submitted = self.engine.stats.submitted - self.counts["submitted"]
+        try:
+            tree = tree_search(
+                self.engine,
+                prompt,
+                expand=NextTokens(width),
+                select=policy,
+                num_simulations=4,
+                max_tokens=4,
+                salt=salt,
+            )
+        except PoolExhausted:
+            assert not fits
+            return self.saw("search refused")
+        assert fits
+        self.saw("searched")
+        requests = self.engine.stats.submitted - self.counts["submitted"] - submitted
+        self.counts["submitted"] += requests
+        self.counts["length"] += requests
+        for node in range(1, tree.num_nodes):
+            tokens = tree.answer(node)
+            logprobs = [TokenLogprobs(value) for value in tree.answer_logprobs(node)]
+            params = SamplingParams(len(tokens), logprobs=0)
+            self.agreement.check_logprobs(prompt, params, tokens, logprobs)
 
     @rule(tokens=PROMPTS, salt=SALTS, sometimes=st.integers(0, 2))
     def pin_sometimes(self, tokens, salt, sometimes) -> None:
