@@ -53,8 +53,9 @@ def tree_search(
     what is sampled, the same tree is grown each time.
 
     Nodes that may be expanded are held, the others let go. When the pool runs short those held the
-    longest lose what they hold: expanding them computes it again, and the tree is the same. When
-    the search ends, in whatever way, Ctrl-C included, nothing of it is running or held.
+    longest lose what they hold: expanding them computes it again, and the tree is the same. Where
+    full chunks are encoded, so do last chunks of leaves that have no slot any more. When the search
+    ends, in whatever way, Ctrl-C included, nothing of it is running or held.
 
     Args:
       expand: how nodes go on, for instance `NextTokens()` or `Continuations()`.

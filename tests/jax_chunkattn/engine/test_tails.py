@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jax_chunkattn import SamplingParams
-from jax_chunkattn.engine.beam_search import beam_search
+from jax_chunkattn import Beam, NextTokens, Puct, SamplingParams, beam_search, tree_search
 from jax_chunkattn.engine.tails import Tails
 from tests.jax_chunkattn.engine.engines import assert_all_returned, make_engine, run
 from tests.jax_chunkattn.rule.features import MARKED
@@ -116,3 +115,25 @@ def test_beams_prefill_their_prompt_alone(monkeypatch):
     assert [one.tokens for one in found] == [one.tokens for one in again]
     for one, other in zip(found, again, strict=True):
         assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def test_leaves_of_a_tree_whose_tails_are_gone_compute_them_again(monkeypatch):
+    """There are more leaves than slots; the tree is as if each had been computed by itself."""
+
+    def search(select):
+        engine = make()
+        tree = tree_search(
+            engine, PROMPT, expand=NextTokens(3), select=select, num_simulations=20, max_tokens=20
+        )
+        assert_all_returned(engine)
+        return tree, engine.stats.prefill_tokens - len(PROMPT)
+
+    assert search(Beam(3))[1] == 0
+    tree, computed = search(Puct())
+    assert computed > 0
+    monkeypatch.setattr(Tails, "to_begin_with", lambda self, fork: None)
+    again, by_itself = search(Puct())
+    assert by_itself > computed
+    assert tree.parents.tolist() == again.parents.tolist()
+    assert tree.tokens.tolist() == again.tokens.tolist()
+    assert tree.values == pytest.approx(again.values, abs=1e-4)
