@@ -26,6 +26,8 @@ from experiments.doctor.command import DOCTOR
 from experiments.engine.command import ENGINE
 from experiments.generate.command import GENERATE
 from experiments.gpu.command import GPU
+from experiments.gradients.command import GRADIENTS
+from experiments.grpo.command import GRPO
 from experiments.harness.commands import Command, Experiment
 from experiments.harness.console import quiet_consoles
 from experiments.harness.errors import CheckFailed, user_errors
@@ -77,6 +79,8 @@ EXPERIMENTS: dict[str, Experiment[Any]] = {
         CACHE,
         SEARCH,
         SCORE,
+        GRADIENTS,
+        GRPO,
         SPARSE,
         MINOR,
         ENGINE,

@@ -29,6 +29,8 @@ VIEWS: dict[str, str] = {
     "engine": "experiments.engine.views",
     "generate": "experiments.generate.views",
     "gpu": "experiments.gpu.views",
+    "gradients": "experiments.gradients.views",
+    "grpo": "experiments.grpo.views",
     "heads": "experiments.heads.views",
     "kernel": "experiments.kernel.views",
     "clusters": "experiments.clusters.views",

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from experiments.harness.environment import describe_environment
 from experiments.harness.errors import UserError
 from experiments.harness.reading import Record
 from experiments.harness.results import ResultFolder
+from experiments.harness.state_files import StateFiles
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
 from experiments.heads.config import HeadsConfig
@@ -85,6 +85,7 @@ class _Finding(OverText[HeadsConfig]):
         self, config: HeadsConfig, source: ModelSource, text: str, folder: ResultFolder
     ) -> None:
         super().__init__(config, source, text, folder)
+        self._states = StateFiles(folder.path, "gates")
         self._training: GateTraining | None = None
 
     @property
@@ -110,8 +111,7 @@ class _Finding(OverText[HeadsConfig]):
 
     def forget_state(self) -> None:
         """Delete what only going on needs."""
-        for path in self._state_paths():
-            path.unlink()
+        self._states.keep()
 
     def _names_of(self, chooser: str) -> list[str]:
         if chooser != "random":
@@ -163,9 +163,8 @@ class _Finding(OverText[HeadsConfig]):
                 random=np.random.default_rng((config.seed, step)),
             )
             losses.append(training.step(tokens, labels))
-        training.save(self._state_path(end))
-        for path in {*self._state_paths()} - {self._state_path(begin), self._state_path(end)}:
-            path.unlink()  # that of `begin` is needed until this record is written
+        training.save(self._states.path(end))
+        self._states.keep(begin, end)  # that of `begin` is needed until this record is written
         distances, mean_gates = zip(*losses, strict=True)
         return {
             "kind": "gates",
@@ -189,16 +188,10 @@ class _Finding(OverText[HeadsConfig]):
             )
             if step:
                 try:
-                    self._training.restore(self._state_path(step))
+                    self._training.restore(self._states.path(step))
                 except HeadPatternError as error:
                     raise UserError(f"{error}; begin anew with --fresh") from error
         return self._training
-
-    def _state_path(self, step: int) -> Path:
-        return self._folder.path / f"gates-{step:06}.npz"
-
-    def _state_paths(self) -> list[Path]:
-        return list(self._folder.path.glob("gates-*.npz"))
 
     @functools.cached_property
     def _tokens(self) -> np.ndarray:

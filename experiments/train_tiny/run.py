@@ -6,7 +6,6 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from experiments.harness.errors import UserError
 from experiments.harness.progress import PhaseDisplay, phase_display
 from experiments.harness.reading import Record
 from experiments.harness.results import ResultFolder
+from experiments.harness.state_files import StateFiles
 from experiments.harness.units import measure_units, tell_taken_over
 from experiments.harness.views import finish
 from experiments.prompts import given_text, text_name
@@ -67,6 +67,7 @@ class _Training:
     def __init__(self, config: TrainTinyConfig, text: str, folder: ResultFolder) -> None:
         self._config = config
         self._folder = folder
+        self._states = StateFiles(folder.path)
         tokens = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
         needed = config.held_out + 2 * config.context + 1
         if len(tokens) < needed:
@@ -117,8 +118,7 @@ class _Training:
 
     def forget_state(self) -> None:
         """Delete what only going on needs."""
-        for path in self._state_paths():
-            path.unlink()
+        self._states.keep()
 
     def _blocks(self) -> Iterator[tuple[str, tuple[int, int]]]:
         steps, size = self._config.steps, self._config.save_every
@@ -135,9 +135,8 @@ class _Training:
             detail = f"{losses[-1] / math.log(2):.2f} bits a byte" if losses else ""
             display.update("train", step, self._config.steps, detail=detail)
             losses.append(training.step(*self._sequences(step)))
-        training.save(self._state_path(end))
-        for path in {*self._state_paths()} - {self._state_path(begin), self._state_path(end)}:
-            path.unlink()  # that of `begin` is needed until this record is written
+        training.save(self._states.path(end))
+        self._states.keep(begin, end)  # that of `begin` is needed until this record is written
         seconds = time.perf_counter() - began
         return {
             "kind": "steps",
@@ -202,13 +201,7 @@ class _Training:
             )
             if step:
                 try:
-                    self._training.restore(self._state_path(step))
+                    self._training.restore(self._states.path(step))
                 except CheckpointError as error:
                     raise UserError(f"{error}; begin anew with --fresh") from error
         return self._training
-
-    def _state_path(self, step: int) -> Path:
-        return self._folder.path / f"state-{step:06}.npz"
-
-    def _state_paths(self) -> list[Path]:
-        return list(self._folder.path.glob("state-*.npz"))

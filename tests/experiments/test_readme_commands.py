@@ -31,6 +31,8 @@ LONG = (
     "decode",
     "engine",
     "generate",
+    "gradients",
+    "grpo",
     "heads",
     "clusters",
     "kernel --suite paper --memory-gb",

@@ -1,0 +1,1 @@
+"""Gradients through a tree of sequences, beside those of a padded batch."""

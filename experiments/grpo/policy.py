@@ -1,0 +1,178 @@
+"""The two ways to sample and to learn: shared, and every sample by itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Float32, Int32
+
+from experiments.baselines.padded_batch import padded_log_probs
+from experiments.grpo import objective, task
+from experiments.grpo.config import HEAD_DIM, GrpoConfig
+from jax_chunkattn import CacheConfig, Engine, SamplingParams, TokenTree, tree_log_probs
+from jax_chunkattn.engine.admission import chunks_to_finish
+from jax_chunkattn.sampling.seeds import each_sample
+from models.config import DecoderConfig
+from models.decoder import Decoder
+
+CHUNK_SIZE = 16
+PADDED_AT_ONCE = 64
+"""Sequences of the padded batch that are differentiated together."""
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The samples of a step, B of L tokens, those of a group one after another."""
+
+    prompts: list[list[int]]
+    tokens: Int32[np.ndarray, "B L"]
+    logprobs: Float32[np.ndarray, "B L"]
+
+
+class Policy:
+    """A decoder that is trained, an engine with the same weights, and the optimiser between them.
+
+    Attributes:
+      compile_seconds: what compiling programs that learn has taken.
+    """
+
+    def __init__(self, config: GrpoConfig, way: str) -> None:
+        self._config = config
+        self._shared = way == "shared"
+        self._model = first_model(config)
+        self._first = nnx.state(self._model)
+        self._optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(config.rate))
+        self.weights = jax.tree.map(jnp.copy, self._first)
+        self.moments = self._optimiser.init(self.weights)
+        self._programs: dict[Any, Any] = {}
+        self.compile_seconds = 0.0
+        self._engine = self._make_engine()
+        self._engine.warm_up()
+
+    def restore(self, weights: Any, moments: Any) -> None:
+        """Goes on from what was saved of another."""
+        self.weights, self.moments = weights, moments
+        self._engine.update_weights(weights)
+
+    def sample(self, step: int, asked: Sequence[list[int]]) -> Rollouts:
+        """The groups of a step's questions."""
+        config = self._config
+        prompts = [task.prompt_of(config, digits) for digits in asked]
+        seeds = np.random.default_rng((config.seed, 2, step)).integers(0, 2**31, len(prompts))
+        params = [
+            SamplingParams(
+                config.digits,
+                n=config.samples,
+                temperature=1.0,
+                seed=int(seed),
+                logprobs=0,
+                ignore_eos=True,
+            )
+            for seed in seeds
+        ]
+        if self._shared:
+            groups = self._engine.generate(prompts, params)
+            samples = [sample for group in groups for sample in group.samples]
+        else:
+            handles = [
+                self._engine.submit(prompt, own, salt=f"{step} {group} {number}")
+                for group, (prompt, one) in enumerate(zip(prompts, params, strict=True))
+                for number, own in enumerate(each_sample(one))
+            ]
+            samples = [handle.result() for handle in handles]
+        return Rollouts(
+            [prompt for prompt in prompts for _ in range(config.samples)],
+            np.array([one.tokens for one in samples], np.int32),
+            np.array([[token.chosen for token in one.logprobs] for one in samples], np.float32),
+        )
+
+    def learn(self, rollouts: Rollouts, advantages: Float32[np.ndarray, " B"]) -> tuple[int, float]:
+        """A step of the optimiser; how many tokens it was of, and what compiling for it took."""
+        sequences = [
+            [*prompt, *own]
+            for prompt, own in zip(rollouts.prompts, rollouts.tokens.tolist(), strict=True)
+        ]
+        if self._shared:
+            begins = [len(prompt) for prompt in rollouts.prompts]
+            given = TokenTree.of(sequences, begins, width=self._config.digits)
+            count = int(given.num_tokens)
+        else:
+            given = np.array(sequences, np.int32)
+            count = given.size
+        batch = given, rollouts.logprobs, advantages
+        program, seconds = self._program(batch)
+        self.weights, self.moments = jax.block_until_ready(
+            program(self.weights, self.moments, self._first, batch)
+        )
+        return count, seconds
+
+    def serve(self) -> None:
+        """Has the engine sample by the weights as they are now."""
+        self._engine.update_weights(self.weights)
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def _program(self, batch: Any) -> tuple[Any, float]:
+        sizes = tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch))
+        begin, known = time.perf_counter(), sizes in self._programs
+        if not known:
+            step = jax.jit(self._step, donate_argnums=(0, 1))
+            # Optax takes a power of a step's number.
+            with jax.numpy_dtype_promotion("standard"):
+                lowered = step.lower(self.weights, self.moments, self._first, batch)
+            self._programs[sizes] = lowered.compile()
+        seconds = 0.0 if known else time.perf_counter() - begin
+        self.compile_seconds += seconds
+        return self._programs[sizes], seconds
+
+    def _step(self, weights: Any, moments: Any, first: Any, batch: Any) -> tuple[Any, Any]:
+        given, sampled, advantage = batch
+        mask = given.mask if self._shared else jnp.ones(sampled.shape, bool)
+        reference = self._log_probs(first, given)
+        how = {"clip": self._config.clip, "kl": self._config.kl}
+
+        def loss(weights: Any) -> jax.Array:
+            logprobs = self._log_probs(weights, given)
+            return objective.loss(logprobs, sampled, reference, advantage, mask, **how)
+
+        updates, moments = self._optimiser.update(jax.grad(loss)(weights), moments, weights)
+        return optax.apply_updates(weights, updates), moments
+
+    def _log_probs(self, weights: Any, given: Any) -> jax.Array:
+        if self._shared:
+            return tree_log_probs(self._model, weights, given)
+        how = {"prompt": self._config.prompt_tokens, "at_once": PADDED_AT_ONCE}
+        return padded_log_probs(self._model, weights, given, **how)
+
+    def _make_engine(self) -> Engine:
+        config = self._config
+        rows = config.prompts * config.samples
+        each = chunks_to_finish(config.prompt_tokens, config.digits, CHUNK_SIZE)
+        cache = CacheConfig(rows * each, CHUNK_SIZE)
+        return Engine(self._model, cache, max_running=rows, steps_per_call=config.digits)
+
+
+def first_model(config: GrpoConfig) -> Decoder:
+    """The decoder with random weights."""
+    heads = config.hidden // HEAD_DIM
+    sizes = DecoderConfig(
+        vocab_size=task.VOCABULARY,
+        hidden_size=config.hidden,
+        intermediate_size=2 * config.hidden,
+        num_layers=config.layers,
+        num_heads=heads,
+        num_kv_heads=heads // 2,
+        head_dim=HEAD_DIM,
+        max_positions=config.prompt_tokens + config.digits,
+        tie_embeddings=True,
+    )
+    return Decoder(sizes, rngs=nnx.Rngs(config.seed))
