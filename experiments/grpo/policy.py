@@ -102,7 +102,8 @@ class Policy:
         ]
         if self._shared:
             begins = [len(prompt) for prompt in rollouts.prompts]
-            given = TokenTree.of(sequences, begins, width=self._config.digits)
+            sizes = {"width": self._config.digits, "min_tokens": self._most_tokens}
+            given = TokenTree.of(sequences, begins, **sizes)
             count = int(given.num_tokens)
         else:
             given = np.array(sequences, np.int32)
@@ -120,6 +121,13 @@ class Policy:
 
     def close(self) -> None:
         self._engine.close()
+
+    @property
+    def _most_tokens(self) -> int:
+        """Of a tree, when no two answers or questions are alike: one program does for all steps."""
+        config = self._config
+        own = config.digits + 2 + config.samples * config.digits
+        return config.instructions + config.prompts * own
 
     def _program(self, batch: Any) -> tuple[Any, float]:
         sizes = tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch))

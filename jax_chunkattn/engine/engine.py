@@ -255,14 +255,23 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
         *,
         salt: str = "",
+        in_order: bool = True,
+        enough: int | None = None,
     ) -> Outputs:
         """The answers to `prompts` in their order, each as soon as it and all before it are there.
 
         A text alone is one prompt. All are queued before this returns. Leaving the iteration early,
         even before the first answer, aborts what is not finished when the engine is next used.
 
+        Args:
+          in_order: False gives each prompt's answers as soon as they are there, whichever prompt's
+            that is; `Output.index` tells.
+          enough: of how many samples of a prompt the answers suffice: when so many have ended, the
+            others are aborted, with the tokens that they have. None waits for all.
+
         Raises:
           InvalidRequest, PoolExhausted: as `submit`, naming the prompt; none has been queued then.
+            `InvalidRequest` too when a prompt has fewer samples than are `enough`.
           RequestFailed: from the iterator, when an error ended a request.
         """
         self._service.require_open()
@@ -270,7 +279,14 @@ class Engine:
             self._service.incoming.samples(prompt, one, salt, name=f"prompt {index}")
             for index, (prompt, one) in enumerate(each_request(prompts, params))
         ]
-        outputs = Outputs(self._service, requests)  # if it never gets to the caller, it aborts them
+        for index, samples in enumerate(requests):
+            if enough is not None and not 1 <= enough <= len(samples):
+                raise InvalidRequest(
+                    f"prompt {index}: enough must be from 1 to its {len(samples)} samples, got "
+                    f"{enough}"
+                )
+        # If it never gets to the caller, it aborts them.
+        outputs = Outputs(self._service, requests, in_order=in_order, enough=enough)
         self._service.queue(requests, numbered=True)
         return outputs
 

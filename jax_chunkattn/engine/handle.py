@@ -67,17 +67,22 @@ class Stream(Reading[StreamEvent]):
 
 
 class Outputs(Reading[Output]):
-    """The answers to prompts in their order; see `Engine.generate`."""
+    """The answers to prompts; see `Engine.generate`."""
 
-    def __init__(self, service: Service, samples: list[list[Request]]):
+    def __init__(
+        self, service: Service, samples: list[list[Request]], *, in_order: bool, enough: int | None
+    ):
         super().__init__(service, (request for each in samples for request in each))
-        self._samples = iter(enumerate(samples))
+        self._groups = dict(enumerate(samples))
+        self._in_order = in_order
+        self._enough = enough
 
     def _read(self) -> Output | None:
-        for index, samples in self._samples:
-            answers = tuple(self._service.wait(request) for request in samples)
-            return Output(index, samples[0].prompt, answers)
-        return None
+        if not self._groups:
+            return None
+        how = {"in_order": self._in_order, "enough": self._enough}
+        index, answers = self._service.wait_for_group(self._groups, **how)
+        return Output(index, self._groups.pop(index)[0].prompt, answers)
 
 
 class RequestHandle:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -173,6 +173,45 @@ class Service:
         """The whole answer, when it is there."""
         return self._wait(request, request.answer)
 
+    def wait_for_group(
+        self, groups: Mapping[int, Sequence[Request]], *, in_order: bool, enough: int | None
+    ) -> tuple[int, tuple[Completion, ...]]:
+        """The first of these groups, or if `in_order` is not asked for any, all of whose requests
+        have ended; which it is, and their answers.
+
+        When `enough` of a group have, the others are aborted, whether or not it is its turn.
+
+        Raises RequestFailed when an error ended one of a group that could be the one.
+        """
+
+        candidates = [*groups][: 1 if in_order else None]
+
+        def turn() -> tuple[int, tuple[Completion, ...]] | None:
+            if enough is not None:
+                self._end_those_with_enough(groups.values(), enough)
+            for index in candidates:
+                for request in groups[index]:
+                    if request.phase is Phase.DONE:
+                        request.raise_error()
+                answers = tuple(filter(None, (request.answer() for request in groups[index])))
+                if len(answers) == len(groups[index]):
+                    return index, answers
+            if not self._core.advance() and all(_unfinished(groups[one]) for one in candidates):
+                raise RuntimeError("requests are unfinished and the engine has nothing to do")
+            return None
+
+        while (found := self.turns.run(turn)) is None:
+            pass
+        return found
+
+    def _end_those_with_enough(self, groups: Iterable[Sequence[Request]], enough: int) -> None:
+        """Aborts who is left of groups of which so many have ended."""
+        for group in groups:
+            left = _unfinished(group)
+            if len(group) - len(left) >= enough:
+                for request in left:
+                    self._core.abort(request)
+
     def is_computed(self, pinned: Pinned) -> bool:
         """Whether all of a prefix is in the pool."""
         return self.turns.run(lambda: pinned.phase is Phase.DONE and pinned.sequence is not None)
@@ -239,3 +278,7 @@ class Service:
             return None, False
 
         return self.turns.run(turn)
+
+
+def _unfinished(requests: Sequence[Request]) -> list[Request]:
+    return [request for request in requests if request.phase is not Phase.DONE]
