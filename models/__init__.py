@@ -8,6 +8,7 @@ from models.download import cache_dir, fetch_smollm2
 from models.errors import CheckpointError, DownloadError, HeadPatternError, LayerFileError
 from models.loading import LoadedModel, load
 from models.presets import PRESETS, preset
+from models.weight_reading import stored_weights
 from models.weights import num_parameters
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "load",
     "num_parameters",
     "preset",
+    "stored_weights",
 ]

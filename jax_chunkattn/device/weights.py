@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,8 @@ def matching_values(weights: Any, current: Mapping[str, Any]) -> list[Any]:
     """The values of new weights in the order of the `current` ones.
 
     Args:
-      weights: a model, its NNX state, or any tree of arrays with the same paths.
+      weights: a model, its NNX state, or any tree of arrays, or of what makes them, with the same
+        paths.
       current: the arrays that are served, by name.
 
     Raises:
@@ -68,7 +69,7 @@ def _listed(names: set[str]) -> str:
 
 
 def _check(name: str, new: Any, old: Any) -> None:
-    if not isinstance(new, jax.Array | np.ndarray):
+    if not isinstance(new, jax.Array | np.ndarray | _Stored):
         raise InvalidWeights(f"{name} is no array but {new!r:.60}")
     if new.shape != old.shape:
         raise InvalidWeights(f"{name} has the shape {new.shape}, the model's has {old.shape}")
@@ -78,6 +79,16 @@ def _check(name: str, new: Any, old: Any) -> None:
     traced = isinstance(new, Tracer)
     if isinstance(new, jax.Array) and not traced and new.is_deleted():
         raise InvalidWeights(f"{name} has been deleted, or donated to a computation")
+
+
+@runtime_checkable
+class _Stored(Protocol):
+    """What makes an array when NumPy asks for one, and says which before: a weight in a file."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __array__(self) -> np.ndarray: ...
 
 
 class PartlyReplaced(RuntimeError):
@@ -123,5 +134,6 @@ class Replacement:
 
 
 def _copy(value: Any, like: jax.Array) -> jax.Array:
+    value = value if isinstance(value, jax.Array) else np.asarray(value)
     cast = value.astype(like.dtype) if value.dtype != like.dtype else value
     return jax.block_until_ready(jax.device_put(cast, like.sharding, may_alias=False))

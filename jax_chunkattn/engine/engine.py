@@ -431,6 +431,7 @@ class Engine:
         Args:
           weights: a model of the same architecture, its NNX state, or any tree of arrays whose
             paths are the same, such as a checkpoint's: of JAX's or NumPy's, in any float type.
+            `models.stored_weights` reads them from files, one after another.
           running: "recompute" has requests that run go on by the new weights: the keys and values
             of their tokens are computed again. "finish" lets them come to their end by the old ones
             first, while nobody else begins; this returns when they have.
