@@ -8,6 +8,8 @@ from dataclasses import replace
 from functools import partial, wraps
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
+import jax
+
 from jax_chunkattn.device.backend import Backend, choose_backend
 from jax_chunkattn.device.cache_config import CacheConfig
 from jax_chunkattn.device.device import Device
@@ -445,6 +447,14 @@ class Engine:
         if running not in ("recompute", "finish"):
             raise ValueError(f"running must be 'recompute' or 'finish', got {running!r:.60}")
         self._service.update_weights(weights, finish=running == "finish")
+
+    @property
+    def weights(self) -> dict[str, jax.Array]:
+        """The arrays that are served now, by name, not copied: nobody must donate or delete them.
+
+        Names are those that `update_weights` knows, such as `blocks.qkv`.
+        """
+        return self._service.turns.run(lambda: self._core.device.weights)
 
     def close(self) -> None:
         """Ends everything: streams that wait raise `RequestFailed`. Harmless when done twice."""

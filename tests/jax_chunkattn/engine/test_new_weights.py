@@ -51,6 +51,17 @@ def test_what_comes_after_reads_nothing_of_the_old_and_needs_no_program():
     assert_all_returned(engine)
 
 
+def test_the_weights_that_are_served_are_there_to_read():
+    engine = make_engine()
+    for model in (toy_model(), other_model()):
+        if model is not toy_model():
+            engine.update_weights(model)
+        expected = weights_module.named_leaves(nnx.state(model))
+        assert engine.weights.keys() == expected.keys()
+        for name, served in engine.weights.items():
+            np.testing.assert_array_equal(served, expected[name])
+
+
 def test_who_runs_goes_on_by_the_new_ones_behind_what_the_old_ones_chose():
     engine = make_engine(max_running=3)
     handles = [engine.submit(prompt, PARAMS) for prompt in PROMPTS]
