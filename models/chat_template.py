@@ -59,6 +59,14 @@ class ChatTemplates:
     def names(self) -> tuple[str, ...]:
         return tuple(self._sources)
 
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        return self._special_tokens
+
+    def source(self, name: str | None = None) -> str:
+        """What the template `name`, or the default one, is written as; ValueError for none."""
+        return self._sources[self._choose(name, None)]
+
     def write(self, token: str) -> bool:
         """Whether `token` stands in a template as text; white space is text like any other."""
         return not token.isspace() and any(token in source for source in self._sources.values())

@@ -82,6 +82,19 @@ class ChatTokenizer:
         return self._backend.get_vocab_size()
 
     @property
+    def bos_id(self) -> int | None:
+        """The token that the checkpoint names as the beginning of a text, whether `encode` puts it
+        there or not; None for none."""
+        return self._special_id("bos_token")
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token that the checkpoint names as the end of a text, else the first of `stop_ids`;
+        None for none."""
+        named = self._special_id("eos_token")
+        return next(iter(self.stop_ids), None) if named is None else named
+
+    @property
     def template_names(self) -> tuple[str, ...]:
         """Names that `render_chat` takes; empty when the checkpoint has no chat template."""
         return self._templates.names
@@ -106,6 +119,11 @@ class ChatTokenizer:
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are not valid UTF-8 become U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def template_source(self, template: str | None = None) -> str:
+        """The chat template of this name, or the default one, as it is written; ValueError when
+        there is none."""
+        return self._templates.source(template)
 
     def render_chat(
         self,
@@ -155,6 +173,10 @@ class ChatTokenizer:
             **variables,
         )
         return self.encode(rendered, add_special_tokens=False)
+
+    def _special_id(self, name: str) -> int | None:
+        content = self._templates.special_tokens.get(name)
+        return None if content is None else self._backend.token_to_id(content)
 
     @functools.cached_property
     def _plain_backend(self) -> tokenizers.Tokenizer:

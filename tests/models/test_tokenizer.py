@@ -10,7 +10,7 @@ import pytest
 from models.gguf_file import read_gguf
 from models.gguf_tokenizer import read_gguf_tokenizer
 from models.tokenizer import ChatTokenizer
-from tests.models.tiny_checkpoint import write_checkpoint
+from tests.models.tiny_checkpoint import CHAT_TEMPLATE, write_checkpoint
 
 BEGIN, END, HE = 257, 258, 256
 
@@ -64,6 +64,18 @@ def test_lone_surrogates_are_a_value_error(tmp_path):
 
 def test_declared_end_tokens_stop_generation(tmp_path):
     assert make_tokenizer(tmp_path).stop_ids == (END,)
+
+
+def test_what_begins_and_ends_a_text_is_known_where_the_checkpoint_names_it(tmp_path):
+    tokenizer = make_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (BEGIN, END)
+    nameless = {f"tokenizer.ggml.{name}_token_id": None for name in ("bos", "eos")}
+    path = write_checkpoint(tmp_path / "nameless.gguf", metadata=nameless)
+    tokenizer = read_gguf_tokenizer(read_gguf(path))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, None)
+    assert tokenizer.template_source() == CHAT_TEMPLATE
+    with pytest.raises(ValueError, match="none"):
+        tokenizer.template_source("none")
 
 
 def test_chat_is_rendered_by_the_file_s_template(tmp_path):
