@@ -82,8 +82,15 @@ def visible_tokens(
     spec: CacheSpec, layer: jax.Array, positions: jax.Array, capacity: int
 ) -> jax.Array:
     """Whether the queries at `positions [T]` see each of the first tokens: `[Hkv, T, capacity]`."""
-    key, query = jnp.arange(capacity)[None, None], positions[None, :, None]
-    visible = jnp.broadcast_to(key <= query, (spec.num_kv_heads, len(positions), capacity))
+    return visible_positions(spec, layer, positions, jnp.arange(capacity))
+
+
+def visible_positions(
+    spec: CacheSpec, layer: jax.Array, queries: jax.Array, keys: jax.Array
+) -> jax.Array:
+    """Whether the queries at positions `[T]` see the keys at positions `[S]`: `[Hkv, T, S]`."""
+    key, query = keys[None, None], queries[None, :, None]
+    visible = jnp.broadcast_to(key <= query, (spec.num_kv_heads, len(queries), len(keys)))
     windows = spec.head_windows(layer)
     if windows is None:
         return visible
