@@ -11,7 +11,7 @@ import jax_chunkattn
 from tests.test_layering import imported_modules, module_name
 
 ROOT = Path(jax_chunkattn.__file__).parent
-ROOMS = ("tree", "sampling", "planning", "device", "training", "engine")
+ROOMS = ("tree", "sampling", "planning", "device", "training", "engine", "adapters")
 
 
 def imported_rooms(path: Path) -> set[str]:
