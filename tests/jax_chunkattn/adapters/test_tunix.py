@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from jax_chunkattn.adapters.tunix import RolloutOutput, TunixRollout, rollout_en
 from jax_chunkattn.adapters.tunix_sampler import SamplerOutput, TunixSampler
 from models.adapters.tunix import TrainableDecoder
 from tests.jax_chunkattn.adapters.byte_ids import ByteIds
-from tests.jax_chunkattn.engine.engines import SHARE_ALL, make_engine
+from tests.jax_chunkattn.engine.engines import SHARE_ALL, BytePairs, make_engine
 from tests.jax_chunkattn.toy import toy_model
 
 pytestmark = [
@@ -182,3 +183,16 @@ def test_our_outputs_have_the_fields_of_its_own(tunix):
         assert list(its.__dataclass_fields__) == list(own.__dataclass_fields__)
     assert set(dir(TunixRollout)) >= base.BaseRollout.__abstractmethods__
     assert set(dir(TunixSampler)) >= sampler.BaseSampler.__abstractmethods__
+
+
+def test_the_readme_s_lines_run(tunix):
+    from tests.test_readme import EXAMPLES
+
+    [example] = [each for each in EXAMPLES if "tunix" in each]
+    tokenizer = SimpleNamespace(eos_id=10, encode=BytePairs().encode, decode=BytePairs().decode)
+    loaded = SimpleNamespace(model=toy_model(), tokenizer=tokenizer)
+    made = {"CacheConfig": CacheConfig, "loaded": loaded}
+    exec(compile(example.replace("1GiB", "4MiB"), "README.md", "exec"), made)
+    rollout = made["rollouts"](rollout_actor=made["actor"], tokenizer=made["tokenizer"])
+    assert isinstance(rollout, tunix("rl.rollout.base_rollout").BaseRollout)
+    assert tunix("generate.tokenizer_adapter").TokenizerAdapter(made["tokenizer"]).eos_id() == 10
