@@ -29,7 +29,13 @@ class SoakConfig:
     """Run random requests for a long time and prove that nothing leaks, is lost or is compiled
     again."""
 
-    SMOKE: ClassVar[dict[str, Any]] = {"minutes": 0.05, "interval": 0.2, "recheck": 4, "rows": 2}
+    SMOKE: ClassVar[dict[str, Any]] = {
+        "minutes": 0.05,
+        "interval": 0.2,
+        "recheck": 4,
+        "rows": 2,
+        "new_weights": 3,
+    }
 
     minutes: float = 5.0
     """How long requests come. The first fifth warms up: it counts for nothing but lost requests."""
@@ -73,6 +79,9 @@ class SoakConfig:
     interval: float = 1.0
     """Seconds between two lines of `results.jsonl`, and two checks of the engine's invariants."""
 
+    new_weights: int = 20
+    """Times that the model's weights are replaced by new ones, which are of the same values."""
+
     recheck: int = 32
     """Greedy requests, chosen at random, that are computed again at the end."""
 
@@ -95,6 +104,8 @@ def check(config: SoakConfig) -> None:
         raise UserError(
             f"--context-tokens must be at least {LEAST_CONTEXT}, got {config.context_tokens}"
         )
+    if config.new_weights < 0:
+        raise UserError(f"--new-weights must be 0 or more, got {config.new_weights}")
     check_used_codec(config.codec)
     check_heads(config)
     check_selection(config, config.chunk_size)

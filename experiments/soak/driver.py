@@ -25,7 +25,8 @@ class Driver:
     """Brings work to the engine and advances it; all that is random comes from `random`.
 
     Attributes:
-      refused: forks and pins that came too late, or found no room.
+      refused: requests that found no room beside what is pinned, forks and pins that came too late
+        or found none.
       request_seconds: how long a request takes, more or less: the unit of an arrival's times.
     """
 
@@ -56,11 +57,15 @@ class Driver:
             return
         arrival = self._work.next()
         options: dict[str, Any] = {"salt": arrival.salt, "priority": arrival.priority}
-        if arrival.params.n > 1:
-            handles = self._engine.submit_samples(arrival.prompt, arrival.params, **options)
-        else:
-            options["hold"] = arrival.hold
-            handles = [self._engine.submit(arrival.prompt, arrival.params, **options)]
+        try:
+            if arrival.params.n > 1:
+                handles = self._engine.submit_samples(arrival.prompt, arrival.params, **options)
+            else:
+                options["hold"] = arrival.hold
+                handles = [self._engine.submit(arrival.prompt, arrival.params, **options)]
+        except PoolExhausted:
+            self.refused += 1
+            return
         for handle in handles:
             tracked = Tracked(handle, release_after=arrival.release_after)
             self._account.start(tracked)
@@ -79,6 +84,11 @@ class Driver:
             self._pins.append(self._engine.pin(prefix))
         except (InvalidRequest, PoolExhausted):  # shorter than a chunk, or no room beside requests
             self.refused += 1
+
+    def renew_weights(self) -> None:
+        """Serves the same weights as if they were new, now and then when all who run have ended."""
+        running = "finish" if self._random.random() < 0.25 else "recompute"
+        self._engine.update_weights(self._engine.weights, running=running)
 
     def turn(self, wake_at: float) -> None:
         """Does what is planned and due, then advances the engine, or sleeps when it is idle."""

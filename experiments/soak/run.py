@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -192,13 +193,18 @@ class _Run:
         )
         pin_seconds = min(PIN_SECONDS, (end - now) / 20)
         next_pin = now
+        renewals = deque(np.sort(self._random.uniform(now, end, self._config.new_weights)))
         for now in until(end, "soak"):
             for _ in range(arrivals.due(now)):
                 self._driver.submit()
             if now >= next_pin:
                 self._driver.pin_sometimes()
                 next_pin = now + self._random.exponential(pin_seconds)
-            self._driver.turn(min(end, next_pin, arrivals.next_change))
+            if renewals and now >= renewals[0]:
+                renewals.popleft()
+                self._driver.renew_weights()
+            next_renewal = renewals[0] if renewals else end
+            self._driver.turn(min(end, next_pin, next_renewal, arrivals.next_change))
 
     def summary(self) -> dict[str, Any]:
         """What the run did."""
@@ -217,6 +223,7 @@ class _Run:
             "preemptions": stats.preemptions,
             "evictions": stats.evictions,
             "forks": stats.forks,
+            "new_weights": stats.weights_version,
             "programs": self._counts_when_warm["compilations"],
             "resident_bytes": int(np.median(self._resident)) if self._resident else None,
             "memory_growth": None if growth is None else round(growth, 5),

@@ -25,6 +25,7 @@ def tables(result: Result) -> list[ResultTable]:
             f"{summary['prefill_tokens']:,}, {summary['prompt_tokens_hit']:,}",
         ),
         *((name, f"{summary[name]:,}") for name in ("preemptions", "evictions", "forks")),
+        ("weights replaced", f"{summary.get('new_weights', 0):,} times"),
         (
             "greedy answers computed again, ties",
             f"{summary['rechecked']['requests']:,}, {summary['rechecked']['ties']:,}",

@@ -59,6 +59,7 @@ def test_a_soak_passes_and_leaves_its_lines_summary_and_picture(tmp_path: Path):
     assert summary["failures"] == []
     assert summary["requests"] == sum(summary["ended"].values()) > 20
     assert summary["evictions"] > 0 < summary["forks"]
+    assert 0 < summary["new_weights"] <= 20
     assert summary["rechecked"]["requests"] == 4
     assert abs(summary["memory_growth"]) < 0.02
     lines = lines_in(tmp_path / "out")
