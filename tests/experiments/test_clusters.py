@@ -18,6 +18,7 @@ SMALL = ClustersConfig(**ClustersConfig.SMOKE)
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_fewer_clusters_change_more_and_their_file_is_taken(tmp_path, capsys):
     out = tmp_path / "out"
     summary = run(dataclasses.replace(SMALL, output=out))

@@ -78,6 +78,7 @@ def test_a_run_that_was_broken_off_goes_on_as_if_it_had_not_been(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.optimised
 def test_the_policy_learns(tmp_path: Path):
     """From guessing, one digit in sixteen, to copying most."""

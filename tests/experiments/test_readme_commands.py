@@ -56,6 +56,7 @@ THOROUGH = (
     "generate --compare-batch",
     "generate --system-prompt",
     "kernel --suite paper --memory-gb",
+    "search",
 )
 """These run what another command runs, but for an option."""
 
