@@ -36,9 +36,7 @@ class TokenTree:
     tokens: Int32[HostOrDevice, " T"]
     plan: TreePlan
     previous: Int32[HostOrDevice, " T"]  # the packed token each follows; T if it is not asked for
-    places: Int32[
-        HostOrDevice, "B L"
-    ]  # where what is asked for is packed; T where there is no more
+    places: Int32[HostOrDevice, "B L"]  # of those asked for; T where a sequence has no more
     num_tokens: Int32[HostOrDevice, ""]  # packed, padding apart
 
     @classmethod

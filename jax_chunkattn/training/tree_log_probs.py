@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jax_chunkattn.device.model_interface import Attend, CacheSpec, DecoderModel
 from jax_chunkattn.device.weights import matching_values, named_leaves
@@ -49,6 +49,9 @@ def tree_log_probs(
     query head are kept for the backward pass, in which the rest is computed again; logits are there
     for `BLOCK_TOKENS` tokens at once. To be called in a jitted function.
 
+    All are NaN when a token is outside the model's vocabulary, or a sequence longer than the
+    positions it has: what is traced cannot be refused.
+
     Args:
       model: says what to compute; its own weights are not used.
       params: the weights: `nnx.state(model)`, or any tree of arrays with the same paths.
@@ -68,6 +71,7 @@ def tree_log_probs(
     positions = jnp.asarray(tree.plan.positions)
     hidden, _ = model(jnp.asarray(tree.tokens), positions, None, attend)
     found = _log_probs(model, hidden, jnp.asarray(tree.previous), jnp.asarray(tree.tokens))
+    found = jnp.where(_fits(model, tree), found, jnp.nan)
     return found.at[jnp.asarray(tree.places)].get(mode="fill", fill_value=0)
 
 
@@ -76,6 +80,12 @@ def _with_params(model: DecoderModel, params: Any) -> DecoderModel:
     graphdef, state = nnx.split(model)
     values = matching_values(params, named_leaves(state))
     return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), values))
+
+
+def _fits(model: DecoderModel, tree: TokenTree) -> Bool[Array, ""]:
+    """Whether the model has all tokens and positions of a tree."""
+    tokens, positions = jnp.asarray(tree.tokens), jnp.asarray(tree.plan.positions)
+    return (tokens.max() < model.vocab_size) & (positions.max() < model.max_positions)
 
 
 def _attend(spec: CacheSpec, tree: TokenTree, implementation: str | None) -> Attend:

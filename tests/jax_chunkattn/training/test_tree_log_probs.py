@@ -195,3 +195,14 @@ def test_an_implementation_that_is_not_known_is_refused():
     model = toy_model()
     with pytest.raises(ValueError, match="unknown implementation 'fast'"):
         tree_log_probs(model, nnx.state(model), TREE, implementation="fast")
+
+
+@pytest.mark.parametrize("sequence", [[1, 256], [1] * 1025])
+def test_what_the_model_does_not_have_makes_all_nan(sequence):
+    model = toy_model()
+    tree = TokenTree.of([sequence, [1, 2]], min_tokens=1025)
+    found = jax.jit(lambda params, tree: tree_log_probs(model, params, tree))
+    [row, *_] = found(nnx.state(model), tree)
+    assert np.isnan(row[0])
+    fine = TokenTree.of([[1, 255], [1, 2]], width=tree.places.shape[1], min_tokens=1025)
+    assert np.isfinite(found(nnx.state(model), fine)).all()
