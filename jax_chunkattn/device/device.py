@@ -147,9 +147,9 @@ class Device:
     def copy_chunks(
         self, copies: Sequence[tuple[int, int]], window_copies: Sequence[tuple[int, int]] = ()
     ) -> None:
-        """Copies chunks, given as (source, destination), and no more of heads with windows, where
-        those have their own; all are read before any is written."""
-        for begin in range(0, len(copies), COPIES_PER_CALL):
+        """Copies chunks, given as (source, destination), and those of heads with windows, where
+        these have their own; no destination is the source of another."""
+        for begin in range(0, max(len(copies), len(window_copies)), COPIES_PER_CALL):
             part = slice(begin, begin + COPIES_PER_CALL)
             some = copies[part], window_copies[part]
             self._update(self._invocations.copying(self._state, *some))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from jax_chunkattn.device.device import Device
 from jax_chunkattn.engine.callbacks import Callbacks
@@ -14,6 +15,7 @@ from jax_chunkattn.engine.stats import EngineStats
 from jax_chunkattn.engine.text import TextStream
 from jax_chunkattn.sampling import TokenLogprobs
 from jax_chunkattn.tree.allocator import PoolExhausted
+from jax_chunkattn.tree.nodes import SequenceHandle
 
 
 class Lifecycle:
@@ -62,7 +64,7 @@ class Lifecycle:
         """Queues a fork that fits, with a copy of its parent's sequence if there is room for it."""
         parent.num_forks += 1
         child.lineage.fork_from(parent.lineage)
-        self._fork_sequence(parent, child)
+        self._fork_sequence(parent, [child])
         self.accept([child], forking=False)
 
     def prefilled(self, work: Work) -> None:
@@ -72,8 +74,9 @@ class Lifecycle:
         elif isinstance(work, Request):
             work.phase = Phase.DECODE
             work.written = work.placed.num_tokens
-            for sibling in self._take_siblings(work):
-                self._fork_sequence(work, sibling)
+            siblings = list(self._take_siblings(work))
+            self._fork_sequence(work, siblings)
+            for sibling in siblings:
                 self._scheduler.enqueue(sibling)
         elif isinstance(work, Scored):
             work.phase = Phase.DECODE
@@ -130,30 +133,38 @@ class Lifecycle:
         elif isinstance(work, Pinned) and work in self._scheduler.pinned:
             self._scheduler.unpin(work)
 
-    def _fork_sequence(self, parent: Request, child: Request) -> None:
-        """Gives `child` a copy of the parent's sequence, if it has one and the pool has room.
+    def _fork_sequence(self, parent: Request, children: Sequence[Request]) -> None:
+        """Gives each child a copy of the parent's sequence, if it has one and the pool has room;
+        what is copied of chunks is copied for all of them together.
 
-        Without one the child takes what the cache has, like any request. Where full chunks are
+        Without one a child takes what the cache has, like any request. Where full chunks are
         encoded, the last one is copied when the child gets a slot (`engine.tails`).
         """
         if not self._scheduler.exact:
-            child.parent = parent
+            for child in children:
+                child.parent = parent
         tree, sequence = self._scheduler.tree, parent.sequence
         if sequence is None or not tree.is_active(sequence):
             return  # or of a tree before Ctrl-C
         if tree.computed_tokens(sequence) < len(parent.history):
             return
+        copies: list[tuple[int, int]] = []
+        forked: list[SequenceHandle] = []
         try:
-            copy, copies = tree.fork(sequence, copy_tail=self._scheduler.exact)
-        except PoolExhausted:
-            return
-        try:
-            self._device.copy_chunks(copies, copy.window_copies)
+            with suppress(PoolExhausted):  # there is no room for this child, nor for those behind
+                for _ in children:
+                    copy, pairs = tree.fork(sequence, copy_tail=self._scheduler.exact)
+                    forked.append(copy)
+                    copies.extend(pairs)
+            of_windows = [pair for copy in forked for pair in copy.window_copies]
+            self._device.copy_chunks(copies, of_windows)
         except BaseException:
-            tree.release(copy)
+            for copy in forked:
+                tree.release(copy)
             raise
-        child.sequence, child.found = copy, parent.found
-        self._stats.forks += 1
+        for child, copy in zip(children, forked, strict=False):
+            child.sequence, child.found = copy, parent.found
+            self._stats.forks += 1
 
     def _queue_waiting(self, work: Request | Scored) -> None:
         """What waited for it, to be forked or to be like it, stands in the queue by itself."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jax_chunkattn import InvalidRequest, SamplingParams
+from jax_chunkattn.device.invocations import Invocations
 from tests.jax_chunkattn.engine.engines import BytePairs, assert_all_returned, make_engine, run
 from tests.jax_chunkattn.toy import greedy_without_cache, token_tree
 
@@ -147,3 +148,21 @@ def test_forks_that_cannot_go_on_are_refused():
         parent.fork(SamplingParams(1), next_token=5)
     assert engine.stats.submitted == 1
     assert_all_returned(engine)
+
+
+def test_the_tails_of_all_samples_are_copied_together(monkeypatch):
+    """Each dispatch takes as long as decoding a token: 15 samples of a group took 15 of them."""
+    copied = []
+    copying = Invocations.copying
+
+    def spy(self, state, copies, *windowed):
+        copied.append(len(copies))
+        return copying(self, state, copies, *windowed)
+
+    monkeypatch.setattr(Invocations, "copying", spy)
+    engine = make_engine()
+    [group] = engine.generate([[1, 2, 3] * 7], SamplingParams(4, n=16, temperature=1.0, seed=0))
+    assert copied == [8, 7]
+    one = engine.submit([1, 2, 3] * 7, SamplingParams(4, temperature=1.0, seed=0)).result()
+    assert group.samples[0].tokens == one.tokens
+    assert len({sample.tokens for sample in group.samples}) == 16

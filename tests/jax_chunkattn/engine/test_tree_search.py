@@ -80,7 +80,7 @@ LIMITS = [{}, {"max_tokens": 3}, {"max_depth": 2}, {"stop_tokens": commonest(2),
 @pytest.mark.parametrize(
     ("spans", "value", "exploration"),
     [(Spans(3), mean, 1.25), (Spans(2, more=2), reward, 0.3), (Spans(4), reward, 3.0)],
-    ids=str,
+    ids=["tokens", "spans", "wide"],
 )
 def test_puct_grows_the_tree_of_a_search_without_a_cache(spans, value, exploration, limits):
     engine = make(stop_tokens=[commonest(1)[0]])  # the engine's own do not count
