@@ -29,8 +29,9 @@ from pallas_kernels.plans import HiddenTokens, HostOrDevice, PartialSlots, Seali
 from pallas_kernels.windows import Window
 
 Owner = TypeVar("Owner")
+Span = tuple[int, int]  # of positions in one sequence: the first, and the one behind the last
 
-CALL_TOKENS = (32, 128, 512)  # of a call: the smallest that holds what is left, or the largest
+CALL_TOKENS = (32, 128, 512)  # of a call, which is padded to one of these; see `prefill_round`
 QUERY_TILE = 64  # tokens of one sequence that share a pass over their context
 TOKENS_PER_SEQUENCE = 16  # a call of T tokens takes at most T / 16 sequences
 MIN_TABLE_WIDTH = 32
@@ -412,20 +413,30 @@ def next_call(
     )
     num_tokens = next((size for size in CALL_TOKENS if size >= wanted), most_tokens)
     num_tokens = min(num_tokens, most_tokens)
-    call: list[tuple[Owner, Segment]] = []
-    room = num_tokens
-    for owner, segment in work[: max_segments(num_tokens)]:
-        cut = min(segment.end, segment.begin + room)
-        if cut < segment.end:
-            cut -= cut % align
-        fits = cut - segment.begin
-        if fits <= 0:
-            break
-        room -= fits
-        call.append((owner, segment.until(cut)))
-        if cut < segment.end:
-            break  # what follows may read what is not computed by this call
+    ends = ends_of_call([(segment.begin, segment.end) for _, segment in work], num_tokens, align)
+    call = [(owner, segment.until(end)) for (owner, segment), end in zip(work, ends, strict=False)]
     return call, num_tokens
+
+
+def ends_of_call(spans: Sequence[Span], num_tokens: int, align: int = 1) -> list[int]:
+    """Up to where a call of `num_tokens` takes each of the first of these spans, in their order.
+
+    One that does not fit is cut at a multiple of `align`; what is behind it may read what is then
+    not computed, and is left out.
+    """
+    ends: list[int] = []
+    room = num_tokens
+    for begin, end in spans[: max_segments(num_tokens)]:
+        cut = min(end, begin + room)
+        if cut < end:
+            cut -= cut % align
+        if cut <= begin:
+            break
+        ends.append(cut)
+        room -= cut - begin
+        if cut < end:
+            break
+    return ends
 
 
 def max_segments(num_tokens: int) -> int:
