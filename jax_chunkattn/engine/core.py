@@ -8,7 +8,7 @@ stops is found out one call later, and rides along frozen meanwhile.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -20,7 +20,7 @@ from jax_chunkattn.engine.integrity import Integrity, whole
 from jax_chunkattn.engine.lifecycle import Lifecycle
 from jax_chunkattn.engine.misses import PrefixMemory
 from jax_chunkattn.engine.outputs import EngineClosed, RequestFailed
-from jax_chunkattn.engine.prompts import Prompts, scored_parts
+from jax_chunkattn.engine.prompts import Prompts, PromptWork, scored_parts
 from jax_chunkattn.engine.recording import Recorder
 from jax_chunkattn.engine.requests import Phase, Pinned, Request, Scored
 from jax_chunkattn.engine.rows import PlannedRows
@@ -58,6 +58,7 @@ class Core:
         *,
         steps_per_call: int,
         prefill_tokens: int,
+        call_costs: Mapping[int, int] | None,
         prefill_first: bool,
         stop_tokens: Sequence[int],
     ):
@@ -86,6 +87,7 @@ class Core:
             self._tails,
             stats,
             prefill_tokens=prefill_tokens,
+            call_costs=call_costs,
         )
         self._recorder = Recorder(scheduler, self._lifecycle, stats, stop_tokens)
 
@@ -122,7 +124,7 @@ class Core:
             self.scheduler.held_back = False  # a callback waits for them, and all for the callback
         # Without room for all rows, the calls on their way come first: they may end requests.
         if self._in_flight.begin_round() and self._reserve_rows():
-            sent = self._send_prefill()
+            sent = self._send_prompts()
             if not (sent and self._prefill_first):
                 sent = self._send_decode() or sent
         if self._in_flight and (had_calls or not sent):
@@ -142,11 +144,16 @@ class Core:
                 self.scheduler.preempt_youngest()
         return True
 
-    def _send_prefill(self) -> bool:
+    def _send_prompts(self) -> bool:
         """Sends what is to compute of prompts, if there is any; the queue comes in by it."""
-        call, num_tokens = self._prompts.choose()
-        if not call:
-            return False
+        sent = False
+        for call, num_tokens in self._prompts.choose():
+            self._send_prefill(call, num_tokens)
+            sent = True
+        return sent
+
+    def _send_prefill(self, call: PromptWork, num_tokens: int) -> None:
+        """Sends one call, which has these segments."""
         self._note_memory()
         completed = {
             row: owner
@@ -163,7 +170,6 @@ class Core:
         self._prompts.sent(call)
         rows, requests = [*completed], [*completed.values()]
         self._in_flight.add(sent, requests, rows, [1] * len(rows), scored_parts(call))
-        return True
 
     def _send_decode(self) -> bool:
         """Sends K steps of all rows that there is room for, if there are any."""

@@ -36,6 +36,7 @@ from jax_chunkattn.engine.tails import Tails
 from jax_chunkattn.engine.text import Tokenizer
 from jax_chunkattn.planning.planner import PlannerOptions, bucket
 from jax_chunkattn.planning.prefill import CALL_TOKENS
+from jax_chunkattn.planning.prefill_round import call_costs
 from jax_chunkattn.sampling import SamplingParams
 from jax_chunkattn.tree.prefix_tree import PrefixTree
 from pallas_kernels.codecs import CodecError
@@ -90,7 +91,9 @@ class Engine:
       max_running: most requests decoded at once.
       steps_per_call: tokens decoded for each row in one call to the device, K.
       prefill_tokens: most prompt tokens computed between two decode calls: one of
-        `jax_chunkattn.planning.prefill.CALL_TOKENS`. Fewer disturb running rows less.
+        `jax_chunkattn.planning.prefill.CALL_TOKENS`. Fewer disturb running rows less. One call
+        computes them, or on a CPU several smaller ones where that takes less time
+        (`jax_chunkattn.planning.prefill_round`).
       prefill_first: True lets nobody decode while there are prompts to compute and there is room
         for them. Best for a batch that is there as a whole; where requests keep coming, running
         rows would wait for all that come.
@@ -186,6 +189,7 @@ class Engine:
             Tails(chunk_size) if cache.copies_tails else None,
             steps_per_call=steps_per_call,
             prefill_tokens=prefill_tokens,
+            call_costs=call_costs(self.backend.planner),
             prefill_first=prefill_first,
             stop_tokens=stop_tokens,
         )

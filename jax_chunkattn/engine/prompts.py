@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from jax_chunkattn.device.device import Device
@@ -15,12 +15,13 @@ from jax_chunkattn.engine.scheduler import Scheduler
 from jax_chunkattn.engine.stats import EngineStats
 from jax_chunkattn.engine.tails import Tails
 from jax_chunkattn.planning.prefill import Segment, next_call
+from jax_chunkattn.planning.prefill_round import calls_of_round
 
 PromptWork = list[tuple[Work, Segment]]
 
 
 class Prompts:
-    """Chooses the work of each prefill call."""
+    """Chooses the work of the prefill calls of each round."""
 
     def __init__(
         self,
@@ -32,6 +33,7 @@ class Prompts:
         stats: EngineStats,
         *,
         prefill_tokens: int,
+        call_costs: Mapping[int, int] | None,
     ):
         self._admitting: Sequence[Work] = ()
         self._scheduler = scheduler
@@ -41,22 +43,31 @@ class Prompts:
         self._tails = tails
         self._stats = stats
         self._prefill_tokens = prefill_tokens
+        self._call_costs = call_costs
 
-    def choose(self) -> tuple[PromptWork, int]:
-        """The segments of the next call, none if there is nothing to compute, and its tokens.
+    def choose(self) -> Iterator[tuple[PromptWork, int]]:
+        """The segments of each call of a round, and the call's tokens; none if there is nothing to
+        compute. A call must be `sent` before the next is asked for.
 
-        Of the queue as many are admitted as the call can take.
+        Of the queue as many are admitted as the calls can take, by the first of them.
         """
-        work = self._work()
+        work = self._work(admit=True)
         if not work:
-            return [], 0
+            return
         tree = self._scheduler.tree
         whole = not self._scheduler.exact or tree.window_room is not None
         align = tree.chunk_size if whole else 1
-        call, num_tokens = next_call(work, self._prefill_tokens, align=align)
-        call = [(owner, self._fill(owner, segment)) for owner, segment in call]
-        call.sort(key=lambda part: part[1].chunk_ids)  # equal prefixes become neighbours
-        return call, num_tokens
+        spans = [(segment.begin, segment.end) for _, segment in work]
+        sizes = calls_of_round(spans, self._prefill_tokens, costs=self._call_costs, align=align)
+        for number, size in enumerate(sizes):
+            if number:
+                work = self._work(admit=False)
+            call, num_tokens = next_call(work, size, align=align)
+            if not call:
+                return
+            call = [(owner, self._fill(owner, segment)) for owner, segment in call]
+            call.sort(key=lambda part: part[1].chunk_ids)  # equal prefixes become neighbours
+            yield call, num_tokens
 
     def _fill(self, work: Work, segment: Segment) -> Segment:
         """A segment that has room for heads with windows, where they have chunks of their own."""
@@ -78,9 +89,9 @@ class Prompts:
             if segment.end == len(owner.history):
                 self._lifecycle.prefilled(owner)
 
-    def _work(self) -> PromptWork:
-        """A segment for each that has something to compute: a chunk that several need is computed
-        by the first of them."""
+    def _work(self, *, admit: bool) -> PromptWork:
+        """A segment for each that has something to compute, of the queue too if it may `admit`: a
+        chunk that several need is computed by the first of them."""
         scheduler = self._scheduler
         chunks: set[int] = set()  # that these segments compute
         segments: PromptWork = []
@@ -89,7 +100,7 @@ class Prompts:
             total += self._add_segment(work, chunks, segments)
         admitted: list[Request] = []
         tails: list[tuple[int, int]] = []  # to copy, from slot to slot
-        while total < self._prefill_tokens:
+        while admit and total < self._prefill_tokens:
             self._admitting = [one for one in [scheduler.next_waiting] if one is not None]
             work = scheduler.admit_next()
             if work is None:

@@ -89,7 +89,7 @@ HOST_FUNCTIONS = [
         rows: ("plan_decode",),
         device.Device: ("copy_chunks", "place", "prefill", "decode", "fetch", "_update"),
         invocations: ("pack_segments",),
-        prompts: ("next_call",),
+        prompts: ("calls_of_round", "next_call"),
     }.items()
     for name in names
 ]  # fmt: skip
