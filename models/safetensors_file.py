@@ -16,9 +16,10 @@ import dataclasses
 import json
 import math
 import mmap
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -54,6 +55,20 @@ OTHER_ITEM_BYTES = {
 """Types of buffers, which a checkpoint may hold beside its weights; listed, and never read."""
 
 
+class FileState(NamedTuple):
+    """What tells a file from one that takes its place."""
+
+    inode: int
+    changed: int
+    size: int
+
+    @classmethod
+    def of(cls, file: BinaryIO) -> FileState:
+        """As it is now."""
+        found = os.fstat(file.fileno())
+        return cls(found.st_ino, found.st_mtime_ns, found.st_size)
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
     """A tensor still in its file: `size` bytes from byte `begin` of the file on."""
@@ -64,6 +79,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     begin: int
     size: int
+    state: FileState
 
     @contextlib.contextmanager
     def values(self) -> Iterator[np.ndarray]:
@@ -79,17 +95,14 @@ class StoredTensor:
             return
         skipped = self.begin % mmap.ALLOCATIONGRANULARITY
         with self.path.open("rb") as file:
-            try:
-                mapping = mmap.mmap(
-                    file.fileno(),
-                    skipped + self.size,
-                    access=mmap.ACCESS_READ,
-                    offset=self.begin - skipped,
-                )
-            except ValueError:
-                raise CheckpointError(
-                    f"{self.path}: the file was cut while it was being read"
-                ) from None
+            if FileState.of(file) != self.state:
+                raise CheckpointError(f"{self.path}: the file has changed since it was opened")
+            mapping = mmap.mmap(
+                file.fileno(),
+                skipped + self.size,
+                access=mmap.ACCESS_READ,
+                offset=self.begin - skipped,
+            )
         try:
             flat = np.frombuffer(mapping, dtype, self.size // dtype.itemsize, skipped)
             yield flat.reshape(self.shape)
@@ -103,11 +116,12 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
     Raises CheckpointError when the file is missing, cut short, contradicts itself, or holds floats
     of a type that cannot be read.
     """
-    header, data_begin, data_bytes = _read_header(path)
+    header, data_begin, state = _read_header(path)
+    data_bytes = state.size - data_begin
     tensors = {}
     for name, entry in header.items():
         if name != "__metadata__":
-            tensors[name] = _stored(path, name, entry, data_begin)
+            tensors[name] = _stored(path, name, entry, data_begin, state)
     end = max((tensor.begin + tensor.size for tensor in tensors.values()), default=data_begin)
     if end > data_begin + data_bytes:
         raise CheckpointError(
@@ -158,12 +172,13 @@ def refuse_lfs_pointer(path: Path, begin: bytes) -> None:
         )
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The header, where the data begins, and how many bytes of data there are."""
+def _read_header(path: Path) -> tuple[dict[str, Any], int, FileState]:
+    """The header, where the data begins, and the file's state."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     with path.open("rb") as file:
-        total = path.stat().st_size
+        state = FileState.of(file)
+        total = state.size
         first = file.read(LENGTH_BYTES)
         refuse_lfs_pointer(path, first + file.read(len(LFS_POINTER)))
         length = int.from_bytes(first, "little")
@@ -187,7 +202,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
         ) from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: not a safetensors file: its header is no JSON object")
-    return header, LENGTH_BYTES + length, total - LENGTH_BYTES - length
+    return header, LENGTH_BYTES + length, state
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -197,7 +212,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _stored(path: Path, name: str, entry: Any, data_begin: int) -> StoredTensor:
+def _stored(path: Path, name: str, entry: Any, data_begin: int, state: FileState) -> StoredTensor:
     """The tensor that one entry of the header describes."""
     senseless = CheckpointError(
         f"{path}: corrupt header: the entry of tensor {name} makes no sense"
@@ -224,7 +239,8 @@ def _stored(path: Path, name: str, entry: Any, data_begin: int) -> StoredTensor:
             f"{path}: corrupt header: tensor {name} is {dtype_name} of shape {tuple(shape)} and "
             f"has {end - begin} bytes"
         )
-    return StoredTensor(path, name, dtype_name, tuple(shape), data_begin + begin, end - begin)
+    begin, size = data_begin + begin, end - begin
+    return StoredTensor(path, name, dtype_name, tuple(shape), begin, size, state)
 
 
 def _check_cover(path: Path, tensors: dict[str, StoredTensor], begin: int, end: int) -> None:

@@ -48,8 +48,9 @@ def stored_weights(
       spec, dtype, unroll, max_positions: as for `load`.
 
     Raises:
-      ValueError, FileNotFoundError, CheckpointError, DownloadError: as `load`; what is wrong with a
-        tensor's numbers is found when it is read.
+      ValueError, FileNotFoundError, CheckpointError, DownloadError: as `load`. That a file cannot
+        be read, or has changed since, is found when it is: `update_weights` then raises, and from
+        the second array on closes the engine, whose weights are neither old nor new.
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known dtypes: {', '.join(DTYPES)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -100,8 +101,8 @@ def check(config: GrpoConfig) -> None:
             f"--hidden must be a multiple of {2 * HEAD_DIM}, two heads of {HEAD_DIM}, got "
             f"{config.hidden}"
         )
-    if not 0 <= config.kl:
-        raise UserError(f"--kl must be from 0 up, got {config.kl}")
+    if not 0 <= config.kl < math.inf:
+        raise UserError(f"--kl must be a number from 0 up, got {config.kl}")
     if not config.ways or len(set(config.ways)) < len(config.ways):
         raise UserError(f"--ways must name one or both ways, got {' '.join(config.ways)}")
     check_seed(config.seed)

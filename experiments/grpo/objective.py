@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Float64
 
 EVEN = 1e-6
-"""Rewards of a group that differ by less are equal: none of its answers has an advantage."""
+"""Added to a group's standard deviation: where all rewards are equal, no answer has an
+advantage."""
 
 
 def advantages(

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from jax_chunkattn.engine.outputs import Completion
-from jax_chunkattn.sampling.seeds import sample_seed
+from jax_chunkattn.sampling.seeds import fork_seed
 
 
 @dataclass(frozen=True)
@@ -99,4 +99,5 @@ def distinct_seeds(seed: Any, number: int) -> list[int | None]:
         first = int.from_bytes(digest, "little")
     else:
         first = int(values) % 2**32
-    return [sample_seed(first, index) if index else first for index in range(number)]
+    # Not as samples of one request have theirs: those of other runs would be the same.
+    return [fork_seed(first, index) if index else first for index in range(number)]

@@ -126,7 +126,7 @@ class TunixRollout:
         """Log-probabilities of completions `[B, T]`, padded on the right, behind prompts `[B, P]`,
         padded on the left: `[B, T]` float32, 0 for padding. By the weights that are served, and
         not divided by a temperature, as tunix's own rollout has them. The token of padding counts
-        as padding at the ends of a row alone."""
+        as padding at the ends of a row alone. Raises InvalidRequest for a prompt without tokens."""
         pad_id = self.pad_id()
         prompts, completions = np.asarray(prompt_tokens), np.asarray(completion_tokens)
         scored = np.zeros(completions.shape, np.float32)

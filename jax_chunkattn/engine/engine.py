@@ -273,7 +273,8 @@ class Engine:
           in_order: False gives each prompt's answers as soon as they are there, whichever prompt's
             that is; `Output.index` tells.
           enough: of how many samples of a prompt the answers suffice: when so many have ended, the
-            others are aborted, with the tokens that they have. None waits for all.
+            others are aborted, with the tokens that they have. That is seen to while the iterator
+            is waited for, not while the engine advances for others alone. None waits for all.
 
         Raises:
           InvalidRequest, PoolExhausted: as `submit`, naming the prompt; none has been queued then.
@@ -444,9 +445,9 @@ class Engine:
 
         Raises:
           InvalidWeights: when they do not fit; the old ones are served.
-          EngineClosed: after `close`, or when memory ran out in the midst of it, which closes the
-            engine. When there was no room for the first array, the largest, the error is JAX's and
-            the old weights are served.
+          EngineClosed: after `close`, or when an array could not be had in the midst of it, for
+            want of memory or of a file, which closes the engine. When that was the first, the
+            largest, its own error is raised and the old weights are served.
         """
         if running not in ("recompute", "finish"):
             raise ValueError(f"running must be 'recompute' or 'finish', got {running!r:.60}")

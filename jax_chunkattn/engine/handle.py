@@ -78,11 +78,12 @@ class Outputs(Reading[Output]):
         self._enough = enough
 
     def _read(self) -> Output | None:
-        if not self._groups:
-            return None
         how = {"in_order": self._in_order, "enough": self._enough}
-        index, answers = self._service.wait_for_group(self._groups, **how)
-        return Output(index, self._groups.pop(index)[0].prompt, answers)
+        taken = self._service.take_group(self._groups, **how)
+        if taken is None:
+            return None
+        index, group, answers = taken
+        return Output(index, group[0].prompt, answers)
 
 
 class RequestHandle:

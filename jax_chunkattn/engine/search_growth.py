@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import isfinite, nan
+from math import isfinite, isnan, nan
 
 from jax_chunkattn.engine.handle import RequestHandle
 from jax_chunkattn.engine.search_expansion import Candidate, Evaluation, Expansion, SearchNode
@@ -152,7 +152,9 @@ class Growth:
             )
         for node, value in zip(nodes, values, strict=True):
             if not isfinite(value):
-                which = f"node {node.index}"
+                unknown = any(isnan(one) for one in node.logprobs)
+                hint = ", one of whose tokens has no known log-probability" if unknown else ""
+                which = f"node {node.index}{hint}"
                 raise ValueError(f"evaluate must give finite numbers, got {value} for {which}")
         return [
             NewNode(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -173,42 +173,46 @@ class Service:
         """The whole answer, when it is there."""
         return self._wait(request, request.answer)
 
-    def wait_for_group(
-        self, groups: Mapping[int, Sequence[Request]], *, in_order: bool, enough: int | None
-    ) -> tuple[int, tuple[Completion, ...]]:
-        """The first of these groups, or if `in_order` is not asked for any, all of whose requests
-        have ended; which it is, and their answers.
+    def take_group(
+        self, groups: dict[int, list[Request]], *, in_order: bool, enough: int | None
+    ) -> tuple[int, list[Request], tuple[Completion, ...]] | None:
+        """Takes out of the groups the first, or if `in_order` is not asked for any, all of whose
+        requests have ended; its index, it, and the answers. None when no group is left.
 
-        When `enough` of a group have, the others are aborted, whether or not it is its turn.
+        When `enough` of a group have ended without an error the others are aborted, whether or not
+        it is its turn.
 
         Raises RequestFailed when an error ended one of a group that could be the one.
         """
 
-        candidates = [*groups][: 1 if in_order else None]
-
-        def turn() -> tuple[int, tuple[Completion, ...]] | None:
+        def turn() -> tuple[int, list[Request], tuple[Completion, ...]] | None:
             if enough is not None:
-                self._end_those_with_enough(groups.values(), enough)
-            for index in candidates:
-                for request in groups[index]:
+                self._end_those_with_enough([*groups.values()], enough)
+            candidates = [*groups.items()][: 1 if in_order else None]
+            for index, group in candidates:
+                for request in group:
                     if request.phase is Phase.DONE:
                         request.raise_error()
-                answers = tuple(filter(None, (request.answer() for request in groups[index])))
-                if len(answers) == len(groups[index]):
-                    return index, answers
-            if not self._core.advance() and all(_unfinished(groups[one]) for one in candidates):
+                if not _unfinished(group):
+                    del groups[index]  # in this turn: others may take groups too
+                    answers = (request.answer() for request in group)
+                    return index, group, tuple(filter(None, answers))
+            more = self._core.advance()
+            if not more and groups and all(_unfinished(group) for _, group in candidates):
                 raise RuntimeError("requests are unfinished and the engine has nothing to do")
             return None
 
-        while (found := self.turns.run(turn)) is None:
-            pass
-        return found
+        while groups:
+            if (found := self.turns.run(turn)) is not None:
+                return found
+        return None
 
     def _end_those_with_enough(self, groups: Iterable[Sequence[Request]], enough: int) -> None:
-        """Aborts who is left of groups of which so many have ended."""
+        """Aborts who is left of groups of which so many have ended without an error."""
         for group in groups:
             left = _unfinished(group)
-            if len(group) - len(left) >= enough:
+            failed = sum(request.error is not None for request in group)
+            if left and len(group) - len(left) - failed >= enough:
                 for request in left:
                     self._core.abort(request)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -82,19 +83,19 @@ def _checked(
 ) -> tuple[list[np.ndarray], list[int]]:
     if not len(sequences):
         raise ValueError("a tree of tokens is of one sequence at least, and there is none")
-    begins = [1] * len(sequences) if begins is None else [int(begin) for begin in begins]
+    begins = [1] * len(sequences) if begins is None else [operator.index(begin) for begin in begins]
     if len(begins) != len(sequences):
         raise ValueError(f"there are {len(sequences)} sequences, and {len(begins)} begins")
     arrays: list[np.ndarray] = []
     for index, (tokens, begin) in enumerate(zip(sequences, begins, strict=True)):
         array = np.asarray(tokens)
+        if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+            raise ValueError(f"sequence {index} is no sequence of whole numbers")
         if not 1 <= begin < len(array):
             raise ValueError(
                 f"sequence {index} has {len(array)} tokens and {begin} of them given: one at least "
                 "must be given, and one asked for"
             )
-        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-            raise ValueError(f"sequence {index} is no sequence of whole numbers")
         if array.min() < 0 or array.max() > np.iinfo(np.int32).max:
             raise ValueError(f"sequence {index} has a token id that is no int32 from 0 on")
         arrays.append(array.astype(np.int32))

@@ -54,7 +54,8 @@ def tree_log_probs(
 
     Args:
       model: says what to compute; its own weights are not used.
-      params: the weights: `nnx.state(model)`, or any tree of arrays with the same paths.
+      params: the weights: `nnx.state(model)`, or any tree of arrays with the same paths. It is
+        computed in their types, and not in the model's.
       remat: whether layers are computed again in the backward pass. False keeps all of them: a
         quarter less work, for many times the memory. A model that is not `Rematerialising` decides
         by itself.
@@ -78,7 +79,7 @@ def tree_log_probs(
 def _with_params(model: DecoderModel, params: Any) -> DecoderModel:
     """The model with other weights."""
     graphdef, state = nnx.split(model)
-    values = matching_values(params, named_leaves(state))
+    values = [jnp.asarray(value) for value in matching_values(params, named_leaves(state))]
     return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), values))
 
 
@@ -114,17 +115,18 @@ def _log_probs(
     previous: Int32[Array, " T"],
     tokens: Int32[Array, " T"],
 ) -> Float32[Array, " T"]:
-    """Of each token behind the one that it follows, a block at a time, forward and backward; a
-    block none of which is asked for costs nothing."""
+    """Of each token behind the one that it follows, a block at a time, forward and backward; the
+    logits of a block none of which is asked for are not computed."""
 
-    @jax.checkpoint
     def of_some(block: tuple[Int32[Array, " R"], Int32[Array, " R"]]) -> Float32[Array, " R"]:
         before, targets = block
         logits = model.logits(jnp.take(hidden, before, axis=0, mode="clip"))
         chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
         return chosen - jax.nn.logsumexp(logits, axis=1)
 
-    def of_block(block):
+    # Around the branch: what a branch keeps would be kept for every block.
+    @jax.checkpoint
+    def of_block(block: tuple[Int32[Array, " R"], Int32[Array, " R"]]) -> Float32[Array, " R"]:
         asked = jnp.any(block[0] < len(hidden))
         return lax.cond(asked, of_some, lambda _: jnp.zeros(BLOCK_TOKENS, jnp.float32), block)
 

@@ -278,7 +278,10 @@ class ChunkAttentionLM(TemplateLM):
         if add_generation_prompt:
             return text
         last = chat[-1]["content"]
-        end = text.rindex(last.strip()) + len(last.strip())
+        begin = text.rfind(last.strip())
+        if begin < 0:
+            raise TypeError("the chat template rewrites the last message: it cannot be left open")
+        end = begin + len(last.strip())
         open_end = last[len(last.rstrip()) :]
         return text[:end] + (open_end if text[end:].startswith(open_end) else "")
 

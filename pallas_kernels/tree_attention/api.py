@@ -31,7 +31,8 @@ def tree_attention(
 
     Derivatives are of the first order and in reverse mode. What the backward pass keeps is the
     output and a number for each query head; weights are computed again, tile by tile
-    (FlashAttention-2, arXiv 2307.08691, algorithm 2).
+    (FlashAttention-2, arXiv 2307.08691, algorithm 2). Scores and sums are in float32. In a
+    `jax.shard_map`, "xla" needs `check_vma=False`.
 
     Args:
       q, keys, values: of T packed tokens, padding among them, which gets zeros.

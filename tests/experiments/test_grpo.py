@@ -146,7 +146,8 @@ def test_on_the_policy_that_sampled_the_gradient_is_that_of_reinforce():
     [
         ({"samples": 1}, "--samples must be at least 2"),
         ({"hidden": 48}, "--hidden must be a multiple of 32"),
-        ({"kl": -1.0}, "--kl must be from 0 up"),
+        ({"kl": float("inf")}, "--kl must be a number from 0 up"),
+        ({"kl": -1.0}, "--kl must be a number from 0 up"),
         ({"ways": ()}, "--ways must name one or both"),
         ({"ways": ("shared", "shared")}, "--ways must name one or both"),
         ({"rate": 0.0}, "--rate must be a number above 0"),

@@ -280,7 +280,10 @@ def test_a_file_cut_after_its_header_was_read_is_noticed(tmp_path):
     path = write_safetensors(tmp_path / "model.safetensors", TENSORS)
     checkpoint = read_folder(tmp_path)
     path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(CheckpointError, match="was cut"), checkpoint.tensor("a"):
+    with (
+        pytest.raises(CheckpointError, match="the file has changed since it was opened"),
+        checkpoint.tensor("a"),
+    ):
         pass
 
 

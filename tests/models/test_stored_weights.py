@@ -14,7 +14,10 @@ from flax import nnx
 
 import models
 from jax_chunkattn import CacheConfig, Engine, InvalidWeights, SamplingParams
+from models import CheckpointError
 from models.building import aligned_empty
+from models.safetensors_file import read_tensors
+from tests.models.safetensors_writer import write_safetensors
 from tests.models.tiny_checkpoint import write_checkpoint
 
 PROMPT = [1, 2, 3, 4, 5]
@@ -109,3 +112,17 @@ def test_what_orbax_restores_fits(checkpoint: Path, engine: Engine, tmp_path: Pa
     assert stored.weights == (1,)
     engine.update_weights(models.stored_weights(checkpoint))
     assert answer(engine) == stored.tokens
+
+
+def test_a_file_that_was_replaced_is_not_read(tmp_path: Path):
+    """Its tensors may be elsewhere; those read before are of another checkpoint."""
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, {"weight": np.zeros(8, "<f4")})
+    tensor = read_tensors(path)["weight"]
+    with tensor.values() as values:
+        assert not values.any()
+    write_safetensors(tmp_path / "new", {"weight": np.ones(8, "<f4")})
+    (tmp_path / "new").replace(path)
+    changed = "the file has changed since it was opened"
+    with pytest.raises(CheckpointError, match=changed), tensor.values():
+        pass

@@ -14,6 +14,7 @@ from jax_chunkattn import CacheConfig, InvalidWeights, SamplingParams
 from jax_chunkattn.adapters.padded import distinct_seeds, padded_prompts, runs
 from jax_chunkattn.adapters.tunix import TunixRollout
 from jax_chunkattn.adapters.tunix_sampler import TunixSampler
+from jax_chunkattn.sampling.seeds import each_sample
 from models.adapters.tunix import TrainableDecoder
 from tests.jax_chunkattn.adapters.byte_ids import ByteIds
 from tests.jax_chunkattn.engine.engines import SHARE_ALL, make_engine
@@ -133,6 +134,12 @@ def test_seeds_are_made_of_whatever_stands_for_one():
     assert distinct_seeds(None, 2) == [None, None]
     for one in keys:
         SamplingParams(seed=one)
+
+
+def test_no_run_draws_as_a_sample_of_another_does():
+    first, *others = distinct_seeds(5, 4)
+    samples = [one.seed for one in each_sample(SamplingParams(n=4, seed=first))]
+    assert not set(others) & set(samples)
 
 
 def test_prompts_are_padded_to_a_power_of_two_where_the_width_does_not_do():

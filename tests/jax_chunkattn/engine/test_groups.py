@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from jax_chunkattn import InvalidRequest, RequestFailed, SamplingParams
@@ -94,3 +97,26 @@ def test_an_error_is_raised_where_its_group_would_be():
     engine.close()
     with pytest.raises(RequestFailed, match="the engine was closed"):
         next(outputs)
+
+
+def test_threads_may_read_one_iteration():
+    engine = make_engine()
+    outputs = engine.generate([[1, 2, index] for index in range(24)], SamplingParams(5))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: [output.index for output in outputs], range(4)))
+    assert sorted(itertools.chain(*found)) == list(range(24))
+    assert_all_returned(engine)
+
+
+def test_a_callback_may_read_what_it_interrupts():
+    found = []
+
+    def read(event):
+        found.extend(output.index for output in outputs)
+
+    engine = make_engine()
+    engine.submit([7], SamplingParams(2), on_event=read)
+    outputs = engine.generate(PROMPTS, SamplingParams(3))
+    found.extend(output.index for output in outputs)
+    assert sorted(found) == [0, 1, 2]
+    assert_all_returned(engine)

@@ -182,6 +182,23 @@ def test_the_backward_pass_keeps_little_of_a_layer():
     assert a_layer(remat=False) > 3 * kept
 
 
+@pytest.mark.slow
+@pytest.mark.optimised
+def test_a_long_prompt_costs_no_memory_for_logits():
+    """Five more blocks none of which is asked for: as with a small vocabulary."""
+
+    def growth(vocabulary):
+        config = replace(toy_model().config, vocab_size=vocabulary, num_layers=1)
+        model = Decoder(config, rngs=nnx.Rngs(0))
+        trees = (TokenTree.of([tokens(length)], [length - 10]) for length in (300, 1024))
+        short, long = (temporary_bytes(model, tree) for tree in trees)
+        return long - short
+
+    large = 1 << 14
+    of_unembedding = 4 * large * toy_model().config.hidden_size
+    assert growth(large) - growth(256) < of_unembedding / 4
+
+
 def test_weights_of_another_model_are_refused():
     config = replace(toy_model().config, num_layers=3)
     other = nnx.state(Decoder(config, rngs=nnx.Rngs(0)))
