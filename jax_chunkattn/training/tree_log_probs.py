@@ -11,7 +11,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
@@ -78,6 +77,8 @@ def tree_log_probs(
 
 def _with_params(model: DecoderModel, params: Any) -> DecoderModel:
     """The model with other weights."""
+    from flax import nnx
+
     graphdef, state = nnx.split(model)
     values = [jnp.asarray(value) for value in matching_values(params, named_leaves(state))]
     return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), values))
