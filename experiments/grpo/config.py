@@ -41,10 +41,10 @@ class GrpoConfig:
     task: Literal["copy", "reverse", "sort"] = "copy"
     """What the answer is to be."""
 
-    digits: int = 3
+    digits: int = 2
     """Digits of a question, and of its answer."""
 
-    instructions: int = 256
+    instructions: int = 64
     """Tokens that all questions stand behind, as behind a long system prompt."""
 
     prompts: int = 16
@@ -53,7 +53,7 @@ class GrpoConfig:
     samples: int = 16
     """Answers to each of them."""
 
-    steps: int = 300
+    steps: int = 400
     """Steps, each with new questions."""
 
     rate: float = 1e-3

@@ -82,10 +82,10 @@ def test_a_run_that_was_broken_off_goes_on_as_if_it_had_not_been(
 @pytest.mark.optimised
 def test_the_policy_learns(tmp_path: Path):
     """From guessing, one digit in sixteen, to copying most."""
-    sizes = {"instructions": 4, "digits": 2, "steps": 200, "ways": ("shared",)}
+    sizes = {"instructions": 4, "steps": 300, "ways": ("shared",)}
     summary = run(GrpoConfig(**sizes, output=tmp_path / "out"))
     assert steps_of(tmp_path / "out")[0]["rewards"][0] < 0.2
-    assert summary["reward"] > 0.6
+    assert summary["reward"] > 0.5
 
 
 def test_rewards_are_the_share_of_digits_that_are_right():
