@@ -14,7 +14,6 @@ from jax.typing import DTypeLike
 
 from jax_chunkattn.device.model_interface import Attend, CacheSpec
 from pallas_kernels.softcap import cap_scores
-from pallas_kernels.windows import EVERYTHING
 
 PRECISION = jax.lax.Precision.HIGHEST
 
@@ -91,12 +90,10 @@ def visible_positions(
     """Whether the queries at positions `[T]` see the keys at positions `[S]`: `[Hkv, T, S]`."""
     key, query = keys[None, None], queries[None, :, None]
     visible = jnp.broadcast_to(key <= query, (spec.num_kv_heads, len(queries), len(keys)))
-    windows = spec.head_windows(layer)
+    windows = spec.window_sizes(layer)
     if windows is None:
         return visible
-    seen = [window or EVERYTHING for window in spec.different_windows]
-    size = jnp.array([window.size for window in seen], jnp.int32)[windows][:, None, None]
-    sinks = jnp.array([window.sinks for window in seen], jnp.int32)[windows][:, None, None]
+    size, sinks = (numbers[:, None, None] for numbers in windows)
     return visible & ((key < sinks) | (key > query - size))
 
 

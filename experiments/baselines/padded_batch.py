@@ -12,11 +12,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float32, Int32
 
 from jax_chunkattn.device.model_interface import CacheSpec
+from jax_chunkattn.training.token_tree import BLOCK_TOKENS  # as many logits as for a tree
 from models.decoder import Decoder
 from pallas_kernels.tree_attention import KEPT
-
-BLOCK_TOKENS = 128
-"""Tokens whose logits are there at once, as for a tree."""
 
 
 def padded_log_probs(

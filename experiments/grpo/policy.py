@@ -38,11 +38,7 @@ class Rollouts:
 
 
 class Policy:
-    """A decoder that is trained, an engine with the same weights, and the optimiser between them.
-
-    Attributes:
-      compile_seconds: what compiling programs that learn has taken.
-    """
+    """A decoder that is trained, and an engine that samples by its weights."""
 
     def __init__(self, config: GrpoConfig, way: str) -> None:
         self._config = config
@@ -52,8 +48,7 @@ class Policy:
         self._optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(config.rate))
         self.weights = jax.tree.map(jnp.copy, self._first)
         self.moments = self._optimiser.init(self.weights)
-        self._programs: dict[Any, Any] = {}
-        self.compile_seconds = 0.0
+        self._program: Any = None  # compiled by the first batch; all have its sizes
         self._engine = self._make_engine()
         self._engine.warm_up()
 
@@ -108,11 +103,12 @@ class Policy:
         else:
             given = np.array(sequences, np.int32)
             count = given.size
-        batch = given, rollouts.logprobs, advantages
-        program, seconds = self._program(batch)
-        self.weights, self.moments = jax.block_until_ready(
-            program(self.weights, self.moments, self._first, batch)
-        )
+        arguments = self.weights, self.moments, self._first, (given, rollouts.logprobs, advantages)
+        begin = time.perf_counter()
+        if self._program is None:
+            self._program = self._compile(arguments)
+        seconds = time.perf_counter() - begin
+        self.weights, self.moments = jax.block_until_ready(self._program(*arguments))
         return count, seconds
 
     def serve(self) -> None:
@@ -129,18 +125,10 @@ class Policy:
         own = config.digits + 2 + config.samples * config.digits
         return config.instructions + config.prompts * own
 
-    def _program(self, batch: Any) -> tuple[Any, float]:
-        sizes = tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch))
-        begin, known = time.perf_counter(), sizes in self._programs
-        if not known:
-            step = jax.jit(self._step, donate_argnums=(0, 1))
-            # Optax takes a power of a step's number.
-            with jax.numpy_dtype_promotion("standard"):
-                lowered = step.lower(self.weights, self.moments, self._first, batch)
-            self._programs[sizes] = lowered.compile()
-        seconds = 0.0 if known else time.perf_counter() - begin
-        self.compile_seconds += seconds
-        return self._programs[sizes], seconds
+    def _compile(self, arguments: tuple[Any, ...]) -> Any:
+        step = jax.jit(self._step, donate_argnums=(0, 1))
+        with jax.numpy_dtype_promotion("standard"):  # Optax takes a power of a step's number
+            return step.lower(*arguments).compile()
 
     def _step(self, weights: Any, moments: Any, first: Any, batch: Any) -> tuple[Any, Any]:
         given, sampled, advantage = batch

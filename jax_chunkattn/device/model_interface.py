@@ -80,6 +80,19 @@ class CacheSpec:
             return None
         return jnp.asarray(self.windows.of_heads, jnp.int32)[layer]
 
+    def window_sizes(
+        self, layer: Int32[Array, ""]
+    ) -> tuple[Int32[Array, " Hkv"], Int32[Array, " Hkv"]] | None:
+        """Size and sinks of the window that each KV head of a layer has; None where there are no
+        windows."""
+        of_heads = self.head_windows(layer)
+        if of_heads is None:
+            return None
+        windows = [window or EVERYTHING for window in self.different_windows]
+        sizes = jnp.array([window.size for window in windows], jnp.int32)
+        sinks = jnp.array([window.sinks for window in windows], jnp.int32)
+        return sizes[of_heads], sinks[of_heads]
+
     @property
     def windows_of_heads(self) -> tuple[tuple[Window | None, ...], ...]:
         """The window of each KV head of each layer; None where it sees all tokens."""

@@ -280,11 +280,14 @@ class Core:
     def abort(self, request: Request | Scored) -> None:
         """Ends work because nobody wants it any more."""
         if request in self.scheduler.accepted:
-            try:
-                self._lifecycle.abort(request)
-            except Exception as error:
-                self.recover(error)
+            self._abort(request)
             self._call_back()
+
+    def _abort(self, request: Request | Scored) -> None:
+        try:
+            self._lifecycle.abort(request)
+        except Exception as error:
+            self.recover(error)
 
     @whole
     def prune(self, request: Request) -> None:
@@ -294,10 +297,7 @@ class Core:
             one.hold = False
             self.scheduler.drop_held(one)
             if one in self.scheduler.accepted:
-                try:
-                    self._lifecycle.abort(one)
-                except Exception as error:
-                    self.recover(error)
+                self._abort(one)
         self._call_back()
 
     @whole

@@ -18,7 +18,6 @@ from jax_chunkattn.device.model_interface import Attend, CacheSpec, DecoderModel
 from jax_chunkattn.device.weights import matching_values, named_leaves
 from jax_chunkattn.training.token_tree import BLOCK_TOKENS, TokenTree
 from pallas_kernels.tree_attention import HeadWindows, tree_attention
-from pallas_kernels.windows import EVERYTHING
 
 
 @runtime_checkable
@@ -95,19 +94,11 @@ def _attend(spec: CacheSpec, tree: TokenTree, implementation: str | None) -> Att
 
     def attend(pool, layer, q, k, v):
         how = {"scale": spec.scale, "softcap": spec.softcap, "implementation": implementation}
-        return tree_attention(q, k, v, tree.plan, windows=_windows(spec, layer), **how), pool
+        sizes = spec.window_sizes(layer)
+        windows = None if sizes is None else HeadWindows(*sizes)
+        return tree_attention(q, k, v, tree.plan, windows=windows, **how), pool
 
     return attend
-
-
-def _windows(spec: CacheSpec, layer: Int32[Array, ""]) -> HeadWindows | None:
-    of_heads = spec.head_windows(layer)
-    if of_heads is None:
-        return None
-    windows = [window or EVERYTHING for window in spec.different_windows]
-    sizes = jnp.array([window.size for window in windows], jnp.int32)
-    sinks = jnp.array([window.sinks for window in windows], jnp.int32)
-    return HeadWindows(sizes[of_heads], sinks[of_heads])
 
 
 def _log_probs(
