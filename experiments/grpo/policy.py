@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,8 +21,10 @@ from experiments.grpo.config import HEAD_DIM, GrpoConfig
 from jax_chunkattn import CacheConfig, Engine, SamplingParams, TokenTree, tree_log_probs
 from jax_chunkattn.engine.admission import chunks_to_finish
 from jax_chunkattn.sampling.seeds import each_sample
+from models import CheckpointError
 from models.config import DecoderConfig
 from models.decoder import Decoder
+from models.saved_state import save_state, saved_state
 
 CHUNK_SIZE = 16
 PADDED_AT_ONCE = 64
@@ -52,10 +55,19 @@ class Policy:
         self._engine = self._make_engine()
         self._engine.warm_up()
 
-    def restore(self, weights: Any, moments: Any) -> None:
-        """Goes on from what was saved of another."""
-        self.weights, self.moments = weights, moments
-        self._engine.update_weights(weights)
+    def save(self, path: Path) -> None:
+        """What the next steps depend on."""
+        save_state(path, (self.weights, self.moments))
+
+    def restore(self, path: Path) -> None:
+        """Goes on from where another one was saved.
+
+        Raises:
+          CheckpointError: when the file cannot be read, or is not of a training of these sizes.
+        """
+        state, what = (self.weights, self.moments), "a training of these sizes"
+        self.weights, self.moments = saved_state(path, state, what=what, error=CheckpointError)
+        self.serve()
 
     def sample(self, step: int, asked: Sequence[list[int]]) -> Rollouts:
         """The groups of a step's questions."""

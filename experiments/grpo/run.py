@@ -14,7 +14,6 @@ from experiments.grpo.objective import advantages
 from experiments.grpo.policy import Policy
 from experiments.harness.compilations import compilation_cache
 from experiments.harness.environment import describe_environment
-from experiments.harness.errors import UserError
 from experiments.harness.progress import PhaseDisplay, phase_display
 from experiments.harness.reading import Record
 from experiments.harness.results import ResultFolder
@@ -22,7 +21,6 @@ from experiments.harness.state_files import StateFiles
 from experiments.harness.units import tell_taken_over
 from experiments.harness.views import finish
 from models import CheckpointError
-from models.saved_state import save_state, saved_state
 
 PARTS = ("sample", "learn", "serve")
 """What a step takes its time for."""
@@ -100,7 +98,7 @@ class _Training:
             detail = f"reward {steps[-1]['reward']:.2f}" if steps else ""
             display.update(self._way, step, self._config.steps, detail=detail)
             steps.append(self._step(policy, step))
-        save_state(self._states.path(end), (policy.weights, policy.moments))
+        policy.save(self._states.path(end))
         self._states.keep(begin, end)  # that of `begin` is needed until this record is written
         return {
             "kind": "steps",
@@ -151,11 +149,6 @@ class _Training:
         if self._policy is None:
             policy = Policy(self._config, self._way)
             if step:
-                state, what = (policy.weights, policy.moments), "a training of these sizes"
-                try:
-                    path = self._states.path(step)
-                    policy.restore(*saved_state(path, state, what=what, error=CheckpointError))
-                except CheckpointError as error:
-                    raise UserError(f"{error}; begin anew with --fresh") from error
+                self._states.restore(step, policy.restore, unreadable=CheckpointError)
             self._policy = policy
         return self._policy

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+from experiments.harness.errors import UserError
+
+State = TypeVar("State")
 
 
 class StateFiles:
@@ -16,6 +22,19 @@ class StateFiles:
     def path(self, step: int) -> Path:
         """Of the state after so many steps."""
         return self._folder / f"{self._name}-{step:06}.npz"
+
+    def restore(
+        self, step: int, read: Callable[[Path], State], *, unreadable: type[Exception]
+    ) -> State:
+        """What `read` makes of the file of a step.
+
+        Raises:
+            UserError: `read` raised `unreadable`.
+        """
+        try:
+            return read(self.path(step))
+        except unreadable as error:
+            raise UserError(f"{error}; begin anew with --fresh") from error
 
     def keep(self, *steps: int) -> None:
         """Delete all but those of these steps."""

@@ -187,10 +187,7 @@ class _Finding(OverText[HeadsConfig]):
                 penalty=config.penalty,
             )
             if step:
-                try:
-                    self._training.restore(self._states.path(step))
-                except HeadPatternError as error:
-                    raise UserError(f"{error}; begin anew with --fresh") from error
+                self._states.restore(step, self._training.restore, unreadable=HeadPatternError)
         return self._training
 
     @functools.cached_property

@@ -200,8 +200,5 @@ class _Training:
                 sizes, steps=config.steps, warmup=config.warmup, rate=config.rate, seed=config.seed
             )
             if step:
-                try:
-                    self._training.restore(self._states.path(step))
-                except CheckpointError as error:
-                    raise UserError(f"{error}; begin anew with --fresh") from error
+                self._states.restore(step, self._training.restore, unreadable=CheckpointError)
         return self._training
