@@ -17,6 +17,7 @@ import numpy as np
 from jax_chunkattn import CacheSpec, ChunkPool, PlanSummary, plan_decode
 from jax_chunkattn.device.backend import Backend
 from jax_chunkattn.device.decode_loop import decode_steps
+from jax_chunkattn.device.model_interface import for_serving
 from jax_chunkattn.device.programs import PROGRAMS, Invocation, SplitModel
 from jax_chunkattn.device.request_table import DeviceState, RequestTable, RowState
 from jax_chunkattn.engine.engine import MIN_SLOTS
@@ -87,7 +88,7 @@ class BareLoop:
         self._pool = pool
         self._rows = rows
         self._static = {"num_steps": steps_per_call, "implementation": backend.decode}
-        self._model = SplitModel.of(loaded.model)
+        self._model = SplitModel.of(for_serving(loaded.model))
         num_slots = bucket(rows, MIN_SLOTS)
         state = RowState(*np.zeros((3, num_slots), np.int32))
         state.lengths[:rows] = lengths

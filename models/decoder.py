@@ -19,9 +19,11 @@ from flax import nnx
 from jax import lax
 
 from jax_chunkattn.device.model_interface import Attend, Pool
+from models.arithmetic import XLA, Arithmetic, NativeArithmetic
 from models.config import DecoderConfig
 from models.rope import Angles, rotate
 from models.weights import BlockWeights, Weight, block_weights, decoder_weights
+from pallas_kernels import products
 from pallas_kernels.softcap import cap_scores
 from pallas_kernels.tree_attention import KEPT
 
@@ -33,47 +35,45 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def multiply(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
-    """`x [T, *in]` times `weight [*in, *out]`: `[T, *out]`.
-
-    float32 operands are multiplied in full float32; without the explicit precision a GPU would
-    round them to TF32.
-    """
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    axes = x.ndim - 1
-    return jnp.tensordot(x, weight, axes, precision=precision, preferred_element_type=out_dtype)
-
-
-def project(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+def project(
+    x: jax.Array, weight: nnx.Param, bias: nnx.Param | None, arithmetic: Arithmetic
+) -> jax.Array:
     """`x [T, *in]` times `weight [*in, *out]`, plus `bias [*out]` where there is one."""
-    output = multiply(x, weight[...])
+    output = arithmetic.multiply(x, weight[...])
     return output if bias is None else output + bias[...][None]
 
 
 def normalise(
-    x: jax.Array, scale: nnx.Param | None, bias: nnx.Param | None, epsilon: float
+    x: jax.Array,
+    scale: nnx.Param | None,
+    bias: nnx.Param | None,
+    epsilon: float,
+    arithmetic: Arithmetic = XLA,
 ) -> jax.Array:
     """The layer norm of `x [T, ..., *S]`, its RMS norm without `bias`, itself without `scale`."""
     if scale is None:
         return x
     if bias is None:
-        return rms_norm(x, scale[...], epsilon)
-    return layer_norm(x, scale[...], bias[...], epsilon)
+        return rms_norm(x, scale[...], epsilon, arithmetic)
+    return layer_norm(x, scale[...], bias[...], epsilon, arithmetic)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+def rms_norm(
+    x: jax.Array, scale: jax.Array, epsilon: float, arithmetic: Arithmetic = XLA
+) -> jax.Array:
     """`x [T, ..., *S]` over its root mean square, times `scale [*S]`; computed in float32."""
     wide = x.astype(jnp.float32)
-    axes = tuple(range(-scale.ndim, 0))
-    square = jnp.mean(jnp.square(wide), axis=axes, keepdims=True)
+    square = arithmetic.mean(jnp.square(wide), scale.ndim)
     return (wide * lax.rsqrt(square + epsilon) * _like(scale, x.ndim)).astype(x.dtype)
 
 
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+def layer_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, arithmetic: Arithmetic = XLA
+) -> jax.Array:
     """`x [T, E]` minus its mean, over its standard deviation, times `scale [E]` plus `bias [E]`."""
     wide = x.astype(jnp.float32)
-    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    centred = wide - arithmetic.mean(wide, 1)
+    variance = arithmetic.mean(jnp.square(centred), 1)
     normed = centred * lax.rsqrt(variance + epsilon)
     return (normed * _like(scale, x.ndim) + _like(bias, x.ndim)).astype(x.dtype)
 
@@ -121,39 +121,52 @@ class Block(nnx.Module):
         self.down_bias = optional(weights.down_bias)
 
     def __call__(
-        self, x: jax.Array, angles: Angles | None, pool: Pool, layer: jax.Array, attend: Attend
+        self,
+        x: jax.Array,
+        angles: Angles | None,
+        pool: Pool,
+        layer: jax.Array,
+        attend: Attend,
+        arithmetic: Arithmetic,
     ) -> tuple[jax.Array, Pool]:
         """`x [T, E] -> [T, E]`, and the pool after `attend` wrote this layer's keys and values."""
-        norm = partial(normalise, epsilon=self.config.norm_epsilon)
+        norm = partial(normalise, epsilon=self.config.norm_epsilon, arithmetic=arithmetic)
         normed = norm(x, self.attention_norm, self.attention_norm_bias)
-        attended, pool = self._attention(normed, angles, pool, layer, attend)
+        attended, pool = self._attention(normed, angles, pool, layer, attend, arithmetic)
         x = x + norm(attended, self.attention_post_norm, self.attention_post_norm_bias)
-        output = self._mlp(norm(x, self.mlp_norm, self.mlp_norm_bias))
+        output = self._mlp(norm(x, self.mlp_norm, self.mlp_norm_bias), arithmetic)
         return x + norm(output, self.mlp_post_norm, self.mlp_post_norm_bias), pool
 
     def _attention(
-        self, x: jax.Array, angles: Angles | None, pool: Pool, layer: jax.Array, attend: Attend
+        self,
+        x: jax.Array,
+        angles: Angles | None,
+        pool: Pool,
+        layer: jax.Array,
+        attend: Attend,
+        arithmetic: Arithmetic,
     ) -> tuple[jax.Array, Pool]:
         config = self.config
-        heads = project(x, self.qkv, self.qkv_bias)  # [T, Hkv, G + 2, D]
+        heads = project(x, self.qkv, self.qkv_bias, arithmetic)  # [T, Hkv, G + 2, D]
         q = heads[:, :, :-2].reshape(len(x), config.num_heads, config.head_dim)
         k, v = heads[:, :, -2], heads[:, :, -1]
-        q = normalise(q, self.query_norm, None, config.norm_epsilon)
-        k = normalise(k, self.key_norm, None, config.norm_epsilon)
+        q = normalise(q, self.query_norm, None, config.norm_epsilon, arithmetic)
+        k = normalise(k, self.key_norm, None, config.norm_epsilon, arithmetic)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         attended, pool = attend(pool, layer, q, k, v)
-        return project(attended.astype(x.dtype), self.attention_out, self.attention_out_bias), pool
+        attended = attended.astype(x.dtype)
+        return project(attended, self.attention_out, self.attention_out_bias, arithmetic), pool
 
-    def _mlp(self, x: jax.Array) -> jax.Array:
+    def _mlp(self, x: jax.Array, arithmetic: Arithmetic) -> jax.Array:
         activation = ACTIVATIONS[self.config.activation]
         if self.gate_up is not None:
-            gate_up = project(x, self.gate_up, self.gate_up_bias)  # [T, 2, F]
+            gate_up = project(x, self.gate_up, self.gate_up_bias, arithmetic)  # [T, 2, F]
             inner = activation(gate_up[:, 0]) * gate_up[:, 1]
         else:
             assert self.up is not None
-            inner = activation(project(x, self.up, self.up_bias))
-        return project(inner, self.down, self.down_bias)
+            inner = activation(project(x, self.up, self.up_bias, arithmetic))
+        return project(inner, self.down, self.down_bias, arithmetic)
 
 
 class Decoder(nnx.Module):
@@ -167,6 +180,7 @@ class Decoder(nnx.Module):
 
     blocks: Block | nnx.List
     remat: bool = False
+    arithmetic: Arithmetic = XLA
 
     def __init__(
         self,
@@ -216,19 +230,22 @@ class Decoder(nnx.Module):
         def angles_of(kind) -> Angles | None:
             return None if turning is None else (turning[0][kind], turning[1][kind])
 
-        run_block = self._run_block(attend)
         if isinstance(self.blocks, nnx.List):
+            run_block = self._run_block(attend, lambda _: self.arithmetic)
             for layer, block in enumerate(self.blocks):
                 weights = nnx.split(block)
                 x, pool = run_block(*weights, x, angles_of(kinds[layer]), pool, jnp.int32(layer))
             return x, pool
-        graphdef, stacked = nnx.split(self.blocks)
+        run_block = self._run_block(attend, self.arithmetic.of_layer)
+        whole = self.projections if self.arithmetic.in_place else ()
+        graphdef, in_place, stacked = nnx.split(self.blocks, lambda path, _: path[-1] in whole, ...)
         all_alike = len(set(kinds)) == 1
 
         def run_layer(carry, scanned):
             x, pool = carry
             weights, layer, kind = scanned
             angles = angles_of(0 if all_alike else kind)
+            weights = nnx.merge_state(in_place, weights)
             return run_block(graphdef, weights, x, angles, pool, layer), None
 
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
@@ -236,11 +253,14 @@ class Decoder(nnx.Module):
         (x, pool), _ = lax.scan(run_layer, (x, pool), scanned)
         return x, pool
 
-    def _run_block(self, attend: Attend) -> Callable[..., tuple[jax.Array, Pool]]:
+    def _run_block(
+        self, attend: Attend, arithmetic: Callable[[jax.Array], Arithmetic]
+    ) -> Callable[..., tuple[jax.Array, Pool]]:
         """Runs a layer that is taken apart; in a backward pass from the start, where it should."""
 
         def run(graphdef, weights, x, angles, pool, layer):
-            return nnx.merge(graphdef, weights)(x, angles, pool, layer, attend)
+            block = nnx.merge(graphdef, weights)
+            return block(x, angles, pool, layer, attend, arithmetic(layer))
 
         if not self.remat:
             return run
@@ -250,14 +270,46 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final norm and unembedding: `hidden [R, E] -> [R, V]` float32."""
-        unembedding = self.embedding[...].T if self.unembedding is None else self.unembedding[...]
-        logits = multiply(self.normed(hidden), unembedding, out_dtype=jnp.dtype(jnp.float32))
+        tied = self.unembedding is None
+        unembedding = (self.embedding if tied else self.unembedding)[...]
+        logits = self.arithmetic.multiply(
+            self.normed(hidden), unembedding, transposed=tied, out_dtype=jnp.dtype(jnp.float32)
+        )
         return cap_scores(logits, self.config.logit_softcap)
 
     def normed(self, hidden: jax.Array) -> jax.Array:
         """The final norm: `hidden [R, E] -> [R, E]`."""
         epsilon = self.config.norm_epsilon
-        return normalise(hidden, self.final_norm, self.final_norm_bias, epsilon)
+        return normalise(hidden, self.final_norm, self.final_norm_bias, epsilon, self.arithmetic)
+
+    @property
+    def projections(self) -> frozenset[str]:
+        """The names of a layer's weights that its products are with."""
+        weights = block_weights(self.config).by_name()
+        return frozenset(name for name, weight in weights.items() if weight.inputs)
+
+    def for_serving(self, *, batch_invariant: bool = False) -> Decoder:
+        """The same decoder, over the same arrays, as it is fastest where nothing is differentiated:
+        on a CPU with products by the compiled kernel, where it can run.
+
+        Args:
+          batch_invariant: what is computed of a token is to be the same bits whatever else is
+            computed with it.
+
+        Raises:
+          ValueError: when that is asked for and the kernel cannot run, with the reason.
+        """
+        graphdef, state = nnx.split(self)
+        served = nnx.merge(graphdef, state)
+        problem = products.problem(jax.tree.leaves(state))
+        if problem is None:
+            served.arithmetic = NativeArithmetic(batch_invariant)
+        elif batch_invariant:
+            raise ValueError(
+                "products of this model are not batch-invariant without the compiled kernel: "
+                f"{problem}"
+            )
+        return served
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         x = self.embedding[...].at[tokens].get(mode="clip")

@@ -26,6 +26,9 @@ from pallas_kernels.targets import Target, current_target
 PREFERENCE = ("pallas_mosaic_gpu", "pallas_triton", "native", "xla")
 """The first of these that runs is what `implementation=None` means."""
 NATIVE = "native"
+BATCH_INVARIANT = "batch_invariant"
+COMPILED_HERE = (NATIVE, BATCH_INVARIANT)
+"""Those of the kernel that is compiled for this machine's CPU."""
 
 
 Reads = TypeVar("Reads", DecodeReads, PrefillReads)
@@ -133,7 +136,7 @@ class Operation(Generic[Reads]):
         check_sizes(q.shape[0], attention.heads.kv_heads, reads)
         shapes = AttentionShapes.of(q, stored, reads, attention)
         name = self.resolve(implementation, shapes)
-        if shapes.chosen and name in (NATIVE, "xla"):
+        if shapes.chosen and name in (*COMPILED_HERE, "xla"):
             raise ValueError(
                 f"rows of the plan read parts of items, which {name!r} does not: it reads what "
                 "they have chosen as tiles, of a plan without partials"
@@ -199,7 +202,7 @@ def needs_partials(implementation: str) -> bool:
 
 def is_kernel(implementation: str) -> bool:
     """Whether it may be unable to run here: its module then says for what shapes."""
-    return implementation == NATIVE or needs_partials(implementation)
+    return implementation in COMPILED_HERE or needs_partials(implementation)
 
 
 def check_device(implementation: str | None) -> None:
@@ -222,7 +225,7 @@ def _refuse_for(implementation: str, problem: str | None) -> None:
 
 
 def _device_problem(implementation: str, target: Target) -> str | None:
-    if implementation == NATIVE:
+    if implementation in COMPILED_HERE:
         if target.platform != "cpu":
             return f"it is for CPUs, and the device is {target.name!r}"
         # Imported when first asked for, as all modules of implementations are.

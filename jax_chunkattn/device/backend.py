@@ -11,7 +11,7 @@ from jax_chunkattn.device.model_interface import CacheSpec
 from jax_chunkattn.planning.planner import PlannerOptions
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
 from pallas_kernels.head_map import GroupedHeads
-from pallas_kernels.implementations import NATIVE, AttentionShapes, needs_partials
+from pallas_kernels.implementations import COMPILED_HERE, AttentionShapes, needs_partials
 from pallas_kernels.prefill_attention import PREFILL_ATTENTION
 from pallas_kernels.targets import current_target
 
@@ -63,7 +63,7 @@ def _attended_heads(spec: CacheSpec, cache: CacheConfig) -> GroupedHeads:
 
 
 def _planner_for(implementation: str, spec: CacheSpec, cache: CacheConfig) -> PlannerOptions:
-    if implementation == NATIVE:
+    if implementation in COMPILED_HERE:
         return PlannerOptions.for_native()
     if not needs_partials(implementation):
         return PlannerOptions()

@@ -151,3 +151,34 @@ class DecoderModel(Protocol):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final norm and unembedding: `hidden [R, E] -> [R, V]` float32."""
         ...
+
+
+@runtime_checkable
+class ServableModel(Protocol):
+    """A model that computes in another way where nothing is differentiated."""
+
+    def for_serving(self, *, batch_invariant: bool) -> DecoderModel:
+        """The same model, over the same arrays by the same names, as an engine is to run it.
+
+        Args:
+          batch_invariant: what it computes of a token, but for attention, is to be the same bits
+            whatever else, and however much, is computed with it.
+
+        Raises:
+          ValueError: when it cannot be that here, with the reason.
+        """
+        ...
+
+
+def for_serving(model: DecoderModel, *, batch_invariant: bool = False) -> DecoderModel:
+    """The model as an engine is to run it: itself, unless it says otherwise.
+
+    Raises:
+      ValueError: for a model that is to be batch-invariant and cannot, or does not say how.
+    """
+    if isinstance(model, ServableModel):
+        return model.for_serving(batch_invariant=batch_invariant)
+    if batch_invariant:
+        name = type(model).__name__
+        raise ValueError(f"{name} does not say how to be batch-invariant: it has no `for_serving`")
+    return model

@@ -14,7 +14,7 @@ from jax_chunkattn.device.backend import Backend, choose_backend
 from jax_chunkattn.device.cache_config import CacheConfig
 from jax_chunkattn.device.device import Device
 from jax_chunkattn.device.invocations import Invocations
-from jax_chunkattn.device.model_interface import DecoderModel
+from jax_chunkattn.device.model_interface import DecoderModel, for_serving
 from jax_chunkattn.engine.admission import (
     InvalidRequest,
     ModelSizes,
@@ -162,7 +162,7 @@ class Engine:
             window_chunks=window_room.chunks if window_room is not None else 0,
         )
         invocations = Invocations(
-            model,
+            for_serving(model),
             cache,
             self.backend,
             num_slots=num_slots,

@@ -13,7 +13,7 @@ from pallas_kernels.stored_kv import StoredKV
 CHUNK_ATTENTION: Operation[DecodeReads] = Operation(
     "pallas_kernels.chunk_attention",
     "chunk_attention",
-    ("reference", "xla", "native", "pallas_triton", "pallas_mosaic_gpu"),
+    ("reference", "xla", "native", "batch_invariant", "pallas_triton", "pallas_mosaic_gpu"),
 )
 IMPLEMENTATIONS = CHUNK_ATTENTION.implementations
 

@@ -32,6 +32,9 @@ struct Attention {
   float factor() const { return softcap > 0 ? scale / softcap : scale * LOG2_E; }
   float cap() const { return softcap * LOG2_E; }
 
+  // A query's result is the same bits whatever else is in the call, and however the plan is cut.
+  bool batch_invariant = false;
+
  private:
   static constexpr float LOG2_E = 1.44269504f;
 };
@@ -55,6 +58,9 @@ struct Scratch {
 
 // Reads a unit's tokens for one head, in blocks, and attends to them; meanwhile the next block comes,
 // and at the end the first of the unit that is next.
+//
+// Batch-invariant, blocks are those of a sequence, not of a unit; each query attends as if there were
+// many; and the state is left to whoever reads on.
 template <class Pool>
 class Reader {
   using Element = typename Pool::Element;
@@ -64,9 +70,9 @@ class Reader {
          const Unit& unit, const Unit* next, State state)
       : call_(call), pool_(pool), exact_(exact), head_(head), unit_(unit), next_(next),
         state_(state), width_(round_up(call.dim, LANES)), queries_(unit.rows * call.group()),
-        many_(unit.causal || queries_ > FewQueries::MOST) {
+        many_(call.batch_invariant || unit.causal || queries_ > FewQueries::MOST) {
     in_place_ = Pool::IN_PLACE && width_ == call.dim && (std::is_same_v<Element, float> || !many_);
-    state_.clear(queries_, width_);
+    if (!call.batch_invariant) state_.clear(queries_, width_);
     int64_t scores = many_ ? ManyQueries::scores_size(queries_) : queries_ * FewQueries::LD;
     scores_ = Scratch::room(scratch_.scores, scores);
     keys_ = Scratch::room(scratch_.keys, (int64_t)2 * BLOCK_TOKENS * width_);
@@ -119,6 +125,7 @@ class Reader {
     };
     auto chunk_of = [&](int place) { return place / size * size; };
     int common = unit_.has_fresh ? chunk_of(unit_.place) : unit_.place + 1;
+    if (call_.batch_invariant) common = chunk_of(common);
     int end = unit_.has_fresh ? chunk_of(last - 1) : last;
     look([&](int i, int row) {
       int place = unit_.place + row;
@@ -162,6 +169,7 @@ class Reader {
       for (int tokens; place < end; place += tokens) {
         int token = place % pool_.chunk_size;
         tokens = std::min({end - place, pool_.chunk_size - token, BLOCK_TOKENS});
+        if (call_.batch_invariant) tokens = begin_block_of(place, tokens);
         make_room(tokens, in_place_);
         int64_t chunk = chunk_at(unit_, place);
         if (in_place_) {
@@ -205,6 +213,7 @@ class Reader {
     unhidden(begin, end, hidden, opens, [&](int place, int end) {
       for (int tokens; place < end; place += tokens) {
         tokens = std::min(end - place, BLOCK_TOKENS);
+        if (call_.batch_invariant) tokens = begin_block_of(place, tokens);
         make_room(tokens, false);
         auto [k, v] = room_for_copies();
         exact_.read(at + place * stride, stride, tokens, call_.dim, k, v, width_);
@@ -214,10 +223,20 @@ class Reader {
     });
   }
 
+  // Has what comes begin another block, unless it lies in that of what came last: chunks are cut
+  // into blocks alike wherever they are read. Returns how many of the tokens lie in it.
+  int begin_block_of(int place, int tokens) {
+    const int size = pool_.chunk_size, token = place % size;
+    const int number = place / size * ((size + BLOCK_TOKENS - 1) / BLOCK_TOKENS) + token / BLOCK_TOKENS;
+    if (block_->count > 0 && block_->number != number) next_block();
+    block_->number = number;
+    return std::min({tokens, size - token, BLOCK_TOKENS - token % BLOCK_TOKENS});
+  }
+
   // Pieces that are attended to together: all read where they lie, or all copied.
   struct Block {
     bool in_place = false;
-    int tokens = 0, count = 0;
+    int tokens = 0, count = 0, number = 0;
     Piece<Element> there[BLOCK_TOKENS];
     Piece<float> copied[BLOCK_TOKENS];
   };
@@ -327,19 +346,63 @@ struct Partials {
 constexpr int CUT_INTO = 128;      // as many units and more, where there is enough to read
 constexpr double ALONE = 1 << 18;  // products that take less time than waking a thread
 constexpr int64_t MERGE_ROWS = 8;  // of a task
+constexpr int64_t TASKS = 3;       // of a thread, where rows are taken together
+
+// Which of the units each head has.
+static inline std::vector<int> windows_of(const Attention& call, int windows) {
+  std::vector<int> window_of(call.kv_heads, 0);
+  for (int head = 0; call.head_windows && head < call.kv_heads; head++)
+    window_of[head] = std::clamp(call.head_windows[head], 0, windows - 1);
+  return window_of;
+}
+
+// Fills `call.output`, of the plan of each window, batch-invariant. A row reads one unit after another,
+// in the order of the plan, which is that of its sequence, and goes on from what it has found.
+template <class Pool>
+void attend_in_order(const Attention& call, int rows, const std::vector<Units>& units,
+                     const Pool& pool, const ExactTokens& exact, int64_t threads,
+                     const Schedule& schedule) {
+  static Buffers buffers;
+  const int group = call.group(), width = round_up(call.dim, LANES);
+  const std::vector<int> window_of = windows_of(call, units.size());
+  int64_t together = std::max(1, Units::MOST_QUERIES / group), blocks;
+  while ((blocks = (rows + together - 1) / together) * call.kv_heads < TASKS * threads && together > 1)
+    together = (together + 1) / 2;
+  auto attend_rows = [&](int64_t task) {
+    const int head = task / blocks, begin = task % blocks * together;
+    const int count = std::min<int64_t>(together, rows - begin);
+    const int64_t queries = (int64_t)count * group;
+    std::vector<float> buffer = buffers.take(queries * (width + 2));
+    float* data = buffer.data();
+    Partials found{data, data + queries * width, data + queries * (width + 1), width};
+    found.at(0).clear(queries, width);
+    for (const Unit& unit : units[window_of[head]].all) {
+      const int first = std::max(begin, unit.row), end = std::min(begin + count, unit.row + unit.rows);
+      if (first >= end) continue;
+      const Unit some = unit.of_rows(first - unit.row, end - first);
+      const int64_t slot = (int64_t)(first - begin) * group;
+      Reader(call, pool, exact, head, some, nullptr, found.at(slot)).attend();
+    }
+    for (int64_t slot = 0; slot < queries; slot++) {
+      int64_t query = (begin + slot / group) * call.query_heads + head * group + slot % group;
+      found.merge(&slot, 1, 0, call.dim, call.output + query * call.dim);
+    }
+    buffers.give_back(std::move(buffer));
+  };
+  run_tasks(blocks * call.kv_heads, 0, threads - 1, schedule, attend_rows, [](int64_t) {});
+}
 
 // Fills `call.output`, of the plan of each window.
 template <class Pool>
 void attend(const Attention& call, int rows, std::vector<Units>& units, const Pool& pool,
             const ExactTokens& exact, int64_t threads, const Schedule& schedule) {
+  if (call.batch_invariant)
+    return attend_in_order(call, rows, units, pool, exact, threads, schedule);
   static Buffers buffers;
-  const int group = call.group(), width = round_up(call.dim, LANES), windows = units.size();
-  std::vector<int> window_of(call.kv_heads, 0);
+  const int group = call.group(), width = round_up(call.dim, LANES);
+  const std::vector<int> window_of = windows_of(call, units.size());
   double cost = 0;
-  for (int head = 0; head < call.kv_heads; head++) {
-    if (call.head_windows) window_of[head] = std::clamp(call.head_windows[head], 0, windows - 1);
-    cost += units[window_of[head]].cost();
-  }
+  for (int head = 0; head < call.kv_heads; head++) cost += units[window_of[head]].cost();
   for (Units& of_window : units) of_window.finish(std::max(cost / CUT_INTO, 1.0));
 
   std::vector<int64_t> first_task(call.kv_heads + 1, 0), first_slot(call.kv_heads + 1, 0);

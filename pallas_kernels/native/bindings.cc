@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "products.h"
 #include "rows.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -99,10 +100,12 @@ struct Common {
   chunks::Plan plan;
   int64_t layer;
 
-  Common(Operands& operands, float scale, float softcap, ffi::Result<ffi::AnyBuffer> output) {
+  Common(Operands& operands, float scale, float softcap, bool batch_invariant,
+         ffi::Result<ffi::AnyBuffer> output) {
     ffi::AnyBuffer q = operands.of(ffi::F32);
     call.scale = scale;
     call.softcap = softcap;
+    call.batch_invariant = batch_invariant;
     call.queries = q.typed_data<float>();
     call.output = output->typed_data<float>();
     call.query_heads = q.dimensions()[1];
@@ -134,7 +137,7 @@ struct Common {
       call.kv_heads = kv_heads;
       std::vector<chunks::Units> units;
       for (int window = 0; window < plan.windows; window++) {
-        units.emplace_back(plan.rows, call.group(), stored.chunk_size);
+        units.emplace_back(plan.rows, call.group(), stored.chunk_size, call.batch_invariant);
         add(units.back(), window, stored.chunk_size);
       }
       auto schedule = [&](auto task) { threads.Schedule(std::move(task)); };
@@ -229,11 +232,11 @@ Add read_prefill(Operands& operands, const Common& common, chunks::ExactTokens* 
 }
 
 template <ReadPlan read_plan>
-ffi::Error attend(ffi::ThreadPool threads, float scale, float softcap,
+ffi::Error attend(ffi::ThreadPool threads, float scale, float softcap, bool batch_invariant,
                   ffi::Span<const int64_t> codes, ffi::RemainingArgs arguments,
                   ffi::Result<ffi::AnyBuffer> output) try {
   Operands operands(arguments);
-  Common common(operands, scale, softcap, output);
+  Common common(operands, scale, softcap, batch_invariant, output);
   chunks::ExactTokens exact;
   Add add = read_plan(operands, common, &exact);
   return common.attend(threads, operands, codes, exact, add);
@@ -246,9 +249,46 @@ auto binding() {
       .Ctx<ffi::ThreadPool>()
       .Attr<float>("scale")
       .Attr<float>("softcap")
+      .Attr<bool>("batch_invariant")
       .Attr<ffi::Span<const int64_t>>("codes")
       .RemainingArgs()
       .Ret<ffi::AnyBuffer>();
+}
+
+// `x` times a layer's weights, of which each row is an output if they are `transposed`.
+ffi::Error multiply(ffi::ThreadPool threads, bool transposed, ffi::Buffer<ffi::F32> x,
+                    ffi::AnyBuffer weights, ffi::Buffer<ffi::S32> layer,
+                    ffi::ResultBuffer<ffi::F32> output) {
+  auto sizes = weights.dimensions();  // layers, and two of which one is summed over
+  int64_t at = std::clamp<int64_t>(*layer.typed_data(), 0, sizes[0] - 1) * sizes[1] * sizes[2];
+  chunks::Product product;
+  product.rows = x.dimensions()[0];
+  product.depth = x.dimensions()[1];
+  product.columns = sizes[transposed ? 1 : 2];
+  product.x = x.typed_data();
+  product.output = output->typed_data();
+  auto schedule = [&](auto task) { threads.Schedule(std::move(task)); };
+  auto with = [&](auto element) {
+    const auto* of_layer = (const decltype(element)*)weights.untyped_data() + at;
+    auto* run = transposed ? chunks::multiply_transposed<decltype(element)>
+                           : chunks::multiply<decltype(element)>;
+    run(product, of_layer, threads.num_threads(), schedule);
+    return ffi::Error::Success();
+  };
+  switch (weights.element_type()) {
+    case ffi::F32: return with(0.0f);
+    case ffi::BF16: return with(chunks::BFloat16{});
+    case ffi::F16: return with(chunks::Float16{});
+    default: return ffi::Error::InvalidArgument("weights must be float32, bfloat16 or float16");
+  }
+}
+
+ffi::Error sum_rows(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x,
+                    ffi::ResultBuffer<ffi::F32> output) {
+  auto schedule = [&](auto task) { threads.Schedule(std::move(task)); };
+  chunks::sum_rows(x.typed_data(), x.dimensions()[0], x.dimensions()[1], output->typed_data(),
+                   threads.num_threads(), schedule);
+  return ffi::Error::Success();
 }
 
 ffi::Error put_rows(ffi::AnyBuffer array, ffi::AnyBuffer added, ffi::Buffer<ffi::S32> places,
@@ -267,6 +307,19 @@ ffi::Error put_rows(ffi::AnyBuffer array, ffi::AnyBuffer added, ffi::Buffer<ffi:
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(chunk_attention_decode, attend<read_decoding>, binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(chunk_attention_prefill, attend<read_prefill>, binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(chunk_product, multiply,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<bool>("transposed")
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(chunk_row_sums, sum_rows,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(chunk_pool_put, put_rows,
                               ffi::Ffi::Bind()
                                   .Arg<ffi::AnyBuffer>()

@@ -14,6 +14,7 @@ from pallas_kernels.native.build import BuildError, build, sources_digest
 from pallas_kernels.plans import HostOrDevice
 
 DECODE, PREFILL, PUT_ROWS = "chunk_attention_decode", "chunk_attention_prefill", "chunk_pool_put"
+PRODUCT, ROW_SUMS = "chunk_product", "chunk_row_sums"
 _lock = threading.Lock()
 
 
@@ -53,7 +54,7 @@ def _load() -> str | None:
         library = ctypes.CDLL(str(build()))
     except (BuildError, OSError) as error:
         return str(error)
-    for name in (DECODE, PREFILL, PUT_ROWS):
+    for name in (DECODE, PREFILL, PUT_ROWS, PRODUCT, ROW_SUMS):
         handler = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(_target(name), handler, platform="cpu")
     return None

@@ -60,9 +60,14 @@ def unsupported(shapes: AttentionShapes) -> str | None:
 
 
 def decode(
-    q: Float[Array, "B Hq D"], stored: LayerKV, reads: DecodeReads, attention: AttentionSpec
+    q: Float[Array, "B Hq D"],
+    stored: LayerKV,
+    reads: DecodeReads,
+    attention: AttentionSpec,
+    *,
+    batch_invariant: bool = False,
 ) -> Float[Array, "B Hq D"]:
-    """Attention of rows that decode."""
+    """Attention of rows that decode; the same bits whatever the plan, if it is batch-invariant."""
     plan, of, tiles, own = reads.plan, _by_window(reads), reads.plan.tiles, reads.own
     operands = [
         *_common(q, stored, reads),
@@ -74,13 +79,18 @@ def decode(
         *_exact(own),
         *_arrays(stored),
     ]
-    return _call(library.DECODE, q, stored, operands, attention)
+    return _call(library.DECODE, q, stored, operands, attention, batch_invariant)
 
 
 def prefill(
-    q: Float[Array, "T Hq D"], stored: LayerKV, reads: PrefillReads, attention: AttentionSpec
+    q: Float[Array, "T Hq D"],
+    stored: LayerKV,
+    reads: PrefillReads,
+    attention: AttentionSpec,
+    *,
+    batch_invariant: bool = False,
 ) -> Float[Array, "T Hq D"]:
-    """Attention of packed new tokens."""
+    """Attention of packed new tokens; the same bits whatever the plan, if it is batch-invariant."""
     plan, of, new = reads.plan, _by_window(reads), reads.new
     operands = [
         *_common(q, stored, reads),
@@ -91,7 +101,7 @@ def prefill(
         *_exact(new),
         *_arrays(stored),
     ]
-    return _call(library.PREFILL, q, stored, operands, attention)
+    return _call(library.PREFILL, q, stored, operands, attention, batch_invariant)
 
 
 def _common(q: Array, stored: LayerKV, reads: DecodeReads | PrefillReads) -> _Operands:
@@ -155,9 +165,15 @@ def _formats(stored: LayerKV) -> np.ndarray:
 
 
 def _call(
-    name: str, q: Array, stored: LayerKV, operands: _Operands, attention: AttentionSpec
+    name: str,
+    q: Array,
+    stored: LayerKV,
+    operands: _Operands,
+    attention: AttentionSpec,
+    batch_invariant: bool,
 ) -> Array:
     attributes = {
+        "batch_invariant": batch_invariant,
         "scale": np.float32(attention.scale),
         "softcap": np.float32(attention.softcap or 0),
         "codes": _formats(stored),

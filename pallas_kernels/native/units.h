@@ -63,6 +63,23 @@ struct Unit {
   int64_t slot = 0;  // of the first row's first query among a head's partial results
 
   int tokens() const { return std::max(end - begin, 0) + std::max(own_end, 0); }
+
+  // Some of its rows, of which the first is the `first`th.
+  Unit of_rows(int first, int count) const {
+    Unit some = *this;
+    some.rows = count;
+    if (list) {
+      some.list += first;
+    } else {
+      some.row += first;
+    }
+    if (causal) {
+      some.place += first;
+      some.end = some.place + count;
+      if (opens != INT_MIN) some.opens += first, some.own_opens += first;
+    }
+    return some;
+  }
 };
 
 // The units of heads with one window, and which partial results each row merges, in what order.
@@ -71,27 +88,18 @@ class Units {
   static constexpr int MOST_QUERIES = 96;
   static constexpr int FEWEST_TOKENS = 256;  // of what is cut from more
 
-  Units(int rows, int group, int chunk_size) : rows_(rows), group_(group), size_(chunk_size) {}
+  // Of units that are not `whole` none has more queries than `MOST_QUERIES`.
+  Units(int rows, int group, int chunk_size, bool whole)
+      : rows_(rows), group_(group), size_(chunk_size), whole_(whole) {}
 
   void add(const Unit& unit) {
     if (unit.rows <= 0 || unit.tokens() <= 0) return;
-    int parts = (unit.rows * group_ + MOST_QUERIES - 1) / MOST_QUERIES;
+    int parts = whole_ ? 1 : (unit.rows * group_ + MOST_QUERIES - 1) / MOST_QUERIES;
     parts = std::min(parts, unit.rows);
     for (int part = 0; part < parts; part++) {
       int first = (int64_t)unit.rows * part / parts;
-      Unit some = unit;
-      some.rows = (int64_t)unit.rows * (part + 1) / parts - first;
-      if (unit.list) {
-        some.list = unit.list + first;
-      } else {
-        some.row = unit.row + first;
-      }
-      if (unit.causal) {
-        some.place = unit.place + first;
-        some.end = some.place + some.rows;
-        if (unit.opens != INT_MIN) some.opens += first, some.own_opens += first;
-      }
-      all.push_back(some);
+      int end = (int64_t)unit.rows * (part + 1) / parts;
+      all.push_back(unit.of_rows(first, end - first));
     }
   }
 
@@ -167,6 +175,7 @@ class Units {
   }
 
   int rows_, group_, size_;
+  bool whole_;
 };
 
 // Nothing that a plan names may lie outside of its arrays, and no sum of its numbers overflow.

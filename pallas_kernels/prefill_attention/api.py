@@ -13,7 +13,7 @@ from pallas_kernels.stored_kv import StoredKV
 PREFILL_ATTENTION: Operation[PrefillReads] = Operation(
     "pallas_kernels.prefill_attention",
     "prefill_attention",
-    ("reference", "xla", "native", "pallas_triton"),
+    ("reference", "xla", "native", "batch_invariant", "pallas_triton"),
 )
 IMPLEMENTATIONS = PREFILL_ATTENTION.implementations
 

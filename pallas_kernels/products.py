@@ -1,0 +1,71 @@
+"""Products of rows with weights, and sums of rows, by the kernel compiled for this CPU.
+
+XLA multiplies with a layer of stacked weights by copying the layer out of the stack: for few rows
+that takes longer than the product. The kernel reads it where it lies.
+
+What it gives for a row depends on that row alone. XLA sums in another order for another number of
+rows, so that `(x @ w)[:1]` and `x[:1] @ w` differ in their last bits: with jaxlib 0.10 and 0.12 a
+row among 64 or more of a product has one result on a CPU, among 32, and alone, others; a sum over
+the last axis differs below 8 rows. He et al., "Defeating Nondeterminism in LLM Inference" (Thinking
+Machines, 2025), call what does not so "batch-invariant".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from importlib import import_module
+
+import jax
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.targets import current_target
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Of weights that it reads."""
+
+
+def problem(weights: Iterable[jax.Array | jax.ShapeDtypeStruct]) -> str | None:
+    """Why the kernel cannot multiply with such weights here, if it cannot."""
+    target = current_target()
+    if target.platform != "cpu":
+        return f"it is for CPUs, and the device is {target.name!r}"
+    for array in weights:
+        if array.dtype not in DTYPES:
+            return f"it reads {', '.join(DTYPES)}, not {array.dtype}"
+        sharding = getattr(array, "sharding", None)
+        if sharding is not None and len(sharding.device_set) > 1:
+            return "the weights are on several devices"
+    return import_module("pallas_kernels.native.library").problem()
+
+
+def multiply(
+    x: Float[Array, "T ..."],
+    weights: Float[Array, "*_"],
+    layer: int | Int32[Array, ""] | None = None,
+    *,
+    transposed: bool = False,
+) -> Float[Array, "T ..."]:
+    """`x` times weights `[*in, *out]`, or `[O, *in]` if they are transposed; or times those of a
+    layer, `[L, ...]`. Summed and given in float32. Has no gradient.
+
+    Raises:
+      ValueError: for weights of another input.
+    """
+    shape = weights.shape if layer is None else weights.shape[1:]
+    inputs = x.ndim - 1
+    found, outputs = (shape[1:], shape[:1]) if transposed else (shape[:inputs], shape[inputs:])
+    if found != x.shape[1:]:
+        raise ValueError(f"rows of shape {x.shape[1:]} and weights for {found}")
+    rows, columns = math.prod(found), math.prod(outputs)
+    matrices = weights.reshape(-1, *((columns, rows) if transposed else (rows, columns)))
+    native = import_module("pallas_kernels.native.products")
+    at = 0 if layer is None else layer
+    output = native.multiply(x.reshape(len(x), rows), matrices, at, transposed=transposed)
+    return output.reshape(len(x), *outputs)
+
+
+def sum_rows(x: Float[Array, "*rows N"]) -> Float[Array, "*rows"]:
+    """The sum over the last axis, in float32."""
+    native = import_module("pallas_kernels.native.products")
+    return native.sum_rows(x.reshape(-1, x.shape[-1])).reshape(x.shape[:-1])
