@@ -9,9 +9,16 @@ import jax.numpy as jnp
 from jax_chunkattn.device.cache_config import CacheConfig
 from jax_chunkattn.device.model_interface import CacheSpec
 from jax_chunkattn.planning.planner import PlannerOptions
+from jax_chunkattn.sampling.row_sums import RowSum, row_sum
+from pallas_kernels import products
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
 from pallas_kernels.head_map import GroupedHeads
-from pallas_kernels.implementations import COMPILED_HERE, AttentionShapes, needs_partials
+from pallas_kernels.implementations import (
+    BATCH_INVARIANT,
+    COMPILED_HERE,
+    AttentionShapes,
+    needs_partials,
+)
 from pallas_kernels.prefill_attention import PREFILL_ATTENTION
 from pallas_kernels.targets import current_target
 
@@ -40,7 +47,8 @@ def choose_backend(
 
     Raises:
       ImplementationError: for an implementation that is unknown or cannot run here.
-      ValueError: for a planner without the slots for partials that the implementation needs.
+      ValueError: for a planner without the slots for partials, or the order, that the
+        implementation needs.
     """
     clustered = cache.clusters is not None
     sizes = _attended_heads(spec, cache).group, spec.head_dim, cache.chunk_size
@@ -53,7 +61,15 @@ def choose_backend(
         planner = _planner_for(decode, spec, cache)
     elif planner.gpu is None and needs_partials(decode):
         raise ValueError(f"{decode} needs plans for a GPU: PlannerOptions.for_gpu(...)")
+    elif decode == BATCH_INVARIANT and not planner.in_order:
+        needed = "PlannerOptions.for_native(in_order=True)"
+        raise ValueError(f"{decode} needs plans in the order of sequences: {needed}")
     return Backend(decode, prefill, planner)
+
+
+def row_sum_for(implementation: str | None) -> RowSum:
+    """How sums over the vocabulary are computed where attention is computed so."""
+    return products.sum_rows if implementation == BATCH_INVARIANT else row_sum
 
 
 def _attended_heads(spec: CacheSpec, cache: CacheConfig) -> GroupedHeads:
@@ -64,7 +80,7 @@ def _attended_heads(spec: CacheSpec, cache: CacheConfig) -> GroupedHeads:
 
 def _planner_for(implementation: str, spec: CacheSpec, cache: CacheConfig) -> PlannerOptions:
     if implementation in COMPILED_HERE:
-        return PlannerOptions.for_native()
+        return PlannerOptions.for_native(in_order=implementation == BATCH_INVARIANT)
     if not needs_partials(implementation):
         return PlannerOptions()
     heads = _attended_heads(spec, cache)

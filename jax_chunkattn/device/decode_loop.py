@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from jax_chunkattn.device.backend import row_sum_for
 from jax_chunkattn.device.choices import item_columns, row_choices
 from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.head_maps import attention_of, row_heads
@@ -62,6 +63,7 @@ def decode_steps(
     slots = jnp.asarray(slots)
     rows, sampling = table.take(slots)
     columns = item_columns(model.cache_spec, state.pool, plan)
+    row_sum = row_sum_for(implementation)
 
     def unfinished(carry):
         step, _, _, rows, _ = carry
@@ -75,10 +77,12 @@ def decode_steps(
         hidden, pool = model(rows.tokens, rows.lengths, pool, attend)
         pool = pool.seal(here)
         logits = model.logits(hidden)
-        following = sample(logits, sampling, rows.lengths + 1, lambda: counts.take(slots))
+        following = sample(
+            logits, sampling, rows.lengths + 1, lambda: counts.take(slots), row_sum=row_sum
+        )
         emitted = Chosen(
             jnp.where(active, following, NOTHING),
-            log_probabilities(logits, following, sampling.logprobs),
+            log_probabilities(logits, following, sampling.logprobs, row_sum=row_sum),
         )
         chosen = jax.tree.map(lambda all, one: all.at[step].set(one), chosen, emitted)
         counts = count_tokens(counts, slots, following, active)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int32
 from jax_chunkattn.device.model_interface import DecoderModel
 from jax_chunkattn.planning.scored_tokens import ScoredTokens
 from jax_chunkattn.sampling import Logprobs, log_probabilities
+from jax_chunkattn.sampling.row_sums import RowSum, row_sum
 from pallas_kernels.plans import HostOrDevice
 
 BLOCK_TOKENS = 64
@@ -22,7 +23,11 @@ BLOCK_TOKENS = 64
 
 
 def score_tokens(
-    model: DecoderModel, hidden: Float[Array, "T E"], scored: ScoredTokens
+    model: DecoderModel,
+    hidden: Float[Array, "T E"],
+    scored: ScoredTokens,
+    *,
+    row_sum: RowSum = row_sum,
 ) -> Logprobs:
     """Of each scored token, in their order, its log-probability and those of the likeliest: [T].
 
@@ -34,7 +39,8 @@ def score_tokens(
 
     def score(part: ScoredTokens) -> Logprobs:
         logits = model.logits(jnp.take(hidden, part.places, axis=0, mode="clip"))
-        found = log_probabilities(logits, jnp.asarray(part.targets), part.top)
+        targets = jnp.asarray(part.targets)
+        found = log_probabilities(logits, targets, part.top, row_sum=row_sum)
         finite = jnp.isfinite(jnp.max(logits, axis=-1))
         return replace(found, chosen=jnp.where(finite, found.chosen, jnp.nan))
 

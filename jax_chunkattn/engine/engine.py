@@ -40,6 +40,7 @@ from jax_chunkattn.planning.prefill_round import call_costs
 from jax_chunkattn.sampling import SamplingParams
 from jax_chunkattn.tree.prefix_tree import PrefixTree
 from pallas_kernels.codecs import CodecError
+from pallas_kernels.implementations import BATCH_INVARIANT
 
 CALLS_AHEAD = 4  # decode calls that a row may have room for behind what is known of it
 MIN_SLOTS = 16  # on the device: engines that run fewer at once can use one another's programs
@@ -100,6 +101,10 @@ class Engine:
       sharing: False gives every request chunks of its own, as a server without a prefix cache.
       retain: False frees chunks when their last sequence leaves, as the paper does.
       implementation: of attention when decoding; None picks the best that runs here.
+      deterministic: True gives every token, and every log-probability, the same bits whatever else
+        is computed with it, in whatever order, and whatever was cached: on one machine, and for
+        one model and cache. On CPUs, with the compiled kernel; with windows, and codecs that the
+        kernel reads.
       planner: how attention work is cut; None fits it to the implementation and the device.
       limits: what one request may ask for at most.
 
@@ -122,9 +127,15 @@ class Engine:
         sharing: bool = True,
         retain: bool = True,
         implementation: str | None = None,
+        deterministic: bool = False,
         planner: PlannerOptions | None = None,
         limits: RequestLimits = RequestLimits(),
     ):
+        if deterministic:
+            if implementation not in (None, BATCH_INVARIANT):
+                raise ValueError(f"{implementation!r} is not deterministic: {BATCH_INVARIANT!r} is")
+            implementation = BATCH_INVARIANT
+        model = for_serving(model, batch_invariant=deterministic)
         for name, value in (("max_running", max_running), ("steps_per_call", steps_per_call)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -162,7 +173,7 @@ class Engine:
             window_chunks=window_room.chunks if window_room is not None else 0,
         )
         invocations = Invocations(
-            for_serving(model),
+            model,
             cache,
             self.backend,
             num_slots=num_slots,

@@ -130,6 +130,18 @@ def covered_mask(shape: tuple[int, ...], blocks: Blocks) -> np.ndarray:
     return corners.cumsum(axis=0).cumsum(axis=1)[:-1, :-1] > 0
 
 
+def in_order(blocks: Blocks, read: np.ndarray) -> Blocks:
+    """Those of disjoint blocks that come before all else that their rows read, bool [B, P]."""
+    while True:
+        covered = covered_mask(read.shape, blocks)
+        late = covered & ((read & ~covered).cumsum(axis=1) > 0)
+        if not late.any():
+            return blocks
+        fields = zip(*(field.tolist() for field in vars(blocks).values()), strict=True)
+        early = [not late[row:row_end, begin:end].any() for row, begin, row_end, end in fields]
+        blocks = blocks[np.array(early)]
+
+
 def covered_columns(rows: int, blocks: Blocks) -> np.ndarray:
     """How many columns of each of `rows` rows lie in the blocks."""
     change = np.bincount(blocks.row_begin, blocks.columns, rows + 1)

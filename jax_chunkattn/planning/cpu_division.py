@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jax_chunkattn.planning.block_table import Blocks, covered_mask
+from jax_chunkattn.planning.block_table import Blocks, covered_mask, in_order
 from jax_chunkattn.planning.division import (
     NOTHING_IN_COMMON,
     SWITCHED_OFF,
@@ -34,12 +34,15 @@ def divide_for_cpu(
     """
     overhead = options.item_overhead / reach.chunk_size
     several = runs.rows > 1
-    shared = runs[several & _worth_sharing(runs, overhead, options)]
+    shared, read = runs[several & _worth_sharing(runs, overhead, options)], reach.read(used)
+    if options.in_order:
+        shared = in_order(shared, read)
     in_item = covered_mask(table.shape, shared)
-    alone = reach.read(used) & ~in_item
+    alone = read & ~in_item
     covered = in_item.sum(axis=1, dtype=np.int32)
     left = reach.count_whole(full) - covered
-    most = _private_cutoff(left, overhead, options) if options.even_rows else left
+    even_rows = options.even_rows and not options.in_order
+    most = _private_cutoff(left, overhead, options) if even_rows else left
     to_item = np.maximum(left - most, 0)
     could = alone if reach.is_all else alone & reach.whole(full)
     long = could & (could.cumsum(axis=1) <= to_item[:, None])

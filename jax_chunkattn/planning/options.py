@@ -133,6 +133,9 @@ class PlannerOptions:
         cores: about 10 us an item and 8 to 10 us for 64 tokens against 3.4 (D = 128, float32).
       even_rows: whether rows' private chunks are read by a loop over all rows, which runs as long
         as the longest: then what a row has more than others may become an item of its own.
+      in_order: what rows share comes before all that each reads by itself, as in their sequences:
+        for attention that adds up in that order. Chunks are then shared by rows that share all
+        before them, too; and where windows have left some of those, by none.
       worth_sharing: overrides that rule, and any GPU packing: (rows, chunks) of every candidate ->
         bool of each.
       max_item_chunks, max_item_rows: cut items longer or taller than this; None leaves them whole.
@@ -143,13 +146,14 @@ class PlannerOptions:
     item_overhead: float = 192.0
     item_read: float = 2.5
     even_rows: bool = True
+    in_order: bool = False
     worth_sharing: WorthSharing | None = None
     max_item_chunks: int | None = None
     max_item_rows: int | None = None
     gpu: GpuWork | None = None
 
     @classmethod
-    def for_native(cls, *, sharing: bool = True) -> PlannerOptions:
+    def for_native(cls, *, sharing: bool = True, in_order: bool = False) -> PlannerOptions:
         """Options for the implementation that is compiled for the processor at hand.
 
         It cuts work by itself, and two rows read a chunk in less than twice the time of one: what
@@ -157,7 +161,8 @@ class PlannerOptions:
         query heads and 8 KV heads of 128 numbers, that takes 3.6 ms; with a cost of 8 tokens for an
         item 4.3, and of 32 tokens and 1.2 for each read 4.9.
         """
-        return cls(sharing=sharing, item_overhead=0, item_read=1, even_rows=False)
+        costs = {"item_overhead": 0, "item_read": 1, "even_rows": False}
+        return cls(sharing=sharing, in_order=in_order, **costs)
 
     @classmethod
     def for_gpu(

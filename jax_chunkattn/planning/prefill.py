@@ -15,6 +15,7 @@ from jax_chunkattn.planning.block_table import (
     bucket,
     common_runs,
     covered_mask,
+    in_order,
     pad_tables,
 )
 from jax_chunkattn.planning.gpu_division import cut_for_gpu
@@ -315,6 +316,11 @@ def _reads(
     blocks = [reach.clip(runs) for reach in reaches]
     listed: list[np.ndarray | None] = [None]  # without windows items cover all before segments
     if windows:
+        if options.in_order:
+            blocks = [
+                in_order(some, reach.read(used))
+                for reach, some in zip(reaches, blocks, strict=True)
+            ]
         listed = [
             reach.read(used) & ~covered_mask(table.shape, some)
             for reach, some in zip(reaches, blocks, strict=True)

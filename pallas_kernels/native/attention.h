@@ -83,6 +83,7 @@ class Reader {
   void attend() {
     if (unit_.causal) return attend_causally();
     read_pool(unit_.begin, unit_.end, unit_.hidden, unit_.opens);
+    if (call_.batch_invariant) finish();  // what is its own is no part of a block of the pool
     int64_t size = (int64_t)pool_.chunk_size * call_.dim;
     int64_t own = (head_ * exact_.slots + unit_.own_slot) * size;
     read_exact(own, call_.dim, 0, unit_.own_end, unit_.own_hidden, unit_.own_opens);

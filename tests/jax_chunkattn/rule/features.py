@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jax_chunkattn import Engine
+from jax_chunkattn.planning.planner import PlannerOptions
 from pallas_kernels.clusters import HeadClusters
 from pallas_kernels.codecs import ChunkCodec, ChunkContext, Constants
 from pallas_kernels.selection import ChunkSelector
@@ -33,6 +34,11 @@ class Feature:
     def engine(self, **options: Any) -> Engine:
         """An engine with this feature, and with what a history asks for."""
         return make_engine(**{**self.options, **options})
+
+    @property
+    def tolerance(self) -> float:
+        """Of log-probabilities: what float32 rounds, or nothing."""
+        return 0 if "deterministic" in self.options else 1e-5
 
     @property
     def exact_numbers(self) -> bool:
@@ -73,6 +79,7 @@ CLUSTERS = (2, 3)
 """Of four heads that read two KV heads: in either layer some read keys of another's KV head."""
 GIVEN_UP = {"window_chunks": 56}
 """For a call, and for the windows of three sequences."""
+DETERMINISTIC = {"deterministic": True, "planner": PlannerOptions.for_native(in_order=True)}
 FEATURES = (
     Feature("identity"),
     Feature("marked chunks", {"codec": MARKED}),
@@ -89,4 +96,7 @@ FEATURES = (
     Feature("choices, windows, marked chunks", {"codec": MARKED, **CHOOSING, **WINDOWED}),
     Feature("clusters", {"clusters": HeadClusters(CLUSTERS)}),
     Feature("one cluster", {"clusters": HeadClusters((1, 1))}),
+    Feature("deterministic", DETERMINISTIC),
+    Feature("deterministic, windows", {**DETERMINISTIC, **WINDOWED, **GIVEN_UP}),
+    Feature("deterministic, windows, int4", {**DETERMINISTIC, **WINDOWED, "codec": "int4"}),
 )
