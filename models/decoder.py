@@ -271,7 +271,7 @@ class Decoder(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final norm and unembedding: `hidden [R, E] -> [R, V]` float32."""
         tied = self.unembedding is None
-        unembedding = (self.embedding if tied else self.unembedding)[...]
+        unembedding = self.embedding[...] if self.unembedding is None else self.unembedding[...]
         logits = self.arithmetic.multiply(
             self.normed(hidden), unembedding, transposed=tied, out_dtype=jnp.dtype(jnp.float32)
         )

@@ -59,8 +59,8 @@ struct Scratch {
 // Reads a unit's tokens for one head, in blocks, and attends to them; meanwhile the next block comes,
 // and at the end the first of the unit that is next.
 //
-// Batch-invariant, blocks are those of a sequence, not of a unit; each query attends as if there were
-// many; and the state is left to whoever reads on.
+// Batch-invariant, blocks are those of a sequence, not of a unit; each query attends as if there
+// were many; and the state is left to whoever reads on.
 template <class Pool>
 class Reader {
   using Element = typename Pool::Element;
@@ -228,7 +228,8 @@ class Reader {
   // into blocks alike wherever they are read. Returns how many of the tokens lie in it.
   int begin_block_of(int place, int tokens) {
     const int size = pool_.chunk_size, token = place % size;
-    const int number = place / size * ((size + BLOCK_TOKENS - 1) / BLOCK_TOKENS) + token / BLOCK_TOKENS;
+    const int blocks = (size + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+    const int number = place / size * blocks + token / BLOCK_TOKENS;
     if (block_->count > 0 && block_->number != number) next_block();
     block_->number = number;
     return std::min({tokens, size - token, BLOCK_TOKENS - token % BLOCK_TOKENS});
@@ -357,8 +358,8 @@ static inline std::vector<int> windows_of(const Attention& call, int windows) {
   return window_of;
 }
 
-// Fills `call.output`, of the plan of each window, batch-invariant. A row reads one unit after another,
-// in the order of the plan, which is that of its sequence, and goes on from what it has found.
+// Fills `call.output`, of the plan of each window, batch-invariant. A row reads one unit after
+// another, in the order of the plan, which is that of its sequence, and goes on from what it found.
 template <class Pool>
 void attend_in_order(const Attention& call, int rows, const std::vector<Units>& units,
                      const Pool& pool, const ExactTokens& exact, int64_t threads,
@@ -366,9 +367,11 @@ void attend_in_order(const Attention& call, int rows, const std::vector<Units>& 
   static Buffers buffers;
   const int group = call.group(), width = round_up(call.dim, LANES);
   const std::vector<int> window_of = windows_of(call, units.size());
-  int64_t together = std::max(1, Units::MOST_QUERIES / group), blocks;
-  while ((blocks = (rows + together - 1) / together) * call.kv_heads < TASKS * threads && together > 1)
+  int64_t together = std::max(1, Units::MOST_QUERIES / group);
+  auto blocks_of = [&] { return (rows + together - 1) / together; };
+  while (blocks_of() * call.kv_heads < TASKS * threads && together > 1)
     together = (together + 1) / 2;
+  const int64_t blocks = blocks_of();
   auto attend_rows = [&](int64_t task) {
     const int head = task / blocks, begin = task % blocks * together;
     const int count = std::min<int64_t>(together, rows - begin);
@@ -377,12 +380,19 @@ void attend_in_order(const Attention& call, int rows, const std::vector<Units>& 
     float* data = buffer.data();
     Partials found{data, data + queries * width, data + queries * (width + 1), width};
     found.at(0).clear(queries, width);
+    auto attend_unit = [&](const Unit& unit, int row) {
+      const State state = found.at((int64_t)(row - begin) * group);
+      Reader(call, pool, exact, head, unit, nullptr, state).attend();
+    };
     for (const Unit& unit : units[window_of[head]].all) {
-      const int first = std::max(begin, unit.row), end = std::min(begin + count, unit.row + unit.rows);
-      if (first >= end) continue;
-      const Unit some = unit.of_rows(first - unit.row, end - first);
-      const int64_t slot = (int64_t)(first - begin) * group;
-      Reader(call, pool, exact, head, some, nullptr, found.at(slot)).attend();
+      for (int i = 0; unit.list && i < unit.rows; i++) {
+        const int row = unit.list[i];
+        if (row >= begin && row < begin + count) attend_unit(unit.of_rows(i, 1), row);
+      }
+      if (unit.list) continue;
+      const int first = std::max(begin, unit.row);
+      const int end = std::min(begin + count, unit.row + unit.rows);
+      if (first < end) attend_unit(unit.of_rows(first - unit.row, end - first), first);
     }
     for (int64_t slot = 0; slot < queries; slot++) {
       int64_t query = (begin + slot / group) * call.query_heads + head * group + slot % group;

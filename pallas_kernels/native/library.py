@@ -39,7 +39,8 @@ def call(
 ) -> Array:
     """What a call of the library makes of its operands, in the first of them if `in_place`."""
     aliases = {0: 0} if in_place else {}
-    made = jax.ffi.ffi_call(_target(name), output, input_output_aliases=aliases)
+    how = {"input_output_aliases": aliases, "vmap_method": "sequential"}
+    made = jax.ffi.ffi_call(_target(name), output, **how)
     return made(*operands, **attributes)
 
 

@@ -69,6 +69,8 @@ def decode(
 ) -> Float[Array, "B Hq D"]:
     """Attention of rows that decode; the same bits whatever the plan, if it is batch-invariant."""
     plan, of, tiles, own = reads.plan, _by_window(reads), reads.plan.tiles, reads.own
+    if batch_invariant and tiles is not None:
+        raise ValueError("tiles that rows have chosen are not in the order of their sequences")
     operands = [
         *_common(q, stored, reads),
         of(plan.private_chunks),

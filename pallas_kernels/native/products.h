@@ -1,10 +1,11 @@
-// Products of rows with weights, and sums of rows, that are the same bits for a row whatever the others
-// are, and however many: each number is one sum, in an order that depends on the weights alone.
+// Products of rows with weights, and sums of rows, that are the same bits for a row whatever the
+// others are, and however many: each number is a sum whose order depends on the weights alone.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "vectors.h"
@@ -18,24 +19,31 @@ struct Product {
   float* output;   // [rows, columns]
 };
 
-// Rows of a tile; those of a product are cut into panels of as many.
-constexpr int PANEL = REGISTERS == 16 ? 4 : 8;
-constexpr int64_t DEPTH = 96;   // of a block of weights, which stays near for all panels of a task
-constexpr int AHEAD = 16;       // rows of weights that are brought before they are needed
-constexpr int64_t MOST = 256;   // rows of a task
+constexpr int64_t DEPTH = 96;  // of a block of weights, which stays near for all rows of a task
+constexpr int AHEAD = 16;      // rows of weights that are brought before they are needed
+constexpr int64_t MOST = 256;  // rows of a task
+constexpr int LINE = 64;       // bytes
 
-// A sum over some of the depth for R rows of V vectors, added to `output` unless it begins there. `x`
-// has R numbers for each step.
-template <int R, int V, class Element>
-static inline void multiply_tile(const float* x, const Element* weights, int64_t stride,
-                                 int64_t depth, float* output, int64_t ld, bool begins, bool ahead) {
-  constexpr int LINE = 64 / sizeof(Element);
+// The first `size` of what would be a vector, and zeros.
+template <class Element>
+static inline Vec load_some(const Element* from, int64_t size) {
+  float some[LANES] = {};
+  for (int64_t i = 0; i < size; i++) some[i] = number(from[i]);
+  return load(some);
+}
+
+// A sum over some of the depth for R rows of V vectors, added to `output` unless it begins there.
+// `x` has R numbers for each step.
+template <int R, int V>
+static inline void multiply_tile(const float* x, const float* weights, int64_t stride,
+                                 int64_t depth, float* output, int64_t ld, bool begins,
+                                 bool ahead) {
   Vec sums[R][V] = {};
   for (int64_t k = 0; k < depth; k++, x += R, weights += stride) {
     Vec of[V];
     for (int v = 0; v < V; v++) of[v] = load(weights + v * LANES);
     if (ahead)
-      for (int at = 0; at < V * LANES; at += LINE)
+      for (int at = 0; at < V * LANES; at += LINE / (int)sizeof(float))
         __builtin_prefetch(weights + AHEAD * stride + at, 0, 3);
     for (int r = 0; r < R; r++) {
       Vec number = spread(x[r]);
@@ -50,64 +58,69 @@ static inline void multiply_tile(const float* x, const Element* weights, int64_t
   }
 }
 
-template <int V, int R = PANEL, class... Arguments>
+// The same for R rows or fewer.
+template <int R, int V, class... Arguments>
 static inline void multiply_rows(int rows, Arguments... arguments) {
   if constexpr (R > 1)
-    if (rows < R) return multiply_rows<V, R - 1>(rows, arguments...);
+    if (rows < R) return multiply_rows<R - 1, V>(rows, arguments...);
   multiply_tile<R, V>(arguments...);
 }
 
-// Columns of weights that are less than a vector, as one.
-template <class Element>
-static inline void multiply_last(int rows, const float* x, const Element* weights, int64_t stride,
-                                 int64_t depth, float* output, int64_t ld, bool begins, int columns) {
-  float some[DEPTH * LANES] = {}, sums[PANEL * LANES] = {};
-  for (int64_t k = 0; k < depth; k++)
-    for (int i = 0; i < columns; i++) some[k * LANES + i] = number(weights[k * stride + i]);
-  for (int r = 0; r < rows && !begins; r++)
-    std::memcpy(sums + r * LANES, output + r * ld, columns * sizeof(float));
-  multiply_rows<1>(rows, x, some, (int64_t)LANES, depth, sums, (int64_t)LANES, begins, false);
-  for (int r = 0; r < rows; r++)
-    std::memcpy(output + r * ld, sums + r * LANES, columns * sizeof(float));
+// Some columns of weights as V vectors of floats, with zeros behind them.
+template <int V, class Element>
+static inline void copy_columns(const Element* weights, int64_t stride, int64_t depth,
+                                int64_t columns, float* to) {
+  for (int64_t k = 0; k < depth; k++, weights += stride, to += V * LANES) {
+    for (int64_t at = 0; at < V * LANES; at += LANES) {
+      const bool whole = at + LANES <= columns;
+      __builtin_prefetch(weights + AHEAD * stride + at, 0, 3);
+      store(to + at, whole ? load(weights + at) : load_some(weights + at, columns - at));
+    }
+  }
 }
 
-// Weights are [depth, columns]; V vectors of columns are taken together.
-template <int V, class Element>
+// Weights are [depth, columns]; R rows and V vectors of columns are taken together.
+template <int R, int V, class Element>
 static inline void multiply_by(const Product& product, const Element* weights, int64_t threads,
                                const Schedule& schedule) {
   static Buffers buffers;
+  constexpr int64_t WIDTH = V * LANES;
   const int64_t rows = product.rows, depth = product.depth, ld = product.columns;
-  const int64_t panels = (rows + PANEL - 1) / PANEL, tiles = (ld + V * LANES - 1) / (V * LANES);
+  const int64_t panels = (rows + R - 1) / R, tiles = (ld + WIDTH - 1) / WIDTH;
   const int64_t blocks = (rows + MOST - 1) / MOST;
   std::vector<float> packed = buffers.take(rows * depth);
-  auto rows_of = [&](int64_t panel) { return std::min<int64_t>(PANEL, rows - panel * PANEL); };
+  auto rows_of = [&](int64_t panel) { return std::min<int64_t>(R, rows - panel * R); };
   auto pack = [&](int64_t panel) {
-    float* to = packed.data() + panel * PANEL * depth;
-    const float* from = product.x + panel * PANEL * depth;
+    float* to = packed.data() + panel * R * depth;
+    const float* from = product.x + panel * R * depth;
     const int64_t of_panel = rows_of(panel);
     for (int64_t k = 0; k < depth; k++)
       for (int64_t r = 0; r < of_panel; r++) *to++ = from[r * depth + k];
   };
   auto multiply = [&](int64_t task) {
-    const int64_t first = task % blocks * (MOST / PANEL), column = task / blocks * V * LANES;
-    const int64_t last = std::min(first + MOST / PANEL, panels);
-    const int64_t columns = std::min<int64_t>(V * LANES, ld - column);
+    const int64_t first = task % blocks * (MOST / R), column = task / blocks * WIDTH;
+    const int64_t last = std::min(first + MOST / R, panels), columns = std::min(WIDTH, ld - column);
+    const bool in_place = std::is_same_v<Element, float> && columns == WIDTH;
+    float copied[DEPTH * WIDTH], sums[R * WIDTH];
     for (int64_t k = 0; k < depth; k += DEPTH) {
       const int64_t some = std::min(DEPTH, depth - k);
-      const Element* from = weights + k * ld + column;
+      const Element* there = weights + k * ld + column;
+      if (!in_place) copy_columns<V>(there, ld, some, columns, copied);
+      const float* from = in_place ? (const float*)there : copied;
+      const int64_t stride = in_place ? ld : WIDTH;
       for (int64_t panel = first; panel < last; panel++) {
         const int of_panel = rows_of(panel);
-        const float* x = packed.data() + panel * PANEL * depth + k * of_panel;
-        float* output = product.output + panel * PANEL * ld + column;
-        if (columns == V * LANES) {
-          multiply_rows<V>(of_panel, x, from, ld, some, output, ld, k == 0, panel == first);
+        const float* x = packed.data() + panel * R * depth + k * of_panel;
+        float* to = product.output + panel * R * ld + column;
+        if (columns == WIDTH) {
+          const bool ahead = in_place && panel == first;
+          multiply_rows<R, V>(of_panel, x, from, stride, some, to, ld, k == 0, ahead);
           continue;
         }
-        int64_t at = 0;
-        for (; at + LANES <= columns; at += LANES)
-          multiply_rows<1>(of_panel, x, from + at, ld, some, output + at, ld, k == 0, false);
-        if (at < columns)
-          multiply_last(of_panel, x, from + at, ld, some, output + at, ld, k == 0, columns - at);
+        multiply_rows<R, V>(of_panel, x, from, stride, some, sums, WIDTH, true, false);
+        for (int r = 0; r < of_panel; r++, to += ld)
+          for (int64_t at = 0; at < columns; at++)
+            to[at] = (k == 0 ? 0 : to[at]) + sums[r * WIDTH + at];
       }
     }
   };
@@ -115,24 +128,17 @@ static inline void multiply_by(const Product& product, const Element* weights, i
   buffers.give_back(std::move(packed));
 }
 
-// Weights are [depth, columns]. Few rows take more columns together, so that all sums do not wait for
-// one another.
+// Weights are [depth, columns]. Sums, as many as there are registers for, wait for no other.
 template <class Element>
 void multiply(const Product& product, const Element* weights, int64_t threads,
               const Schedule& schedule) {
   constexpr bool FEW = REGISTERS == 16;
   if (product.rows == 1)
-    return multiply_by<FEW ? 8 : 12>(product, weights, threads, schedule);
-  if (product.rows <= 4 && !FEW) return multiply_by<6>(product, weights, threads, schedule);
-  multiply_by<3>(product, weights, threads, schedule);
-}
-
-// The first `size` of what would be a vector, and zeros.
-template <class Element>
-static inline Vec load_some(const Element* from, int64_t size) {
-  float some[LANES] = {};
-  for (int64_t i = 0; i < size; i++) some[i] = number(from[i]);
-  return load(some);
+    multiply_by<1, FEW ? 8 : 12>(product, weights, threads, schedule);
+  else if (product.rows <= 4)
+    multiply_by<4, FEW ? 3 : 6>(product, weights, threads, schedule);
+  else
+    multiply_by<FEW ? 4 : 8, 3>(product, weights, threads, schedule);
 }
 
 // R rows with C columns of weights, whose sums make a vector or a part of one.
@@ -161,7 +167,7 @@ template <class Element>
 void multiply_transposed(const Product& product, const Element* weights, int64_t threads,
                          const Schedule& schedule) {
   constexpr int R = LANES >= 16 ? 4 : 2, C = LANES / R;
-  constexpr int64_t TOGETHER = 3 * LANES;  // columns of a task
+  constexpr int64_t TOGETHER = 3 * LANES;        // columns of a task
   const int64_t rows = product.rows, depth = product.depth, ld = product.columns;
   auto multiply = [&](int64_t task) {
     const int64_t end = std::min((task + 1) * TOGETHER, ld);

@@ -146,7 +146,8 @@ def test_operands_that_are_not_expected_are_an_error_and_no_crash():
     """Which no caller can bring about but one with another version of the sources."""
     skip_unless_there("native")
     output = jax.ShapeDtypeStruct((1, 1, 8), np.float32)
-    how = {"scale": np.float32(1), "softcap": np.float32(0), "codes": np.zeros(0, np.int64)}
+    numbers = {"scale": np.float32(1), "softcap": np.float32(0), "codes": np.zeros(0, np.int64)}
+    how = {**numbers, "batch_invariant": False}
     few = [np.zeros((1, 1, 8), np.float32), np.zeros(0, np.int32)]
     with pytest.raises(Exception, match="fewer operands than expected"):
         jax.block_until_ready(library.call(library.DECODE, few, output, **how))

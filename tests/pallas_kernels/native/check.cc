@@ -1,6 +1,7 @@
 // The compiled kernel by itself, on random plans: against its definition in double precision, the
-// same with any number of threads, and on plans that are wrong in every number, which must read
-// nothing that is not there. Built with a sanitizer by `test_native_alone.py`.
+// same with any number of threads, batch-invariant and not, and on plans that are wrong in every
+// number, which must read nothing that is not there; and products of rows with weights. Built with a
+// sanitizer by `test_native_alone.py`.
 //
 //     check SEED PLANS
 
@@ -11,6 +12,7 @@
 #include <random>
 
 #include "attention.h"
+#include "products.h"
 
 using namespace chunks;
 
@@ -125,14 +127,22 @@ Problem random_problem(bool wrong) {
   return p;
 }
 
-std::vector<float> attend(const Problem& p, int threads) {
+// Calls with a schedule whose threads are over when it returns.
+template <class Call>
+void with_threads(Call call) {
+  std::vector<std::thread> others;
+  call([&](std::function<void()> task) { others.emplace_back(task); });
+  for (std::thread& other : others) other.join();
+}
+
+std::vector<float> attend(const Problem& p, int threads, bool batch_invariant) {
   std::vector<float> output(p.queries.size(), NAN);
   auto ints = [&](const Numbers& all, int64_t windows) {
     return all.empty() ? Ints{} : Ints{all.data(), (int64_t)all.size() / windows};
   };
   const int W = p.windows;
   Attention call{p.group * p.kv_heads, p.kv_heads, p.dim, p.scale, p.softcap, p.queries.data(),
-                 output.data(), p.hidden ? p.head_windows.data() : nullptr};
+                 output.data(), p.hidden ? p.head_windows.data() : nullptr, batch_invariant};
   Plan plan{p.rows, W, {}, {}};
   plan.items = {ints(p.item_row, W),    ints(p.item_rows, W), ints(p.item_chunk, W),
                 ints(p.item_chunks, W), ints(p.chunks, W),    ints(p.item_count, W)};
@@ -140,7 +150,7 @@ std::vector<float> attend(const Problem& p, int threads) {
                  ints(p.hidden_offset, W)};
   std::vector<Units> units;
   for (int w = 0; w < W; w++) {
-    units.emplace_back(p.rows, p.group, p.size);
+    units.emplace_back(p.rows, p.group, p.size, batch_invariant);
     if (p.prefill) {
       PrefillPlan prefill{p.tile_begin.data(),  p.tile_tokens.data(), p.tile_position.data(),
                           p.tile_sequence.data(), p.num_tiles.data(),   p.tiles,
@@ -154,10 +164,9 @@ std::vector<float> attend(const Problem& p, int threads) {
     }
   }
   ExactPool<float> pool{p.keys.data(), p.values.data(), p.layer_chunks, p.size, p.dim};
-  std::vector<std::thread> others;
-  chunks::attend(call, p.rows, units, pool, ExactTokens{}, threads,
-                 [&](std::function<void()> task) { others.emplace_back(task); });
-  for (std::thread& other : others) other.join();
+  with_threads([&](const Schedule& schedule) {
+    chunks::attend(call, p.rows, units, pool, ExactTokens{}, threads, schedule);
+  });
   return output;
 }
 
@@ -242,6 +251,62 @@ double largest_error(const Problem& p, const std::vector<float>& found) {
   return largest;
 }
 
+// The largest error of a product with random weights, and of its sums of rows; infinity where fewer
+// rows or more threads have other bits.
+template <class Element>
+double product_error() {
+  const int sizes[] = {1, 7, 16, 48, 64, 130, 300}, most_rows = between(1, 40);
+  const int depth = sizes[below(7)], columns = sizes[below(7)];
+  const bool transposed = chance(0.5);
+  std::vector<float> x((int64_t)most_rows * depth);
+  std::vector<Element> weights((int64_t)depth * columns);
+  for (float& one : x) one = normal();
+  for (Element& one : weights) {
+    float random = normal();
+    if constexpr (std::is_same_v<Element, float>) one = random;
+    if constexpr (std::is_same_v<Element, BFloat16>) one.bits = bits_as<uint32_t>(random) >> 16;
+    if constexpr (std::is_same_v<Element, Float16>) one.bits = below(0x4000) | below(2) << 15;
+  }
+  auto multiply = [&](int rows, int threads) {
+    std::vector<float> output((int64_t)rows * columns + rows, NAN);
+    Product product{rows, depth, columns, x.data(), output.data()};
+    with_threads([&](const Schedule& schedule) {
+      auto* run = transposed ? chunks::multiply_transposed<Element> : chunks::multiply<Element>;
+      run(product, weights.data(), threads, schedule);
+      float* sums = output.data() + (int64_t)rows * columns;
+      sum_rows(output.data(), rows, columns, sums, threads, schedule);
+    });
+    return output;
+  };
+  const std::vector<float> all = multiply(most_rows, 1);
+  for (int threads : {1, 3}) {
+    const int rows = between(1, most_rows);
+    const std::vector<float> some = multiply(rows, threads);
+    const int64_t products = (int64_t)rows * columns, of_all = (int64_t)most_rows * columns;
+    if (std::memcmp(some.data(), all.data(), products * sizeof(float)) ||
+        std::memcmp(some.data() + products, all.data() + of_all, rows * sizeof(float)))
+      return INFINITY;
+  }
+  double largest = 0;
+  for (int row = 0; row < most_rows; row++) {
+    double sum = 0;
+    for (int column = 0; column < columns; column++) {
+      double exact = 0;
+      for (int k = 0; k < depth; k++) {
+        int64_t at = transposed ? (int64_t)column * depth + k : (int64_t)k * columns + column;
+        exact += (double)x[(int64_t)row * depth + k] * number(weights[at]);
+      }
+      const float found = all[(int64_t)row * columns + column];
+      sum += found;
+      const double error = std::abs(exact - found) / std::sqrt(depth);
+      if (!(error <= largest)) largest = error;
+    }
+    const double error = std::abs(sum - all[(int64_t)most_rows * columns + row]);
+    if (!(error / columns <= largest)) largest = error / columns;
+  }
+  return largest;
+}
+
 int main(int count, char** arguments) {
   if (count != 3) return std::fprintf(stderr, "usage: check SEED PLANS\n"), 2;
   generator.seed(std::atoi(arguments[1]));
@@ -249,15 +314,21 @@ int main(int count, char** arguments) {
   for (int plan = 0; plan < std::atoi(arguments[2]); plan++) {
     bool wrong = plan % 2 == 1;
     Problem problem = random_problem(wrong);
-    std::vector<float> alone = attend(problem, 1);
-    for (int threads : {2, 5}) {
-      std::vector<float> found = attend(problem, threads);
-      if (std::memcmp(found.data(), alone.data(), found.size() * sizeof(float)))
-        return std::fprintf(stderr, "plan %d: %d threads find another result\n", plan, threads), 1;
+    for (bool batch_invariant : {false, true}) {
+      std::vector<float> alone = attend(problem, 1, batch_invariant);
+      for (int threads : {2, 5}) {
+        std::vector<float> found = attend(problem, threads, batch_invariant);
+        if (std::memcmp(found.data(), alone.data(), found.size() * sizeof(float)))
+          return std::fprintf(stderr, "plan %d: %d threads differ\n", plan, threads), 1;
+      }
+      if (wrong) continue;
+      double error = largest_error(problem, alone);
+      if (!(error <= largest)) largest = error;
     }
-    if (wrong) continue;
-    double error = largest_error(problem, alone);
-    if (!(error <= largest)) largest = error;
+    const double errors[] = {product_error<float>(), product_error<BFloat16>(),
+                             product_error<Float16>()};
+    for (double error : errors)
+      if (!(error <= largest)) largest = error;
   }
   std::printf("%.3g\n", largest);
   return largest <= 2e-6 ? 0 : 1;
