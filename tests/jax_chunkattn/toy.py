@@ -17,7 +17,6 @@ from models.dense_attention import empty_pool, run_dense
 from models.head_patterns import HeadPattern, with_pattern
 from pallas_kernels.windows import Window, WindowMap
 
-CONTEXT = 512
 MIN_CONTEXT = 128
 
 
@@ -62,9 +61,14 @@ def _split(model):
 
 def greedy_without_cache(prompt, max_tokens, stop_tokens=(), model=None):
     """Each token from a forward pass over the whole sequence, in dense causal attention."""
-    tokens = list(prompt)
+    return list(_greedy(tuple(map(int, prompt)), max_tokens, tuple(stop_tokens), model))
+
+
+@functools.cache  # tests of many files ask for the same answers
+def _greedy(prompt, max_tokens, stop_tokens, model):
+    tokens, context = list(prompt), bucket(len(prompt) + max_tokens, MIN_CONTEXT)
     while len(tokens) < len(prompt) + max_tokens:
-        tokens.append(int(_run(tokens, CONTEXT, model)[len(tokens) - 1].argmax()))
+        tokens.append(int(_run(tokens, context, model)[len(tokens) - 1].argmax()))
         if tokens[-1] in stop_tokens:
             break
     return tokens[len(prompt) :]
