@@ -4,7 +4,7 @@ Most of the tests' time is XLA making machine code, and most tests ask what a pr
 not how well. So XLA emits the plainest code for them, and where it still has its older emitters
 (jaxlib 0.10.2; 0.12 has not) by those. It is as users get it in tests marked `optimised`, whose
 subject is rounding or the program itself; in all with `--optimise`; and in the processes that tests
-start. Code for GPUs is never touched.
+start, but for those that get `xla_flags()`. Code for GPUs is never touched.
 
 `--hypothesis-profile=long` has hypothesis make up more examples.
 """
@@ -55,8 +55,14 @@ def optimised() -> Iterator[None]:
         _plain = before
 
 
+def xla_flags() -> str:
+    """What has another process compile as this test does, in its `XLA_FLAGS`."""
+    options = _plain_options() if _plain else {}
+    return " ".join(f"--{name}={str(value).lower()}" for name, value in options.items())
+
+
 def examples(everyday: int, long: int) -> int:
-    """How many hypothesis makes up."""
+    """How many hypothesis makes up, or seconds that chance gets."""
     return long if settings.get_current_profile_name() == "long" else everyday
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from pallas_kernels.cache_folder import CACHE_VARIABLE
+from tests.effort import xla_flags
 from tests.experiments.results import lines_in
 
 COMMAND = [sys.executable, "-m", "experiments", "generate", "--model", "random:tiny"]
@@ -21,9 +23,10 @@ ROOT = Path(__file__).resolve().parents[2]
 def environment(cache: Path) -> dict[str, str]:
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return os.environ | {
-        "JAX_CHUNKATTN_CACHE": str(cache),
+        CACHE_VARIABLE: str(cache),
         "NO_COLOR": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "XLA_FLAGS": " ".join(filter(None, [os.environ.get("XLA_FLAGS"), xla_flags()])),
     }
 
 
@@ -40,8 +43,9 @@ def generate(folder: Path, cache: Path, *options: str) -> subprocess.CompletedPr
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+def cache() -> Path:
+    """The module's own, where the compiled kernel is."""
+    return Path(os.environ[CACHE_VARIABLE])
 
 
 @pytest.fixture(scope="module")
