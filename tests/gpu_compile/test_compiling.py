@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +94,30 @@ def test_launches_are_found_and_loops_are_captured(records):
     assert records["decode"]["command_buffers"] > 0
 
 
+def like_others(name: str, names: list[str]) -> bool:
+    """Whether other cases ask the same of the compiler. Triton's kernels of a decode step are those
+    of prefill for the same sizes, but the one that reads each row's own chunks, which is far from
+    spilling; and neither Mosaic's larger tile of queries nor chunks or groups of another size
+    change what the other does to registers (measured, `experiments/results`)."""
+    if name.startswith("pallas_triton "):
+        usual = "d128 c64 g4" in name
+        return not usual and name.replace("triton", "triton prefill") in names
+    return "tile 128" in name and not re.search("c64 g4|c16|int|fp8", name)
+
+
 @pytest.mark.parametrize("backend", available_backends())
-def test_kernels_of_the_project_do_not_spill(backend):
+@pytest.mark.parametrize(
+    "which", ["some", pytest.param("like them", marks=[pytest.mark.slow, pytest.mark.thorough])]
+)
+def test_kernels_of_the_project_do_not_spill(which, backend):
     """All that `compile-report` compiles unless told otherwise, and others that came near; but in
     float16 encoded chunks only. Of the 16 others none had another register than in bfloat16, with
     jax 0.10.2 as with 0.12.0."""
     names = [*variant_names((backend,)), *(name for name in TIGHT if name.startswith(backend))]
     names = [name for name in names if " float16" not in name or "int4" in name or "fp8" in name]
+    chosen = [name for name in names if like_others(name, names) == (which == "like them")]
     table = "experiments.compile_report.variants:kernel_variants"
-    assert failures_of(compile_cases(table, names, TARGETS["h200"], per_process=16)) == []
+    assert failures_of(compile_cases(table, chosen, TARGETS["h200"], per_process=16)) == []
 
 
 @pytest.mark.slow
