@@ -731,7 +731,9 @@ def test_random_use_of_windows_gives_the_answers_of_a_model_without_a_cache():
     assert not missed, f"never happened in {WindowMachine.steps} steps: {missed}"
 
 
-@pytest.mark.parametrize("examples", [8, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "examples", [8, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.thorough])]
+)
 def test_random_use_gives_the_answers_of_a_model_without_a_cache(examples):
     thorough = settings.get_current_profile_name() == "long"
     EngineMachine.agreements = agreements_of(toy_model())
