@@ -19,6 +19,7 @@ from experiments.harness.errors import UserError
 from experiments.harness.invocation import as_arguments
 from experiments.harness.reading import read_result
 from experiments.harness.views import views_of
+from tests.experiments.commands import run_instead
 from tests.experiments.results import text_of
 from tests.models.parity.golden import FOLDER, Golden
 
@@ -55,10 +56,16 @@ THOROUGH = (
     "decode --study completion",
     "generate --compare-batch",
     "generate --system-prompt",
+    "gradients",
+    "grpo",
     "kernel --suite paper --memory-gb",
+    "score",
     "search",
+    "soak",
+    "train-tiny",
 )
-"""These run what another command runs, but for an option."""
+"""These run what another command runs, but for an option, or what tests of their own run as small:
+here every day are their options and nothing more."""
 
 OF_THE_USER = ("model", "trace", "system_prompt", "prompts", "text")
 """Options that name what is read: those typed win over the smoke form, but for the large model."""
@@ -146,6 +153,16 @@ def test_a_command_runs(command: str, workplace: Path, capsys: pytest.CaptureFix
             result = read_result(folder)
             assert result.summary is not None
             assert text_of(views_of(result.experiment).tables(result))
+
+
+@pytest.mark.parametrize(
+    "command", [one for one in commands() if one.startswith(THOROUGH) and "--sweep" not in one]
+)
+def test_the_options_of_a_command_are_taken(command: str, monkeypatch: pytest.MonkeyPatch):
+    name, taken = command.split()[0], []
+    run_instead(monkeypatch, name, lambda config: taken.append(config) or {})
+    assert main(smoke(command)) == 0
+    assert [type(config) for config in taken] == [EXPERIMENTS[name].config]
 
 
 def test_what_is_installed_is_an_extra():
