@@ -52,6 +52,7 @@ LONG = (
 
 THOROUGH = (
     "cache --config",
+    "compile-report",
     "decode --study batch",
     "decode --study completion",
     "generate --compare-batch",
