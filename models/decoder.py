@@ -24,6 +24,7 @@ from models.config import DecoderConfig
 from models.rope import Angles, rotate
 from models.weights import BlockWeights, Weight, block_weights, decoder_weights
 from pallas_kernels import products
+from pallas_kernels.implementations import ImplementationError
 from pallas_kernels.softcap import cap_scores
 from pallas_kernels.tree_attention import KEPT
 
@@ -297,7 +298,7 @@ class Decoder(nnx.Module):
             computed with it.
 
         Raises:
-          ValueError: when that is asked for and the kernel cannot run, with the reason.
+          ImplementationError: when that is asked for and the kernel cannot run, with the reason.
         """
         graphdef, state = nnx.split(self)
         served = nnx.merge(graphdef, state)
@@ -305,7 +306,7 @@ class Decoder(nnx.Module):
         if problem is None:
             served.arithmetic = NativeArithmetic(batch_invariant)
         elif batch_invariant:
-            raise ValueError(
+            raise ImplementationError(
                 "products of this model are not batch-invariant without the compiled kernel: "
                 f"{problem}"
             )

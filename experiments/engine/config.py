@@ -16,10 +16,14 @@ from experiments.harness.options import (
 )
 from experiments.head_option import HeadsFolder, HeadShare, check_heads
 
+DETERMINISTIC = "deterministic engine"
+SIDES = ("bare loop", "engine", DETERMINISTIC)
+
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Compare the engine's speed with that of the bare decode loop at the same shapes."""
+    """Compare the engine's speed with that of the bare decode loop at the same shapes, and with its
+    own where it is deterministic."""
 
     SMOKE: ClassVar[dict[str, Any]] = {
         "model": "random:tiny",
@@ -51,6 +55,9 @@ class EngineConfig:
 
     chunk_size: int = 64
     """Tokens in a chunk of the KV cache."""
+
+    deterministic: bool = False
+    """Time an engine of `deterministic=True` too, where there is the compiled kernel."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of weights, activations and KV cache."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments.bare_loop import BareLoop, random_pool
-from experiments.engine.config import EngineConfig
+from experiments.engine.config import DETERMINISTIC, SIDES, EngineConfig
 from experiments.harness.compilations import compilation_cache
 from experiments.harness.environment import describe_environment
 from experiments.harness.errors import UserError
@@ -85,19 +85,20 @@ def compare(config: EngineConfig, source: ModelSource, folder: ResultFolder) -> 
         rounds = measure_units(folder, units, "engine")
     timed = {
         name: [Timed(**{key: one[name][key] for key in _FIELDS}) for one in rounds]
-        for name in ("bare loop", "engine")
+        for name in rounds[0].keys() & SIDES
     }
     summary = {
         "experiment": "engine",
         **{name: getattr(config, name) for name in SETTING},
         **_measures(timed["bare loop"], timed["engine"]),
+        **(_price(timed["engine"], timed[DETERMINISTIC]) if config.deterministic else {}),
         "environment": environment,
     }
     return finish(folder, summary)
 
 
 class _Sides:
-    """Both sides, compiled when the first round is timed."""
+    """All sides, compiled when the first round is timed."""
 
     def __init__(
         self,
@@ -117,8 +118,11 @@ class _Sides:
                 "engine": engine_side(*self._given, self._check_interrupt),
                 "bare loop": bare_loop(*self._given),
             }
-            for side in (*self._sides.values(), self._sides["engine"]):
-                side()  # compiles; the engine's second time finds its prompts cached, as later ones
+            if self._given[0].deterministic:
+                side = engine_side(*self._given, self._check_interrupt, deterministic=True)
+                self._sides[DETERMINISTIC] = side
+            for side in (*self._sides.values(), *self._sides.values()):
+                side()  # compiles; an engine's second time finds its prompts cached, as later ones
         record: dict[str, Any] = {"kind": "round", "round": number}
         for name, side in self._sides.items():
             one = side()
@@ -137,6 +141,15 @@ def _measures(bare: Sequence[Timed], engine: Sequence[Timed]) -> dict[str, Any]:
         "ratio": round(median(ratios), 4),
         "ratio_range": [round(min(ratios), 4), round(max(ratios), 4)],
         "host_microseconds_per_token": round(host, 2),
+    }
+
+
+def _price(engine: Sequence[Timed], deterministic: Sequence[Timed]) -> dict[str, Any]:
+    """What it costs an engine to be deterministic."""
+    ratios = [mine.rate / base.rate for base, mine in zip(engine, deterministic, strict=True)]
+    return {
+        "deterministic_tokens_per_second": round(median(one.rate for one in deterministic), 2),
+        "deterministic_ratio": round(median(ratios), 4),
     }
 
 
@@ -174,6 +187,8 @@ def engine_side(
     loaded: LoadedModel,
     prompts: Prompts,
     check_interrupt: Callable[[], None],
+    *,
+    deterministic: bool = False,
 ) -> Callable[[], Timed]:
     """Answers the prompts by one engine, which keeps them cached from one time to the next; timed
     while all rows decode: after the last has begun and before the first has ended."""
@@ -182,6 +197,7 @@ def engine_side(
         _cache(config, prompts),
         max_running=config.rows,
         steps_per_call=config.steps_per_call,
+        deterministic=deterministic,
     )
     params = SamplingParams(config.tokens + 1, ignore_eos=True)
 

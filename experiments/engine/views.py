@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
+from experiments.engine.config import DETERMINISTIC, SIDES
 from experiments.harness.plotting import bar_style, make_figure, plain_axes
 from experiments.harness.reading import Result
 from experiments.harness.tables import Column, ResultTable, table_of
 
 
 def tables(result: Result) -> list[ResultTable]:
-    """Tokens per second of both, and their ratio."""
+    """Tokens per second of all sides, and the ratio of engine and loop."""
     summary = result.summary or {}
     title = (
         f"{summary['rows']} rows of {summary['model']}, {summary['shared_tokens']:,} shared "
@@ -27,6 +28,8 @@ def tables(result: Result) -> list[ResultTable]:
         ("engine", f"{summary['engine_tokens_per_second']:,.1f}", host),
     ]
     low, high = summary["ratio_range"]
+    if "deterministic_ratio" in summary:
+        rows.append((DETERMINISTIC, f"{summary['deterministic_tokens_per_second']:,.1f}", ""))
     note = f"the engine reaches {summary['ratio']:.1%} of the bare loop ({low:.1%} to {high:.1%})"
     return [table_of(title, columns, rows, timed_notes=[note])]
 
@@ -36,10 +39,12 @@ def figures(result: Result) -> dict[str, Figure]:
     rounds = result.of_kind("round")
     figure = make_figure(6.0, 3.6)
     axes = figure.subplots()
-    for index, side in enumerate(("bare loop", "engine")):
-        places = [one["round"] + (index - 0.5) * 0.4 for one in rounds]
+    sides = [side for side in SIDES if side in rounds[0]]
+    width = 0.8 / len(sides)
+    for index, side in enumerate(sides):
+        places = [one["round"] + (index - (len(sides) - 1) / 2) * width for one in rounds]
         rates = [one[side]["rate"] for one in rounds]
-        axes.bar(places, rates, width=0.4, label=side, **bar_style(index))
+        axes.bar(places, rates, width=width, label=side, **bar_style(index))
     plain_axes(axes, "Decoding, the engine and the bare loop", "round", "tokens per second")
     axes.set_xticks([one["round"] for one in rounds])
     axes.legend(frameon=False, loc="lower right", facecolor="white", framealpha=1)

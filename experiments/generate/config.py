@@ -81,6 +81,10 @@ class GenerateConfig:
 
     implementation: AttentionImplementation = None
 
+    deterministic: bool = False
+    """Compute each token to the same bits whatever else is computed with it, and whatever is
+    cached; on CPUs."""
+
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of weights, activations and KV cache."""
 

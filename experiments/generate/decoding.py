@@ -61,6 +61,7 @@ class BatchSettings:
     implementation: str | None
     steps_per_call: int
     stop_tokens: tuple[int, ...]
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)
@@ -260,6 +261,7 @@ def _engine(
         max_running=len(prompts),
         sharing=settings.sharing,
         implementation=settings.implementation,
+        deterministic=settings.deterministic,
         steps_per_call=settings.steps_per_call,
         prefill_first=True,  # so that all rows decode together
         stop_tokens=settings.stop_tokens,

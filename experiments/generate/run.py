@@ -101,6 +101,7 @@ def decode(
         dtype=config.dtype,
         sharing=config.sharing,
         implementation=config.implementation,
+        deterministic=config.deterministic,
         steps_per_call=config.steps_per_call,
         stop_tokens=_stop_tokens(config, loaded),
     )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.attention_spec import AttentionSpec
+from pallas_kernels.implementations import ImplementationError
 from pallas_kernels.windows import EVERYTHING, Window, WindowMap
 
 Pool = Any
@@ -165,7 +166,7 @@ class ServableModel(Protocol):
             whatever else, and however much, is computed with it.
 
         Raises:
-          ValueError: when it cannot be that here, with the reason.
+          ImplementationError: when it cannot be that here, with the reason.
         """
         ...
 
@@ -174,11 +175,14 @@ def for_serving(model: DecoderModel, *, batch_invariant: bool = False) -> Decode
     """The model as an engine is to run it: itself, unless it says otherwise.
 
     Raises:
-      ValueError: for a model that is to be batch-invariant and cannot, or does not say how.
+      ImplementationError: for a model that is to be batch-invariant and cannot, or does not say
+        how.
     """
     if isinstance(model, ServableModel):
         return model.for_serving(batch_invariant=batch_invariant)
     if batch_invariant:
         name = type(model).__name__
-        raise ValueError(f"{name} does not say how to be batch-invariant: it has no `for_serving`")
+        raise ImplementationError(
+            f"{name} does not say how to be batch-invariant: it has no `for_serving`"
+        )
     return model

@@ -40,7 +40,7 @@ from jax_chunkattn.planning.prefill_round import call_costs
 from jax_chunkattn.sampling import SamplingParams
 from jax_chunkattn.tree.prefix_tree import PrefixTree
 from pallas_kernels.codecs import CodecError
-from pallas_kernels.implementations import BATCH_INVARIANT
+from pallas_kernels.implementations import BATCH_INVARIANT, ImplementationError
 
 CALLS_AHEAD = 4  # decode calls that a row may have room for behind what is known of it
 MIN_SLOTS = 16  # on the device: engines that run fewer at once can use one another's programs
@@ -133,7 +133,9 @@ class Engine:
     ):
         if deterministic:
             if implementation not in (None, BATCH_INVARIANT):
-                raise ValueError(f"{implementation!r} is not deterministic: {BATCH_INVARIANT!r} is")
+                raise ImplementationError(
+                    f"attention by {implementation!r} is not deterministic: {BATCH_INVARIANT!r} is"
+                )
             implementation = BATCH_INVARIANT
         model = for_serving(model, batch_invariant=deterministic)
         for name, value in (("max_running", max_running), ("steps_per_call", steps_per_call)):

@@ -13,11 +13,14 @@ from experiments.engine.config import EngineConfig, check
 from experiments.engine.run import Timed
 from experiments.harness.errors import UserError
 from experiments.harness.reading import read_result
+from pallas_kernels.native import library
 
 
 @pytest.mark.slow
 def test_both_sides_are_timed_in_turns(tmp_path: Path):
-    config = EngineConfig(**EngineConfig.SMOKE, output=tmp_path / "out")
+    deterministic = library.problem() is None
+    options = {**EngineConfig.SMOKE, "deterministic": deterministic, "output": tmp_path / "out"}
+    config = EngineConfig(**options)
     summary = run(config)
     rounds = read_result(tmp_path / "out").of_kind("round")
     bare, engine = ([one[side] for one in rounds] for side in ("bare loop", "engine"))
@@ -28,6 +31,10 @@ def test_both_sides_are_timed_in_turns(tmp_path: Path):
     ratios = [two["rate"] / one["rate"] for one, two in zip(bare, engine, strict=True)]
     assert summary["ratio"] == pytest.approx(median(ratios), abs=1e-3)
     assert summary["host_microseconds_per_token"] > 0
+    if deterministic:
+        rates = [one["deterministic engine"]["rate"] for one in rounds]
+        ratios = [rate / one["rate"] for one, rate in zip(engine, rates, strict=True)]
+        assert summary["deterministic_ratio"] == pytest.approx(median(ratios), abs=1e-3)
 
 
 def test_rates_and_host_work_are_per_token():
