@@ -3,7 +3,7 @@
 A text is cut into a prefix and windows, and every window is read behind the prefix, as questions
 are behind one system prompt. The log-probability of each token of the windows is computed three
 ways: by a plain causal forward pass over the prefix and the window, with dense attention and no
-cache; by prefill of the windows behind a prefix that is in the chunk pool once; and by decoding all
+cache; by `Engine.score` of the windows behind a prefix that is computed once; and by decoding all
 windows together, a token a step, fed as the text has it, in two-phase attention over that pool.
 
 Shown are the perplexity of each, how far log-probabilities are apart, and how often both find the

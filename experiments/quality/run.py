@@ -21,7 +21,14 @@ from experiments.loading import LoadOptions, ModelSource, load_model
 from experiments.prompts import read_text, shipped_asset, tokens_of
 from experiments.quality.config import QualityConfig, sizes_of
 from experiments.quality.measures import PATHS, measures_of
-from experiments.quality.scoring import Passage, Scores, SharedScorer, passage_tokens, score_plain
+from experiments.quality.scoring import (
+    Passage,
+    Scores,
+    SharedScorer,
+    passage_tokens,
+    score_by_engine,
+    score_plain,
+)
 from models import LoadedModel
 
 _SETTING = ("model", "prefix", "window", "windows", "chunk_size", "seed")
@@ -98,8 +105,11 @@ class _Scoring:
         if path == "plain":
             scores = score_plain(loaded.model, passage, dtype)
         else:
-            scorer = self._shared(loaded, passage, dtype)
-            scores = scorer.prefill() if path == "prefill" else scorer.decode()
+            scorer, how = self._shared(loaded, passage, dtype), self._how(dtype)
+            if path == "prefill":
+                scores = score_by_engine(loaded.model, passage, **how)
+            else:
+                scores = scorer.decode()
             record |= {
                 "plan": dataclasses.asdict(scorer.plan_summary),
                 "kv_bytes_held": scorer.kv_bytes_held,
@@ -121,14 +131,7 @@ class _Scoring:
 
     def _shared(self, loaded: LoadedModel, passage: Passage, dtype: str) -> SharedScorer:
         if self._scorer is None:
-            scorer = SharedScorer(
-                loaded.model,
-                passage,
-                dtype=dtype,
-                chunk_size=self._config.chunk_size,
-                prefill_tokens=self._config.prefill_tokens,
-                implementation=self._config.implementation,
-            )
+            scorer = SharedScorer(loaded.model, passage, **self._how(dtype))
             if not scorer.plan_summary.shared:
                 raise UserError(
                     f"the plan shares nothing, so there is nothing to compare: "
@@ -136,6 +139,15 @@ class _Scoring:
                 )
             self._scorer = scorer
         return self._scorer
+
+    def _how(self, dtype: str) -> dict[str, Any]:
+        config = self._config
+        return {
+            "dtype": dtype,
+            "chunk_size": config.chunk_size,
+            "prefill_tokens": config.prefill_tokens,
+            "implementation": config.implementation,
+        }
 
     def _passage(self, loaded: LoadedModel, tokens: list[int]) -> Passage:
         config = self._config

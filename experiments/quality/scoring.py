@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from jax_chunkattn import CacheConfig, plan_decode
+from jax_chunkattn import CacheConfig, Engine, chunks_needed, plan_decode
 from jax_chunkattn.device.backend import choose_backend
 from jax_chunkattn.device.choices import item_columns
 from jax_chunkattn.device.decode_loop import decode_attend
@@ -89,10 +89,37 @@ def score_plain(model: Decoder, passage: Passage, dtype: str) -> Scores:
     return scores
 
 
-class SharedScorer:
-    """Scores windows over a chunk pool that holds their prefix once.
+def score_by_engine(
+    model: Decoder,
+    passage: Passage,
+    *,
+    dtype: str,
+    chunk_size: int,
+    prefill_tokens: int = CALL_TOKENS[-1],
+    implementation: str | None = None,
+) -> Scores:
+    """`Engine.score` of all windows behind their prefix, which is computed once."""
+    windows = np.concatenate([passage.inputs, passage.targets[:, -1:]], axis=1).tolist()
+    prefix = passage.prefix.tolist()
+    most = chunks_needed([[*prefix, *window] for window in windows], 1, chunk_size=chunk_size)
+    with Engine(
+        model,
+        CacheConfig(most, chunk_size, dtype),
+        prefill_tokens=prefill_tokens,
+        implementation=implementation,
+    ) as engine:
+        scores = engine.score(prefix, windows, top=1)
+    found = [score.logprobs[1:] for score in scores]
+    return Scores(
+        np.array([[one.chosen for one in row] for row in found], np.float32),
+        np.array([[one.top[0][0] for one in row] for row in found], np.int32),
+    )
 
-    The prefix is in whole chunks, and computed by the first call of `prefill` or `decode`.
+
+class SharedScorer:
+    """Computes windows over a chunk pool that holds their prefix once.
+
+    The prefix is in whole chunks, and computed by the first call of `hidden` or `decode`.
 
     Attributes:
       plan_summary: of the plan that all steps of `decode` run by.
@@ -148,17 +175,6 @@ class SharedScorer:
         self.kv_bytes_held = (shared + own.size) * chunk_bytes
         self.kv_bytes_unshared = windows * columns * chunk_bytes
         self._pool: Pool | None = None
-
-    def prefill(self) -> Scores:
-        """The windows computed in packed calls, which read the prefix's chunks."""
-        scores = Scores.empty(self._passage.targets.shape)
-        for places, hidden in self._computed():
-            ids = np.concatenate([self._passage.targets[place] for place in places])
-            targets = np.pad(ids, (0, len(hidden) - len(ids)))
-            logprobs, greedy = map(np.asarray, _score_hidden(*self._split, hidden, targets))
-            _put(scores.logprobs, places, logprobs)
-            _put(scores.greedy, places, greedy)
-        return scores
 
     def hidden(self) -> np.ndarray:
         """What the model makes of every input before its logits, float32 [W, T, M]; by prefill."""
@@ -272,11 +288,6 @@ def _prefill(graphdef, state, pool, batch, implementation: str):
     model = nnx.merge(graphdef, state)
     attend = prefill_attend(model.cache_spec, pool, batch.plan, implementation)
     return model(jnp.asarray(batch.tokens), jnp.asarray(batch.positions), pool, attend)
-
-
-@partial(jax.jit, static_argnums=0)
-def _score_hidden(graphdef, state, hidden, targets):
-    return _score(nnx.merge(graphdef, state).logits(hidden), targets)
 
 
 @partial(jax.jit, static_argnums=(0, 8), donate_argnums=2)
