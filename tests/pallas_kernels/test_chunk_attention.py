@@ -320,7 +320,7 @@ def test_wrong_arguments_are_named():
     inputs = case_inputs(AttentionCase("1,4_96,16", 4, 2, 16, chunk_size=16))
     rest = (inputs.plan, inputs.lengths)
     pools = (inputs.keys, inputs.values)
-    known = "native, pallas_mosaic_gpu, pallas_triton, reference, xla"
+    known = "batch_invariant, native, pallas_mosaic_gpu, pallas_triton, reference, xla"
     with pytest.raises(ValueError, match=f"unknown implementation 'triton'; known: {known}"):
         chunk_attention(inputs.q, *pools, *rest, implementation="triton")
     with pytest.raises(ValueError, match="3 query heads are not a multiple of 2 KV heads"):

@@ -589,7 +589,7 @@ def test_chunks_needed_is_enough_and_no_less():
     [
         (
             {"implementation": "cuda"},
-            "unknown implementation 'cuda'; known: native, ",
+            "unknown implementation 'cuda'; known: batch_invariant, native, ",
         ),
         ({"steps_per_call": 0}, "steps_per_call must be at least 1, got 0"),
         ({"max_running": 0}, "max_running must be at least 1, got 0"),
