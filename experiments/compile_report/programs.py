@@ -29,10 +29,10 @@ from jax_chunkattn.planning.planner import PlannerOptions
 from jax_chunkattn.planning.prefill import Segment, max_segments, pack_segments
 from models.building import abstract_decoder
 from pallas_kernels.chunk_attention.api import IMPLEMENTATIONS as DECODE_IMPLEMENTATIONS
-from pallas_kernels.implementations import NATIVE, needs_partials
+from pallas_kernels.implementations import COMPILED_HERE, needs_partials
 from pallas_kernels.prefill_attention.api import IMPLEMENTATIONS as PREFILL_IMPLEMENTATIONS
 
-FOR_CPUS = ("reference", NATIVE)  # the first is not made to be compiled at this size
+FOR_CPUS = ("reference", *COMPILED_HERE)  # the first is not made to be compiled at this size
 
 
 def whole_programs(

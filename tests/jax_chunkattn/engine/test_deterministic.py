@@ -9,7 +9,7 @@ from jax_chunkattn import CacheConfig, ChunkSelector, Engine, SamplingParams
 from pallas_kernels.implementations import NATIVE
 from tests.interpreted import skip_unless_there
 from tests.jax_chunkattn.engine.engines import make_engine
-from tests.jax_chunkattn.toy import token_tree, toy_model
+from tests.jax_chunkattn.toy import token_tree, toy_model, windowed_model
 
 PROMPTS = token_tree((1, 70), (3, 20), (2, 9), seed=11)
 PARAMS = [
@@ -50,6 +50,22 @@ def test_drawn_tokens_and_all_that_is_reported_of_them():
             found = [bits(handles[index].result()) for index in range(len(PROMPTS))]
             assert found == expected
         assert shared.stats.prompts.hit
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [({}, 1e-5), ({"model": windowed_model()}, 1e-5), ({"codec": "int8"}, 2e-3)],
+    ids=["exact", "windows", "int8"],
+)
+def test_it_computes_what_other_engines_do(options, tolerance):
+    params = SamplingParams(20, logprobs=0)
+    found = []
+    for deterministic in (True, False):
+        with make_engine(deterministic=deterministic, planner=None, **options) as one:
+            answers = [handle.result() for handle in [one.submit(p, params) for p in PROMPTS]]
+            found.append([[token.chosen for token in answer.logprobs] for answer in answers])
+    # Of int8 a last bit may tip a number over to the next of its codes.
+    np.testing.assert_allclose(*found, rtol=0, atol=tolerance)
 
 
 def test_scores():
