@@ -29,10 +29,12 @@ from jax_chunkattn.engine.search_tree import SearchTree
 from jax_chunkattn.engine.stats import EngineStats, WarmUp
 from jax_chunkattn.engine.tree_search import SearchFailed, tree_search
 from jax_chunkattn.planning.planner import PlannerOptions, PlanSummary, plan_decode
+from jax_chunkattn.replicas.router import NoReplica, OverloadRule, Router, RouterStats
 from jax_chunkattn.sampling import SamplingParams, TokenLogprobs
 from jax_chunkattn.training.token_tree import TokenTree
 from jax_chunkattn.training.tree_log_probs import tree_log_probs
 from jax_chunkattn.tree.allocator import ChunkAllocator, PoolExhausted
+from jax_chunkattn.tree.kv_events import KVEvents
 from jax_chunkattn.tree.prefix_tree import PrefixTree
 from pallas_kernels import DecodePlan, Window, WindowMap, chunk_attention, prefill_attention
 from pallas_kernels.clusters import HeadClusters
@@ -61,8 +63,11 @@ __all__ = [
     "Hypothesis",
     "InvalidRequest",
     "InvalidWeights",
+    "KVEvents",
     "NextTokens",
+    "NoReplica",
     "Output",
+    "OverloadRule",
     "PinnedPrefix",
     "PlanSummary",
     "PlannerOptions",
@@ -72,6 +77,8 @@ __all__ = [
     "RequestFailed",
     "RequestHandle",
     "RequestLimits",
+    "Router",
+    "RouterStats",
     "SamplingParams",
     "Score",
     "SearchFailed",

@@ -31,6 +31,15 @@ def test_the_example_of_rollouts_runs(capsys):
     assert scored == pytest.approx(sampled, abs=1e-4)
 
 
+def test_the_example_of_replicas_runs(capsys):
+    exec(compile(EXAMPLES[2], "README.md", "exec"), {})
+    *lines, stats = capsys.readouterr().out.splitlines()
+    homes, found = zip(*(line.split() for line in lines), strict=True)
+    assert found == ("0", "0", "192", "192")
+    assert homes[:2] == homes[2:]
+    assert "matched=2" in stats
+
+
 def test_every_experiment_has_a_row_and_every_row_an_experiment(capsys):
     shown = set(re.findall(r"\| `python -m experiments ([\w-]+)", README))
     with pytest.raises(SystemExit):

@@ -389,10 +389,8 @@ class Core:
         self._rows.forget()
         if self._tails is not None:
             self._tails.forget()
-        old = self.tree
-        self.stats.evictions += old.num_evicted
-        sizes = old.num_chunks, old.chunk_size
-        self.scheduler.restart(PrefixTree(*sizes, retain=old.retain, window_room=old.window_room))
+        self.stats.evictions += self.tree.num_evicted
+        self.scheduler.restart(self.tree.emptied())
 
     def warm_up(self, threads: int, *, scores: bool) -> int:
         """Compiles all programs that any work can need, those that score if there are to be

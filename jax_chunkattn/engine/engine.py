@@ -38,6 +38,7 @@ from jax_chunkattn.planning.planner import PlannerOptions, bucket
 from jax_chunkattn.planning.prefill import CALL_TOKENS
 from jax_chunkattn.planning.prefill_round import call_costs
 from jax_chunkattn.sampling import SamplingParams
+from jax_chunkattn.tree.kv_events import KVEvents
 from jax_chunkattn.tree.prefix_tree import PrefixTree
 from pallas_kernels.codecs import CodecError
 from pallas_kernels.implementations import BATCH_INVARIANT, ImplementationError
@@ -107,6 +108,7 @@ class Engine:
         kernel reads.
       planner: how attention work is cut; None fits it to the implementation and the device.
       limits: what one request may ask for at most.
+      kv_events: is told which chunks are cached and which are not any longer, for routers.
 
     Raises:
       ValueError: for a bad option, an implementation that cannot run here, or a codec that cannot
@@ -130,6 +132,7 @@ class Engine:
         deterministic: bool = False,
         planner: PlannerOptions | None = None,
         limits: RequestLimits = RequestLimits(),
+        kv_events: KVEvents | None = None,
     ):
         if deterministic:
             if implementation not in (None, BATCH_INVARIANT):
@@ -182,7 +185,9 @@ class Engine:
             stop_tokens=stop_tokens,
             window_room=window_room,
         )
-        tree = PrefixTree(num_chunks, chunk_size, retain=retain, window_room=window_room)
+        tree = PrefixTree(
+            num_chunks, chunk_size, retain=retain, window_room=window_room, observer=kv_events
+        )
         self._core = Core(
             Device(invocations),
             Scheduler(tree, max_running=max_running, exact=exact),

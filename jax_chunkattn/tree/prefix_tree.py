@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterable
 import numpy as np
 
 from jax_chunkattn.tree.allocator import PoolExhausted
-from jax_chunkattn.tree.children import set_computed
 from jax_chunkattn.tree.invariants import check_tree
+from jax_chunkattn.tree.kv_events import ChunkObserver
 from jax_chunkattn.tree.nodes import (
     TOKEN_BYTES,
     Match,
@@ -55,6 +55,8 @@ class PrefixTree:
     sequences have left is given up when there is need, so a prefix may be found as far only as what
     its end reads is there: the rest has nodes, and is computed once more for those heads alone.
 
+    An ``observer`` is told which chunks can be found, and which no longer (`tree.kv_events`).
+
     ``version`` changes whenever the rows or their chunk ids do; a plan made at one version is good
     until it does. Not thread-safe.
     """
@@ -66,10 +68,13 @@ class PrefixTree:
         *,
         retain: bool = True,
         window_room: WindowRoom | None = None,
+        observer: ChunkObserver | None = None,
     ):
         """Raises ValueError when ``num_chunks`` or ``chunk_size`` is below 1, or there is not even
         room for one sequence's windows."""
-        self._stored = StoredChunks(num_chunks, chunk_size, retain=retain, window_room=window_room)
+        self._stored = StoredChunks(
+            num_chunks, chunk_size, retain=retain, window_room=window_room, observer=observer
+        )
         self._windows = self._stored.windows
         self.version = 0
         self._sequences: dict[SequenceHandle, None] = {}
@@ -304,7 +309,7 @@ class PrefixTree:
             raise ValueError(f"{num_tokens} tokens computed of {sequence.num_tokens}")
         first_pending = num_computed(sequence.nodes)
         for node in sequence.nodes[first_pending : num_tokens // self.chunk_size]:
-            set_computed(node)
+            self._stored.set_computed(node)
         in_tail = num_tokens - len(sequence.nodes) * self.chunk_size
         sequence.num_computed_tail_tokens = max(sequence.num_computed_tail_tokens, in_tail)
         self._windows.go_on_from(sequence, num_tokens)
@@ -442,9 +447,19 @@ class PrefixTree:
         Frees every cached chunk and returns how many. Active sequences go on as they are, but
         nothing inserted later matches what they hold, and it is freed, not cached, when they leave.
         """
-        freed = self.evict(self.cached_count)
         self._stored.retire_roots()
-        return freed
+        return self.evict(self.cached_count)
+
+    def emptied(self) -> PrefixTree:
+        """A new tree like this one with nothing in it, for a pool that has lost what it held."""
+        self._stored.retire_roots()
+        return PrefixTree(
+            self.num_chunks,
+            self.chunk_size,
+            retain=self.retain,
+            window_room=self.window_room,
+            observer=self._stored.observer,
+        )
 
     def check(self) -> None:
         """Verifies every invariant; raises AssertionError naming the first one broken."""
@@ -493,7 +508,7 @@ class PrefixTree:
         node = self._stored.child(parent, chunk)
         if node is None:
             node = self._stored.add(parent, chunk, own_chunk_id)
-            set_computed(node)
+            self._stored.set_computed(node)
         elif node.computed:
             self._stored.take(node)
             self._windows.exchange(sequence, position, node.chunk_id)

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from jax_chunkattn.tree.allocator import ChunkAllocator, PoolExhausted
-from jax_chunkattn.tree.children import children_of, closest_child, num_shared_tokens, remove_child
+from jax_chunkattn.tree.children import (
+    children_of,
+    closest_child,
+    num_shared_tokens,
+    remove_child,
+    set_computed,
+)
 from jax_chunkattn.tree.eviction import RecencyList
+from jax_chunkattn.tree.kv_events import ChunkObserver
 from jax_chunkattn.tree.nodes import TOKEN_BYTES, Node, Root, SequenceHandle
 from jax_chunkattn.tree.window_room import WindowRoom
 from jax_chunkattn.tree.windowed_chunks import EveryChunk, WindowedChunks
@@ -25,10 +32,17 @@ class StoredChunks:
       roots: by salt.
       num_evicted: chunks evicted so far.
       windows: which of them heads with windows have.
+      observer: who is told which computed nodes there are.
     """
 
     def __init__(
-        self, num_chunks: int, chunk_size: int, *, retain: bool, window_room: WindowRoom | None
+        self,
+        num_chunks: int,
+        chunk_size: int,
+        *,
+        retain: bool,
+        window_room: WindowRoom | None,
+        observer: ChunkObserver | None = None,
     ):
         """Raises ValueError when `num_chunks` or `chunk_size` is below 1, or there is too little
         room for windows."""
@@ -38,6 +52,7 @@ class StoredChunks:
         self.chunk_size = chunk_size
         self.chunk_bytes = chunk_size * TOKEN_BYTES
         self.retain = retain
+        self.observer = observer
         self.allocator = ChunkAllocator(num_chunks)
         self.nodes: dict[bytes, Node] = {}
         self.cached = RecencyList()
@@ -152,6 +167,8 @@ class StoredChunks:
 
     def retire_roots(self) -> None:
         """Nothing below the roots there are is found any longer, or cached."""
+        if self.observer is not None:
+            self.observer.cleared()
         for root in self.roots.values():
             root.retired = True
         self.roots.clear()
@@ -164,6 +181,12 @@ class StoredChunks:
         if isinstance(parent, Root):
             parent.references += 1
         return node
+
+    def set_computed(self, node: Node) -> None:
+        """The keys and values of a pending node are there."""
+        set_computed(node)
+        if self.observer is not None:
+            self.observer.stored(node)
 
     def take(self, node: Node) -> None:
         """One more sequence goes through a node."""
@@ -203,6 +226,8 @@ class StoredChunks:
         del self.nodes[node.key]
         if node.computed:
             remove_child(node)
+            if self.observer is not None:
+                self.observer.removed(node)
         self.windows.forget(node.chunk_id)
         self.allocator.free((node.chunk_id,))
         if isinstance(node.parent, Root):

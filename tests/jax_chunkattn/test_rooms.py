@@ -11,7 +11,9 @@ import jax_chunkattn
 from tests.test_layering import imported_modules, module_name
 
 ROOT = Path(jax_chunkattn.__file__).parent
-ROOMS = ("tree", "sampling", "planning", "device", "training", "engine", "adapters")
+ROOMS = (
+    "tree", "sampling", "planning", "device", "training", "engine", "replicas", "adapters",
+)  # fmt: skip
 
 
 def imported_rooms(path: Path) -> set[str]:

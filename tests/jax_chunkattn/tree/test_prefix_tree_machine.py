@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 )
 
 from jax_chunkattn.tree.allocator import PoolExhausted
+from jax_chunkattn.tree.kv_events import AllBlocksCleared, BlockStored, KVEvents
 from jax_chunkattn.tree.nodes import Node, PartialCopy, SequenceHandle
 from jax_chunkattn.tree.prefix_tree import PrefixTree
 from tests.jax_chunkattn.machines import run_until_seen
@@ -39,6 +40,7 @@ EVENTS = {
     "aborted",
     "append before computed refused",
     "append joined an existing chunk",
+    "cleared",
     "computed what another owed",
     "copied a whole tail",
     "copied from a chunk to itself",
@@ -60,6 +62,7 @@ EVENTS = {
     "reserve refused",
     "reset with copies waiting",
     "reset with sequences active",
+    "several chunks in one event",
     "several copies at once",
 }
 
@@ -83,10 +86,13 @@ class PrefixTreeMachine(RuleBasedStateMachine):
         num_chunks=st.sampled_from([12, 5, 8, 20]),
         retain=st.sampled_from([True] * 4 + [False]),
         whole_chunks=st.booleans(),
+        most_waiting=st.sampled_from([1000, 1]),
     )
-    def start(self, num_chunks: int, retain: bool, whole_chunks: bool) -> None:
+    def start(self, num_chunks: int, retain: bool, whole_chunks: bool, most_waiting: int) -> None:
         self.whole_chunks = whole_chunks  # what a copy may bring besides its tokens
-        self.tree = PrefixTree(num_chunks, CHUNK, retain=retain)
+        self.events = KVEvents(most_waiting=most_waiting)
+        self.told: dict[int, Prefix] = {}
+        self.tree = PrefixTree(num_chunks, CHUNK, retain=retain, observer=self.events)
         self.model = ModelTree(num_chunks, retain)
         self.pairs: dict[SequenceHandle, ModelSequence] = {}
         self.pool = SlotPool(num_chunks, CHUNK)
@@ -449,6 +455,30 @@ class PrefixTreeMachine(RuleBasedStateMachine):
                 expected = [(namespace, tokens[:end]) for end in range(first, len(tokens) + 1)]
                 assert self.pool.read([node.chunk_id], CHUNK) == expected
         assert stored == self.model.computed
+
+    @rule()
+    def events_tell_what_can_be_found(self) -> None:
+        for event in self.events.take():
+            if isinstance(event, BlockStored):
+                self.saw("several chunks in one event" if len(event.block_hashes) > 1 else "stored")
+                above = self.told.get(event.parent_block_hash or 0, ((0, event.salt), ()))[1]
+                for index, block_hash in enumerate(event.block_hashes, 1):
+                    tokens = (*above, *event.token_ids[: index * CHUNK])
+                    assert block_hash not in self.told
+                    self.told[block_hash] = ((self.model.resets, event.salt), tokens)
+            elif isinstance(event, AllBlocksCleared):
+                self.saw("cleared")
+                self.told.clear()
+            else:
+                for block_hash in event.block_hashes:
+                    del self.told[block_hash]
+        current = {
+            prefix
+            for prefix, computed in self.model.computed.items()
+            if computed and prefix[0][0] == self.model.resets
+        }
+        assert set(self.told.values()) == current
+        assert len(self.events) == len(current)
 
     def prefix_of(self, node: Node) -> Prefix:
         """What a node stands for; a sequence on it tells which reset it came after."""
