@@ -19,6 +19,7 @@ import tyro
 
 from experiments.cache.command import CACHE
 from experiments.calibrate.command import CALIBRATE
+from experiments.cluster.command import CLUSTER
 from experiments.clusters.command import CLUSTERS
 from experiments.compile_report.command import COMPILE_REPORT
 from experiments.decode.command import DECODE
@@ -77,6 +78,7 @@ EXPERIMENTS: dict[str, Experiment[Any]] = {
         CLUSTERS,
         TRAIN_TINY,
         CACHE,
+        CLUSTER,
         SEARCH,
         SCORE,
         GRADIENTS,

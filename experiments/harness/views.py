@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 VIEWS: dict[str, str] = {
     "cache": "experiments.cache.views",
     "calibrate": "experiments.calibrate.views",
+    "cluster": "experiments.cluster.views",
     "compile-report": "experiments.compile_report.views",
     "decode": "experiments.decode.views",
     "engine": "experiments.engine.views",

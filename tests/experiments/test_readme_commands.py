@@ -28,6 +28,7 @@ README = (ROOT / "README.md").read_text()
 RUN = "python -m experiments "
 LONG = (
     "cache --config",
+    "cluster",
     "compile-report",
     "decode",
     "engine",
@@ -35,7 +36,6 @@ LONG = (
     "gradients",
     "grpo",
     "heads",
-    "clusters",
     "kernel --suite paper --memory-gb",
     "layers",
     "minor",

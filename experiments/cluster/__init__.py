@@ -1,0 +1,1 @@
+"""A fleet of replicas behind a router: simulated devices, real trees."""
