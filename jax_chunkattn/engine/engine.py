@@ -230,6 +230,7 @@ class Engine:
         salt: str = "",
         priority: int = 0,
         hold: bool = False,
+        chosen: Sequence[int] = (),
         on_event: Callable[[StreamEvent], None] | None = None,
     ) -> RequestHandle:
         """Queues one request.
@@ -242,6 +243,9 @@ class Engine:
           priority: smaller numbers are served first, whenever they came.
           hold: keep its chunks when it has finished, so that forks of it are cheap, until `release`
             or until the pool runs short.
+          chosen: tokens of its answer that another engine chose before it was lost. The request goes
+            on behind them, as that one would have: `max_tokens`, penalties, random numbers and stop
+            strings count them. Events are of what is new.
           on_event: called with each event, in the thread that advances the engine. If it raises,
             the request ends with that error.
 
@@ -251,7 +255,9 @@ class Engine:
           EngineClosed: after `close`. Nothing has changed in all three cases.
         """
         self._service.require_open()
-        samples = self._service.incoming.samples(prompt, params, salt, priority=priority, hold=hold)
+        samples = self._service.incoming.samples(
+            prompt, params, salt, priority=priority, hold=hold, chosen=chosen
+        )
         if len(samples) != 1:
             raise InvalidRequest(f"submit starts one, n is {params.n}: use submit_samples")
         samples[0].on_event = on_event

@@ -5,6 +5,7 @@ Whatever takes time with a long prompt or many samples happens here, outside the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
@@ -24,7 +25,7 @@ from jax_chunkattn.engine.admission import (
 )
 from jax_chunkattn.engine.requests import Pinned, Request, Scored, ScoreGroup
 from jax_chunkattn.engine.text import TextStream, Tokenizer, open_stream
-from jax_chunkattn.sampling import SamplingParams, each_sample, fork_seed
+from jax_chunkattn.sampling import SamplingParams, TokenLogprobs, each_sample, fork_seed
 
 Prompt = Sequence[int] | str
 
@@ -54,14 +55,19 @@ class Incoming:
         *,
         priority: int = 0,
         hold: bool = False,
+        chosen: Sequence[int] = (),
         name: str = "the prompt",
     ) -> list[Request]:
-        """A request for each of the samples that `params` ask for; `name` stands for the prompt in
-        messages."""
+        """A request for each of the samples that `params` ask for, each with the same tokens
+        `chosen` before; `name` stands for the prompt in messages."""
         check_sampling(params, self._limits, name)
         tokens = self._tokens(prompt, name)
         check_params(params, len(tokens), self._model, name)
-        stream = self._text_stream(params, name)
+        stream, begun, text = self._text_stream(params, name), [], ""
+        if len(chosen):
+            begun = list(check_prompt(chosen, self._model, "chosen"))
+            text = _text_of(begun, params, stream, name)
+        unknown = [] if params.logprobs is None else [TokenLogprobs(math.nan)] * len(begun)
         priority, encoded = check_priority(priority), check_text(salt, "the salt")
         return [
             Request(
@@ -71,6 +77,9 @@ class Incoming:
                 one,
                 stream and stream.copy(),
                 hold=hold,
+                tokens=list(begun),
+                text=text,
+                logprobs=list(unknown),
             )
             for one in each_sample(params)
         ]
@@ -126,18 +135,8 @@ class Incoming:
             tokens[-1] = next_token
         elif parent.finish_reason == "stop":
             raise InvalidRequest("the request has stopped: a fork needs a next_token to go on with")
-        if len(tokens) >= params.max_tokens:
-            raise InvalidRequest(
-                f"the fork begins with {len(tokens)} chosen tokens, max_tokens is "
-                f"{params.max_tokens}: it must be larger"
-            )
         stream = self._text_stream(params, "the fork")
-        text = ""
-        if stream is not None:
-            piece = stream.push(tokens)
-            if piece.stopped_after is not None:
-                raise InvalidRequest("the fork begins with a text that has a stop string in it")
-            text = piece.text
+        text = _text_of(tokens, params, stream, "the fork")
         return Request(
             parent.prompt,
             parent.salt,
@@ -168,3 +167,20 @@ class Incoming:
             return open_stream(self._tokenizer, params.stop)
         except ValueError as error:
             raise InvalidRequest(f"{name}: {error}") from None
+
+
+def _text_of(
+    tokens: Sequence[int], params: SamplingParams, stream: TextStream | None, name: str
+) -> str:
+    """The text that a request begins with, which its stream goes on from."""
+    if len(tokens) >= params.max_tokens:
+        raise InvalidRequest(
+            f"{name} begins with {len(tokens)} chosen tokens, max_tokens is {params.max_tokens}: "
+            "it must be larger"
+        )
+    if stream is None:
+        return ""
+    piece = stream.push(tokens)
+    if piece.stopped_after is not None:
+        raise InvalidRequest(f"{name} begins with a text that has a stop string in it")
+    return piece.text
