@@ -243,9 +243,9 @@ class Engine:
           priority: smaller numbers are served first, whenever they came.
           hold: keep its chunks when it has finished, so that forks of it are cheap, until `release`
             or until the pool runs short.
-          chosen: tokens of its answer that another engine chose before it was lost. The request goes
-            on behind them, as that one would have: `max_tokens`, penalties, random numbers and stop
-            strings count them. Events are of what is new.
+          chosen: tokens of its answer that another engine has chosen. The request goes on behind
+            them, as that one would have: `max_tokens`, penalties, random numbers and stop strings
+            count them. Events are of what is new.
           on_event: called with each event, in the thread that advances the engine. If it raises,
             the request ends with that error.
 
