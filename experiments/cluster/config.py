@@ -23,6 +23,7 @@ REQUESTS = 4_000
 """How many are made up, unless the user says."""
 
 MOST_REPLICAS = 1_000
+_SCALES = tuple(2**power for power in range(10))  # the divisors of a block of 512
 _MADE_UP = (
     "tenants",
     "zipf",
@@ -96,6 +97,10 @@ class ClusterConfig:
     device: Annotated[Path | None, by_default("FILE", "measured first")] = None
     """The `summary.json` of an earlier run, for its device model: nothing is measured then."""
 
+    scale: int = 1
+    """With --trace: one token stands for so many of the trace's, a divisor of 512. A small device
+    can then serve what was recorded of large ones."""
+
     requests: Annotated[int | None, by_default("INT", f"{REQUESTS:,}, or the whole trace")] = None
     """Requests to route: so many turns of conversations are made up, or the first ones of the
     trace."""
@@ -157,6 +162,10 @@ def check(config: ClusterConfig) -> None:
             f"--pool-tokens {config.pool_tokens} is less than a chunk of {config.chunk_size}"
         )
     check_seed(config.seed)
+    if config.scale not in _SCALES:
+        raise UserError(f"--scale must be a power of two up to 512, got {config.scale}")
+    if config.trace is None and config.scale != 1:
+        raise UserError("--scale is for a --trace: what is made up has lengths of its own")
     if config.trace is not None:
         for field in fields(config):
             if field.name in _MADE_UP and getattr(config, field.name) != field.default:

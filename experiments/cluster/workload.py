@@ -69,25 +69,28 @@ def _of_trace(config: ClusterConfig) -> Workload:
     requests = read_trace(config.trace)[: config.requests]
     if config.requests is not None and len(requests) < config.requests:
         raise UserError(f"--requests {config.requests}: --trace {config.trace} has {len(requests)}")
-    first_answer = (1 + max(max(request.blocks) for request in requests)) * BLOCK_TOKENS
+    block = BLOCK_TOKENS // config.scale
+    first_answer = (1 + max(max(request.blocks) for request in requests)) * block
     last = first_answer + sum(request.output_tokens for request in requests)
     if last >= 2**31:
-        raise UserError(f"--trace {config.trace} has ids of blocks beyond {2**31 // BLOCK_TOKENS}")
+        raise UserError(f"--trace {config.trace} has ids of blocks beyond {2**31 // block}")
     arrivals, answers = [], first_answer
     for request in requests:
-        arrivals.append(_trace_arrival(request, answers))
-        answers += request.output_tokens
-    return Workload(f"trace {config.trace.name}", tuple(arrivals))
+        arrivals.append(_trace_arrival(request, answers, config.scale))
+        answers += arrivals[-1].answer
+    name = f"trace {config.trace.name}"
+    return Workload(name if config.scale == 1 else f"{name} / {config.scale}", tuple(arrivals))
 
 
-def _trace_arrival(request: TraceRequest, answer: int) -> Arrival:
-    """What the answer is a trace does not tell: it is nobody else's."""
-    whole, rest = divmod(request.input_tokens, BLOCK_TOKENS)
-    parts = [(block * BLOCK_TOKENS, BLOCK_TOKENS) for block in request.blocks[:whole]]
+def _trace_arrival(request: TraceRequest, begin: int, scale: int) -> Arrival:
+    """The answer, which a trace does not tell, is nobody else's: it begins at `begin`."""
+    block, prompt = BLOCK_TOKENS // scale, -(-request.input_tokens // scale)
+    answer = -(-request.output_tokens // scale)
+    whole, rest = divmod(prompt, block)
+    parts = [(number * block, block) for number in request.blocks[:whole]]
     if rest:
-        parts.append((request.blocks[whole] * BLOCK_TOKENS, rest))
-    parts.append((answer, request.output_tokens))
-    return Arrival(request.seconds, request.input_tokens, request.output_tokens, tuple(parts))
+        parts.append((request.blocks[whole] * block, rest))
+    return Arrival(request.seconds, prompt, answer, (*parts, (begin, answer)))
 
 
 def _made_up(config: ClusterConfig) -> Workload:

@@ -84,8 +84,10 @@ def test_an_engine_is_measured_for_the_model_and_the_model_checked_by_it(tmp_pat
         ({"pool_tokens": 10}, "less than a chunk"),
         ({"overload_slack": -1.0}, "--overload-slack"),
         ({"trace": Path("x"), "tenants": 3}, "--tenants is not for a --trace"),
+        ({"scale": 3}, "power of two"),
+        ({"scale": 8}, "for a --trace"),
     ],
-    ids=["many", "none", "twice", "unknown", "load", "pool", "slack", "trace"],
+    ids=["many", "none", "twice", "unknown", "load", "pool", "slack", "trace", "3", "8"],
 )
 def test_what_no_run_could_use_is_refused(how: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):

@@ -187,6 +187,9 @@ def test_equal_blocks_of_a_trace_are_equal_tokens(tmp_path):
     first, second = make_workload(ClusterConfig(trace=trace)).arrivals
     assert common(first.tokens(), second.tokens()) == 512
     assert not set(first.tokens()[600:]) & set(second.tokens())
+    one, other = make_workload(ClusterConfig(trace=trace, scale=8)).arrivals
+    assert (one.prompt, one.answer, other.prompt) == (75, 1, 88)
+    assert common(one.tokens(), other.tokens()) == 64
     with pytest.raises(UserError, match="has 2"):
         make_workload(ClusterConfig(trace=trace, requests=3))
     trace.write_text(lines[0].replace("[0, 1]", f"[0, {2**23}]"))
