@@ -50,6 +50,7 @@ from experiments.minor.command import MINOR
 from experiments.models.command import MODELS
 from experiments.quality.command import QUALITY
 from experiments.report.command import REPORT
+from experiments.scale.command import SCALE
 from experiments.score.command import SCORE
 from experiments.search.command import SEARCH
 from experiments.serve.command import SERVE
@@ -79,6 +80,7 @@ EXPERIMENTS: dict[str, Experiment[Any]] = {
         TRAIN_TINY,
         CACHE,
         CLUSTER,
+        SCALE,
         SEARCH,
         SCORE,
         GRADIENTS,

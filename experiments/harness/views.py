@@ -38,6 +38,7 @@ VIEWS: dict[str, str] = {
     "layers": "experiments.layers.views",
     "minor": "experiments.minor.views",
     "quality": "experiments.quality.views",
+    "scale": "experiments.scale.views",
     "score": "experiments.score.views",
     "search": "experiments.search.views",
     "serve": "experiments.serve.views",

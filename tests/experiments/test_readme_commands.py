@@ -13,12 +13,13 @@ import pytest
 
 import models.hub
 from experiments.cli import COMMANDS, EXPERIMENTS, main
-from experiments.compile_report.target import check_installed
+from experiments.compile_report.target import check_installed as check_compiler
 from experiments.harness.compilations import compilation_cache
 from experiments.harness.errors import UserError
 from experiments.harness.invocation import as_arguments
 from experiments.harness.reading import read_result
 from experiments.harness.views import views_of
+from experiments.scale.command import check_installed as check_ray
 from tests.experiments.commands import run_instead
 from tests.experiments.results import text_of
 from tests.models.parity.golden import FOLDER, Golden
@@ -41,6 +42,7 @@ LONG = (
     "minor",
     "quality",
     "report",
+    "scale",
     "score",
     "search",
     "serve",
@@ -139,9 +141,10 @@ def test_every_experiment_is_shown():
 
 @pytest.mark.parametrize("command", [pytest.param(one, marks=marks_of(one)) for one in commands()])
 def test_a_command_runs(command: str, workplace: Path, capsys: pytest.CaptureFixture[str]):
-    if command.startswith("compile-report"):
+    needs = {"compile-report": check_compiler, "scale": check_ray}.get(command.split()[0])
+    if needs is not None:
         try:
-            check_installed()
+            needs()
         except UserError as error:
             pytest.skip(str(error))
     if command == "report runs":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 import models
 from jax_chunkattn import CacheConfig, Engine, KVEvents, Router, SamplingParams
 from jax_chunkattn.replicas.front_end import FrontEnd
+from jax_chunkattn.replicas.offline import OfflineJob, answer_on_ray
 from jax_chunkattn.replicas.on_ray import import_ray, serve_on_ray
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -94,6 +97,44 @@ def test_twenty_actors_that_are_killed_change_no_stream(on_ray, expected):
         for _ in range(20):
             kill_in_the_middle_of_streams(front, expected)
         assert front.router.stats.lost == 20
+
+
+def breaking_engine(flag: Path, events: KVEvents) -> Engine:
+    """One that breaks at its ninth prompt, unless one has before."""
+    engine, submitted = tiny_engine(events), []
+    submit = engine.submit
+
+    def break_once(*arguments: Any, **options: Any) -> Any:
+        submitted.append(1)
+        if len(submitted) == 9 and not flag.exists():
+            flag.touch()
+            raise OSError("the machine is gone")
+        return submit(*arguments, **options)
+
+    engine.submit = break_once
+    return engine
+
+
+@pytest.mark.slow
+def test_a_file_is_answered_line_by_line_once_though_it_broke_off(on_ray, tmp_path: Path):
+    on_ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    prompts = [[line % 5] * 40 + [line] for line in range(30)]
+    path, flag = tmp_path / "prompts.jsonl", tmp_path / "broken"
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    job = OfflineJob(path, tmp_path / "answers.jsonl", SamplingParams(5), block_lines=4)
+    with pytest.raises(Exception, match="the machine is gone"):
+        answer_on_ray(job, partial(breaking_engine, flag), 1, num_cpus=1)
+    there = {part.name: part.stat().st_mtime_ns for part in job.parts.glob("block-*.jsonl")}
+    assert there
+    assert not job.answers.exists()
+    missing = job.begin()
+    assert len(missing) + len(there) == 8
+    assert answer_on_ray(job, partial(breaking_engine, flag), 2, num_cpus=1) == 30
+    answers = [json.loads(line) for line in job.answers.read_text().splitlines()]
+    assert [one["line"] for one in answers] == list(range(30))
+    engine = tiny_engine(KVEvents())
+    handles = [engine.submit(prompt, SamplingParams(5)) for prompt in prompts]
+    assert [tuple(one["tokens"]) for one in answers] == [one.result().tokens for one in handles]
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
