@@ -7,6 +7,7 @@ for all requests together, and not for each token of each.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +19,8 @@ from jax_chunkattn.engine.outputs import RequestFailed, StreamEvent
 from jax_chunkattn.sampling import SamplingParams
 from jax_chunkattn.tree.allocator import PoolExhausted
 from jax_chunkattn.tree.kv_events import KVEvent, KVEvents
+
+LISTENS_EVERY = 0.1  # seconds
 
 MakeEngine = Callable[[KVEvents], Engine]
 """Makes a replica's engine, which tells these events; called where the replica is."""
@@ -79,15 +82,19 @@ class ReplicaServer:
         return self._engine.cache.chunk_size
 
     def exchange(self, orders: Sequence[Order] = (), aborts: Sequence[int] = ()) -> Report:
-        """Takes orders, and works until there is something to tell, or nothing to do."""
+        """Takes orders, and works until there is something to tell, or nothing to do, or others may
+        have come: for `LISTENS_EVERY` seconds at most, and one turn at least."""
         self.start()
         assert self._engine is not None
         failed = [(order.key, error) for order in orders if (error := self._submit(order))]
         for key in aborts:
             if key in self._handles:
                 self._handles.pop(key).abort()
+        until = time.monotonic() + LISTENS_EVERY
         while not (self._events or failed) and self._engine.step():
             failed = self._failures()
+            if time.monotonic() > until:
+                break
         failed = failed or self._failures()
         told, self._events = self._events, []
         for key, event in told:
