@@ -30,7 +30,8 @@ from jax_chunkattn import (
     SamplingParams,
     use_compilation_cache,
 )
-from jax_chunkattn.replicas.front_end import Answer, FrontEnd
+from jax_chunkattn.replicas.answer import Answer
+from jax_chunkattn.replicas.front_end import FrontEnd
 from jax_chunkattn.replicas.on_ray import import_ray, serve_on_ray
 from jax_chunkattn.replicas.policies import POLICIES
 

@@ -116,6 +116,7 @@ def breaking_engine(flag: Path, events: KVEvents) -> Engine:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Ray Data itself
 def test_a_file_is_answered_line_by_line_once_though_it_broke_off(on_ray, tmp_path: Path):
     on_ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     prompts = [[line % 5] * 40 + [line] for line in range(30)]
