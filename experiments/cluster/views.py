@@ -32,8 +32,8 @@ def figures(result: Result) -> dict[str, Figure]:
     _draw(panels[0], replays, "prompt tokens found, %", lambda one: 100 * one["hit_rate"])
     _draw(panels[1], replays, "busiest replica, times the mean", lambda one: one["busiest_by_mean"])
     _draw(panels[2], replays, "seconds to first token, p90", lambda one: one["first_token"]["p90"])
-    panels[2].set_yscale("log")
-    panels[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=5, frameon=False)
+    lines, names = panels[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=len(names), frameon=False)
     return {"fleets": figure}
 
 
