@@ -80,7 +80,7 @@ class ClusterConfig:
     """A replica with more work than so many times the mean, and --overload-slack beside, is
     overloaded."""
 
-    overload_slack: float = 8192.0
+    overload_slack: float = 2048.0
     """In tokens of prompts that wait to be computed."""
 
     model: ModelName = "random:small"

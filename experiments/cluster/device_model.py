@@ -48,11 +48,10 @@ class DeviceModel:
         first = self.step + rows * self.row + distinct * self.read + read * self.product
         return steps * first + grown * (self.read + self.product)
 
-    def unshared(self, prompt: int, answer: int, call_tokens: int) -> float:
-        """Of a request that finds nothing and decodes in the company of as many others as there
-        can be, so that a step's own time counts for nothing."""
+    def unshared(self, prompt: int, answer: int, call_tokens: int, rows: int) -> float:
+        """Of a request that finds nothing, and whose steps are those of `rows` others too."""
         calls = -(-prompt // call_tokens)
-        alone = self.decode(1, prompt, prompt, answer) - answer * self.step
+        alone = self.decode(1, prompt, prompt, answer) - answer * self.step * (1 - 1 / rows)
         return self.prefill(0, prompt, calls) + alone
 
 

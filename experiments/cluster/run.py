@@ -108,7 +108,10 @@ def _replay(
     config: ClusterConfig, workload: Workload, device: DeviceModel, replicas: int, policy: str
 ) -> Record:
     """One policy over one fleet."""
-    alone = [device.unshared(one.prompt, one.answer, CALL_TOKENS) for one in workload.arrivals]
+    alone = [
+        device.unshared(one.prompt, one.answer, CALL_TOKENS, config.max_running)
+        for one in workload.arrivals
+    ]
     span = span_at_load(alone, replicas, config.load)
     router = Router(
         POLICIES[policy](),
