@@ -54,6 +54,7 @@ LONG = (
 
 THOROUGH = (
     "cache --config",
+    "cluster",
     "compile-report",
     "decode --study batch",
     "decode --study completion",
@@ -62,6 +63,7 @@ THOROUGH = (
     "gradients",
     "grpo",
     "kernel --suite paper --memory-gb",
+    "scale",
     "score",
     "search",
     "soak",
