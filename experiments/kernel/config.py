@@ -17,6 +17,7 @@ Implementation = Literal[
     "pallas_mosaic_gpu",
     "pallas_triton",
     "native",
+    "batch_invariant",
     "xla",
     "xla-unshared",
     "cascade",

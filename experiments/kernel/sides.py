@@ -24,6 +24,7 @@ from experiments.kernel.config import CODED, Implementation
 from experiments.kernel.operands import CaseOperands, shares
 from jax_chunkattn.planning.planner import PlannerOptions
 from pallas_kernels import chunk_attention
+from pallas_kernels.implementations import BATCH_INVARIANT, COMPILED_HERE
 from pallas_kernels.targets import current_target
 
 Call = Callable[[], Any]
@@ -47,8 +48,9 @@ def _xla_unshared(operands: CaseOperands) -> Call:
     return _chunk_attention(operands, "xla", operands.planned(PlannerOptions(sharing=False)))
 
 
-def _native(operands: CaseOperands) -> Call:
-    return _chunk_attention(operands, "native", operands.planned(PlannerOptions.for_native()))
+def _compiled_here(operands: CaseOperands, implementation: str) -> Call:
+    options = PlannerOptions.for_native(in_order=implementation == BATCH_INVARIANT)
+    return _chunk_attention(operands, implementation, operands.planned(options))
 
 
 def _on_gpu(operands: CaseOperands, implementation: str) -> Call:
@@ -110,7 +112,7 @@ def _torch_sdpa(operands: CaseOperands) -> Call:
 SIDES: dict[str, Callable[[CaseOperands], Call]] = {
     "pallas_mosaic_gpu": lambda operands: _on_gpu(operands, "pallas_mosaic_gpu"),
     "pallas_triton": lambda operands: _on_gpu(operands, "pallas_triton"),
-    "native": _native,
+    **{name: partial(_compiled_here, implementation=name) for name in COMPILED_HERE},
     "xla": lambda operands: _chunk_attention(operands, "xla"),
     "xla-unshared": _xla_unshared,
     "cascade": _cascade,

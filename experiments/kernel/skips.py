@@ -11,7 +11,7 @@ from experiments.kernel.operands import bytes_per_token, copies_bytes, pool_byte
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
 from pallas_kernels.codecs import IDENTITY, CodecError, codec_of
 from pallas_kernels.implementations import (
-    NATIVE,
+    COMPILED_HERE,
     AttentionShapes,
     ImplementationError,
     is_kernel,
@@ -32,7 +32,7 @@ def runnable_implementations() -> tuple[Implementation, ...]:
     on_gpu = current_target().is_nvidia
 
     def is_for_this(name: Implementation) -> bool:
-        return on_gpu if needs_partials(name) else name != NATIVE or not on_gpu
+        return on_gpu if needs_partials(name) else name not in COMPILED_HERE or not on_gpu
 
     return tuple(
         name for name in get_args(Implementation) if name not in CODED and is_for_this(name)

@@ -27,6 +27,7 @@ from experiments.kernel.published import published_speedups
 from experiments.kernel.views import figures, tables
 from pallas_kernels import specs
 from pallas_kernels.chunk_attention import IMPLEMENTATIONS
+from pallas_kernels.implementations import COMPILED_HERE
 from pallas_kernels.specs import PAPER, AttentionCase
 from pallas_kernels.targets import A100, use_target
 from tests.interpreted import skip_unless_there
@@ -215,10 +216,10 @@ def test_kernels_without_a_gpu_are_skipped_and_said():
 def test_baselines_skip_scores_that_they_do_not_know():
     names = [name for name in ALL if name not in ("xla-unshared", "reference")]
     record = measured(dataclasses.replace(SHARED, softcap=3.0, scale=1.0), *names)
-    assert [side["implementation"] for side in record["implementations"]] == names[:2]
+    assert [side["implementation"] for side in record["implementations"]] == names[:3]
     assert all(0 < side["max_error"] < 2e-6 for side in record["implementations"])
     reasons = {skip["implementation"]: skip["reason"] for skip in record["skipped"]}
-    assert reasons == dict.fromkeys(names[2:], "it knows neither a softcap nor a scale of its own")
+    assert reasons == dict.fromkeys(names[3:], "it knows neither a softcap nor a scale of its own")
 
 
 @pytest.mark.parametrize(
@@ -241,7 +242,7 @@ def test_pytorch_that_is_missing_is_skipped_and_said(monkeypatch: pytest.MonkeyP
 def test_gpu_kernels_are_planned_for_and_checked():
     target = dataclasses.replace(A100, interpret=True)
     with use_target(target):
-        for_gpus = tuple(name for name in ALL if name != "native")
+        for_gpus = tuple(name for name in ALL if name not in COMPILED_HERE)
         assert kernel_skips.runnable_implementations() == (*NAMED[:2], *for_gpus)
         (side,) = measured(SHARED, "pallas_triton")["implementations"]
     assert 0 < side["max_error"] < 2e-6
