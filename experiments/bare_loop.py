@@ -24,6 +24,7 @@ from jax_chunkattn.engine.engine import MIN_SLOTS
 from jax_chunkattn.planning.planner import PlanShape, bucket
 from models import LoadedModel
 from pallas_kernels import DecodePlan
+from pallas_kernels.implementations import COMPILED_HERE
 
 
 def random_pool(
@@ -88,7 +89,8 @@ class BareLoop:
         self._pool = pool
         self._rows = rows
         self._static = {"num_steps": steps_per_call, "implementation": backend.decode}
-        self._model = SplitModel.of(for_serving(loaded.model))
+        compiled = backend.decode in COMPILED_HERE  # products too, as in an engine
+        self._model = SplitModel.of(for_serving(loaded.model) if compiled else loaded.model)
         num_slots = bucket(rows, MIN_SLOTS)
         state = RowState(*np.zeros((3, num_slots), np.int32))
         state.lengths[:rows] = lengths

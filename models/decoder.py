@@ -291,7 +291,9 @@ class Decoder(nnx.Module):
 
     def for_serving(self, *, batch_invariant: bool = False) -> Decoder:
         """The same decoder, over the same arrays, as it is fastest where nothing is differentiated:
-        on a CPU with products by the compiled kernel, where it can run.
+        on a CPU with products by the compiled kernel, where it can run. It has no derivatives.
+
+        A subclass that computes more than this, or otherwise, must answer for that itself.
 
         Args:
           batch_invariant: what is computed of a token is to be the same bits whatever else is
@@ -302,10 +304,11 @@ class Decoder(nnx.Module):
         """
         graphdef, state = nnx.split(self)
         served = nnx.merge(graphdef, state)
-        problem = products.problem(jax.tree.leaves(state))
-        if problem is None:
-            served.arithmetic = NativeArithmetic(batch_invariant)
-        elif batch_invariant:
+        multiplied = {*self.projections, "embedding", "unembedding"}
+        weights = [leaf for path, leaf in nnx.to_flat_state(state) if path[-1] in multiplied]
+        problem = products.problem(jax.tree.leaves(weights))
+        served.arithmetic = XLA if problem is not None else NativeArithmetic(batch_invariant)
+        if problem is not None and batch_invariant:
             raise ImplementationError(
                 "products of this model are not batch-invariant without the compiled kernel: "
                 f"{problem}"

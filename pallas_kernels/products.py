@@ -58,7 +58,8 @@ def multiply(
     if found != x.shape[1:]:
         raise ValueError(f"rows of shape {x.shape[1:]} and weights for {found}")
     rows, columns = math.prod(found), math.prod(outputs)
-    matrices = weights.reshape(-1, *((columns, rows) if transposed else (rows, columns)))
+    layers = 1 if layer is None else weights.shape[0]
+    matrices = weights.reshape(layers, *((columns, rows) if transposed else (rows, columns)))
     native = import_module("pallas_kernels.native.products")
     at = 0 if layer is None else layer
     output = native.multiply(x.reshape(len(x), rows), matrices, at, transposed=transposed)
@@ -68,4 +69,13 @@ def multiply(
 def sum_rows(x: Float[Array, "*rows N"]) -> Float[Array, "*rows"]:
     """The sum over the last axis, in float32."""
     native = import_module("pallas_kernels.native.products")
-    return native.sum_rows(x.reshape(-1, x.shape[-1])).reshape(x.shape[:-1])
+    rows = math.prod(x.shape[:-1])
+    return native.sum_rows(x.reshape(rows, x.shape[-1])).reshape(x.shape[:-1])
+
+
+def exponentials(x: Float[Array, "R N"], most: Float[Array, " R"]) -> Float[Array, "R N"]:
+    """`e^(x - most)` of each row, in float32; 0 where it is below 1e-38.
+
+    XLA may compute these differently for many rows: jaxlib 0.10.2 hands them to YNNPACK then.
+    """
+    return import_module("pallas_kernels.native.products").exponentials(x, most)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax_chunkattn.device.cache_config import CacheConfig
 from jax_chunkattn.device.model_interface import CacheSpec
 from jax_chunkattn.planning.planner import PlannerOptions
-from jax_chunkattn.sampling.row_sums import RowSum, row_sum
+from jax_chunkattn.sampling.row_sums import IN_XLA, RowSums
 from pallas_kernels import products
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
 from pallas_kernels.head_map import GroupedHeads
@@ -61,15 +61,17 @@ def choose_backend(
         planner = _planner_for(decode, spec, cache)
     elif planner.gpu is None and needs_partials(decode):
         raise ValueError(f"{decode} needs plans for a GPU: PlannerOptions.for_gpu(...)")
-    elif decode == BATCH_INVARIANT and not planner.in_order:
+    elif decode == BATCH_INVARIANT and (planner.gpu is not None or not planner.in_order):
         needed = "PlannerOptions.for_native(in_order=True)"
         raise ValueError(f"{decode} needs plans in the order of sequences: {needed}")
     return Backend(decode, prefill, planner)
 
 
-def row_sum_for(implementation: str | None) -> RowSum:
+def row_sums_for(implementation: str | None) -> RowSums:
     """How sums over the vocabulary are computed where attention is computed so."""
-    return products.sum_rows if implementation == BATCH_INVARIANT else row_sum
+    if implementation != BATCH_INVARIANT:
+        return IN_XLA
+    return RowSums(products.sum_rows, products.exponentials)
 
 
 def _attended_heads(spec: CacheSpec, cache: CacheConfig) -> GroupedHeads:

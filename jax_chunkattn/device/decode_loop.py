@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jax_chunkattn.device.backend import row_sum_for
+from jax_chunkattn.device.backend import row_sums_for
 from jax_chunkattn.device.choices import item_columns, row_choices
 from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.head_maps import attention_of, row_heads
@@ -63,7 +63,7 @@ def decode_steps(
     slots = jnp.asarray(slots)
     rows, sampling = table.take(slots)
     columns = item_columns(model.cache_spec, state.pool, plan)
-    row_sum = row_sum_for(implementation)
+    row_sums = row_sums_for(implementation)
 
     def unfinished(carry):
         step, _, _, rows, _ = carry
@@ -78,11 +78,11 @@ def decode_steps(
         pool = pool.seal(here)
         logits = model.logits(hidden)
         following = sample(
-            logits, sampling, rows.lengths + 1, lambda: counts.take(slots), row_sum=row_sum
+            logits, sampling, rows.lengths + 1, lambda: counts.take(slots), row_sums=row_sums
         )
         emitted = Chosen(
             jnp.where(active, following, NOTHING),
-            log_probabilities(logits, following, sampling.logprobs, row_sum=row_sum),
+            log_probabilities(logits, following, sampling.logprobs, row_sums=row_sums),
         )
         chosen = jax.tree.map(lambda all, one: all.at[step].set(one), chosen, emitted)
         counts = count_tokens(counts, slots, following, active)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jax_chunkattn.device.backend import row_sum_for
+from jax_chunkattn.device.backend import row_sums_for
 from jax_chunkattn.device.choices import TokenChoices, token_choices
 from jax_chunkattn.device.decode_loop import NOTHING, Chosen
 from jax_chunkattn.device.head_maps import attention_of, token_heads
@@ -50,13 +50,13 @@ def prefill_step(
     hidden, pool = model(tokens, positions, state.pool, attend)
     following = jnp.take(positions, batch.last_token) + 1
     logits = model.logits(jnp.take(hidden, batch.last_token, axis=0))
-    row_sum = row_sum_for(implementation)
-    drawn = sample(logits, sampling, following, lambda: table.counts.take(slots), row_sum=row_sum)
+    row_sums = row_sums_for(implementation)
+    drawn = sample(logits, sampling, following, lambda: table.counts.take(slots), row_sums=row_sums)
     active = rows.remaining > 0
-    logprobs = log_probabilities(logits, drawn, sampling.logprobs, row_sum=row_sum)
+    logprobs = log_probabilities(logits, drawn, sampling.logprobs, row_sums=row_sums)
     scores = None
     if batch.scored is not None:
-        scores = score_tokens(model, hidden, batch.scored, row_sum=row_sum)
+        scores = score_tokens(model, hidden, batch.scored, row_sums=row_sums)
     chosen = Chosen(jnp.where(active, drawn, NOTHING), logprobs, scores=scores)
     counts = count_tokens(table.counts, slots, drawn, active)
     table = replace(table.put(slots, rows.choose(drawn, sampling.stop_tokens)), counts=counts)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int32
 from jax_chunkattn.device.model_interface import DecoderModel
 from jax_chunkattn.planning.scored_tokens import ScoredTokens
 from jax_chunkattn.sampling import Logprobs, log_probabilities
-from jax_chunkattn.sampling.row_sums import RowSum, row_sum
+from jax_chunkattn.sampling.row_sums import IN_XLA, RowSums
 from pallas_kernels.plans import HostOrDevice
 
 BLOCK_TOKENS = 64
@@ -27,7 +27,7 @@ def score_tokens(
     hidden: Float[Array, "T E"],
     scored: ScoredTokens,
     *,
-    row_sum: RowSum = row_sum,
+    row_sums: RowSums = IN_XLA,
 ) -> Logprobs:
     """Of each scored token, in their order, its log-probability and those of the likeliest: [T].
 
@@ -40,7 +40,7 @@ def score_tokens(
     def score(part: ScoredTokens) -> Logprobs:
         logits = model.logits(jnp.take(hidden, part.places, axis=0, mode="clip"))
         targets = jnp.asarray(part.targets)
-        found = log_probabilities(logits, targets, part.top, row_sum=row_sum)
+        found = log_probabilities(logits, targets, part.top, row_sums=row_sums)
         finite = jnp.isfinite(jnp.max(logits, axis=-1))
         return replace(found, chosen=jnp.where(finite, found.chosen, jnp.nan))
 

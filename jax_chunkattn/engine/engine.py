@@ -41,7 +41,11 @@ from jax_chunkattn.sampling import SamplingParams
 from jax_chunkattn.tree.kv_events import KVEvents
 from jax_chunkattn.tree.prefix_tree import PrefixTree
 from pallas_kernels.codecs import CodecError
-from pallas_kernels.implementations import BATCH_INVARIANT, ImplementationError
+from pallas_kernels.implementations import (
+    BATCH_INVARIANT,
+    COMPILED_HERE,
+    ImplementationError,
+)
 
 CALLS_AHEAD = 4  # decode calls that a row may have room for behind what is known of it
 MIN_SLOTS = 16  # on the device: engines that run fewer at once can use one another's programs
@@ -101,11 +105,12 @@ class Engine:
         rows would wait for all that come.
       sharing: False gives every request chunks of its own, as a server without a prefix cache.
       retain: False frees chunks when their last sequence leaves, as the paper does.
-      implementation: of attention when decoding; None picks the best that runs here.
+      implementation: of attention when decoding; None picks the best that runs here. With "xla" the
+        model's products are XLA's too.
       deterministic: True gives every token, and every log-probability, the same bits whatever else
         is computed with it, in whatever order, and whatever was cached: on one machine, and for
         one model and cache. On CPUs, with the compiled kernel; with windows, and codecs that the
-        kernel reads.
+        kernel reads. Not with a selector or clusters.
       planner: how attention work is cut; None fits it to the implementation and the device.
       limits: what one request may ask for at most.
       kv_events: is told which chunks are cached and which are not any longer, for routers.
@@ -140,7 +145,8 @@ class Engine:
                     f"attention by {implementation!r} is not deterministic: {BATCH_INVARIANT!r} is"
                 )
             implementation = BATCH_INVARIANT
-        model = for_serving(model, batch_invariant=deterministic)
+        if implementation is None or implementation in COMPILED_HERE:
+            model = for_serving(model, batch_invariant=deterministic)
         for name, value in (("max_running", max_running), ("steps_per_call", steps_per_call)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

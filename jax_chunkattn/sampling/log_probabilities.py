@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_chunkattn.sampling.params import MAX_LOGPROBS
-from jax_chunkattn.sampling.row_sums import RowSum, log_normaliser, row_sum
+from jax_chunkattn.sampling.row_sums import IN_XLA, RowSums
 from pallas_kernels.plans import HostOrDevice
 
 NO_TOKEN = -1
@@ -77,7 +77,7 @@ def log_probabilities(
     tokens: Int32[Array, " B"],
     asked: Int32[HostOrDevice, " B"],
     *,
-    row_sum: RowSum = row_sum,
+    row_sums: RowSums = IN_XLA,
 ) -> Logprobs:
     """Log-probabilities of the chosen `tokens`, and of each row's `asked[b]` likeliest; of a row
     that asks for -1 neither.
@@ -93,7 +93,7 @@ def log_probabilities(
 
     def report():
         scores = logits.astype(jnp.float32)
-        normaliser = log_normaliser(scores, row_sum)
+        normaliser = row_sums.log_normaliser(scores)
         chosen = jnp.take_along_axis(scores, tokens[:, None], axis=-1, mode="clip")[:, 0]
         chosen = jnp.where(asked >= 0, chosen - normaliser, 0)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from jax_chunkattn.sampling.row_sums import RowSum, row_sum, softmax
+from jax_chunkattn.sampling.row_sums import IN_XLA, RowSums
 from jax_chunkattn.sampling.rows import NO_BIAS, RowSampling, TokenCounts
 
 # Logits divided by less overflow, so that lower temperatures are 0. Lower top-p are this: a device
@@ -30,7 +30,7 @@ def sample(
     positions: Int32[Array, " B"],
     counts: Callable[[], TokenCounts] | None = None,
     *,
-    row_sum: RowSum = row_sum,
+    row_sums: RowSums = IN_XLA,
 ) -> Int32[Array, " B"]:
     """The token of each row, to stand at `positions`.
 
@@ -44,7 +44,7 @@ def sample(
       positions: a row's random numbers depend on its seed and on this.
       counts: gives the tokens of each row's prompt and answer, `[B, V]`; called where penalties are
         computed, so that what it computes is computed only then. Without it there are no penalties.
-      row_sum: adds up the probabilities that top-p goes by.
+      row_sums: adds up the probabilities that top-p goes by.
     """
     biased = jnp.any(rows.bias_tokens != NO_BIAS)
     penalised = jnp.any(_penalised(rows)) if counts is not None else jnp.bool_(False)
@@ -60,7 +60,7 @@ def sample(
         scaled = logits / jnp.where(drawing, rows.temperature, 1)[:, None]
 
         def draw():
-            left = _truncate(scaled, rows, row_sum)
+            left = _truncate(scaled, rows, row_sums)
             return jnp.where(drawing, _draw(left, rows.seed, positions), greedy)
 
         return lax.cond(jnp.any(drawing), draw, lambda: greedy), greedy
@@ -124,7 +124,7 @@ def _draw(logits, seeds, positions):
     return jnp.argmax(noisy, axis=-1).astype(jnp.int32)
 
 
-def _truncate(logits: Float32[Array, "B V"], rows: RowSampling, row_sum: RowSum):
+def _truncate(logits: Float32[Array, "B V"], rows: RowSampling, row_sums: RowSums):
     """Logits, minus infinity outside top-k, top-p and min-p.
 
     Each of the three keeps what is at or above a threshold of its row: only these leave a branch.
@@ -132,13 +132,13 @@ def _truncate(logits: Float32[Array, "B V"], rows: RowSampling, row_sum: RowSum)
 
     def top_k(threshold):
         number = jnp.where(rows.top_k > 0, rows.top_k, logits.shape[-1])
-        kept = _threshold(logits, jnp.ones_like(logits), number.astype(jnp.float32), row_sum)
+        kept = _threshold(logits, jnp.ones_like(logits), number.astype(jnp.float32), row_sums)
         return jnp.maximum(threshold, kept)
 
     def top_p(threshold):
         left = jnp.where(logits >= threshold[:, None], logits, -jnp.inf)
         share = jnp.maximum(rows.top_p, _SMALLEST)
-        kept = _threshold(logits, softmax(left, row_sum), share, row_sum)
+        kept = _threshold(logits, row_sums.softmax(left), share, row_sums)
         return jnp.where(rows.top_p < 1, jnp.maximum(threshold, kept), threshold)
 
     def min_p(threshold):
@@ -156,7 +156,7 @@ def _truncate(logits: Float32[Array, "B V"], rows: RowSampling, row_sum: RowSum)
     return jnp.where(logits >= threshold[:, None], logits, -jnp.inf)
 
 
-def _threshold(values, weights, target, row_sum: RowSum):
+def _threshold(values, weights, target, row_sums: RowSums):
     """The largest number at or above which a row's weights add up to at least the target.
 
     Found bit by bit, 32 sums over the vocabulary, where a sort would move it some 16 times. When
@@ -165,7 +165,7 @@ def _threshold(values, weights, target, row_sum: RowSum):
 
     def decide(index, key):
         candidate = key | (jnp.uint32(1 << 31) >> index.astype(jnp.uint32))
-        above = row_sum(jnp.where(values >= _number(candidate)[:, None], weights, 0))
+        above = row_sums.total(jnp.where(values >= _number(candidate)[:, None], weights, 0))
         return jnp.where(above >= target, candidate, key)
 
     return _number(lax.fori_loop(0, 32, decide, jnp.zeros(values.shape[:1], jnp.uint32)))

@@ -260,6 +260,7 @@ ffi::Error multiply(ffi::ThreadPool threads, bool transposed, ffi::Buffer<ffi::F
                     ffi::AnyBuffer weights, ffi::Buffer<ffi::S32> layer,
                     ffi::ResultBuffer<ffi::F32> output) {
   auto sizes = weights.dimensions();  // layers, and two of which one is summed over
+  if (sizes[0] == 0) return ffi::Error::InvalidArgument("there are weights of no layer");
   int64_t at = std::clamp<int64_t>(*layer.typed_data(), 0, sizes[0] - 1) * sizes[1] * sizes[2];
   chunks::Product product;
   product.rows = x.dimensions()[0];
@@ -291,6 +292,14 @@ ffi::Error sum_rows(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x,
   return ffi::Error::Success();
 }
 
+ffi::Error exponentials(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x,
+                        ffi::Buffer<ffi::F32> most, ffi::ResultBuffer<ffi::F32> output) {
+  auto schedule = [&](auto task) { threads.Schedule(std::move(task)); };
+  chunks::exponentials(x.typed_data(), most.typed_data(), x.dimensions()[0], x.dimensions()[1],
+                       output->typed_data(), threads.num_threads(), schedule);
+  return ffi::Error::Success();
+}
+
 ffi::Error put_rows(ffi::AnyBuffer array, ffi::AnyBuffer added, ffi::Buffer<ffi::S32> places,
                     ffi::Result<ffi::AnyBuffer> output) {
   // XLA copies the array where someone else still reads it.
@@ -318,6 +327,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(chunk_product, multiply,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(chunk_row_sums, sum_rows,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(chunk_row_exponentials, exponentials,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(chunk_pool_put, put_rows,

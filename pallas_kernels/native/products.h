@@ -19,10 +19,11 @@ struct Product {
   float* output;   // [rows, columns]
 };
 
-constexpr int64_t DEPTH = 96;  // of a block of weights, which stays near for all rows of a task
+// Of a block of weights, which stays near for all rows of a task. Sums are sums of blocks' sums.
+constexpr int64_t DEPTH = 96;
 constexpr int AHEAD = 16;      // rows of weights that are brought before they are needed
-constexpr int64_t MOST = 256;  // rows of a task
-constexpr int LINE = 64;       // bytes
+constexpr int64_t TASK_ROWS = 256;
+constexpr int LINE = 64;  // bytes
 
 // The first `size` of what would be a vector, and zeros.
 template <class Element>
@@ -87,7 +88,7 @@ static inline void multiply_by(const Product& product, const Element* weights, i
   constexpr int64_t WIDTH = V * LANES;
   const int64_t rows = product.rows, depth = product.depth, ld = product.columns;
   const int64_t panels = (rows + R - 1) / R, tiles = (ld + WIDTH - 1) / WIDTH;
-  const int64_t blocks = (rows + MOST - 1) / MOST;
+  const int64_t blocks = (rows + TASK_ROWS - 1) / TASK_ROWS;
   std::vector<float> packed = buffers.take(rows * depth);
   auto rows_of = [&](int64_t panel) { return std::min<int64_t>(R, rows - panel * R); };
   auto pack = [&](int64_t panel) {
@@ -98,8 +99,9 @@ static inline void multiply_by(const Product& product, const Element* weights, i
       for (int64_t r = 0; r < of_panel; r++) *to++ = from[r * depth + k];
   };
   auto multiply = [&](int64_t task) {
-    const int64_t first = task % blocks * (MOST / R), column = task / blocks * WIDTH;
-    const int64_t last = std::min(first + MOST / R, panels), columns = std::min(WIDTH, ld - column);
+    const int64_t first = task % blocks * (TASK_ROWS / R), column = task / blocks * WIDTH;
+    const int64_t last = std::min(first + TASK_ROWS / R, panels);
+    const int64_t columns = std::min(WIDTH, ld - column);
     const bool in_place = std::is_same_v<Element, float> && columns == WIDTH;
     float copied[DEPTH * WIDTH], sums[R * WIDTH];
     for (int64_t k = 0; k < depth; k += DEPTH) {
@@ -133,7 +135,9 @@ template <class Element>
 void multiply(const Product& product, const Element* weights, int64_t threads,
               const Schedule& schedule) {
   constexpr bool FEW = REGISTERS == 16;
-  if (product.rows == 1)
+  if (product.depth == 0)
+    std::fill_n(product.output, product.rows * product.columns, 0.0f);
+  else if (product.rows == 1)
     multiply_by<1, FEW ? 8 : 12>(product, weights, threads, schedule);
   else if (product.rows <= 4)
     multiply_by<4, FEW ? 3 : 6>(product, weights, threads, schedule);
@@ -188,25 +192,53 @@ void multiply_transposed(const Product& product, const Element* weights, int64_t
   run_tasks((ld + TOGETHER - 1) / TOGETHER, 0, threads - 1, schedule, multiply, [](int64_t) {});
 }
 
+// Calls `of_row` for each row, some rows a task.
+template <class OfRow>
+static inline void for_each_row(int64_t rows, int64_t columns, int64_t threads,
+                                const Schedule& schedule, const OfRow& of_row) {
+  constexpr int64_t NUMBERS = 1 << 16;  // of a task
+  const int64_t together = std::max<int64_t>(1, NUMBERS / std::max<int64_t>(columns, 1));
+  auto some = [&](int64_t task) {
+    for (int64_t row = task * together; row < std::min((task + 1) * together, rows); row++)
+      of_row(row);
+  };
+  run_tasks((rows + together - 1) / together, 0, threads - 1, schedule, some, [](int64_t) {});
+}
+
 // The sum of each row, [rows].
 static inline void sum_rows(const float* x, int64_t rows, int64_t columns, float* output,
                             int64_t threads, const Schedule& schedule) {
   constexpr int PARTS = 4;
-  constexpr int64_t NUMBERS = 1 << 16;  // of a task
-  const int64_t together = std::max<int64_t>(1, NUMBERS / std::max<int64_t>(columns, 1));
-  auto sum_some = [&](int64_t task) {
-    for (int64_t row = task * together; row < std::min((task + 1) * together, rows); row++) {
-      const float* from = x + row * columns;
-      Vec parts[PARTS] = {};
-      int64_t at = 0;
-      for (; at + PARTS * LANES <= columns; at += PARTS * LANES)
-        for (int part = 0; part < PARTS; part++) parts[part] += load(from + at + part * LANES);
-      for (; at + LANES <= columns; at += LANES) parts[0] += load(from + at);
-      if (at < columns) parts[1] += load_some(from + at, columns - at);
-      output[row] = sum((parts[0] + parts[1]) + (parts[2] + parts[3]));
-    }
-  };
-  run_tasks((rows + together - 1) / together, 0, threads - 1, schedule, sum_some, [](int64_t) {});
+  for_each_row(rows, columns, threads, schedule, [&](int64_t row) {
+    const float* from = x + row * columns;
+    Vec parts[PARTS] = {};
+    int64_t at = 0;
+    for (; at + PARTS * LANES <= columns; at += PARTS * LANES)
+      for (int part = 0; part < PARTS; part++) parts[part] += load(from + at + part * LANES);
+    for (; at + LANES <= columns; at += LANES) parts[0] += load(from + at);
+    if (at < columns) parts[1] += load_some(from + at, columns - at);
+    output[row] = sum((parts[0] + parts[1]) + (parts[2] + parts[3]));
+  });
+}
+
+// e^(x - m) of each row's numbers, where m is the row's: 0 of what is more than 87 below it.
+static inline void exponentials(const float* x, const float* most, int64_t rows, int64_t columns,
+                                float* output, int64_t threads, const Schedule& schedule) {
+  for_each_row(rows, columns, threads, schedule, [&](int64_t row) {
+    const float* from = x + row * columns;
+    const float m = most[row];
+    float* to = output + row * columns;
+    auto of = [&](Vec number) {
+      const Vec less = number - m;
+      const Power e = power(less);
+      return less < -87.0f ? Vec{} : e.scale * e.rest + e.scale;
+    };
+    int64_t at = 0;
+    for (; at + LANES <= columns; at += LANES) store(to + at, of(load(from + at)));
+    if (at == columns) return;
+    const Vec last = of(load_some(from + at, columns - at));
+    std::memcpy(to + at, &last, (columns - at) * sizeof(float));
+  });
 }
 
 }  // namespace chunks

@@ -28,3 +28,10 @@ def sum_rows(x: Float[Array, "R N"]) -> Float[Array, " R"]:
     """The sum of each row, in float32."""
     output = jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)
     return library.call(library.ROW_SUMS, (x.astype(jnp.float32),), output)
+
+
+def exponentials(x: Float[Array, "R N"], most: Float[Array, " R"]) -> Float[Array, "R N"]:
+    """`e^(x - most)` of each row, in float32; 0 where it is below 1e-38."""
+    output = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    operands = x.astype(jnp.float32), most.astype(jnp.float32)
+    return library.call(library.EXPONENTIALS, operands, output)

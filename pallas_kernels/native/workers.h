@@ -74,12 +74,15 @@ class Buffers {
     return buffer;
   }
 
+  // What few calls would take so much of is not kept.
   void give_back(std::vector<float> buffer) {
+    if (buffer.size() > MOST) return;
     std::lock_guard<std::mutex> lock(mutex_);
     free_.push_back(std::move(buffer));
   }
 
  private:
+  static constexpr size_t MOST = 1 << 24;
   std::mutex mutex_;
   std::vector<std::vector<float>> free_;
 };

@@ -110,6 +110,16 @@ def test_without_a_compiler_xla_multiplies_and_nothing_is_batch_invariant(monkey
         model.for_serving(batch_invariant=True)
 
 
+def test_only_the_weights_of_products_must_be_such(monkeypatch):
+    model = Decoder(TINY, rngs=nnx.Rngs(0))
+    counts = nnx.Param(jnp.zeros(3, jnp.int32))
+    model.counts = counts  # pyright: ignore[reportAttributeAccessIssue]
+    served = model.for_serving(batch_invariant=True)
+    assert served.arithmetic.in_place
+    monkeypatch.setattr(library, "problem", lambda: "there is no compiler")
+    assert not served.for_serving().arithmetic.in_place
+
+
 def test_weights_on_several_devices_are_xla_s(monkeypatch):
     class Sharding:
         device_set = frozenset(range(2))

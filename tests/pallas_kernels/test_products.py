@@ -62,6 +62,27 @@ def test_sums_of_rows():
     np.testing.assert_array_equal(bits(products.sum_rows(x[4, 2])), bits(sums[4, 2]))
 
 
+def test_exponentials():
+    x = jnp.concatenate([random(70, 1003) * 30, jnp.full((70, 1), -jnp.inf)], axis=1)
+    most = x.max(axis=1)
+    found = products.exponentials(x, most)
+    exact = np.exp(np.asarray(x - most[:, None]).astype(np.float64))
+    np.testing.assert_allclose(found, exact, rtol=1e-6, atol=1e-37)
+    assert (np.asarray(found[:, -1]) == 0).all()
+    some = products.exponentials(x[3:5], most[3:5])
+    np.testing.assert_array_equal(bits(some), bits(found[3:5]))
+    assert np.isnan(products.exponentials(x[:1], jnp.array([jnp.nan]))).all()
+
+
+def test_nothing_is_a_sum_of_nothing():
+    assert (np.asarray(products.multiply(jnp.ones((70, 0)), jnp.ones((0, 5)))) == 0).all()
+    assert products.multiply(jnp.ones((0, 4)), jnp.ones((4, 5))).shape == (0, 5)
+    assert products.multiply(jnp.ones((3, 4)), jnp.ones((4, 0))).shape == (3, 0)
+    assert (np.asarray(products.sum_rows(jnp.ones((3, 0)))) == 0).all()
+    with pytest.raises(Exception, match="weights of no layer"):
+        jax.block_until_ready(products.multiply(jnp.ones((2, 5)), jnp.ones((0, 5, 3)), 0))
+
+
 def test_they_may_be_mapped():
     x, weights = random(4, 6, 16), random(16, 24)
     mapped = jax.vmap(lambda x: products.multiply(x, weights))(x)
