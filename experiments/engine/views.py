@@ -47,5 +47,10 @@ def figures(result: Result) -> dict[str, Figure]:
         axes.bar(places, rates, width=width, label=side, **bar_style(index))
     plain_axes(axes, "Decoding, the engine and the bare loop", "round", "tokens per second")
     axes.set_xticks([one["round"] for one in rounds])
-    axes.legend(frameon=False, loc="lower right", facecolor="white", framealpha=1)
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(sides),
+        frameon=False,
+    )
     return {"picture": figure}
