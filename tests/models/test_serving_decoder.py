@@ -61,6 +61,7 @@ def logits(model, tokens):
     return np.asarray(run(state))
 
 
+@pytest.mark.optimised  # jaxlib 0.12 with less effort rounds one row as none else
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_computes_the_same_and_each_token_alike_in_any_company(name):
     config = CONFIGS[name]

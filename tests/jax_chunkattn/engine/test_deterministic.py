@@ -20,6 +20,9 @@ PARAMS = [
 ]
 
 
+pytestmark = pytest.mark.optimised
+
+
 @pytest.fixture(autouse=True)
 def _compiled():
     skip_unless_there(NATIVE)

@@ -97,7 +97,11 @@ def differs(answer: Answer, feature: Feature) -> bool:
             marks=[
                 *([pytest.mark.slow] if takes_long(history, feature) else []),
                 *([pytest.mark.thorough] if is_thorough(history, feature) else []),
-                *([pytest.mark.optimised] if feature is FEATURES[0] else []),
+                *(
+                    [pytest.mark.optimised]
+                    if feature is FEATURES[0] or not feature.tolerance
+                    else []
+                ),
             ],
         )
         for feature in FEATURES
