@@ -400,7 +400,7 @@ void attend_in_order(const Attention& call, int rows, const std::vector<Units>& 
     }
     buffers.give_back(std::move(buffer));
   };
-  run_tasks(blocks * call.kv_heads, 0, threads - 1, schedule, attend_rows, [](int64_t) {});
+  run_tasks(blocks * call.kv_heads, threads - 1, schedule, attend_rows);
 }
 
 // Fills `call.output`, of the plan of each window.

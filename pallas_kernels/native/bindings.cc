@@ -59,8 +59,23 @@ chunks::Type type_of(ffi::AnyBuffer buffer) {
     case ffi::F32: return chunks::Type::float32;
     case ffi::BF16: return chunks::Type::bfloat16;
     case ffi::F16: return chunks::Type::float16;
-    default: throw std::runtime_error("keys and values must be float32, bfloat16 or float16");
+    default: throw std::runtime_error("an operand must be float32, bfloat16 or float16");
   }
+}
+
+// Calls `with` with an element of the type that a buffer has.
+template <class With>
+void with_element(ffi::AnyBuffer buffer, const With& with) {
+  switch (type_of(buffer)) {
+    case chunks::Type::float32: return with(0.0f);
+    case chunks::Type::bfloat16: return with(chunks::BFloat16{});
+    case chunks::Type::float16: return with(chunks::Float16{});
+  }
+}
+
+// Runs tasks on XLA's threads.
+chunks::Schedule schedule_on(ffi::ThreadPool& threads) {
+  return [&threads](auto task) { threads.Schedule(std::move(task)); };
 }
 
 // The keys of an encoded pool, or its values: four arrays, of which some may be empty.
@@ -140,8 +155,8 @@ struct Common {
         units.emplace_back(plan.rows, call.group(), stored.chunk_size, call.batch_invariant);
         add(units.back(), window, stored.chunk_size);
       }
-      auto schedule = [&](auto task) { threads.Schedule(std::move(task)); };
-      chunks::attend(call, plan.rows, units, stored, exact, threads.num_threads(), schedule);
+      chunks::attend(call, plan.rows, units, stored, exact, threads.num_threads(),
+                     schedule_on(threads));
     };
     if (codes.size()) {
       chunks::CodedPool stored;
@@ -165,16 +180,11 @@ struct Common {
     auto sizes = keys.dimensions();  // layers, heads, chunks, tokens, dim
     int64_t of_layer = sizes[1] * sizes[2] * sizes[3] * sizes[4];
     int64_t at = std::clamp<int64_t>(layer, 0, sizes[0] - 1) * of_layer;
-    auto of_type = [&](auto element) {
+    with_element(keys, [&](auto element) {
       using T = decltype(element);
       const T *k = (const T*)keys.untyped_data() + at, *v = (const T*)values.untyped_data() + at;
       with(chunks::ExactPool<T>{k, v, sizes[2], (int)sizes[3], (int)sizes[4]}, sizes[1]);
-    };
-    switch (type_of(keys)) {
-      case chunks::Type::float32: return of_type(0.0f);
-      case chunks::Type::bfloat16: return of_type(chunks::BFloat16{});
-      case chunks::Type::float16: return of_type(chunks::Float16{});
-    }
+    });
   }
 };
 
@@ -258,7 +268,7 @@ auto binding() {
 // `x` times a layer's weights, of which each row is an output if they are `transposed`.
 ffi::Error multiply(ffi::ThreadPool threads, bool transposed, ffi::Buffer<ffi::F32> x,
                     ffi::AnyBuffer weights, ffi::Buffer<ffi::S32> layer,
-                    ffi::ResultBuffer<ffi::F32> output) {
+                    ffi::ResultBuffer<ffi::F32> output) try {
   auto sizes = weights.dimensions();  // layers, and two of which one is summed over
   if (sizes[0] == 0) return ffi::Error::InvalidArgument("there are weights of no layer");
   int64_t at = std::clamp<int64_t>(*layer.typed_data(), 0, sizes[0] - 1) * sizes[1] * sizes[2];
@@ -268,35 +278,28 @@ ffi::Error multiply(ffi::ThreadPool threads, bool transposed, ffi::Buffer<ffi::F
   product.columns = sizes[transposed ? 1 : 2];
   product.x = x.typed_data();
   product.output = output->typed_data();
-  auto schedule = [&](auto task) { threads.Schedule(std::move(task)); };
-  auto with = [&](auto element) {
-    const auto* of_layer = (const decltype(element)*)weights.untyped_data() + at;
-    auto* run = transposed ? chunks::multiply_transposed<decltype(element)>
-                           : chunks::multiply<decltype(element)>;
-    run(product, of_layer, threads.num_threads(), schedule);
-    return ffi::Error::Success();
-  };
-  switch (weights.element_type()) {
-    case ffi::F32: return with(0.0f);
-    case ffi::BF16: return with(chunks::BFloat16{});
-    case ffi::F16: return with(chunks::Float16{});
-    default: return ffi::Error::InvalidArgument("weights must be float32, bfloat16 or float16");
-  }
+  with_element(weights, [&](auto element) {
+    using T = decltype(element);
+    auto* run = transposed ? chunks::multiply_transposed<T> : chunks::multiply<T>;
+    run(product, (const T*)weights.untyped_data() + at, threads.num_threads(),
+        schedule_on(threads));
+  });
+  return ffi::Error::Success();
+} catch (const std::exception& error) {
+  return ffi::Error::Internal(error.what());
 }
 
 ffi::Error sum_rows(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x,
                     ffi::ResultBuffer<ffi::F32> output) {
-  auto schedule = [&](auto task) { threads.Schedule(std::move(task)); };
   chunks::sum_rows(x.typed_data(), x.dimensions()[0], x.dimensions()[1], output->typed_data(),
-                   threads.num_threads(), schedule);
+                   threads.num_threads(), schedule_on(threads));
   return ffi::Error::Success();
 }
 
 ffi::Error exponentials(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x,
                         ffi::Buffer<ffi::F32> most, ffi::ResultBuffer<ffi::F32> output) {
-  auto schedule = [&](auto task) { threads.Schedule(std::move(task)); };
   chunks::exponentials(x.typed_data(), most.typed_data(), x.dimensions()[0], x.dimensions()[1],
-                       output->typed_data(), threads.num_threads(), schedule);
+                       output->typed_data(), threads.num_threads(), schedule_on(threads));
   return ffi::Error::Success();
 }
 

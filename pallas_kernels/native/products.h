@@ -21,9 +21,10 @@ struct Product {
 
 // Of a block of weights, which stays near for all rows of a task. Sums are sums of blocks' sums.
 constexpr int64_t DEPTH = 96;
-constexpr int AHEAD = 16;      // rows of weights that are brought before they are needed
+constexpr int AHEAD = 16;  // rows of weights that are brought before they are needed
 constexpr int64_t TASK_ROWS = 256;
-constexpr int LINE = 64;  // bytes
+constexpr int LINE = 64;               // bytes
+constexpr size_t MOST_KEPT = 1 << 24;  // floats: passes over long texts are rare, and take more
 
 // The first `size` of what would be a vector, and zeros.
 template <class Element>
@@ -84,7 +85,7 @@ static inline void copy_columns(const Element* weights, int64_t stride, int64_t 
 template <int R, int V, class Element>
 static inline void multiply_by(const Product& product, const Element* weights, int64_t threads,
                                const Schedule& schedule) {
-  static Buffers buffers;
+  static Buffers buffers(MOST_KEPT);
   constexpr int64_t WIDTH = V * LANES;
   const int64_t rows = product.rows, depth = product.depth, ld = product.columns;
   const int64_t panels = (rows + R - 1) / R, tiles = (ld + WIDTH - 1) / WIDTH;
@@ -171,7 +172,7 @@ template <class Element>
 void multiply_transposed(const Product& product, const Element* weights, int64_t threads,
                          const Schedule& schedule) {
   constexpr int R = LANES >= 16 ? 4 : 2, C = LANES / R;
-  constexpr int64_t TOGETHER = 3 * LANES;        // columns of a task
+  constexpr int64_t TOGETHER = 3 * LANES;  // columns of a task
   const int64_t rows = product.rows, depth = product.depth, ld = product.columns;
   auto multiply = [&](int64_t task) {
     const int64_t end = std::min((task + 1) * TOGETHER, ld);
@@ -183,13 +184,13 @@ void multiply_transposed(const Product& product, const Element* weights, int64_t
                product.output + row * ld + column, ld);
     };
     const int64_t whole = rows / R * R;
-    if (whole) take(dot_tile<R, C, Element>, C, R, 0, whole);
-    if (whole) take(dot_tile<1, 1, Element>, 1, 1, 0, whole);
+    take(dot_tile<R, C, Element>, C, R, 0, whole);
+    take(dot_tile<1, 1, Element>, 1, 1, 0, whole);
     column = task * TOGETHER;
-    if (whole < rows) take(dot_tile<1, LANES, Element>, LANES, 1, whole, rows);
-    if (whole < rows) take(dot_tile<1, 1, Element>, 1, 1, whole, rows);
+    take(dot_tile<1, LANES, Element>, LANES, 1, whole, rows);
+    take(dot_tile<1, 1, Element>, 1, 1, whole, rows);
   };
-  run_tasks((ld + TOGETHER - 1) / TOGETHER, 0, threads - 1, schedule, multiply, [](int64_t) {});
+  run_tasks((ld + TOGETHER - 1) / TOGETHER, threads - 1, schedule, multiply);
 }
 
 // Calls `of_row` for each row, some rows a task.
@@ -202,7 +203,7 @@ static inline void for_each_row(int64_t rows, int64_t columns, int64_t threads,
     for (int64_t row = task * together; row < std::min((task + 1) * together, rows); row++)
       of_row(row);
   };
-  run_tasks((rows + together - 1) / together, 0, threads - 1, schedule, some, [](int64_t) {});
+  run_tasks((rows + together - 1) / together, threads - 1, schedule, some);
 }
 
 // The sum of each row, [rows].

@@ -1,6 +1,7 @@
 // Numbered tasks, shared by the threads that come.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -45,12 +46,13 @@ class Tasks {
 // Has a function called on another thread: now, later, or never.
 using Schedule = std::function<void(std::function<void()>)>;
 
-// Runs both rows of tasks here and on up to `helpers` other threads. What tasks find depends on no
-// thread.
+// Runs both rows of tasks here and on up to `helpers` other threads, no more than have work. What
+// tasks find depends on no thread.
 template <class First, class Second>
 void run_tasks(int64_t first_count, int64_t second_count, int64_t helpers, const Schedule& schedule,
                const First& first, const Second& second) {
   auto tasks = std::make_shared<Tasks>(first_count, second_count);
+  helpers = std::min(helpers, std::max(first_count, second_count) - 1);
   // The functions are on this stack: whoever gets a task gets it before `wait` returns.
   for (int64_t i = 0; i < helpers; i++)
     schedule([tasks, &first, &second] { tasks->work(first, second); });
@@ -58,9 +60,18 @@ void run_tasks(int64_t first_count, int64_t second_count, int64_t helpers, const
   tasks->wait();
 }
 
+// The same of one row.
+template <class What>
+void run_tasks(int64_t count, int64_t helpers, const Schedule& schedule, const What& what) {
+  run_tasks(count, 0, helpers, schedule, what, [](int64_t) {});
+}
+
 // Memory of calls that are over, for those to come: pages that are new cost more than they hold.
+// Buffers of more than `most` floats are not kept.
 class Buffers {
  public:
+  explicit Buffers(size_t most = SIZE_MAX) : most_(most) {}
+
   std::vector<float> take(size_t size) {
     std::vector<float> buffer;
     {
@@ -74,15 +85,14 @@ class Buffers {
     return buffer;
   }
 
-  // What few calls would take so much of is not kept.
   void give_back(std::vector<float> buffer) {
-    if (buffer.size() > MOST) return;
+    if (buffer.size() > most_) return;
     std::lock_guard<std::mutex> lock(mutex_);
     free_.push_back(std::move(buffer));
   }
 
  private:
-  static constexpr size_t MOST = 1 << 24;
+  const size_t most_;
   std::mutex mutex_;
   std::vector<std::vector<float>> free_;
 };
