@@ -16,6 +16,7 @@ import jax.experimental.pallas
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels import native
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.clusters import ClusteredKV
 from pallas_kernels.codecs import ChunkCodec
@@ -226,10 +227,7 @@ def _refuse_for(implementation: str, problem: str | None) -> None:
 
 def _device_problem(implementation: str, target: Target) -> str | None:
     if implementation in COMPILED_HERE:
-        if target.platform != "cpu":
-            return f"it is for CPUs, and the device is {target.name!r}"
-        # Imported when first asked for, as all modules of implementations are.
-        return import_module("pallas_kernels.native.library").problem()
+        return native.problem_on(target)
     if target.compute_capability is None:
         return f"it needs an NVIDIA GPU, and the device is {target.name!r}"
     major, minor = target.compute_capability

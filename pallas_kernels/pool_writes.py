@@ -11,6 +11,7 @@ from importlib import import_module
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Shaped
 
+from pallas_kernels import native
 from pallas_kernels.plans import HostOrDevice
 from pallas_kernels.targets import current_target
 
@@ -28,8 +29,8 @@ def put_tokens(
     """
     new = new.astype(pool.dtype)
     if _is_native(pool):
-        native = import_module("pallas_kernels.native.writes")
-        return native.put_tokens(pool, new, layer, slots, offsets)
+        writes = import_module("pallas_kernels.native.writes")
+        return writes.put_tokens(pool, new, layer, slots, offsets)
     if jnp.ndim(slots) == 1:
         place = slice(None), slots, offsets
     else:
@@ -49,12 +50,10 @@ def copy_slots(
     before = (slice(None),) * axis
     copies = array[*before, sources]
     if _is_native(array):
-        native = import_module("pallas_kernels.native.writes")
-        return native.put_slots(array, copies, destinations, axis)
+        writes = import_module("pallas_kernels.native.writes")
+        return writes.put_slots(array, copies, destinations, axis)
     return array.at[*before, destinations].set(copies, mode="drop")
 
 
 def _is_native(pool: Array) -> bool:
-    if pool.dtype != jnp.bfloat16 or current_target().platform != "cpu":
-        return False
-    return import_module("pallas_kernels.native.library").problem() is None
+    return pool.dtype == jnp.bfloat16 and native.problem_on(current_target()) is None

@@ -15,28 +15,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from importlib import import_module
+from types import ModuleType
 
 import jax
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import native
 from pallas_kernels.targets import current_target
-
-DTYPES = ("float32", "bfloat16", "float16")
-"""Of weights that it reads."""
 
 
 def problem(weights: Iterable[jax.Array | jax.ShapeDtypeStruct]) -> str | None:
     """Why the kernel cannot multiply with such weights here, if it cannot."""
-    target = current_target()
-    if target.platform != "cpu":
-        return f"it is for CPUs, and the device is {target.name!r}"
+    if why := native.problem_on(current_target()):
+        return why
     for array in weights:
-        if array.dtype not in DTYPES:
-            return f"it reads {', '.join(DTYPES)}, not {array.dtype}"
+        if why := native.problem_of(array.dtype):
+            return why
         sharding = getattr(array, "sharding", None)
         if sharding is not None and len(sharding.device_set) > 1:
             return "the weights are on several devices"
-    return import_module("pallas_kernels.native.library").problem()
+    return None
 
 
 def multiply(
@@ -60,17 +58,15 @@ def multiply(
     rows, columns = math.prod(found), math.prod(outputs)
     layers = 1 if layer is None else weights.shape[0]
     matrices = weights.reshape(layers, *((columns, rows) if transposed else (rows, columns)))
-    native = import_module("pallas_kernels.native.products")
     at = 0 if layer is None else layer
-    output = native.multiply(x.reshape(len(x), rows), matrices, at, transposed=transposed)
+    output = _compiled().multiply(x.reshape(len(x), rows), matrices, at, transposed=transposed)
     return output.reshape(len(x), *outputs)
 
 
 def sum_rows(x: Float[Array, "*rows N"]) -> Float[Array, "*rows"]:
     """The sum over the last axis, in float32."""
-    native = import_module("pallas_kernels.native.products")
     rows = math.prod(x.shape[:-1])
-    return native.sum_rows(x.reshape(rows, x.shape[-1])).reshape(x.shape[:-1])
+    return _compiled().sum_rows(x.reshape(rows, x.shape[-1])).reshape(x.shape[:-1])
 
 
 def exponentials(x: Float[Array, "R N"], most: Float[Array, " R"]) -> Float[Array, "R N"]:
@@ -78,4 +74,8 @@ def exponentials(x: Float[Array, "R N"], most: Float[Array, " R"]) -> Float[Arra
 
     XLA may compute these differently for many rows: jaxlib 0.10.2 hands them to YNNPACK then.
     """
-    return import_module("pallas_kernels.native.products").exponentials(x, most)
+    return _compiled().exponentials(x, most)
+
+
+def _compiled() -> ModuleType:
+    return import_module("pallas_kernels.native.products")

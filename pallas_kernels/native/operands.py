@@ -14,7 +14,7 @@ from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.codecs import AffineCodec, ScaledFloatCodec
 from pallas_kernels.coded_kv import CodedKV, Encoded, LayerKV
 from pallas_kernels.implementations import AttentionShapes
-from pallas_kernels.native import library
+from pallas_kernels.native import library, problem_of
 from pallas_kernels.native.devices import split_by_heads
 from pallas_kernels.plans import (
     DecodeReads,
@@ -34,7 +34,6 @@ FORMATS: dict[type, Callable[[Any], tuple[int, int, int]]] = {
     ScaledFloatCodec: lambda codec: (2, jnp.finfo(codec.dtype).nmant, 0),
 }
 """The codecs whose codes it reads: a number for each kind, and two of what it depends on."""
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 class _ByHead(NamedTuple):
@@ -49,14 +48,21 @@ _Operands = list[HostOrDevice | _ByHead]
 
 def unsupported(shapes: AttentionShapes) -> str | None:
     """Why the kernel cannot read such a pool, if it cannot."""
-    if shapes.dtype not in DTYPES:
-        return f"it reads {', '.join(DTYPES)}, not {shapes.dtype}"
+    if unread := problem_of(shapes.dtype):
+        return unread
     codec = shapes.codec
     if codec is not None and not {type(codec.keys), type(codec.values)} <= set(FORMATS):
         return f"it does not read {codec.name}"
     if shapes.clustered:
         return "it reads no clustered heads"
     return None
+
+
+def unsupported_invariant(shapes: AttentionShapes) -> str | None:
+    """Why the kernel cannot do so batch-invariant, if it cannot."""
+    if shapes.chosen:
+        return "what tokens choose to read depends on sums that are not batch-invariant"
+    return unsupported(shapes)
 
 
 def decode(

@@ -6,14 +6,9 @@ whatever the plan shares: see `pallas_kernels.products`.
 
 from functools import partial
 
-from pallas_kernels.implementations import AttentionShapes
-from pallas_kernels.native import operands
+from pallas_kernels.native.operands import prefill
+from pallas_kernels.native.operands import unsupported_invariant as unsupported
 
-prefill_attention = partial(operands.prefill, batch_invariant=True)
+prefill_attention = partial(prefill, batch_invariant=True)
 
-
-def unsupported(shapes: AttentionShapes) -> str | None:
-    """Why it cannot read such a pool, if it cannot."""
-    if shapes.chosen:
-        return "what tokens choose to read depends on sums that are not batch-invariant"
-    return operands.unsupported(shapes)
+__all__ = ["prefill_attention", "unsupported"]

@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels import products
 from pallas_kernels.implementations import NATIVE
+from pallas_kernels.native import DTYPES
 from pallas_kernels.targets import H200, use_target
 from tests.interpreted import skip_unless_there
 
@@ -22,7 +23,7 @@ def random(*shape, dtype="float32"):
     return jnp.asarray(np.random.default_rng(len(shape)).standard_normal(shape), dtype)
 
 
-@pytest.mark.parametrize("dtype", products.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_times_weights_of_a_layer(dtype):
     x, weights = random(ROWS, 5, 8), random(LAYERS, 5, 8, 3, 11, dtype=dtype)
     output = products.multiply(x, weights, jnp.int32(1))
@@ -33,7 +34,7 @@ def test_rows_times_weights_of_a_layer(dtype):
     np.testing.assert_array_equal(products.multiply(x, weights[1]), output)
 
 
-@pytest.mark.parametrize("dtype", products.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_times_transposed_weights(dtype):
     x, weights = random(ROWS, 40), random(LAYERS, 33, 40, dtype=dtype)
     output = products.multiply(x, weights, 2, transposed=True)
