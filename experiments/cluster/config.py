@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -133,6 +134,14 @@ class ClusterConfig:
     """Folder for the results."""
 
 
+def check_policies(policies: Sequence[str]) -> None:
+    """Raise `UserError` for a name that is none of a router's policies."""
+    for policy in policies:
+        if policy not in get_args(PolicyName):
+            known = ", ".join(get_args(PolicyName))
+            raise UserError(f"--policies: unknown {policy!r}; known: {known}")
+
+
 def check(config: ClusterConfig) -> None:
     """Raise `UserError` for a value that no run could use."""
     for name in ("replicas", "policies", "prefill_points", "decode_points", "contexts"):
@@ -141,10 +150,7 @@ def check(config: ClusterConfig) -> None:
             raise UserError(f"{option(name)} names nothing")
         if len(set(values)) < len(values):
             raise UserError(f"{option(name)} names one twice: {' '.join(map(str, values))}")
-    for policy in config.policies:
-        if policy not in get_args(PolicyName):
-            known = ", ".join(get_args(PolicyName))
-            raise UserError(f"--policies: unknown {policy!r}; known: {known}")
+    check_policies(config.policies)
     check_at_least_one(
         config, "replicas", "pool_tokens", "chunk_size", "max_running", "requests", "tenants",
         "turns", "system_tokens", "question_tokens", "answer_tokens", "prefill_points",

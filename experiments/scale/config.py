@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar
 
+from experiments.cluster.config import PolicyName, check_policies
 from experiments.harness.errors import UserError
 from experiments.harness.options import ModelName, by_default, check_at_least_one, check_seed
-
-PolicyName = Literal["random", "least-loaded", "prefix-hash", "longest-match", "least-work"]
 
 
 @dataclass(frozen=True)
@@ -74,9 +73,7 @@ def check(config: ScaleConfig) -> None:
         values = getattr(config, name)
         if not values or len(set(values)) < len(values):
             raise UserError(f"--{name} must name some, each once: {' '.join(map(str, values))}")
-    for policy in config.policies:
-        if policy not in get_args(PolicyName):
-            raise UserError(f"--policies: unknown {policy!r}")
+    check_policies(config.policies)
     check_at_least_one(
         config, "replicas", "requests", "at_once", "families", "shared_tokens", "own_tokens",
         "tokens", "chunk_size",
