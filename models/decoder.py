@@ -49,7 +49,7 @@ def normalise(
     scale: nnx.Param | None,
     bias: nnx.Param | None,
     epsilon: float,
-    arithmetic: Arithmetic = XLA,
+    arithmetic: Arithmetic,
 ) -> jax.Array:
     """The layer norm of `x [T, ..., *S]`, its RMS norm without `bias`, itself without `scale`."""
     if scale is None:
@@ -59,9 +59,7 @@ def normalise(
     return layer_norm(x, scale[...], bias[...], epsilon, arithmetic)
 
 
-def rms_norm(
-    x: jax.Array, scale: jax.Array, epsilon: float, arithmetic: Arithmetic = XLA
-) -> jax.Array:
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float, arithmetic: Arithmetic) -> jax.Array:
     """`x [T, ..., *S]` over its root mean square, times `scale [*S]`; computed in float32."""
     wide = x.astype(jnp.float32)
     square = arithmetic.mean(jnp.square(wide), scale.ndim)
@@ -69,7 +67,7 @@ def rms_norm(
 
 
 def layer_norm(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, arithmetic: Arithmetic = XLA
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, arithmetic: Arithmetic
 ) -> jax.Array:
     """`x [T, E]` minus its mean, over its standard deviation, times `scale [E]` plus `bias [E]`."""
     wide = x.astype(jnp.float32)
@@ -231,13 +229,12 @@ class Decoder(nnx.Module):
         def angles_of(kind) -> Angles | None:
             return None if turning is None else (turning[0][kind], turning[1][kind])
 
+        run_block = self._run_block(attend)
         if isinstance(self.blocks, nnx.List):
-            run_block = self._run_block(attend, lambda _: self.arithmetic)
             for layer, block in enumerate(self.blocks):
                 weights = nnx.split(block)
                 x, pool = run_block(*weights, x, angles_of(kinds[layer]), pool, jnp.int32(layer))
             return x, pool
-        run_block = self._run_block(attend, self.arithmetic.of_layer)
         whole = self.projections if self.arithmetic.in_place else ()
         graphdef, in_place, stacked = nnx.split(self.blocks, lambda path, _: path[-1] in whole, ...)
         all_alike = len(set(kinds)) == 1
@@ -254,19 +251,18 @@ class Decoder(nnx.Module):
         (x, pool), _ = lax.scan(run_layer, (x, pool), scanned)
         return x, pool
 
-    def _run_block(
-        self, attend: Attend, arithmetic: Callable[[jax.Array], Arithmetic]
-    ) -> Callable[..., tuple[jax.Array, Pool]]:
+    def _run_block(self, attend: Attend) -> Callable[..., tuple[jax.Array, Pool]]:
         """Runs a layer that is taken apart; in a backward pass from the start, where it should."""
+        scanned = not isinstance(self.blocks, nnx.List)
 
         def run(graphdef, weights, x, angles, pool, layer):
+            arithmetic = self.arithmetic.of_layer(layer) if scanned else self.arithmetic
             block = nnx.merge(graphdef, weights)
-            return block(x, angles, pool, layer, attend, arithmetic(layer))
+            return block(x, angles, pool, layer, attend, arithmetic)
 
         if not self.remat:
             return run
         kept = jax.checkpoint_policies.save_only_these_names(KEPT)
-        scanned = not isinstance(self.blocks, nnx.List)
         return jax.checkpoint(run, prevent_cse=not scanned, policy=kept, static_argnums=0)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -303,16 +299,16 @@ class Decoder(nnx.Module):
           ImplementationError: when that is asked for and the kernel cannot run, with the reason.
         """
         graphdef, state = nnx.split(self)
-        served = nnx.merge(graphdef, state)
         multiplied = {*self.projections, "embedding", "unembedding"}
         weights = [leaf for path, leaf in nnx.to_flat_state(state) if path[-1] in multiplied]
         problem = products.problem(jax.tree.leaves(weights))
-        served.arithmetic = XLA if problem is not None else NativeArithmetic(batch_invariant)
         if problem is not None and batch_invariant:
             raise ImplementationError(
                 "products of this model are not batch-invariant without the compiled kernel: "
                 f"{problem}"
             )
+        served = nnx.merge(graphdef, state)
+        served.arithmetic = XLA if problem is not None else NativeArithmetic(batch_invariant)
         return served
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:

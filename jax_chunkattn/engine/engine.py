@@ -145,8 +145,6 @@ class Engine:
                     f"attention by {implementation!r} is not deterministic: {BATCH_INVARIANT!r} is"
                 )
             implementation = BATCH_INVARIANT
-        if implementation is None or implementation in COMPILED_HERE:
-            model = for_serving(model, batch_invariant=deterministic)
         for name, value in (("max_running", max_running), ("steps_per_call", steps_per_call)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -154,6 +152,8 @@ class Engine:
             raise ValueError(f"prefill_tokens must be one of {CALL_TOKENS}, got {prefill_tokens}")
         sizes = ModelSizes(model.vocab_size, model.max_positions)
         stop_tokens = check_stop_tokens(stop_tokens, sizes)
+        if implementation is None or implementation in COMPILED_HERE:
+            model = for_serving(model, batch_invariant=deterministic)
         self.cache = cache = cache.for_model(model.cache_spec)
         self.backend: Backend = choose_backend(
             model.cache_spec, cache, implementation=implementation, planner=planner

@@ -316,14 +316,12 @@ def _reads(
     blocks = [reach.clip(runs) for reach in reaches]
     listed: list[np.ndarray | None] = [None]  # without windows items cover all before segments
     if windows:
+        seen = [reach.read(used) for reach in reaches]
         if options.in_order:
-            blocks = [
-                in_order(some, reach.read(used))
-                for reach, some in zip(reaches, blocks, strict=True)
-            ]
+            blocks = [in_order(some, of_all) for some, of_all in zip(blocks, seen, strict=True)]
         listed = [
-            reach.read(used) & ~covered_mask(table.shape, some)
-            for reach, some in zip(reaches, blocks, strict=True)
+            of_all & ~covered_mask(table.shape, some)
+            for some, of_all in zip(blocks, seen, strict=True)
         ]
 
     def read(least: PrefillShape) -> list[_Reads]:
