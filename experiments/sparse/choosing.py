@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Int32
 
 from jax_chunkattn import CacheConfig, CacheSpec
-from jax_chunkattn.device.backend import choose_backend
+from jax_chunkattn.device.backend import choose_backend, chooses_compiled
 from jax_chunkattn.device.choices import item_columns, row_choices, token_choices
 from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.pool import SelectivePool, empty_pool
@@ -102,7 +102,7 @@ class Choosing:
 def _decode(spec, q, pool, plan, columns, lengths):
     slots = jnp.arange(len(lengths), dtype=jnp.int32)
     rows = DecodeRows(plan, slots, lengths, lengths > 0)
-    choices = row_choices(spec, pool, rows, columns)
+    choices = row_choices(spec, pool, rows, columns, compiled=chooses_compiled(None))
     assert choices is not None
 
     def attend(layer, carry):
@@ -126,7 +126,8 @@ def _decode(spec, q, pool, plan, columns, lengths):
 
 @partial(jax.jit, static_argnums=0)
 def _prefill(spec, q, pool, plan):
-    choices, reads = token_choices(spec, pool, plan), PrefillReads(plan, QUERY_TILE)
+    choices = token_choices(spec, pool, plan, compiled=chooses_compiled(None))
+    reads = PrefillReads(plan, QUERY_TILE)
 
     def attend(layer, total):
         return total + attend_prompts(spec, pool, layer, q, reads, choices=choices)[0]

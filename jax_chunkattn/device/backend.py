@@ -10,7 +10,7 @@ from jax_chunkattn.device.cache_config import CacheConfig
 from jax_chunkattn.device.model_interface import CacheSpec
 from jax_chunkattn.planning.planner import PlannerOptions
 from jax_chunkattn.sampling.row_sums import IN_XLA, RowSums
-from pallas_kernels import products
+from pallas_kernels import native, products
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
 from pallas_kernels.head_map import GroupedHeads
 from pallas_kernels.implementations import (
@@ -65,6 +65,14 @@ def choose_backend(
         needed = "PlannerOptions.for_native(in_order=True)"
         raise ValueError(f"{decode} needs plans in the order of sequences: {needed}")
     return Backend(decode, prefill, planner)
+
+
+def chooses_compiled(implementation: str | None) -> bool:
+    """Whether the kernel compiled for this CPU finds what queries choose where attention is
+    computed so: unless another implementation is named, wherever the kernel is there."""
+    if implementation is None:
+        return native.problem_on(current_target()) is None
+    return implementation in COMPILED_HERE
 
 
 def row_sums_for(implementation: str | None) -> RowSums:

@@ -17,6 +17,8 @@ from jax_chunkattn.device.read_counts import ReadCounts
 from jax_chunkattn.device.selective_pool import SelectivePool
 from pallas_kernels.plans import DecodePlan, DecodeReads, PrefillPlan, PrefillReads, WorkItems
 from pallas_kernels.selection import (
+    COMPILED_TILE_QUERIES,
+    TILE_QUERIES,
     Asking,
     ItemColumns,
     RowChoice,
@@ -42,10 +44,17 @@ class RowChoices:
     item_columns: ItemColumns
     chunk: Int32[Array, " B"]  # that the step's token comes to lie in, counted in its sequence
     number: Int32[Array, " B"]  # of chunks that it reads
+    compiled: bool  # whether the kernel that is compiled for this CPU scores chunks
 
     @classmethod
     def of(
-        cls, spec: CacheSpec, pool: SelectivePool, rows: DecodeRows, columns: ItemColumns
+        cls,
+        spec: CacheSpec,
+        pool: SelectivePool,
+        rows: DecodeRows,
+        columns: ItemColumns,
+        *,
+        compiled: bool,
     ) -> RowChoices:
         """Rows choose where their position is a multiple of `refresh`, unless they read all."""
         selector = pool.selector
@@ -54,7 +63,7 @@ class RowChoices:
         number = jnp.asarray(selector.counts(tables.shape[1]))[chunk]
         asks = rows.active & (rows.lengths % selector.refresh == 0) & (number <= chunk)
         asking = asking_rows(asks, chunk, tables, items, columns)
-        return cls(spec, rows, asking, columns, chunk, number)
+        return cls(spec, rows, asking, columns, chunk, number, compiled)
 
     def apply(
         self, pool: Pool, layer: Int32[Array, ""], q: Float[Array, "B Hq D"], reads: DecodeReads
@@ -64,7 +73,9 @@ class RowChoices:
         tables = self.asking.tables
         selective = pool.selective[layer]
         before = pool.choices(layer, self.rows.slots)
-        chosen = _choose(self.spec, pool, layer, q, self.asking, selective)
+        chosen = _choose(
+            self.spec, pool, layer, q, self.asking, selective, compiled=self.compiled
+        )
         columns = before.at[self.asking.rows].set(
             _of_width(chosen, before.shape[1], tables.shape[1]), mode="drop"
         )
@@ -84,6 +95,7 @@ class RowChoices:
                 chunk_size=pool.chunk_size,
                 num_chunks=pool.num_chunks,
                 part=part_that_chooses(self.spec),
+                tile_queries=COMPILED_TILE_QUERIES if self.compiled else TILE_QUERIES,
             )
             return one, self._counts(choice, selected)
 
@@ -115,9 +127,12 @@ class TokenChoices:
     asking: Asking
     number: Int32[Array, " A"]  # of chunks that a block reads
     slots: Int32[Array, " A"]  # that keep a block's choice; one past the last where none does
+    compiled: bool  # whether the kernel that is compiled for this CPU scores chunks
 
     @classmethod
-    def of(cls, spec: CacheSpec, pool: SelectivePool, plan: PrefillPlan) -> TokenChoices:
+    def of(
+        cls, spec: CacheSpec, pool: SelectivePool, plan: PrefillPlan, *, compiled: bool
+    ) -> TokenChoices:
         """Blocks begin where the position is a multiple of `refresh`, and each sequence with one:
         its segment begins with a chunk. The last block of a prompt goes on in decoding."""
         selector, part = pool.selector, part_that_chooses(spec)
@@ -149,7 +164,8 @@ class TokenChoices:
         follows = jnp.append(asking.table[1:] == asking.table[:-1], False)
         follows &= jnp.arange(1, most + 1, dtype=jnp.int32) < asking.count
         slots = jnp.asarray(sealing.tail_slots).at[asking.rows].get(mode="fill", fill_value=none)
-        return cls(spec, blocks, asking, number, jnp.where(follows, none, slots))
+        slots = jnp.where(follows, none, slots)
+        return cls(spec, blocks, asking, number, slots, compiled)
 
     def leaves_out(self, pool: Pool, layer: Int32[Array, ""]) -> Bool[Array, ""]:
         """Whether any token reads a part of what is before it."""
@@ -162,7 +178,8 @@ class TokenChoices:
         """What the tokens read of a layer where any `leaves_out` some; and the pool with what the
         last of each prompt chose."""
         assert isinstance(pool, SelectivePool), "they were made for one"
-        chosen = _choose(self.spec, pool, layer, q, self.asking, self.leaves_out(pool, layer))
+        needed = self.leaves_out(pool, layer)
+        chosen = _choose(self.spec, pool, layer, q, self.asking, needed, compiled=self.compiled)
         columns = _all_or(chosen, self.number, self.asking.chunk)
         width = pool.columns.shape[2]
         pool = pool.with_choices(layer, self.slots, _of_width(columns, width, self.asking.columns))
@@ -185,18 +202,27 @@ def item_columns(spec: CacheSpec, pool: Pool, plan: DecodePlan) -> ItemColumns |
 
 
 def row_choices(
-    spec: CacheSpec, pool: Pool, rows: DecodeRows, columns: ItemColumns | None
+    spec: CacheSpec,
+    pool: Pool,
+    rows: DecodeRows,
+    columns: ItemColumns | None,
+    *,
+    compiled: bool,
 ) -> RowChoices | None:
     """The choices of rows at a step, with their plan's `item_columns`; None where it has none."""
     if columns is None:
         return None
     assert isinstance(pool, SelectivePool), "they are of one"
-    return RowChoices.of(spec, pool, rows, columns)
+    return RowChoices.of(spec, pool, rows, columns, compiled=compiled)
 
 
-def token_choices(spec: CacheSpec, pool: Pool, plan: PrefillPlan) -> TokenChoices | None:
+def token_choices(
+    spec: CacheSpec, pool: Pool, plan: PrefillPlan, *, compiled: bool
+) -> TokenChoices | None:
     """The choices of a prefill call's tokens; None for a pool whose queries read everything."""
-    return TokenChoices.of(spec, pool, plan) if isinstance(pool, SelectivePool) else None
+    if not isinstance(pool, SelectivePool):
+        return None
+    return TokenChoices.of(spec, pool, plan, compiled=compiled)
 
 
 def part_that_chooses(spec: CacheSpec) -> int | None:
@@ -215,9 +241,14 @@ def _choose(
     q: Float[Array, "R Hq D"],
     asking: Asking,
     needed: Bool[Array, ""],
+    *,
+    compiled: bool,
 ) -> Int32[Array, "A K"]:
     """What the queries that ask choose, if that is needed."""
-    estimate = pool.kept.estimate(pool.landmarks, pool.at_layer(layer), layer)
+    known = pool.landmarks, pool.at_layer(layer), layer
+    estimate = pool.kept.estimate(*known)
+    if compiled and pool.selector.looks_at_all:
+        estimate = pool.kept.compiled_estimate(*known) or estimate
 
     def anew() -> Int32[Array, "A K"]:
         return choose(q, asking, estimate, spec.attention, pool.selector)

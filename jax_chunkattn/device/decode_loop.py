@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jax_chunkattn.device.backend import row_sums_for
+from jax_chunkattn.device.backend import chooses_compiled, row_sums_for
 from jax_chunkattn.device.choices import item_columns, row_choices
 from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.head_maps import attention_of, row_heads
@@ -117,7 +117,8 @@ def decode_attend(
     """The `attend` a model is given for a step over such a pool: write one token a row, attend by
     the plan, or where rows choose to what they have chosen of it, with each head, or one for its
     cluster. `columns` are the plan's `item_columns`."""
-    choices = row_choices(spec, pool, rows, columns)
+    compiled = chooses_compiled(implementation)
+    choices = row_choices(spec, pool, rows, columns, compiled=compiled)
     heads = row_heads(pool, rows)
     attention = attention_of(pool, spec.attention)
 

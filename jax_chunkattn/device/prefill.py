@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jax_chunkattn.device.backend import row_sums_for
+from jax_chunkattn.device.backend import chooses_compiled, row_sums_for
 from jax_chunkattn.device.choices import TokenChoices, token_choices
 from jax_chunkattn.device.decode_loop import NOTHING, Chosen
 from jax_chunkattn.device.head_maps import attention_of, token_heads
@@ -69,7 +69,7 @@ def prefill_attend(
     """The `attend` a model is given for a call over such a pool: write all new tokens, attend by
     the plan, or where tokens choose to what they have chosen of it, with each head, or one for its
     cluster."""
-    choices = token_choices(spec, pool, plan)
+    choices = token_choices(spec, pool, plan, compiled=chooses_compiled(implementation))
     heads = token_heads(pool, plan)
 
     def attend(

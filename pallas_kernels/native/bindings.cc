@@ -9,6 +9,7 @@
 #include "attention.h"
 #include "products.h"
 #include "rows.h"
+#include "scores.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -265,6 +266,58 @@ auto binding() {
       .Ret<ffi::AnyBuffer>();
 }
 
+// Of each query that asks and each head, how well the chunks before it score, as shares of 1: by codes
+// of their keys, which have a format as pools do, or else by their bounds.
+ffi::Error score(ffi::ThreadPool threads, float scale, float softcap,
+                 ffi::Span<const int64_t> codes, ffi::RemainingArgs arguments,
+                 ffi::Result<ffi::AnyBuffer> output) try {
+  Operands operands(arguments);
+  ffi::AnyBuffer q = operands.of(ffi::F32);
+  chunks::Attention like;
+  like.scale = scale;
+  like.softcap = softcap;
+  chunks::Asking asking;
+  asking.factor = like.factor();
+  asking.cap = like.cap();
+  asking.queries = q.dimensions()[0];
+  asking.query_heads = q.dimensions()[1];
+  asking.dim = q.dimensions()[2];
+  asking.q = q.typed_data<float>();
+  asking.columns = output->dimensions()[2];
+  asking.shares = output->typed_data<float>();
+  asking.chunk = operands.ints();
+  asking.own_column = operands.ints();
+  asking.table = operands.ints();
+  int64_t size;
+  asking.tables = operands.ints(&size);
+  asking.sequences = size / std::max<int64_t>(asking.columns, 1);
+  for (Ints* of : {&asking.items.row_begin, &asking.items.row_count, &asking.items.chunk_begin,
+                   &asking.items.chunk_count, &asking.items.chunks, &asking.items.count})
+    of->data = operands.ints(&of->size);
+  asking.item_column = operands.ints();
+  const int64_t layer = *operands.ints();
+  if (asking.queries == 0 || size == 0) return ffi::Error::Success();
+  auto run = [&](auto source, const auto& known, int64_t kv_heads) {
+    asking.kv_heads = kv_heads;
+    chunks::score_chunks<typename decltype(source)::type>(
+        asking, known, known.chunks, threads.num_threads(), schedule_on(threads));
+  };
+  if (codes.size()) {
+    int64_t heads;
+    chunks::Codes keys = codes_of(operands, codes.begin() + 1, layer, codes[0], asking.dim, &heads);
+    run(std::common_type<chunks::KeyCodes>(), keys, heads);
+  } else {
+    ffi::AnyBuffer all = operands.of(ffi::F32);
+    auto sizes = all.dimensions();  // layers, heads, chunks, 2, dim
+    const int64_t at = std::clamp<int64_t>(layer, 0, sizes[0] - 1);
+    chunks::Bounds bounds{all.typed_data<float>() + at * (all.element_count() / sizes[0]), sizes[2]};
+    run(std::common_type<chunks::KeyBounds>(), bounds, sizes[1]);
+  }
+  return ffi::Error::Success();
+} catch (const std::exception& error) {
+  return ffi::Error::Internal(error.what());
+}
+
 // `x` times a layer's weights, of which each row is an output if they are `transposed`.
 ffi::Error multiply(ffi::ThreadPool threads, bool transposed, ffi::Buffer<ffi::F32> x,
                     ffi::AnyBuffer weights, ffi::Buffer<ffi::S32> layer,
@@ -319,6 +372,14 @@ ffi::Error put_rows(ffi::AnyBuffer array, ffi::AnyBuffer added, ffi::Buffer<ffi:
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(chunk_attention_decode, attend<read_decoding>, binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(chunk_attention_prefill, attend<read_prefill>, binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(chunk_shares, score,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<float>("scale")
+                                  .Attr<float>("softcap")
+                                  .Attr<ffi::Span<const int64_t>>("codes")
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(chunk_product, multiply,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

@@ -15,7 +15,7 @@ from pallas_kernels.plans import HostOrDevice
 
 DECODE, PREFILL, PUT_ROWS = "chunk_attention_decode", "chunk_attention_prefill", "chunk_pool_put"
 PRODUCT, ROW_SUMS = "chunk_product", "chunk_row_sums"
-EXPONENTIALS = "chunk_row_exponentials"
+EXPONENTIALS, SHARES = "chunk_row_exponentials", "chunk_shares"
 _lock = threading.Lock()
 
 
@@ -56,7 +56,7 @@ def _load() -> str | None:
         library = ctypes.CDLL(str(build()))
     except (BuildError, OSError) as error:
         return str(error)
-    for name in (DECODE, PREFILL, PUT_ROWS, PRODUCT, ROW_SUMS, EXPONENTIALS):
+    for name in (DECODE, PREFILL, PUT_ROWS, PRODUCT, ROW_SUMS, EXPONENTIALS, SHARES):
         handler = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(_target(name), handler, platform="cpu")
     return None

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__F16C__) && defined(__AVX__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -95,6 +95,20 @@ static inline float number(Float16 of) {
   float size = bits_as<float>((half & 0x7fffu) << 13) * 0x1p112f;
   uint32_t special = (half & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0;
   return bits_as<float>(bits_as<uint32_t>(size) | special | (half & 0x8000u) << 16);
+}
+
+// A sum, and in each lane the products of both pairs of 16-bit numbers.
+static inline IntVec add_products(IntVec sum, IntVec a, IntVec b) {
+#if defined(__AVX512VNNI__) && VECTOR_BYTES == 64
+  return (IntVec)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__) && VECTOR_BYTES == 64
+  return sum + (IntVec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__) && VECTOR_BYTES == 32
+  return sum + (IntVec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+  const BitVec low = bits_as<BitVec>(a) << 16, other = bits_as<BitVec>(b) << 16;
+  return sum + (a >> 16) * (b >> 16) + (bits_as<IntVec>(low) >> 16) * (bits_as<IntVec>(other) >> 16);
+#endif
 }
 
 // Where either is NaN this is b, so that a running maximum stays a number.

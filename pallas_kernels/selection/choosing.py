@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.selection.asking import Asking
 from pallas_kernels.selection.descent import descend
-from pallas_kernels.selection.estimates import Estimate
+from pallas_kernels.selection.estimates import CompiledEstimate, Estimate
 from pallas_kernels.selection.scoring import chunk_scores
 from pallas_kernels.selection.selector import ChunkSelector
 
@@ -18,7 +18,7 @@ from pallas_kernels.selection.selector import ChunkSelector
 def choose(
     q: Float[Array, "R Hq D"],
     asking: Asking,
-    estimate: Estimate,
+    estimate: Estimate | CompiledEstimate,
     attention: AttentionSpec,
     selector: ChunkSelector,
 ) -> Int32[Array, "A K"]:
@@ -29,6 +29,7 @@ def choose(
     wanted = wanted - jnp.minimum(asking.chunk + 1, selector.sinks + selector.recent + 1)
     most = max(1, selector.most_chosen(asking.columns))
     if selector.policy == "hip":
+        assert isinstance(estimate, Estimate), "the kernel scores all chunks"
         chosen = descend(
             q, asking, estimate, attention, selector.sinks, candidates, wanted, most=most
         )

@@ -14,6 +14,8 @@ from pallas_kernels.selection.asking import ItemColumns
 TILE_QUERIES = 24
 """Query rows of a tile, on 2 cores (9 query heads and 3 of head_dim 64, 16,384 tokens): tiles of 12
 took 12.9 ms and of 24 took 8.7, though 27% more of them is padding."""
+COMPILED_TILE_QUERIES = 96
+"""The same for the kernel that is compiled for this CPU, which pads nothing."""
 TILE_READS = 2
 """What a tile costs, in chunks that a row reads by itself (1.5 of the same measurement, and there
 has to be room for as many tiles as may be worth it)."""
@@ -58,6 +60,7 @@ def chosen_tiles(
     *,
     group: int,
     num_chunks: int,
+    tile_queries: int = TILE_QUERIES,
 ) -> tuple[ChosenTiles, Bool[Array, ""]]:
     """The tiles of what rows have chosen of items, and whether they are worth it: or else there
     may be more than there is room for.
@@ -65,7 +68,7 @@ def chosen_tiles(
     `group` query heads read a KV head.
     """
     (batch, columns), most = tables.shape, choice.columns.shape[1]
-    size = max(1, min(batch, TILE_QUERIES // group))
+    size = max(1, min(batch, tile_queries // group))
     number = max(1, batch * most // TILE_READS)
     in_items = choice.in_items(item_columns, columns)
     rank = _rank(in_items, item_columns)

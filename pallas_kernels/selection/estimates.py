@@ -5,14 +5,19 @@ Letters: n chunks, R queries, C tokens, D numbers of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32, Shaped
+
+from pallas_kernels.attention_spec import AttentionSpec
+from pallas_kernels.codecs import AffineCodec, TensorCodec
+from pallas_kernels.selection.asking import Asking
 
 
 @runtime_checkable
@@ -70,6 +75,42 @@ class KeyBounds:
         both = ends.astype(jnp.float32).reshape(*chunks.shape, -1)
         signed = jnp.concatenate([jnp.minimum(q, 0), jnp.maximum(q, 0)], axis=-1)
         return jnp.einsum("...nd,...rd->...nr", both, signed, precision=lax.Precision.HIGHEST)
+
+
+@dataclass(frozen=True)
+class CompiledEstimate:
+    """The same of all chunks at once, by the kernel that is compiled for this machine's CPU.
+
+    Attributes:
+      known: the codes of all keys by `codec`, in chunks of `chunk_size` tokens, or their "bounds".
+    """
+
+    known: Mapping[str, Shaped[Array, "L Hkv N ..."]]
+    layer: Int32[Array, ""]
+    codec: AffineCodec | None = None
+    chunk_size: int = 0
+
+    @classmethod
+    def of_codes(
+        cls,
+        codes: Mapping[str, Shaped[Array, "L Hkv N ..."]],
+        layer: Int32[Array, ""],
+        codec: TensorCodec,
+        chunk_size: int,
+    ) -> CompiledEstimate | None:
+        """None of codes that the kernel does not score: it does those with scales for channels."""
+        if isinstance(codec, AffineCodec) and codec.along == "tokens":
+            return cls(codes, layer, codec, chunk_size)
+        return None
+
+    def shares(
+        self, q: Float[Array, "A Hq D"], asking: Asking, attention: AttentionSpec
+    ) -> Float32[Array, "A Hq P"]:
+        """For each query that asks and each head the softmax of the best scores that any key of the
+        chunks before it has, or may have; the same bits whoever else asks."""
+        compiled = import_module("pallas_kernels.native.scores")
+        how = {"codec": self.codec, "chunk_size": self.chunk_size}
+        return compiled.chunk_shares(q, asking, self.known, self.layer, attention, **how)
 
 
 def key_bounds(keys: Float[Array, "*chunks C D"]) -> Float32[Array, "*chunks 2 D"]:

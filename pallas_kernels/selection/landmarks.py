@@ -9,8 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Shaped
 
 from pallas_kernels.codecs import AffineCodec
-from pallas_kernels.coded_kv import LayerKV
-from pallas_kernels.selection.estimates import Estimate, KeyBounds, KeyScores, key_bounds
+from pallas_kernels.coded_kv import CodedKV, LayerKV
+from pallas_kernels.selection.estimates import (
+    CompiledEstimate,
+    Estimate,
+    KeyBounds,
+    KeyScores,
+    key_bounds,
+)
 from pallas_kernels.selection.selector import ChunkSelector
 
 KEY_CODES = AffineCodec(4, "tokens")
@@ -81,3 +87,20 @@ class Landmarks:
             return keys.reshape(*chunks.shape[:-1], -1, keys.shape[-1])
 
         return KeyScores(gather)
+
+    def compiled_estimate(
+        self,
+        landmarks: dict[str, Shaped[Array, "L Hkv N ..."]],
+        stored: LayerKV,
+        layer: Int32[Array, ""],
+    ) -> CompiledEstimate | None:
+        """The same by the kernel that is compiled for this CPU; None of what it does not look at:
+        keys as they are, and codes without scales for channels."""
+        if self.kind == "bounds":
+            return CompiledEstimate(landmarks, layer)
+        if self.kind == "codes":
+            return CompiledEstimate.of_codes(landmarks, layer, KEY_CODES, stored.chunk_size)
+        if self.kind == "keys" and isinstance(stored, CodedKV):
+            codec = stored.codec.keys
+            return CompiledEstimate.of_codes(stored.keys, layer, codec, stored.chunk_size)
+        return None

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.online_softmax import MASKED
 from pallas_kernels.selection.asking import Asking
-from pallas_kernels.selection.estimates import Estimate
+from pallas_kernels.selection.estimates import CompiledEstimate, Estimate
 
 QUARTER = 4  # a tile has a quarter of the queries, or all: few ask at a step of many rows
 PIECES = (16, 1)  # chunks of an item in one step; each size is another copy of the program
@@ -28,12 +28,15 @@ OWN_COLUMNS = 4  # chunks of each of them
 def chunk_scores(
     q: Float[Array, "R Hq D"],
     asking: Asking,
-    estimate: Estimate,
+    estimate: Estimate | CompiledEstimate,
     attention: AttentionSpec,
 ) -> Float32[Array, "A P"]:
     """The scores of the chunks before each query that asks, from 0 to the number of query heads;
     0 of others."""
-    queries = attention.heads.split(q.at[asking.rows].get(mode="clip").astype(jnp.float32))
+    those = q.at[asking.rows].get(mode="clip").astype(jnp.float32)
+    if isinstance(estimate, CompiledEstimate):
+        return estimate.shares(those, asking, attention).sum(axis=1)
+    queries = attention.heads.split(those)
     queries = queries.transpose(1, 0, 2, 3) * attention.scale  # [Hkv, A, G, D]
     column = jnp.arange(asking.columns, dtype=jnp.int32)[:, None]
     before = (column < asking.chunk[None])[:, :, None]

@@ -69,6 +69,11 @@ class ChunkSelector:
         """In results and statistics."""
         return f"{self.policy} {self.keep:g}"
 
+    @property
+    def looks_at_all(self) -> bool:
+        """Whether it scores all chunks, and not a few of them."""
+        return self.policy in ("scores", "bounds")
+
     def check(self, chunk_size: int, num_layers: int) -> None:
         """Raises ValueError where a choice would be for tokens of two chunks, or for layers that
         there are none of."""
