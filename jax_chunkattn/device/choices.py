@@ -17,8 +17,6 @@ from jax_chunkattn.device.read_counts import ReadCounts
 from jax_chunkattn.device.selective_pool import SelectivePool
 from pallas_kernels.plans import DecodePlan, DecodeReads, PrefillPlan, PrefillReads, WorkItems
 from pallas_kernels.selection import (
-    COMPILED_TILE_QUERIES,
-    TILE_QUERIES,
     Asking,
     ItemColumns,
     RowChoice,
@@ -95,7 +93,7 @@ class RowChoices:
                 chunk_size=pool.chunk_size,
                 num_chunks=pool.num_chunks,
                 part=part_that_chooses(self.spec),
-                tile_queries=COMPILED_TILE_QUERIES if self.compiled else TILE_QUERIES,
+                compiled=self.compiled,
             )
             return one, self._counts(choice, selected)
 

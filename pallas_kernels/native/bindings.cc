@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "chosen.h"
 #include "products.h"
 #include "rows.h"
 #include "scores.h"
@@ -318,6 +319,18 @@ ffi::Error score(ffi::ThreadPool threads, float scale, float softcap,
   return ffi::Error::Internal(error.what());
 }
 
+// Tiles of what rows have chosen, of which each has `counts` columns of its table.
+ffi::Error tile(int64_t no_chunk, ffi::Buffer<ffi::S32> chosen, ffi::Buffer<ffi::S32> counts,
+                ffi::Buffer<ffi::S32> tables, ffi::ResultBuffer<ffi::S32> tile_chunks,
+                ffi::ResultBuffer<ffi::S32> tile_rows, ffi::ResultBuffer<ffi::S32> count) {
+  chunks::Chosen all{chosen.dimensions()[0], chosen.dimensions()[1], tables.dimensions()[1],
+                     chosen.typed_data(), counts.typed_data(), tables.typed_data()};
+  chunks::Tiles tiles{tile_rows->dimensions()[0], tile_rows->dimensions()[1],
+                      tile_chunks->typed_data(), tile_rows->typed_data(), count->typed_data()};
+  chunks::make_tiles(all, no_chunk, tiles);
+  return ffi::Error::Success();
+}
+
 // `x` times a layer's weights, of which each row is an output if they are `transposed`.
 ffi::Error multiply(ffi::ThreadPool threads, bool transposed, ffi::Buffer<ffi::F32> x,
                     ffi::AnyBuffer weights, ffi::Buffer<ffi::S32> layer,
@@ -380,6 +393,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(chunk_shares, score,
                                   .Attr<ffi::Span<const int64_t>>("codes")
                                   .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(chunk_tiles, tile,
+                              ffi::Ffi::Bind()
+                                  .Attr<int64_t>("no_chunk")
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(chunk_product, multiply,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

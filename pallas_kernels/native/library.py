@@ -6,6 +6,7 @@ import ctypes
 import functools
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jaxtyping import Array
@@ -15,7 +16,9 @@ from pallas_kernels.plans import HostOrDevice
 
 DECODE, PREFILL, PUT_ROWS = "chunk_attention_decode", "chunk_attention_prefill", "chunk_pool_put"
 PRODUCT, ROW_SUMS = "chunk_product", "chunk_row_sums"
-EXPONENTIALS, SHARES = "chunk_row_exponentials", "chunk_shares"
+EXPONENTIALS = "chunk_row_exponentials"
+SHARES, TILES = "chunk_shares", "chunk_tiles"
+_HANDLERS = (DECODE, PREFILL, PUT_ROWS, PRODUCT, ROW_SUMS, EXPONENTIALS, SHARES, TILES)
 _lock = threading.Lock()
 
 
@@ -33,12 +36,13 @@ def prepare() -> None:
 def call(
     name: str,
     operands: Sequence[HostOrDevice],
-    output: jax.ShapeDtypeStruct,
+    output: jax.ShapeDtypeStruct | Sequence[jax.ShapeDtypeStruct],
     *,
     in_place: bool = False,
     **attributes: object,
-) -> Array:
-    """What a call of the library makes of its operands, in the first of them if `in_place`."""
+) -> Any:
+    """What a call of the library makes of its operands, in the first of them if `in_place`: an
+    array, or as many as there are outputs."""
     aliases = {0: 0} if in_place else {}
     how = {"input_output_aliases": aliases, "vmap_method": "sequential"}
     made = jax.ffi.ffi_call(_target(name), output, **how)
@@ -56,7 +60,7 @@ def _load() -> str | None:
         library = ctypes.CDLL(str(build()))
     except (BuildError, OSError) as error:
         return str(error)
-    for name in (DECODE, PREFILL, PUT_ROWS, PRODUCT, ROW_SUMS, EXPONENTIALS, SHARES):
+    for name in _HANDLERS:
         handler = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(_target(name), handler, platform="cpu")
     return None

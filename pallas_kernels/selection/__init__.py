@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pallas_kernels.selection.asking import Asking, ItemColumns, asking_rows, asking_tokens
 from pallas_kernels.selection.choosing import choose
-from pallas_kernels.selection.chosen_tiles import COMPILED_TILE_QUERIES, TILE_QUERIES, RowChoice
+from pallas_kernels.selection.chosen_tiles import RowChoice
 from pallas_kernels.selection.landmarks import Landmarks
 from pallas_kernels.selection.selected_plans import (
     blocks_of_tokens,
@@ -14,9 +14,7 @@ from pallas_kernels.selection.selected_plans import (
 from pallas_kernels.selection.selector import POLICIES, YARDSTICKS, ChunkSelector
 
 __all__ = [
-    "COMPILED_TILE_QUERIES",
     "POLICIES",
-    "TILE_QUERIES",
     "YARDSTICKS",
     "Asking",
     "ChunkSelector",

@@ -4,6 +4,7 @@ of the rows that have chosen it."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32
@@ -60,23 +61,31 @@ def chosen_tiles(
     *,
     group: int,
     num_chunks: int,
-    tile_queries: int = TILE_QUERIES,
+    compiled: bool = False,
 ) -> tuple[ChosenTiles, Bool[Array, ""]]:
     """The tiles of what rows have chosen of items, and whether they are worth it: or else there
     may be more than there is room for.
 
-    `group` query heads read a KV head.
+    `group` query heads read a KV head. If `compiled`, made by the kernel that is compiled for this
+    CPU, and of as many rows as suit it.
     """
     (batch, columns), most = tables.shape, choice.columns.shape[1]
-    size = max(1, min(batch, tile_queries // group))
+    size = max(1, min(batch, (COMPILED_TILE_QUERIES if compiled else TILE_QUERIES) // group))
     number = max(1, batch * most // TILE_READS)
+    of_items = choice.of_items(item_columns)
+    reads = of_items.sum(dtype=jnp.int32)
+    if compiled:
+        each = of_items.sum(axis=1, dtype=jnp.int32)  # columns ascend, and items come first
+        make = import_module("pallas_kernels.native.tiles").tiles_of
+        tiles = make(choice.columns, each, tables, number, size, num_chunks)
+        return tiles, tiles.count * TILE_READS <= reads
     in_items = choice.in_items(item_columns, columns)
     rank = _rank(in_items, item_columns)
     begins = in_items & (rank % size == 0)
     by_column = begins.sum(axis=0, dtype=jnp.int32)
     first = jnp.cumsum(by_column, dtype=jnp.int32) - by_column
     tile = first[None] + _sum_of_rows_before(begins) + begins.astype(jnp.int32) - 1
-    column, of_items = jnp.minimum(choice.columns, columns - 1), choice.of_items(item_columns)
+    column = jnp.minimum(choice.columns, columns - 1)
     slots = jnp.take_along_axis(tile * size + rank % size, column, axis=1)
     slots = jnp.where(of_items, slots, number * size)
     chunks = jnp.take_along_axis(tables, column, axis=1)
@@ -90,7 +99,6 @@ def chosen_tiles(
         .reshape(number, size),
         count,
     )
-    reads = of_items.sum(dtype=jnp.int32)
     return tiles, count * TILE_READS <= reads
 
 

@@ -28,7 +28,7 @@ from pallas_kernels.plans import (
     WorkItems,
 )
 from pallas_kernels.selection.asking import Asking, ItemColumns
-from pallas_kernels.selection.chosen_tiles import TILE_QUERIES, RowChoice, chosen_tiles
+from pallas_kernels.selection.chosen_tiles import RowChoice, chosen_tiles
 
 ITEM_READ, ITEM_ROW_READ = 1.0, 1 / 128
 """What a chunk of an item costs on a GPU, in chunks that a row reads by itself: so much, and so
@@ -46,12 +46,12 @@ def selected_rows(
     chunk_size: int,
     num_chunks: int,
     part: int | None = None,
-    tile_queries: int = TILE_QUERIES,
+    compiled: bool = False,
 ) -> DecodePlan:
     """The plan with what its rows have chosen, if `chosen`, or else as it was.
 
-    `group` query heads read a KV head. With `part`, of heads with that window alone. Tiles have so
-    many query rows at most.
+    `group` query heads read a KV head. With `part`, of heads with that window alone. See
+    `chosen_tiles` for `compiled`.
     """
     if plan.partials is None:
         tiles, in_common = chosen_tiles(
@@ -60,7 +60,7 @@ def selected_rows(
             item_columns,
             group=group,
             num_chunks=num_chunks,
-            tile_queries=tile_queries,
+            compiled=compiled,
         )
         tiles = replace(tiles, count=jnp.where(chosen & in_common, tiles.count, 0))
         items, tiles = _without_items(plan.items, chosen, part), _among_windows(plan, tiles, part)
