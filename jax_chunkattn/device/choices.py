@@ -15,6 +15,7 @@ from jax_chunkattn.device.model_interface import CacheSpec
 from jax_chunkattn.device.pool import Pool
 from jax_chunkattn.device.read_counts import ReadCounts
 from jax_chunkattn.device.selective_pool import SelectivePool
+from jax_chunkattn.planning.prefill import QUERY_TILE
 from pallas_kernels.plans import DecodePlan, DecodeReads, PrefillPlan, PrefillReads, WorkItems
 from pallas_kernels.selection import (
     Asking,
@@ -156,8 +157,10 @@ class TokenChoices:
         )
         block = jnp.where(positions >= 0, jnp.cumsum(begins, dtype=jnp.int32) - 1, most)
         counts = jnp.zeros(most, jnp.int32).at[block].add(1, mode="drop")
-        blocks = blocks_of_tokens(plan, asking, counts, positions)
         number = jnp.asarray(selector.counts(asking.columns))[asking.chunk]
+        # The kernel takes tiles of any size; others pad all of them to one.
+        together = QUERY_TILE // selector.refresh if compiled else 1
+        blocks = blocks_of_tokens(plan, asking, counts, positions, number, together=max(1, together))
         none = pool.columns.shape[1]
         follows = jnp.append(asking.table[1:] == asking.table[:-1], False)
         follows &= jnp.arange(1, most + 1, dtype=jnp.int32) < asking.count
@@ -188,7 +191,8 @@ class TokenChoices:
             self.asking,
             part=part_that_chooses(self.spec),
         )
-        return replace(reads, plan=plan, query_tile=pool.selector.refresh), pool
+        tile = QUERY_TILE if self.compiled else pool.selector.refresh
+        return replace(reads, plan=plan, query_tile=tile), pool
 
 
 def item_columns(spec: CacheSpec, pool: Pool, plan: DecodePlan) -> ItemColumns | None:

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Int32
 
 from pallas_kernels.plans import (
@@ -193,10 +194,21 @@ def _with_items(
 
 
 def blocks_of_tokens(
-    plan: PrefillPlan, asking: Asking, counts: Int32[Array, " A"], positions: Int32[Array, " T"]
+    plan: PrefillPlan,
+    asking: Asking,
+    counts: Int32[Array, " A"],
+    positions: Int32[Array, " T"],
+    number: Int32[Array, " A"],
+    *,
+    together: int = 1,
 ) -> PrefillPlan:
     """The plan with a tile for each block of tokens that begins with a query that asks, and with
-    the tables of these tiles' sequences."""
+    the tables of these tiles' sequences.
+
+    Of blocks that follow one another and read everything, as the first `number` chunks say, so many
+    make one tile: the others' tiles have no tokens.
+    """
+    counts = _put_together(counts, asking, number > asking.chunk, together)
     hidden = plan.hidden
     if hidden is not None:
         begin, offset = (jnp.asarray(x)[..., asking.table] for x in (hidden.begin, hidden.offset))
@@ -212,6 +224,20 @@ def blocks_of_tokens(
         own_chunk=jnp.asarray(plan.own_chunk)[..., asking.table],
         hidden=hidden,
     )
+
+
+def _put_together(
+    counts: Int32[Array, " A"], asking: Asking, whole: Bool[Array, " A"], together: int
+) -> Int32[Array, " A"]:
+    """Tokens of each block's tile."""
+    if together == 1:
+        return counts
+    block = jnp.arange(len(counts), dtype=jnp.int32)
+    goes_on = whole[1:] & whole[:-1] & (asking.table[1:] == asking.table[:-1])
+    goes_on = jnp.concatenate([jnp.zeros(1, jnp.bool_), goes_on])
+    run = lax.cummax(jnp.where(goes_on, 0, block))
+    first = run + (block - run) // together * together
+    return jnp.zeros_like(counts).at[first].add(counts)
 
 
 def selected_tokens(
