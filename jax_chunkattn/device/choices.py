@@ -159,8 +159,8 @@ class TokenChoices:
         counts = jnp.zeros(most, jnp.int32).at[block].add(1, mode="drop")
         number = jnp.asarray(selector.counts(asking.columns))[asking.chunk]
         # The kernel takes tiles of any size; others pad all of them to one.
-        together = QUERY_TILE // selector.refresh if compiled else 1
-        blocks = blocks_of_tokens(plan, asking, counts, positions, number, together=max(1, together))
+        together = max(1, QUERY_TILE // selector.refresh) if compiled else 1
+        blocks = blocks_of_tokens(plan, asking, counts, positions, number, together=together)
         none = pool.columns.shape[1]
         follows = jnp.append(asking.table[1:] == asking.table[:-1], False)
         follows &= jnp.arange(1, most + 1, dtype=jnp.int32) < asking.count

@@ -97,16 +97,16 @@ class Reader {
     int64_t size = many_ ? ManyQueries::packed_size(queries_, call_.dim)
                          : (int64_t)queries_ * width_;
     packed_ = Scratch::room(scratch_.queries, size);
-    std::fill_n(packed_, size, 0.0f);
-    for (int i = 0; i < queries_; i++) {
+    auto query_at = [&](int i) {
       int64_t row = unit_.list ? unit_.list[i / group] : unit_.row + i / group;
       int64_t at = row * call_.query_heads + head_ * group + i % group;
-      const float* query = call_.queries + at * call_.dim;
-      if (many_) {
-        ManyQueries::pack(query, factor, i, queries_, call_.dim, packed_);
-      } else {
-        for (int d = 0; d < call_.dim; d++) packed_[i * width_ + d] = query[d] * factor;
-      }
+      return call_.queries + at * call_.dim;
+    };
+    if (many_) return ManyQueries::pack(query_at, factor, queries_, call_.dim, packed_);
+    std::fill_n(packed_, size, 0.0f);
+    for (int i = 0; i < queries_; i++) {
+      const float* query = query_at(i);
+      for (int d = 0; d < call_.dim; d++) packed_[i * width_ + d] = query[d] * factor;
     }
   }
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jaxtyping import Array
 
 from pallas_kernels.native.build import BuildError, build, sources_digest
 from pallas_kernels.plans import HostOrDevice

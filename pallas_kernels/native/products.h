@@ -26,14 +26,6 @@ constexpr int64_t TASK_ROWS = 256;
 constexpr int LINE = 64;               // bytes
 constexpr size_t MOST_KEPT = 1 << 24;  // floats: passes over long texts are rare, and take more
 
-// The first `size` of what would be a vector, and zeros.
-template <class Element>
-static inline Vec load_some(const Element* from, int64_t size) {
-  float some[LANES] = {};
-  for (int64_t i = 0; i < size; i++) some[i] = number(from[i]);
-  return load(some);
-}
-
 // A sum over some of the depth for R rows of V vectors, added to `output` unless it begins there.
 // `x` has R numbers for each step.
 template <int R, int V>

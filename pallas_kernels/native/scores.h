@@ -5,7 +5,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -52,22 +51,26 @@ struct Lanes {
     count = queries * group;
     dim = asking.dim;
     vectors = (count + LANES - 1) / LANES;
-    numbers.assign((int64_t)dim * vectors * LANES, 0.0f);
-    largest.assign(vectors * LANES, 0.0f);
-    to.clear();
-    for (int64_t query = first; query < first + queries; query++) {
-      for (int i = 0; i < group; i++) {
-        const int lane = to.size();
-        const int64_t of_head = head * group + i;
-        const float* from = asking.q + (query * asking.query_heads + of_head) * dim;
-        for (int d = 0; d < dim; d++) {
-          const float number = from[d] * asking.factor;
-          numbers[(int64_t)d * vectors * LANES + lane] = number;
-          largest[lane] = std::max(largest[lane], std::abs(number));
-        }
-        to.push_back(asking.of(query, of_head));
+    numbers.resize((int64_t)dim * vectors * LANES);
+    largest.resize(vectors * LANES);
+    auto query_at = [&](int i) {
+      const int64_t query = first + i / group;
+      return asking.q + (query * asking.query_heads + head * group + i % group) * dim;
+    };
+    for (int vector = 0; vector < vectors; vector++) {
+      const int lane = vector * LANES;
+      float* of_vector = numbers.data() + lane;
+      put_side_by_side(std::min(count - lane, LANES), [&](int i) { return query_at(lane + i); },
+                       asking.factor, dim, of_vector, stride());
+      Vec most = {};
+      for (int d = 0; d < dim; d++) {
+        const Vec now = load(of_vector + d * stride());
+        most = larger(larger(now, -now), most);
       }
+      store(largest.data() + lane, most);
     }
+    to.resize(count);
+    for (int i = 0; i < count; i++) to[i] = asking.of(first + i / group, head * group + i % group);
   }
 };
 

@@ -256,13 +256,18 @@ class ManyQueries {
       : packed(packed), rows(rows), padded(round_up(rows, LANES)), dim(dim), width(width),
         cap(cap), state(state), scores(scores) {}
 
-  // Writes a query into its panel: of up to 3 vectors of queries all numbers of a dimension lie side
-  // by side.
-  static void pack(const float* query, float scale, int row, int rows, int dim, float* packed) {
-    int vectors = round_up(rows, LANES) / LANES, vector = row / LANES, first = 0, size;
-    while (first + (size = panel(vectors - first)) <= vector) first += size;
-    float* to = packed + (int64_t)first * LANES * dim + (row - first * LANES);
-    for (int d = 0; d < dim; d++) to[(int64_t)d * size * LANES] = query[d] * scale;
+  // Writes queries into panels: of up to 3 vectors of them all numbers of a dimension lie side by side.
+  template <class QueryAt>
+  static void pack(const QueryAt& query_at, float scale, int rows, int dim, float* packed) {
+    const int vectors = round_up(rows, LANES) / LANES;
+    for (int first = 0, size; first < vectors; first += size, packed += size * LANES * dim) {
+      size = panel(vectors - first);
+      for (int vector = 0; vector < size; vector++) {
+        const int row = (first + vector) * LANES;
+        put_side_by_side(std::min(rows - row, LANES), [&](int i) { return query_at(row + i); },
+                         scale, dim, packed + vector * LANES, size * LANES);
+      }
+    }
   }
 
   int steps(int tokens) const {

@@ -111,6 +111,14 @@ static inline IntVec add_products(IntVec sum, IntVec a, IntVec b) {
 #endif
 }
 
+// The first `size` of what would be a vector, and zeros.
+template <class Element>
+static inline Vec load_some(const Element* from, int64_t size) {
+  float some[LANES] = {};
+  for (int64_t i = 0; i < size; i++) some[i] = number(from[i]);
+  return load(some);
+}
+
 // Where either is NaN this is b, so that a running maximum stays a number.
 static inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
@@ -195,6 +203,39 @@ static inline Vec sums(Vec* of) {
     return sums<Half / 2>(of);
   } else {
     return of[0];
+  }
+}
+
+// Numbers i of each vector become vector i.
+template <int Half = LANES / 2>
+static inline void transpose(Vec* of) {
+  if constexpr (Half > 0) {
+    constexpr auto lanes = std::make_integer_sequence<int, LANES>();
+    for (int block = 0; block < LANES; block += 2 * Half) {
+      for (int i = block; i < block + Half; i++) {
+        Vec a = of[i], b = of[i + Half];
+        of[i] = halves<Half, 0>(a, b, lanes);
+        of[i + Half] = halves<Half, Half>(a, b, lanes);
+      }
+    }
+    transpose<Half / 2>(of);
+  }
+}
+
+// Writes rows of `dim` numbers, as many as a vector has lanes at most, side by side, times `by`: a
+// vector for each dimension, `stride` numbers behind the one before.
+template <class RowAt>
+static inline void put_side_by_side(int rows, const RowAt& row_at, float by, int dim, float* to,
+                                    int64_t stride) {
+  for (int d = 0; d < dim; d += LANES) {
+    const int some = dim - d < LANES ? dim - d : LANES;
+    Vec numbers[LANES] = {};
+    for (int row = 0; row < rows; row++) {
+      const float* from = row_at(row) + d;
+      numbers[row] = (some == LANES ? load(from) : load_some(from, some)) * by;
+    }
+    transpose(numbers);
+    for (int i = 0; i < some; i++) store(to + (d + i) * stride, numbers[i]);
   }
 }
 

@@ -13,6 +13,8 @@ import pytest
 from jax_chunkattn.planning.planner import PlannerOptions, plan_decode
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
+from pallas_kernels.codecs import codec_of
+from pallas_kernels.coded_kv import CodedKV
 from pallas_kernels.plans import ChosenChunks, DecodeReads
 from pallas_kernels.selection import (
     Asking,
@@ -25,8 +27,9 @@ from pallas_kernels.selection import (
     selected_rows,
 )
 from pallas_kernels.selection.descent import descend
-from pallas_kernels.selection.estimates import KeyScores
+from pallas_kernels.selection.estimates import CompiledEstimate, KeyScores
 from pallas_kernels.selection.landmarks import KEY_CODES
+from pallas_kernels.selection.scoring import chunk_scores
 from pallas_kernels.stored_kv import StoredKV
 from tests import oracle
 from tests.interpreted import implementations, skip_unless_there
@@ -136,7 +139,7 @@ def planned(implementation: str = "xla"):
     return plan, jnp.asarray(now)
 
 
-def choose_all(selector: ChunkSelector, asks):
+def choose_all(selector: ChunkSelector, asks, *, compiled: bool):
     """What the rows choose that ask: columns [A, K], and how many of them each reads."""
     plan, lengths = planned()
     assert plan.tables is not None
@@ -150,7 +153,9 @@ def choose_all(selector: ChunkSelector, asks):
         items = jax.tree.map(jnp.asarray, plan.items)
         clipped = jnp.minimum(tables, CHUNKS - 1)
         asking = asking_rows(asks, chunk, clipped, items, ItemColumns.of(items, clipped))
-        estimate = kept.estimate(landmarks, stored, LAYER)
+        estimate_by = kept.compiled_estimate if compiled else kept.estimate
+        estimate = estimate_by(landmarks, stored, LAYER)
+        assert estimate is not None
         return choose(q, asking, estimate, ATTENTION, selector)
 
     number = selector.counts(COLUMNS)[np.asarray(chunk)]
@@ -178,6 +183,7 @@ def best_by_definition(selector: ChunkSelector, row: int) -> np.ndarray:
     return (weights / weights.sum(axis=-1, keepdims=True)).sum(axis=(0, 1))
 
 
+@pytest.mark.parametrize("by", ["xla", "native"])
 @pytest.mark.parametrize(
     ("policy", "keep"),
     [
@@ -187,14 +193,15 @@ def best_by_definition(selector: ChunkSelector, row: int) -> np.ndarray:
         pytest.param("bounds", 0.3, marks=pytest.mark.slow),
     ],
 )
-def test_a_query_chooses_the_best_chunks_of_its_own_sequence(policy, keep):
+def test_a_query_chooses_the_best_chunks_of_its_own_sequence(policy, keep, by):
     """Whoever else asks, and whichever chunks it has in common with others."""
+    skip_unless_there(by)
     selector = ChunkSelector(keep, policy, sinks=1, recent=1, whole=0)
     _, lengths = planned()
     everyone = np.asarray(lengths) > 0
     some = everyone & (np.arange(len(everyone)) % 3 == 1)
     for asks in (everyone, some):
-        columns, number = choose_all(selector, asks)
+        columns, number = choose_all(selector, asks, compiled=by == "native")
         for place, row in enumerate(np.nonzero(asks)[0].tolist()):
             own = int(lengths[row]) // CHUNK
             always = {0, max(own - 1, 0), own}
@@ -203,6 +210,51 @@ def test_a_query_chooses_the_best_chunks_of_its_own_sequence(policy, keep):
             chosen = np.argsort(-worth, kind="stable")[: number[row] - len(always)]
             assert columns[place, : number[row]].tolist() == sorted(always | {*chosen.tolist()})
             assert (columns[place, number[row] :] == COLUMNS).all()
+
+
+@pytest.mark.parametrize(
+    ("codec", "softcap"),
+    [
+        ("int4", 2.0),
+        *(pytest.param(name, None, marks=pytest.mark.slow) for name in ("int8", "int4", "int2")),
+    ],
+)
+def test_the_compiled_kernel_scores_the_codes_of_a_pool_as_they_are_read(codec, softcap):
+    """Where the pool has codes of its own there are no others; the first token's may be finer."""
+    skip_unless_there("native")
+    plan, lengths = planned()
+    assert plan.tables is not None
+    pool = coded(codec)
+    attention = replace(ATTENTION, softcap=softcap)
+    kept = Landmarks.of(ChunkSelector(0.3), encoded=True)
+    tables, asks = jnp.minimum(plan.tables, CHUNKS - 1), lengths > 0
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def score(q, compiled):
+        items = jax.tree.map(jnp.asarray, plan.items)
+        columns = ItemColumns.of(items, tables)
+        asking = asking_rows(asks, lengths // CHUNK, tables, items, columns)
+        estimate = (kept.compiled_estimate if compiled else kept.estimate)({}, pool, LAYER)
+        assert isinstance(estimate, CompiledEstimate) == compiled
+        return chunk_scores(q, asking, estimate, attention)
+
+    exact, found = (np.asarray(score(jnp.asarray(QUERIES), compiled)) for compiled in (False, True))
+    assert exact.sum(axis=1).max() == pytest.approx(HEADS)
+    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-4)  # queries are rounded to 16 bits
+
+
+def coded(name: str) -> CodedKV:
+    """The keys and values as codes."""
+    codec = codec_of(name)
+    keys, values = codec.keys.encode(jnp.asarray(KEYS)), codec.values.encode(jnp.asarray(VALUES))
+    return CodedKV(keys, values, LAYER, codec, CHUNK, DIM)
+
+
+def test_codes_that_the_compiled_kernel_does_not_score_are_left_to_xla():
+    kept = Landmarks.of(ChunkSelector(0.3), encoded=True)
+    assert kept.compiled_estimate({}, coded("fp8"), LAYER) is None
+    stored = StoredKV(jnp.asarray(KEYS), jnp.asarray(VALUES), LAYER)
+    assert Landmarks("all keys").compiled_estimate({}, stored, LAYER) is None
 
 
 @pytest.mark.parametrize("implementation", ["xla", "native"])
@@ -254,6 +306,7 @@ def test_rows_attend_to_what_they_have_chosen_and_to_nothing_else(implementation
             group=HEADS // KV_HEADS if alike else 10_000,  # which makes items cost too much
             chunk_size=CHUNK,
             num_chunks=CHUNKS,
+            compiled=implementation == "native",
         )
         reads = DecodeReads(selected, jnp.where(lengths > 0, lengths + 1, 0))
         how = {"implementation": implementation}

@@ -1,7 +1,7 @@
 // The compiled kernel by itself, on random plans: against its definition in double precision, the
 // same with any number of threads, batch-invariant and not, and on plans that are wrong in every
-// number, which must read nothing that is not there; and products of rows with weights. Built with a
-// sanitizer by `test_native_alone.py`.
+// number, which must read nothing that is not there; how chunks score, and tiles of what is chosen;
+// and products of rows with weights. Built with a sanitizer by `test_native_alone.py`.
 //
 //     check SEED PLANS
 
@@ -12,7 +12,9 @@
 #include <random>
 
 #include "attention.h"
+#include "chosen.h"
 #include "products.h"
+#include "scores.h"
 
 using namespace chunks;
 
@@ -251,6 +253,186 @@ double largest_error(const Problem& p, const std::vector<float>& found) {
   return largest;
 }
 
+// Queries that choose: what they and the chunks are, in random numbers.
+struct Choice {
+  int queries, columns, sequences, kv_heads, group, dim, chunks, size, bits, groups;
+  Numbers chunk, own_column, table, tables, row, rows, begin, counts, ids, count, item_column;
+  std::vector<float> q, bounds;
+  std::vector<uint8_t> codes, first;
+  std::vector<Float16> scale, zero;
+  float factor, cap;
+};
+
+constexpr int LOOKS = 4, LOOK_IDS = 16;
+
+// A query finds the chunks up to a column in items, each in one of them, and the rest in its table.
+Choice random_choice(bool wrong) {
+  Choice c;
+  const int dims[] = {1, 2, 7, 16, 24, 64, 80}, bits[] = {2, 4, 8};
+  c.queries = between(1, 40);
+  c.sequences = between(1, 3);
+  c.columns = LOOKS + between(1, 40);
+  c.kv_heads = between(1, 3);
+  c.group = between(1, 9);
+  c.dim = dims[below(7)];
+  c.bits = bits[below(3)];
+  c.groups = between(1, 2);
+  c.size = 8 * c.groups * between(1, 4);
+  c.chunks = between(1, 20);
+  c.factor = 1.44f / std::sqrt((float)c.dim);
+  c.cap = chance(0.3) ? 3 : 0;
+  auto number = [&](int right) {
+    if (!wrong || chance(0.7)) return right;
+    const int32_t wild[] = {-1, INT32_MIN, INT32_MAX, 1 << 20, c.queries, c.columns, 0};
+    return wild[below(7)];
+  };
+  const int items = below(LOOKS + 1);  // each has a column, for all queries
+  for (int i = 0; i < LOOKS; i++) {
+    c.row.push_back(number(0));
+    c.rows.push_back(number(c.queries));
+    c.begin.push_back(number(i));
+    c.counts.push_back(number(1));
+    c.item_column.push_back(number(i));
+  }
+  c.count = {number(items)};
+  for (int i = 0; i < LOOK_IDS; i++) c.ids.push_back(number(below(c.chunks)));
+  for (int i = 0; i < c.sequences * c.columns; i++) c.tables.push_back(number(below(c.chunks)));
+  const int each = (c.queries + c.sequences - 1) / c.sequences;
+  for (int query = 0; query < c.queries; query++) {
+    c.chunk.push_back(number(below(c.columns + 1)));
+    c.own_column.push_back(number(items));
+    c.table.push_back(number(query / each));
+  }
+  c.q.resize((int64_t)c.queries * c.kv_heads * c.group * c.dim);
+  c.bounds.resize((int64_t)c.kv_heads * c.chunks * 2 * c.dim);
+  for (auto* array : {&c.q, &c.bounds})
+    for (float& one : *array) one = normal();
+  c.codes.resize((int64_t)c.kv_heads * c.chunks * c.size * c.bits / 8 * c.dim);
+  if (c.bits < 8 && c.dim % 2 == 0 && chance(0.5)) c.first.resize((int64_t)c.kv_heads * c.chunks * c.dim / 2);
+  for (auto* array : {&c.codes, &c.first})
+    for (uint8_t& one : *array) one = below(256);
+  c.scale.resize((int64_t)c.kv_heads * c.chunks * c.groups * c.dim);
+  c.zero.resize(c.scale.size());
+  const int size = c.bits == 8 ? 0x2400 : c.bits == 4 ? 0x3400 : 0x3c00;  // codes span up to 8
+  for (Float16& one : c.scale) one.bits = size + below(0x400);
+  for (Float16& one : c.zero) one.bits = below(0x3c00) | below(2) << 15;
+  return c;
+}
+
+Codes codes_of(const Choice& c) {
+  return {Codes::affine,  c.bits,         false,   c.groups,
+          c.codes.data(), c.scale.data(), c.zero.data(), nullptr,
+          c.first.empty() ? nullptr : c.first.data(), c.chunks, c.size, c.dim};
+}
+
+// The shares of some queries by the codes of keys, or by their bounds.
+std::vector<float> shares(const Choice& c, bool by_codes, int first, int queries, int threads) {
+  std::vector<float> found((int64_t)queries * c.kv_heads * c.group * c.columns, NAN);
+  auto ints = [](const Numbers& all) { return Ints{all.data(), (int64_t)all.size()}; };
+  Numbers row = c.row, rows = c.rows;
+  if (queries < c.queries)
+    for (int i = 0; i < LOOKS; i++) row[i] = 0, rows[i] = queries;
+  Asking asking{queries, c.columns, c.sequences, c.kv_heads * c.group, c.kv_heads, c.dim, c.factor,
+                c.cap, c.q.data() + (int64_t)first * c.kv_heads * c.group * c.dim,
+                c.chunk.data() + first, c.own_column.data() + first, c.table.data() + first,
+                c.tables.data(),
+                {ints(row), ints(rows), ints(c.begin), ints(c.counts), ints(c.ids), ints(c.count)},
+                c.item_column.data(), found.data()};
+  with_threads([&](const Schedule& schedule) {
+    if (by_codes)
+      score_chunks<KeyCodes>(asking, codes_of(c), c.chunks, threads, schedule);
+    else
+      score_chunks<KeyBounds>(asking, Bounds{c.bounds.data(), c.chunks}, c.chunks, threads, schedule);
+  });
+  return found;
+}
+
+// The largest error of the shares, by the definition.
+double share_error(const Choice& c, bool by_codes, const std::vector<float>& found) {
+  const Codes codes = codes_of(c);
+  std::vector<float> keys((int64_t)c.size * c.dim);
+  double largest = 0;
+  for (int query = 0; query < c.queries; query++) {
+    for (int h = 0; h < c.kv_heads * c.group; h++) {
+      const int head = h / c.group, before = c.chunk[query];
+      const int64_t at = (int64_t)query * c.kv_heads * c.group + h;
+      std::vector<double> best(before, -INFINITY);
+      double most = -INFINITY, total = 0;
+      for (int column = 0; column < before; column++) {
+        const int id = column < c.own_column[query] ? c.ids[column]
+                                                    : c.tables[c.table[query] * c.columns + column];
+        codes.read(head, id, 0, c.size, keys.data(), c.dim);
+        const float* least = c.bounds.data() + (int64_t)(head * c.chunks + id) * 2 * c.dim;
+        for (int t = 0; t < (by_codes ? c.size : 1); t++) {
+          double score = 0;
+          for (int d = 0; d < c.dim; d++) {
+            const double q = (double)c.q[at * c.dim + d] * c.factor;
+            score += by_codes ? q * keys[t * c.dim + d]
+                              : std::max(q * least[d], q * least[c.dim + d]);
+          }
+          best[column] = std::max(best[column], score);
+        }
+        if (c.cap > 0) best[column] = std::tanh(best[column]) * c.cap;
+        most = std::max(most, best[column]);
+      }
+      for (double& one : best) total += one = std::exp2(one - most);
+      for (int column = 0; column < c.columns; column++) {
+        const double right = column < before ? best[column] / total : 0;
+        const double error = std::abs(right - found[at * c.columns + column]);
+        if (!(error <= largest)) largest = error;
+      }
+    }
+  }
+  return largest;
+}
+
+// Whether shares are what they are to be: by the definition, and the same bits for any number of
+// threads and of other queries.
+bool scores_right(bool wrong) {
+  const Choice c = random_choice(wrong);
+  for (bool by_codes : {false, true}) {
+    const std::vector<float> all = shares(c, by_codes, 0, c.queries, 1);
+    if (wrong) continue;
+    const double error = share_error(c, by_codes, all);
+    if (!(error <= (by_codes ? 5e-4 : 2e-6)))  // of scores to 40, of queries in 16 bits
+      return std::fprintf(stderr, "shares are off by %g\n", error), false;
+    const int first = below(c.queries), count = between(1, c.queries - first);
+    const std::vector<float> again = shares(c, by_codes, 0, c.queries, 4);
+    const std::vector<float> some = shares(c, by_codes, first, count, 2);
+    const int64_t each = (int64_t)c.kv_heads * c.group * c.columns;
+    if (std::memcmp(again.data(), all.data(), all.size() * sizeof(float)) ||
+        std::memcmp(some.data(), all.data() + first * each, count * each * sizeof(float)))
+      return std::fprintf(stderr, "shares depend on others\n"), false;
+  }
+  return true;
+}
+
+// Whether tiles have every row that has chosen a chunk once, as far as there is room.
+bool tiles_right(bool wrong) {
+  const int rows = between(1, 20), width = between(1, 12), columns = between(width, 20);
+  const int size = between(1, 8), most = wrong ? between(1, 20) : rows * width;
+  Numbers chosen, counts, tables;
+  for (int row = 0; row < rows; row++) {
+    counts.push_back(wrong && chance(0.3) ? INT32_MAX : below(width + 1));
+    for (int i = 0; i < width; i++) chosen.push_back(wrong && chance(0.3) ? -i : i);
+    for (int i = 0; i < columns; i++) tables.push_back(i * 4 + below(3));
+  }
+  Numbers chunks(most, -7), tile_rows(most * size, -7), count(1, -7);
+  make_tiles({rows, width, columns, chosen.data(), counts.data(), tables.data()}, 99,
+             {most, size, chunks.data(), tile_rows.data(), count.data()});
+  if (wrong) return count[0] >= 0;
+  std::vector<std::pair<int, int>> right, found;
+  for (int row = 0; row < rows; row++)
+    for (int i = 0; i < counts[row]; i++) right.push_back({tables[row * columns + i], row});
+  for (int tile = 0; tile < most; tile++)
+    for (int i = 0; i < size; i++)
+      if (tile_rows[tile * size + i] < rows) found.push_back({chunks[tile], tile_rows[tile * size + i]});
+  for (int tile = 0; tile < most; tile++)
+    if ((tile_rows[tile * size] < rows) != (tile < count[0])) return false;
+  std::sort(right.begin(), right.end());
+  return right == found;  // which are in order
+}
+
 // The largest error of a product with random weights, and of its sums of rows; infinity where fewer
 // rows or more threads have other bits.
 template <class Element>
@@ -325,6 +507,8 @@ int main(int count, char** arguments) {
       double error = largest_error(problem, alone);
       if (!(error <= largest)) largest = error;
     }
+    if (!scores_right(wrong)) return std::fprintf(stderr, "choice %d\n", plan), 1;
+    if (!tiles_right(wrong)) return std::fprintf(stderr, "tiles %d are wrong\n", plan), 1;
     const double errors[] = {product_error<float>(), product_error<BFloat16>(),
                              product_error<Float16>()};
     for (double error : errors)
