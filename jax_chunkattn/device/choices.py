@@ -72,9 +72,7 @@ class RowChoices:
         tables = self.asking.tables
         selective = pool.selective[layer]
         before = pool.choices(layer, self.rows.slots)
-        chosen = _choose(
-            self.spec, pool, layer, q, self.asking, selective, compiled=self.compiled
-        )
+        chosen = _choose(self.spec, pool, layer, q, self.asking, selective, compiled=self.compiled)
         columns = before.at[self.asking.rows].set(
             _of_width(chosen, before.shape[1], tables.shape[1]), mode="drop"
         )
