@@ -23,6 +23,7 @@ def table(result: Result) -> ResultTable:
     config, measured = result.config, codec_measures(result.of_kind("codec"))
     exact = measured[0]
     lengths = [str(length) for length in config["copy_lengths"]]
+    recalls = any(one.recall is not None for one in measured)
     columns = (
         Column("codec", numeric=False),
         Column("reads", numeric=False),
@@ -31,6 +32,7 @@ def table(result: Result) -> ResultTable:
         Column("perplexity"),
         Column("change, %"),
         Column("same, %"),
+        *([Column("attention, %")] if recalls else []),
         Column("answers, %"),
         *(Column(f"copied, {length}") for length in lengths),
     )
@@ -45,6 +47,7 @@ def table(result: Result) -> ResultTable:
             if one is exact
             else f"{100 * one.perplexity_change:+.2f}±{100 * one.standard_error:.2f}",
             f"{100 * one.same_token:.1f}",
+            *([_recall_cell(one)] if recalls else []),
             "" if one.answers is None else f"{100 * one.answers:.1f}",
             *(
                 "/".join(f"{100 * share:.0f}" for share in one.copied.get(name, ()))
@@ -65,6 +68,8 @@ def table(result: Result) -> ResultTable:
         f"Copied: of {config['copy_strings']} strings of {STRING} random tokens, hidden at "
         f"{depths} of a text of that many tokens, those found again behind their first {SHOWN}, "
         "in %.",
+        "Attention: what of it lies in the chunks that are chosen, the mean and the 5th percentile "
+        "over layers that choose, heads and queries.",
         "A token reads chunks before its own encoded, or of those the share that is named, chosen "
         "by the policy before it; as KIVI: keys before the last whole 128, "
         "values before its last 128; as KVQuant: everything.",
@@ -106,6 +111,12 @@ def figure(result: Result) -> Figure:
             "KL divergence of the next token (nats)",
         )
     return drawn
+
+
+def _recall_cell(one: CodecMeasures) -> str:
+    if one.recall is None:
+        return ""
+    return f"{100 * one.recall['mean']:.1f}, {100 * one.recall['fifth']:.1f}"
 
 
 def choice_of(reads: str) -> tuple[str, float] | None:

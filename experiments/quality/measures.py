@@ -72,6 +72,8 @@ class CodecMeasures(Change):
         KVQuant", of which none is.
       answers: share of the tokens of the model's own answers that the codec finds likeliest too.
       copied: share of hidden tokens found again, by the length of the text and at each depth.
+      recall: of attention that chosen chunks keep, the mean and the 5th percentile over layers,
+        heads and queries; None where all is read.
     """
 
     codec: str
@@ -79,6 +81,7 @@ class CodecMeasures(Change):
     bytes_per_token: float | None
     answers: float | None
     copied: dict[str, list[float]]
+    recall: dict[str, float] | None = None
 
 
 def codec_measures(records: Sequence[Record]) -> list[CodecMeasures]:
@@ -95,6 +98,7 @@ def _codec_measures(exact: Record, record: Record) -> CodecMeasures:
         bytes_per_token=record.get("bytes_per_token"),
         answers=None if answers is None else float(np.mean(answers)),
         copied=record.get("copied", {}),
+        recall=record.get("recall"),
         **vars(change_of(exact, record)),
     )
 

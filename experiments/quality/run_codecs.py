@@ -33,6 +33,7 @@ from experiments.quality.codecs import (
 )
 from experiments.quality.config import QualityConfig, sizes_of
 from experiments.quality.measures import codec_measures
+from experiments.quality.recall import Recall
 from experiments.quality.scoring import Passage, SharedScorer, passage_tokens
 from experiments.select_option import given_dense_layers, named_selector
 from jax_chunkattn import CacheConfig
@@ -119,10 +120,14 @@ class _Scoring:
             for name, passage in self._passages.items()
             if name.isdigit()
         }
+        recall = None
+        if selector is not None:
+            recall = Recall.of(model, self._passages["text"], selector, config.chunk_size)
         return {
             "kind": "codec",
             "codec": cache.codec_name,
             "reads": "chunks" if selector is None else selector.name,
+            "recall": None if recall is None else vars(recall),
             "bytes_per_token": per_token,
             **agreement_lists(text),
             "answers": (answers == expected).tolist(),

@@ -153,8 +153,8 @@ def choose_all(selector: ChunkSelector, asks, *, compiled: bool):
         items = jax.tree.map(jnp.asarray, plan.items)
         clipped = jnp.minimum(tables, CHUNKS - 1)
         asking = asking_rows(asks, chunk, clipped, items, ItemColumns.of(items, clipped))
-        estimate_by = kept.compiled_estimate if compiled else kept.estimate
-        estimate = estimate_by(landmarks, stored, LAYER)
+        known = landmarks, stored, LAYER
+        estimate = kept.compiled_estimate(*known) if compiled else kept.estimate(*known)
         assert estimate is not None
         return choose(q, asking, estimate, ATTENTION, selector)
 
@@ -234,7 +234,9 @@ def test_the_compiled_kernel_scores_the_codes_of_a_pool_as_they_are_read(codec, 
         items = jax.tree.map(jnp.asarray, plan.items)
         columns = ItemColumns.of(items, tables)
         asking = asking_rows(asks, lengths // CHUNK, tables, items, columns)
-        estimate = (kept.compiled_estimate if compiled else kept.estimate)({}, pool, LAYER)
+        known = {}, pool, LAYER
+        estimate = kept.compiled_estimate(*known) if compiled else kept.estimate(*known)
+        assert estimate is not None
         assert isinstance(estimate, CompiledEstimate) == compiled
         return chunk_scores(q, asking, estimate, attention)
 
@@ -246,6 +248,7 @@ def test_the_compiled_kernel_scores_the_codes_of_a_pool_as_they_are_read(codec, 
 def coded(name: str) -> CodedKV:
     """The keys and values as codes."""
     codec = codec_of(name)
+    assert codec is not None
     keys, values = codec.keys.encode(jnp.asarray(KEYS)), codec.values.encode(jnp.asarray(VALUES))
     return CodedKV(keys, values, LAYER, codec, CHUNK, DIM)
 
