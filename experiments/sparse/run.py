@@ -15,11 +15,11 @@ from jax import lax
 from experiments.harness import timing
 from experiments.harness.compilations import compilation_cache
 from experiments.harness.environment import describe_environment
-from experiments.harness.reading import Record
 from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
 from experiments.harness.views import finish
 from experiments.select_option import named_selector
+from experiments.sparse import products
 from experiments.sparse.choosing import Choosing, alike
 from experiments.sparse.config import PREFILL_TOKENS, PRIVATE_TOKENS, SparseConfig
 from jax_chunkattn import CacheConfig, CacheSpec
@@ -116,10 +116,13 @@ def _measure_context(config: SparseConfig, context: int) -> dict[str, Any]:
         calls[f"decode {choice}"] = partial(choosing.decode, q)
         calls[f"prefill {choice}"] = partial(choosing.prefill, jnp.asarray(tokens))
         reads[f"decode {choice}"] = choosing.chunk_reads(q)
-    sides: dict[str, Record] = {
-        _name(window): {"window": window.size if window is not None else None} for window in windows
-    }
-    sides |= {choice: {"select": choice} for choice in config.select}
+    positions, sides = np.arange(context - PREFILL_TOKENS, context), {}
+    for window in windows:
+        size = None if window is None else window.size
+        sides[_name(window)] = {"window": size, "products": products.of_window(size, positions)}
+    for choice in config.select:
+        work = products.of_selector(named_selector(choice), positions, config.chunk_size)
+        sides[choice] = {"select": choice, "products": work}
     timings, _ = timing.time_in_turns(calls, config.repeats, seed=config.seed)
     return {
         "kind": "context",

@@ -21,13 +21,26 @@ def tables(result: Result) -> list[ResultTable]:
             Column("of all", timed=True),
             Column("chunks read"),
         ]
+    counted = "products" in summary["contexts"][0]["sides"][0]
+    if counted:
+        columns.append(Column("products, of all"))
     return [
         table_of(
             f"Attention of {summary['rows']} rows behind one prefix, and of a prefill call of "
             f"{summary['prefill_tokens']} tokens at its end; {summary.get('layers', 1)} layers, "
             f"heads {summary['heads']} of {summary['head_dim']}",
             columns,
-            [_row(context, side) for context in summary["contexts"] for side in context["sides"]],
+            [
+                _row(context, side, counted=counted)
+                for context in summary["contexts"]
+                for side in context["sides"]
+            ],
+            notes=[
+                "Products: of a query of the prefill call with keys and values, and with what it "
+                "chooses by."
+            ]
+            if counted
+            else (),
         )
     ]
 
@@ -60,7 +73,7 @@ def _name(side: Record) -> str:
     return "all tokens" if side["window"] is None else f"the last {side['window']:,}"
 
 
-def _row(context: Record, side: Record) -> tuple[str, ...]:
+def _row(context: Record, side: Record, *, counted: bool) -> tuple[str, ...]:
     full = context["sides"][0]
     cells = [f"{context['tokens']:,}", _name(side)]
     for phase in _PHASES:
@@ -70,4 +83,6 @@ def _row(context: Record, side: Record) -> tuple[str, ...]:
             f"{taken['median'] / full[phase]['median']:.0%}",
             "" if taken["chunk_reads"] is None else f"{taken['chunk_reads']:,}",
         ]
+    if counted:
+        cells.append(f"{side['products'] / full['products']:.1%}")
     return tuple(cells)

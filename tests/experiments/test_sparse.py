@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from experiments.cli import main
 from experiments.harness.errors import UserError
 from experiments.sparse.command import headline
 from experiments.sparse.config import SparseConfig, check
+from experiments.sparse.products import of_selector, of_window
 from experiments.sparse.views import tables
+from pallas_kernels.selection import ChunkSelector
 from tests.experiments.results import read_result, summary_in, text_of
 
 SMALL = ["--contexts", "1024", "1152", "--windows", "100", "200", "--rows", "3", "--heads", "2/1"]
@@ -42,6 +45,23 @@ def test_reads_fall_with_the_window_and_stay_with_the_context(tmp_path):
     assert "1,152" in text
     assert "100%" in text
     assert "scores, 40%" in text
+    assert "products, of all" in text
+
+
+def test_products_are_those_of_what_is_read_and_of_what_is_looked_at():
+    """Of two queries in chunks 10 and 11, which read 4 and 5 chunks and choose for 4 queries."""
+    positions, whole = np.array([10 * 16 + 3, 11 * 16]), ChunkSelector(1.0)
+    assert of_selector(whole, positions, 16) == of_window(None, positions) == 164 + 177
+    assert of_window(32, positions) == 64
+    read = np.array([2 * (3 * 16 + 4), 2 * (4 * 16 + 1)])
+    for policy, looked in (
+        ("recent", [0, 0]),
+        ("scores", [160, 176]),
+        ("bounds", [20, 22]),
+        ("hip", [2 * 1 * 3 * 16, 2 * 2 * 3 * 16]),  # of 8 and 9 chunks 1 and 2
+    ):
+        found = of_selector(ChunkSelector(0.36, policy, whole=0), positions, 16)
+        assert found == np.mean(read + np.array(looked) / 4)
 
 
 @pytest.mark.parametrize(
