@@ -124,6 +124,8 @@ def unsupported(shapes: AttentionShapes) -> str | None:
         )
     if not 1 <= shapes.group <= 64:
         return f"the Triton kernels take up to 64 query heads a KV head, not {shapes.group}"
+    if shapes.codec is not None and shapes.clustered:
+        return "the Triton kernels read no codes of clustered heads"
     return None if shapes.codec is None else _unreadable(shapes.codec, shapes.head_dim)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax_chunkattn.device.model_interface import CacheSpec
 from jax_chunkattn.tree.window_room import WindowRoom
 from pallas_kernels.clusters import HeadClusters, KeySlots
-from pallas_kernels.codecs import IDENTITY, ChunkCodec, codec_of
+from pallas_kernels.codecs import IDENTITY, ChunkCodec, codec_of, part_bytes
 from pallas_kernels.selection import ChunkSelector, Landmarks
 
 UNUSED_PART = 4
@@ -74,9 +74,14 @@ class CacheConfig:
         if self.window_chunks is not None and self.whole_chunks:
             raise ValueError("window_chunks is not for pools with a codec, a selector or clusters")
         if self.clusters is not None:
-            for name, given in (("codec", self.chunk_codec), ("selector", self.selector)):
-                if given is not None:
-                    raise ValueError(f"a pool of clustered heads takes no {name} yet")
+            if self.selector is not None:
+                raise ValueError("a pool of clustered heads takes no selector yet")
+            codec = self.chunk_codec
+            if codec is not None and codec.constants.heads is not None:
+                raise ValueError(
+                    f"codec {codec.name!r} was calibrated for each KV head, and clusters have keys "
+                    "of one head or another"
+                )
 
     @property
     def chunk_codec(self) -> ChunkCodec | None:
@@ -253,10 +258,14 @@ class CacheConfig:
     def _clustered_bytes(self, clusters: HeadClusters, spec: CacheSpec) -> int:
         """Of a chunk: keys of clusters, values of all heads, and two maps of 8 bits a head."""
         heads = spec.attention.heads
-        kept = KeySlots.of(clusters, heads).total + spec.num_layers * heads.kv_heads
-        numbers = kept * self.chunk_size * spec.head_dim
+        keys, values = KeySlots.of(clusters, heads).total, spec.num_layers * heads.kv_heads
         maps = 2 * spec.num_layers * heads.query_heads
-        return numbers * jnp.dtype(self.dtype).itemsize + maps
+        codec, sizes = self.chunk_codec, (self.chunk_size, spec.head_dim)
+        if codec is None:
+            numbers = (keys + values) * self.chunk_size * spec.head_dim
+            return numbers * jnp.dtype(self.dtype).itemsize + maps
+        coded = part_bytes(codec.keys, *sizes), part_bytes(codec.values, *sizes)
+        return keys * coded[0] + values * coded[1] + maps
 
     def tail_bytes(self, spec: CacheSpec) -> int:
         """Bytes of a row's last chunk where it is kept apart; with clusters, queries, keys and

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax_chunkattn.device.model_interface import CacheSpec
 from jax_chunkattn.device.tails import as_kept, copied, written
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.clusters import ClusteredKV, HeadClusters, KeySlots, representatives_of
+from pallas_kernels.codecs import ChunkCodec, TensorCodec
 from pallas_kernels.plans import HostOrDevice, NewTokens, OwnChunks, PrefillPlan, Reads, Sealing
 
 
@@ -31,13 +32,16 @@ class ClusteredPool:
 
     Letters: L layers, Hq query heads, Hkv KV heads, K key slots of all layers, N chunks of C
     tokens, S slots of the table, D numbers of a head.
+
+    Attributes:
+      keys, values: of full chunks, as they are or with a codec what it stores of each, by name.
     """
 
     AXES: ClassVar[tuple[str, ...]] = ()
     """No dimension is split over devices: heads of one cluster may be anywhere."""
 
-    keys: Float[Array, "K N C D"]
-    values: Float[Array, "L Hkv N C D"]
+    keys: Any  # K N C D, or with a codec arrays K N ... by name
+    values: Any  # L Hkv N C D, or the same
     representatives: UInt8[Array, "L N Hq"]
     head_slots: UInt8[Array, "L N Hq"]  # of the layer's key slots, where a head's keys are
     tail_queries: Float[Array, "L Hq S C D"]  # of first chunks
@@ -45,6 +49,7 @@ class ClusteredPool:
     tail_values: Float[Array, "L Hq S C D"]
     clusters: HeadClusters = field(metadata={"static": True})
     attention: AttentionSpec = field(metadata={"static": True})
+    codec: ChunkCodec | None = field(default=None, metadata={"static": True})
 
     @classmethod
     def allocate(cls, spec: CacheSpec, config: CacheConfig, num_slots: int) -> ClusteredPool:
@@ -60,9 +65,19 @@ class ClusteredPool:
         num_chunks = config.chunks_for(spec, num_slots)
         chunk, maps = (size, spec.head_dim), (spec.num_layers, num_chunks, heads.query_heads)
         tails = (spec.num_layers, heads.query_heads, num_slots, *chunk)
+        codec = config.chunk_codec
+
+        def zeros(part: TensorCodec | None, *outer: int) -> Any:
+            if part is None:
+                return jnp.zeros((*outer, num_chunks, *chunk), dtype)
+            arrays = part.arrays(*chunk)
+            return {
+                n: jnp.zeros((*outer, num_chunks, *a.shape), a.dtype) for n, a in arrays.items()
+            }
+
         return cls(
-            jnp.zeros((KeySlots.of(clusters, heads).total, num_chunks, *chunk), dtype),
-            jnp.zeros((spec.num_layers, heads.kv_heads, num_chunks, *chunk), dtype),
+            zeros(codec and codec.keys, KeySlots.of(clusters, heads).total),
+            zeros(codec and codec.values, spec.num_layers, heads.kv_heads),
             jnp.zeros(maps, jnp.uint8),
             jnp.zeros(maps, jnp.uint8),
             jnp.zeros(tails, dtype),
@@ -70,15 +85,16 @@ class ClusteredPool:
             jnp.zeros(tails, dtype),
             clusters,
             spec.attention,
+            codec,
         )
 
     @property
     def dtype(self) -> jnp.dtype:
-        return self.values.dtype
+        return self.tail_values.dtype
 
     @property
     def num_chunks(self) -> int:
-        return self.values.shape[2]
+        return self.representatives.shape[1]
 
     @property
     def num_slots(self) -> int:
@@ -86,7 +102,7 @@ class ClusteredPool:
 
     @property
     def chunk_size(self) -> int:
-        return self.values.shape[3]
+        return self.tail_values.shape[3]
 
     @property
     def slots(self) -> KeySlots:
@@ -96,7 +112,8 @@ class ClusteredPool:
     def at_layer(self, layer: Int32[Array, ""]) -> ClusteredKV:
         """Keys and values of one layer, where they are."""
         maps = self.representatives, self.head_slots
-        return ClusteredKV(self.keys, self.values, *maps, layer, self.slots)
+        sizes = self.chunk_size, self.tail_values.shape[4]
+        return ClusteredKV(self.keys, self.values, *maps, layer, self.slots, self.codec, sizes)
 
     def locate(self, layer: Int32[Array, ""], reads: Reads) -> Reads:
         """What a layer reads: chunks lie where the plan says."""
@@ -184,14 +201,19 @@ class ClusteredPool:
         keys = sealing.chunks_of(k, self.chunk_size)  # M C Hq D
         keys = jnp.take_along_axis(keys, kept[:, None, :, None], axis=2)
         values = sealing.chunks_of(v[:, ::group], self.chunk_size)
+        places = self.slots.places(layer)[None]
+
+        def put_keys(array: Array, new: Array) -> Array:
+            return array.at[places, chunks[:, None]].set(new, mode="drop", unique_indices=True)
+
+        def put_values(array: Array, new: Array) -> Array:
+            return array.at[layer, :, chunks].set(new, mode="drop", unique_indices=True)
+
+        keys, values = self._stored(jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2))
         pool = replace(
             self,
-            keys=self.keys.at[self.slots.places(layer)[None], chunks[:, None]].set(
-                jnp.swapaxes(keys, 1, 2), mode="drop", unique_indices=True
-            ),
-            values=self.values.at[layer, :, chunks].set(
-                jnp.swapaxes(values, 1, 2), mode="drop", unique_indices=True
-            ),
+            keys=jax.tree.map(put_keys, self.keys, keys),
+            values=jax.tree.map(put_values, self.values, values),
         )
         pool = pool._write_tails(layer, k, v, sealing.tail_slots, plan.write_offsets)
         return pool, NewTokens(k, v)
@@ -200,7 +222,7 @@ class ClusteredPool:
         """With the tails that the token just written has filled in their chunks."""
         tables = rows.plan.tables
         assert tables is not None, "planned with the rows' tables"
-        layers = jnp.arange(self.values.shape[0], dtype=jnp.int32)
+        layers = jnp.arange(len(self.tail_values), dtype=jnp.int32)
         counts = jnp.asarray(self.clusters.counts, jnp.int32)
         places = jax.vmap(self.slots.places)(layers)  # L S
         group = self.attention.heads.group
@@ -228,11 +250,19 @@ class ClusteredPool:
             is_first = rows.lengths[row] < self.chunk_size
             maps = lax.cond(is_first, find, as_before, None)
             kept = self.slots.kept(maps)  # L S
-            kept_keys = jnp.take_along_axis(keys, kept[..., None, None], axis=1)
+            keys = jnp.take_along_axis(keys, kept[..., None, None], axis=1)
+            keys, values = self._stored(keys, values[:, ::group])
+
+            def put_keys(array: Array, new: Array) -> Array:
+                return array.at[places, chunk].set(new, mode="drop")
+
+            def put_values(array: Array, new: Array) -> Array:
+                return array.at[:, :, chunk].set(new, mode="drop")
+
             return replace(
                 pool._with_maps(slice(None), chunk, maps),
-                keys=pool.keys.at[places, chunk].set(kept_keys, mode="drop"),
-                values=pool.values.at[:, :, chunk].set(values[:, ::group], mode="drop"),
+                keys=jax.tree.map(put_keys, pool.keys, keys),
+                values=jax.tree.map(put_values, pool.values, values),
             )
 
         return rows.for_each_filled(self.num_chunks, self.chunk_size, seal_row, self)
@@ -258,6 +288,14 @@ class ClusteredPool:
         tails = self.tail_queries, self.tail_keys, self.tail_values
         queries, keys, values = copied(tails, sources, destinations)
         return replace(self, tail_queries=queries, tail_keys=keys, tail_values=values)
+
+    def _stored(
+        self, keys: Float[Array, "*chunks C D"], values: Float[Array, "*others C D"]
+    ) -> tuple[Any, Any]:
+        """As full chunks are stored."""
+        if self.codec is None:
+            return keys, values
+        return self.codec.keys.encode(keys), self.codec.values.encode(values)
 
     def _clustered(
         self,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 from pallas_kernels.clusters.head_clusters import KeySlots
+from pallas_kernels.codecs import ChunkCodec, TensorCodec
 from pallas_kernels.plans import HostOrDevice
 
 
@@ -23,23 +25,24 @@ class ClusteredKV:
 
     Letters: L layers, Hq query heads, Hkv KV heads, K slots of all layers, N chunks of C tokens,
     D numbers of a head.
+
+    Attributes:
+      keys, values: as they are, or with a codec what it stores of each chunk, by name.
     """
 
-    keys: Float[Array, "K N C D"]
-    values: Float[Array, "L Hkv N C D"]
+    keys: Any  # K N C D, or with a codec arrays K N ... by name
+    values: Any  # L Hkv N C D, or the same
     representatives: UInt8[Array, "L N Hq"]
     head_slots: UInt8[Array, "L N Hq"]
     layer: int | Int32[Array, ""]  # may be traced
     slots: KeySlots = field(metadata={"static": True})
-
-    @property
-    def codec(self) -> None:
-        """Chunks are stored as they are."""
-        return None
+    codec: ChunkCodec | None = field(default=None, metadata={"static": True})
+    coded_sizes: tuple[int, int] = field(default=(0, 0), metadata={"static": True})  # C, D
 
     @property
     def dtype(self) -> jnp.dtype:
-        return self.values.dtype
+        """Of numbers as they are, or what codes are decoded to."""
+        return self.values.dtype if self.codec is None else jnp.dtype(jnp.float32)
 
     @property
     def kv_heads(self) -> int:
@@ -48,15 +51,15 @@ class ClusteredKV:
 
     @property
     def num_chunks(self) -> int:
-        return self.values.shape[2]
+        return jax.tree.leaves(self.values)[0].shape[2]
 
     @property
     def chunk_size(self) -> int:
-        return self.values.shape[3]
+        return self.values.shape[3] if self.codec is None else self.coded_sizes[0]
 
     @property
     def head_dim(self) -> int:
-        return self.values.shape[4]
+        return self.values.shape[4] if self.codec is None else self.coded_sizes[1]
 
     def layer_operand(self) -> Int32[Array, " 1"]:
         """The layer, as Pallas kernels take it."""
@@ -70,11 +73,14 @@ class ClusteredKV:
         """Keys of every chunk."""
         chunk = jnp.arange(self.num_chunks, dtype=jnp.int32)
         place = self._begin() + self.head_slots[self.layer].astype(jnp.int32)
-        return self.keys[place.T, chunk[None]]
+        keys = jax.tree.map(lambda array: array[place.T, chunk[None]], self.keys)
+        return self._numbers(self.codec and self.codec.keys, keys)
 
     def all_values(self) -> Float[Array, "Hq N C D"]:
         """Values of every chunk."""
-        return jnp.repeat(self.values[self.layer], self.slots.heads.group, axis=0)
+        values = jax.tree.map(lambda array: array[self.layer], self.values)
+        values = self._numbers(self.codec and self.codec.values, values)
+        return jnp.repeat(values, self.slots.heads.group, axis=0)
 
     def gather(
         self, head: Int32[Array, ""], chunk_ids: Int32[HostOrDevice, "*rows W"]
@@ -89,15 +95,21 @@ class ClusteredKV:
         """The keys alone."""
         slot = self.head_slots.at[self.layer, chunk_ids, head].get(mode="promise_in_bounds")
         place = self._begin() + slot.astype(jnp.int32)
-        return self._flat(self.keys.at[place, chunk_ids].get(mode="promise_in_bounds"))
+
+        def of_chunks(array: Array) -> Array:
+            return array.at[place, chunk_ids].get(mode="promise_in_bounds")
+
+        return self._flat(self.codec and self.codec.keys, jax.tree.map(of_chunks, self.keys))
 
     def gather_values(
         self, kv_head: Int32[Array, ""], chunk_ids: Int32[HostOrDevice, "*rows W"]
     ) -> Float32[Array, "*rows tokens D"]:
         """The values alone, of a KV head as they are stored."""
-        return self._flat(
-            self.values.at[self.layer, kv_head, chunk_ids].get(mode="promise_in_bounds")
-        )
+
+        def of_chunks(array: Array) -> Array:
+            return array.at[self.layer, kv_head, chunk_ids].get(mode="promise_in_bounds")
+
+        return self._flat(self.codec and self.codec.values, jax.tree.map(of_chunks, self.values))
 
     def representatives_of(self, chunk: Int32[HostOrDevice, ""]) -> Int32[Array, " Hq"]:
         """For each query head the one that attends for its cluster, where a chunk is read."""
@@ -107,5 +119,11 @@ class ClusteredKV:
     def _begin(self) -> Int32[Array, ""]:
         return jnp.asarray(self.slots.begins, jnp.int32)[self.layer]
 
-    def _flat(self, chunks: Float[Array, "*rows W C D"]) -> Float32[Array, "*rows tokens D"]:
-        return chunks.reshape(*chunks.shape[:-3], -1, self.head_dim).astype(jnp.float32)
+    def _flat(self, codec: TensorCodec | None, chunks: Any) -> Float32[Array, "*rows tokens D"]:
+        numbers = self._numbers(codec, chunks)
+        return numbers.reshape(*numbers.shape[:-3], -1, self.head_dim).astype(jnp.float32)
+
+    @staticmethod
+    def _numbers(codec: TensorCodec | None, chunks: Any) -> Float[Array, "*chunks C D"]:
+        """Of chunks as they are stored."""
+        return chunks if codec is None else codec.decode(chunks)

@@ -10,6 +10,7 @@ from pallas_kernels.codecs.chunk_codec import (
     TensorCodec,
     codec_of,
     codes_per_byte,
+    part_bytes,
 )
 from pallas_kernels.codecs.codebook import CodebookCodec
 from pallas_kernels.codecs.context import (
@@ -35,5 +36,6 @@ __all__ = [
     "TensorCodec",
     "codec_of",
     "codes_per_byte",
+    "part_bytes",
     "spread",
 ]

@@ -66,8 +66,7 @@ class ChunkCodec:
 
     def head_bytes(self, chunk_size: int, head_dim: int) -> int:
         """Bytes that the keys and values of one chunk of one head take."""
-        arrays = (part.arrays(chunk_size, head_dim) for part in (self.keys, self.values))
-        return sum(a.size * a.dtype.itemsize for of_part in arrays for a in of_part.values())
+        return sum(part_bytes(part, chunk_size, head_dim) for part in (self.keys, self.values))
 
     def check(self, chunk_size: int, head_dim: int, heads: tuple[int, int] | None = None) -> None:
         """Raises CodecError when chunks of these sizes cannot be stored; with `heads`, the layers
@@ -88,6 +87,12 @@ class ChunkCodec:
                 problem = codec.lacking(constants, head_dim)
             if problem is not None:
                 raise CodecError(f"codec {self.name!r} cannot store {what}: {problem}")
+
+
+def part_bytes(part: TensorCodec, chunk_size: int, head_dim: int) -> int:
+    """Bytes that the keys of one chunk of one head take, or its values."""
+    arrays = part.arrays(chunk_size, head_dim).values()
+    return sum(array.size * array.dtype.itemsize for array in arrays)
 
 
 def codes_per_byte(codec: TensorCodec) -> int:

@@ -15,6 +15,7 @@ from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.chunk_attention import CHUNK_ATTENTION
 from pallas_kernels.clusters import ClusteredKV, HeadClusters, KeySlots, representatives_of
 from pallas_kernels.clusters.membership import cluster, head_distances, medoids
+from pallas_kernels.codecs import codec_of
 from pallas_kernels.head_map import GroupedHeads
 from pallas_kernels.implementations import AttentionShapes, ImplementationError, needs_partials
 from pallas_kernels.plans import DecodeReads, NewTokens, OwnChunks, PrefillReads
@@ -292,6 +293,45 @@ def test_as_many_clusters_as_heads_are_the_heads_to_the_last_bit_or_so():
         )
 
     np.testing.assert_allclose(attend(clustered), attend(plain), rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_codes_of_clustered_heads_are_read_as_what_they_decode_to(implementation):
+    stored, tables, lengths, _, random = clustered_tree(2, 3, seed=5)
+    codec = codec_of("int8")
+    assert codec is not None
+    keys = codec.keys.encode(jnp.nan_to_num(jnp.asarray(stored.keys)))
+    values = codec.values.encode(jnp.asarray(stored.values))
+    coded = replace(
+        stored, keys=keys, values=values, codec=codec, coded_sizes=(stored.chunk_size, DIM)
+    )
+    decoded = replace(stored, keys=codec.keys.decode(keys), values=codec.values.decode(values))
+    assert (coded.num_chunks, coded.chunk_size) == (stored.num_chunks, stored.chunk_size)
+    heads = stored.slots.heads.query_heads
+    plan, _ = plan_decode(
+        tables, lengths, options=SHARE_ALL, chunk_size=CHUNK, num_chunks=stored.num_chunks
+    )
+    q = jnp.asarray(random.standard_normal((plan.num_rows, heads, DIM)), jnp.float32)
+    padded = jnp.asarray(lengths + [0] * (plan.num_rows - len(lengths)), jnp.int32)
+    found, right = (
+        CHUNK_ATTENTION.attend(
+            q,
+            kv,
+            DecodeReads(plan, padded),
+            AttentionSpec.of(heads, heads, DIM),
+            implementation=implementation,
+        )
+        for kv in (coded, decoded)
+    )
+    np.testing.assert_allclose(found, right, rtol=0, atol=1e-6)
+    exact = CHUNK_ATTENTION.attend(
+        q,
+        replace(stored, keys=jnp.nan_to_num(stored.keys)),
+        DecodeReads(plan, padded),
+        AttentionSpec.of(heads, heads, DIM),
+        implementation=implementation,
+    )
+    assert 1e-4 < np.abs(exact - right).max() < 0.1
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,10 @@ from jax_chunkattn.device.programs import Invocation, Programs, SplitModel
 from jax_chunkattn.device.request_table import DeviceState, RequestTable, RowState, copy_chunks
 from jax_chunkattn.planning.planner import plan_decode
 from jax_chunkattn.planning.prefill import Segment, pack_segments
+from pallas_kernels.chunk_attention import pallas_triton
 from pallas_kernels.clusters import HeadClusters
-from pallas_kernels.implementations import ImplementationError
+from pallas_kernels.codecs import AffineCodec, ChunkCodec, HeadConstants, codec_of
+from pallas_kernels.implementations import AttentionShapes, ImplementationError
 from pallas_kernels.selection import ChunkSelector
 from tests.interpreted import implementations_of_clusters
 from tests.jax_chunkattn.device.pool_copies import assert_pool_is_updated_in_place
@@ -31,28 +33,41 @@ from tests.jax_chunkattn.toy import token_tree, toy_model, windowed_model
 COUNTS = (2, 1)
 CLUSTERS = HeadClusters(COUNTS)
 SLOTS = 8
+CALIBRATED = ChunkCodec(
+    "nuq4",
+    AffineCodec(4, "tokens"),
+    AffineCodec(4, "channels"),
+    HeadConstants.of({"outliers": np.zeros((2, 2, 4), np.float32)}, {}),
+)
 GPT2 = CacheSpec(12, 12, 64, 12)
 
 
 @pytest.mark.parametrize(
-    ("counts", "of_all"),
-    [((12,) * 11 + (11,), 1.003), ((6,) * 12, 4 / 3), ((1,) * 12, 24 / 13)],
+    ("counts", "of_all", "codec"),
+    [
+        ((12,) * 11 + (11,), 1.003, "identity"),
+        ((6,) * 12, 4 / 3, "identity"),
+        ((1,) * 12, 24 / 13, "identity"),
+        ((6,) * 12, 1.346, "int4"),  # codes of keys take less than of values
+    ],
 )
-def test_tokens_in_the_same_memory(counts, of_all):
+def test_tokens_in_the_same_memory(counts, of_all, codec):
     """Keys, values, maps and tails together, against a pool of the same memory without clusters."""
     memory, rows = 2**30, 8
 
     def tokens(cache):
         return cache.chunk_size * cache.chunks_for(GPT2, rows)
 
-    cache = CacheConfig(memory=memory, clusters=HeadClusters(counts))
+    cache = CacheConfig(memory=memory, clusters=HeadClusters(counts), codec=codec)
     pool = jax.eval_shape(functools.partial(ClusteredPool.allocate, GPT2, cache, rows))
     held = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(pool))
     chunks = cache.chunks_for(GPT2, rows)
     assert held == chunks * cache.bytes_per_chunk(GPT2) + rows * cache.tail_bytes(GPT2)
     assert memory - cache.bytes_per_chunk(GPT2) < held <= memory
     tails = rows * cache.tail_bytes(GPT2)
-    plain = tokens(CacheConfig(memory=memory - tails))
+    plain_rows = rows if cache.chunk_codec is not None else 0
+    plain_tails = plain_rows * replace(cache, clusters=None).tail_bytes(GPT2)
+    plain = tokens(CacheConfig(memory=memory - tails + plain_tails, codec=codec))
     assert tokens(cache) / plain == pytest.approx(of_all, rel=0.01)
 
 
@@ -69,7 +84,7 @@ def test_clusters_of_one_head_each_are_none():
     [
         ({"clusters": HeadClusters((2,))}, "clusters of 1 layers for a model of 2"),
         ({"clusters": HeadClusters((2, 5))}, "layer 1 is to have 5 clusters of 4 heads"),
-        ({"clusters": CLUSTERS, "codec": "int8"}, "takes no codec yet"),
+        ({"clusters": CLUSTERS, "codec": CALIBRATED}, "was calibrated for each KV head"),
         ({"clusters": CLUSTERS, "selector": ChunkSelector(0.5)}, "takes no selector yet"),
         ({"clusters": CLUSTERS, "window_chunks": 8}, "window_chunks is not for"),
         ({"clusters": CLUSTERS, "model": windowed_model()}, "heads with windows form no clusters"),
@@ -83,6 +98,9 @@ def test_what_cannot_be_is_refused(options, words):
 def test_a_kernel_that_cannot_read_them_is_refused():
     with pytest.raises(ImplementationError, match="cannot run"):
         make_engine(clusters=CLUSTERS, implementation="pallas_mosaic_gpu")
+    shapes = AttentionShapes("bfloat16", 1, 64, 64, codec_of("int8"), clustered=True)
+    why = "the Triton kernels read no codes of clustered heads"
+    assert pallas_triton.unsupported(shapes) == why
 
 
 @pytest.mark.slow

@@ -95,6 +95,7 @@ FEATURES = (
     Feature("choices, windows", {**CHOOSING, **WINDOWED}),
     Feature("choices, windows, marked chunks", {"codec": MARKED, **CHOOSING, **WINDOWED}),
     Feature("clusters", {"clusters": HeadClusters(CLUSTERS)}),
+    Feature("clusters, marked chunks", {"clusters": HeadClusters(CLUSTERS), "codec": MARKED}),
     Feature("one cluster", {"clusters": HeadClusters((1, 1))}),
     Feature("deterministic", DETERMINISTIC),
     Feature("deterministic, windows", {**DETERMINISTIC, **WINDOWED, **GIVEN_UP}),

@@ -50,6 +50,7 @@ ALIKE = {
     "choices, marked chunks",
     "choices, windows",
     "one cluster",
+    "clusters, marked chunks",
 }
 """Rows that another row asks the same of, or more."""
 
