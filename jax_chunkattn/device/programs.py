@@ -19,9 +19,12 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import jax
+import numpy as np
+from jax.sharding import NamedSharding
 from jax.stages import Compiled
 
 from jax_chunkattn.device import memory_maps
+from jax_chunkattn.device.host_arrays import HostArrays, join
 from jax_chunkattn.device.weights import named_leaves
 
 MAPS_PER_PROGRAM = 500  # on a CPU; measured: 250 to 450
@@ -74,21 +77,46 @@ def _signature(array: Any) -> Hashable:
 
 
 @dataclass(frozen=True)
+class OnMesh:
+    """How what a call is given and gives lies on a mesh of devices.
+
+    Said for all of it: where XLA may choose, results lie otherwise than what they replace, and the
+    next call is another program.
+
+    Attributes:
+      whole: of what the host gives: every device has it.
+      results: a tree of shardings, or the beginning of one.
+    """
+
+    whole: NamedSharding
+    results: Any
+
+
+@dataclass(frozen=True)
 class Invocation:
     """A call of `function(model, *args, **static)`, or without a model of `function(*args, ...)`.
 
-    The first of `args`, if there is one, is donated. Arguments may be abstract.
+    The first of `args`, if there is one, is donated. Arguments may be abstract. With `on_mesh` the
+    others are the host's, and travel as one array.
     """
 
     function: Callable
     model: SplitModel | None
     args: tuple
     static: Mapping[str, Hashable] = field(default_factory=dict)
+    on_mesh: OnMesh | None = None
 
     @property
     def leaves(self) -> list[jax.Array] | list[jax.ShapeDtypeStruct]:
         """What the program is called with, before `args`."""
         return self.model.leaves if self.model is not None else []
+
+    @property
+    def operands(self) -> tuple:
+        """What the program is called with, behind its leaves."""
+        if self.on_mesh is None or not self.args:
+            return self.args
+        return self.args[0], join(self.args[1:])
 
     def key(self) -> Hashable:
         """What decides the program: two invocations with equal keys run the same."""
@@ -97,7 +125,8 @@ class Invocation:
         arrays = tuple(map(_signature, leaves))
         static = tuple(sorted(self.static.items()))
         device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-        return self.function, model, treedef, arrays, static, device
+        mesh = self.on_mesh.whole if self.on_mesh is not None else None
+        return self.function, model, treedef, arrays, static, device, mesh
 
     def lower(self) -> jax.stages.Lowered:
         """Traces it, by JAX's 32-bit types whatever jax_enable_x64 says."""
@@ -108,9 +137,27 @@ class Invocation:
             return self.function(self.model.merge(leaves), *args, **self.static)
 
         run.__name__ = self.function.__name__
+        donated = 1 if self.args else ()
         with jax.enable_x64(False):
-            donated = 1 if self.args else ()
-            return jax.jit(run, donate_argnums=donated).lower(self.leaves, *self.args)
+            if self.on_mesh is None:
+                return jax.jit(run, donate_argnums=donated).lower(self.leaves, *self.args)
+            return self._lower_on(self.on_mesh, run, donated)
+
+    def _lower_on(self, place: OnMesh, run: Callable, donated: int | tuple) -> jax.stages.Lowered:
+        given = HostArrays.of(self.args[1:])
+
+        def run_joined(leaves, *args):
+            state, *joined = args
+            return run(leaves, state, *given.split(*joined))
+
+        run_joined.__name__ = run.__name__
+        jitted = jax.jit(
+            run_joined if self.args else run, donate_argnums=donated, out_shardings=place.results
+        )
+        if not self.args:
+            return jitted.lower(self.leaves)
+        joined = jax.ShapeDtypeStruct((given.size,), np.int32, sharding=place.whole)
+        return jitted.lower(self.leaves, self.args[0], joined)
 
 
 class Programs:
@@ -131,7 +178,7 @@ class Programs:
         self._lock = threading.RLock()  # of these two; nothing is compiled under it
 
     def compiled(self, invocation: Invocation) -> tuple[Compiled, float]:
-        """The program of an invocation, to be called with its `leaves` and `args`.
+        """The program of an invocation, to be called with its `leaves` and `operands`.
 
         Comes with the seconds spent compiling: 0 when it was there.
 
