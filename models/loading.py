@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 from jax.sharding import Mesh, Sharding
 
 from jax_chunkattn.device.logical_axes import AXIS_RULES, logical_sharding
+from jax_chunkattn.device.mesh import mesh_for_heads
 from models.building import OnProgress, abstract_decoder, build
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.sources import RANDOM_PREFIX, open_checkpoint, random_checkpoint
-from models.weights import Weight
+from models.weights import Weight, decoder_weights
 from pallas_kernels.targets import current_target
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def load(
     max_positions: int | None = None,
     abstract: bool = False,
     mesh: Mesh | None = None,
-    axis_rules: Mapping[str, str] = AXIS_RULES,
+    axis_rules: Mapping[str, str | tuple[str, ...]] = AXIS_RULES,
     on_progress: OnProgress = lambda done, total: None,
 ) -> LoadedModel:
     """Load the model that `spec` names, with weights and activations in `dtype`.
@@ -57,12 +58,14 @@ def load(
         the weights and takes longer to compile; None does what suits the device.
       max_positions: most tokens of a sequence; None is as many as the model has.
       abstract: shapes without values, for tracing and compiling; only the config is read.
-      mesh, axis_rules: the devices to place weights on, and which axis of the mesh splits which
-        logical axis; None is the default device.
+      mesh, axis_rules: the devices to place weights on, and which axes of the mesh split which
+        logical axis; None is the default device. An axis `tp` that has more devices than the model
+        has KV heads is made two: see `jax_chunkattn.device.mesh`.
       on_progress: called with the bytes of weights made so far, and of all.
 
     Raises:
-      ValueError: an unknown dtype or preset, or a weight that the mesh cannot split.
+      ValueError: an unknown dtype or preset, or heads or a weight that the mesh cannot split;
+        nothing is read then.
       FileNotFoundError: there is no such file or folder.
       CheckpointError: the checkpoint cannot be used; the message names what is wrong with it.
       DownloadError: the hub cannot be reached, or has no such repository.
@@ -79,14 +82,18 @@ def load(
     if abstract:
         model = abstract_decoder(config, dtype, unroll=unroll)
     else:
-        fill = checkpoint.fill()
+        if mesh is not None:
+            mesh = mesh_for_heads(mesh, config.num_heads, config.num_kv_heads)
         place = partial(_sharding, mesh, axis_rules)
+        for name, weight in decoder_weights(config).by_name().items():
+            place(name, weight)
+        fill = checkpoint.fill()
         model = build(config, dtype, fill, unroll=unroll, place=place, on_progress=on_progress)
     return LoadedModel(model, config, checkpoint.tokenizer(), checkpoint.name)
 
 
 def _sharding(
-    mesh: Mesh | None, rules: Mapping[str, str], name: str, weight: Weight
+    mesh: Mesh | None, rules: Mapping[str, str | tuple[str, ...]], name: str, weight: Weight
 ) -> Sharding | None:
     if mesh is None:
         return None

@@ -19,7 +19,7 @@ from jaxtyping import install_import_hook
 
 from tests import typechecking
 
-pytest_plugins = ["tests.effort", "tests.fixtures_weights", "tests.interpreted"]
+pytest_plugins = ["tests.devices", "tests.effort", "tests.fixtures_weights", "tests.interpreted"]
 
 settings.register_profile("long")  # tests that can go on for longer ask for its name
 

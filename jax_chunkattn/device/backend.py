@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from jax_chunkattn.device.cache_config import CacheConfig
+from jax_chunkattn.device.mesh import EngineMesh
 from jax_chunkattn.device.model_interface import CacheSpec
 from jax_chunkattn.planning.planner import PlannerOptions
 from jax_chunkattn.sampling.row_sums import IN_XLA, RowSums
@@ -38,18 +39,22 @@ def choose_backend(
     *,
     implementation: str | None = None,
     planner: PlannerOptions | None = None,
+    mesh: EngineMesh | None = None,
 ) -> Backend:
     """The backend for a model's attention on this device.
 
     Args:
       implementation: of decoding; prefill uses the same if it has it, else the best it has here.
       planner: overrides how work is planned.
+      mesh: of the devices that attend, each for its own heads; None is one.
 
     Raises:
       ImplementationError: for an implementation that is unknown or cannot run here.
       ValueError: for a planner without the slots for partials, or the order, that the
         implementation needs.
     """
+    if mesh is not None:
+        spec = mesh.own_spec(spec)
     clustered = cache.clusters is not None
     sizes = _attended_heads(spec, cache).group, spec.head_dim, cache.chunk_size
     chosen = cache.selector is not None

@@ -13,6 +13,7 @@ from jax_chunkattn.device.backend import chooses_compiled, row_sums_for
 from jax_chunkattn.device.choices import item_columns, row_choices
 from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.head_maps import attention_of, row_heads
+from jax_chunkattn.device.mesh import EngineMesh, attend_with
 from jax_chunkattn.device.model_interface import Attend, CacheSpec, DecoderModel
 from jax_chunkattn.device.pool import Pool, SelectivePool
 from jax_chunkattn.device.read_counts import ReadCounts
@@ -45,6 +46,7 @@ def decode_steps(
     *,
     num_steps: int,
     implementation: str | None = None,
+    mesh: EngineMesh | None = None,
 ) -> tuple[DeviceState, Chosen]:
     """Up to K = `num_steps` tokens for each row that is not frozen.
 
@@ -55,6 +57,7 @@ def decode_steps(
 
     Args:
       slots: of the rows, in the plan's order; S for padding.
+      mesh: that model and pool are laid over; None is one device.
 
     Returns:
       The new state, and what was chosen at each step.
@@ -73,7 +76,8 @@ def decode_steps(
         step, pool, counts, rows, chosen = carry
         active = rows.remaining > 0
         here = DecodeRows(plan, slots, rows.lengths, active)
-        attend = decode_attend(model.cache_spec, pool, here, implementation, columns)
+        spec = model.cache_spec
+        attend = decode_attend(spec, pool, here, implementation, columns, mesh=mesh)
         hidden, pool = model(rows.tokens, rows.lengths, pool, attend)
         pool = pool.seal(here)
         logits = model.logits(hidden)
@@ -113,6 +117,8 @@ def decode_attend(
     rows: DecodeRows,
     implementation: str | None,
     columns: ItemColumns | None = None,
+    *,
+    mesh: EngineMesh | None = None,
 ) -> Attend:
     """The `attend` a model is given for a step over such a pool: write one token a row, attend by
     the plan, or where rows choose to what they have chosen of it, with each head, or one for its
@@ -138,7 +144,8 @@ def decode_attend(
         if choices is not None:
             reads, pool = choices.apply(pool, layer, q, reads)
         stored, reads = pool.at_layer(layer), pool.locate(layer, reads)
-        output = CHUNK_ATTENTION.attend(q, stored, reads, attention, implementation=implementation)
+        operands = q, stored, reads, attention
+        output = attend_with(CHUNK_ATTENTION, *operands, implementation=implementation, mesh=mesh)
         return output, pool
 
     return attend

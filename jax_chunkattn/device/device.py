@@ -113,6 +113,7 @@ class Device:
         self._programs: dict[Hashable, Compiled] = {}  # kept here, they live as long as the engine
         self._state: DeviceState | None = None
         self._last_ready = 0.0
+        self._waits = invocations.mesh is not None and invocations.mesh.waits
         # Compiled, since Ctrl-C in an operation that JAX runs by itself may leave JAX without the
         # trace it works in, for good; and so that it lies where it lay, whoever resets.
         self._empty, _ = PROGRAMS.compiled(invocations.allocating())
@@ -259,7 +260,9 @@ class Device:
         program = self._program(invocation)
         self._state = None  # donated: if the call fails it is gone
         try:
-            updated = program(invocation.leaves, *invocation.args)
+            updated = program(invocation.leaves, *invocation.operands)
+            if self._waits:
+                jax.block_until_ready(updated)
         except Exception as error:
             self._require_weights(error)
             raise

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
+from typing import Any
 
+import jax
 import numpy as np
 
 from jax_chunkattn.device.backend import Backend
 from jax_chunkattn.device.cache_config import CacheConfig
 from jax_chunkattn.device.decode_loop import decode_steps
+from jax_chunkattn.device.mesh import EngineMesh
 from jax_chunkattn.device.model_interface import CacheSpec, DecoderModel
 from jax_chunkattn.device.pool import empty_pool
 from jax_chunkattn.device.prefill import prefill_step
-from jax_chunkattn.device.programs import Invocation, SplitModel
+from jax_chunkattn.device.programs import Invocation, OnMesh, SplitModel
 from jax_chunkattn.device.request_table import (
     DeviceState,
     RequestTable,
@@ -68,6 +71,7 @@ class Invocations:
 
     Attributes:
       most_columns: most chunks of a sequence.
+      mesh: that they run on; None is one device.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class Invocations:
         num_slots: int,
         stop_tokens: Sequence[int],
         window_room: WindowRoom | None = None,
+        mesh: EngineMesh | None = None,
     ):
         self.split = SplitModel.of(model)
         self._spec = model.cache_spec
@@ -90,6 +95,7 @@ class Invocations:
         self._num_chunks = cache.chunks_for(model.cache_spec, num_slots)
         self._window_room = window_room
         self.most_columns = min(-(-model.max_positions // cache.chunk_size), self._num_chunks)
+        self.mesh = mesh
         self._prefill_shapes: dict[int, PrefillShape] = {}
         if backend.planner.gpu is None:  # room costs nothing on a CPU
             self.fix_prefill_shapes()
@@ -142,17 +148,15 @@ class Invocations:
 
     def allocating(self) -> Invocation:
         """An empty pool and table."""
-        sizes = self._spec, self._cache, self._num_slots, self.most_columns, self._window_room
-        static = {"sizes": sizes, "vocab_size": self._vocab_size}
-        return Invocation(_empty_state, None, (), static)
+        return self._invocation(_empty_state, (), **self._state_sizes)
 
     def decoding(
         self, state: DeviceState | None, slots: Sequence[int], plan: DecodePlan, num_steps: int
     ) -> Invocation:
         """K steps for the rows of these slots, which are the plan's."""
         padded = self._pad_slots(slots, plan.num_rows)
-        static = {"num_steps": num_steps, "implementation": self._backend.decode}
-        return Invocation(decode_steps, self.split, (state, padded, plan), static)
+        how = {"num_steps": num_steps, "implementation": self._backend.decode}
+        return self._invocation(decode_steps, (state, padded, plan), self.split, **how)
 
     def prefilling(
         self,
@@ -169,8 +173,8 @@ class Invocations:
             [nowhere if slot is None else slot for slot in slots], max_segments(num_tokens)
         )
         batch = self._pack(list(segments), num_tokens, window_ids)
-        static = {"implementation": self._backend.prefill}
-        return Invocation(prefill_step, self.split, (state, padded, batch), static)
+        how = {"implementation": self._backend.prefill}
+        return self._invocation(prefill_step, (state, padded, batch), self.split, **how)
 
     def placing(self, state: DeviceState | None, placements: Sequence[Placement]) -> Invocation:
         """At most `ROWS_PER_PLACEMENT` requests put into their slots."""
@@ -180,7 +184,7 @@ class Invocations:
         params = [placement.params for placement in placements]
         sampling = RowSampling.stack(params, ROWS_PER_PLACEMENT, self._stop_tokens)
         slots = self._pad_slots([placement.slot for placement in placements], ROWS_PER_PLACEMENT)
-        return Invocation(place_rows, None, (state, slots, RowState(*rows), sampling))
+        return self._invocation(place_rows, (state, slots, RowState(*rows), sampling))
 
     def counting(
         self, state: DeviceState | None, slot: int, prompt: Sequence[int], tokens: Sequence[int]
@@ -190,7 +194,7 @@ class Invocations:
         in_prompt[list(prompt)] = True
         generated = np.bincount(tokens, minlength=self._vocab_size).astype(np.int32)
         args = (state, np.asarray(slot, np.int32), in_prompt, generated)
-        return Invocation(place_counts, None, args)
+        return self._invocation(place_counts, args)
 
     def copying(
         self,
@@ -205,7 +209,7 @@ class Invocations:
         if self._window_room is not None:
             padded = _padded_copies(window_copies, COPIES_PER_CALL, self._num_chunks)
             windowed = padded[0], padded[1]
-        return Invocation(copy_chunks, None, (state, *ids, windowed))
+        return self._invocation(copy_chunks, (state, *ids, windowed))
 
     def copying_tails(
         self, state: DeviceState | None, copies: Sequence[tuple[int, int]]
@@ -216,7 +220,29 @@ class Invocations:
         ids = _padded_copies(
             copies, few if len(copies) <= few else self._num_slots, self._num_slots
         )
-        return Invocation(copy_tails, None, (state, *ids))
+        return self._invocation(copy_tails, (state, *ids))
+
+    def _invocation(
+        self, function: Callable, args: tuple, model: SplitModel | None = None, **static: Any
+    ) -> Invocation:
+        """On one device, or laid over the mesh; with a model it also says what was chosen."""
+        if self.mesh is None:
+            return Invocation(function, model, args, static)
+        results: Any = self._state_places
+        if model is not None:
+            static["mesh"] = self.mesh
+            results = results, self.mesh.whole
+        return Invocation(function, model, args, static, OnMesh(self.mesh.whole, results))
+
+    @cached_property
+    def _state_places(self) -> Any:
+        assert self.mesh is not None, "asked where there is one"
+        return self.mesh.places(jax.eval_shape(partial(_empty_state, **self._state_sizes)))
+
+    @property
+    def _state_sizes(self) -> dict[str, Any]:
+        sizes = self._spec, self._cache, self._num_slots, self.most_columns, self._window_room
+        return {"sizes": sizes, "vocab_size": self._vocab_size}
 
     def _columns_of_plans(self) -> list[int | None]:
         """Of the rows' tables in decode plans, and None if there are plans without them."""

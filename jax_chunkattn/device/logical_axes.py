@@ -1,7 +1,7 @@
-"""Laying arrays out over a mesh of devices: a mapping from what a dimension counts to an axis.
+"""Laying arrays out over a mesh of devices: a mapping from what a dimension counts to its axes.
 
 Weights and the pool declare logical axes where they are defined (`models.weights`,
-`jax_chunkattn.device.pool`); only this mapping knows of meshes.
+`jax_chunkattn.device.pool`); only this mapping, and `jax_chunkattn.device.mesh`, know of meshes.
 """
 
 from __future__ import annotations
@@ -10,30 +10,47 @@ from collections.abc import Mapping
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-AXIS_RULES: Mapping[str, str] = {"heads": "tp", "kv_heads": "tp", "mlp": "tp", "vocab": "tp"}
-"""Tensor parallelism as in Megatron-LM (arXiv 1909.08053): heads, MLP and vocabulary are split."""
+AXIS_RULES: Mapping[str, str | tuple[str, ...]] = {
+    "heads": ("tp", "tp_copies"),
+    "kv_heads": "tp",
+    "mlp": ("tp", "tp_copies"),
+    "vocab": ("tp", "tp_copies"),
+}
+"""Tensor parallelism as in Megatron-LM (arXiv 1909.08053): heads, MLP and vocabulary are split.
+
+Devices along `tp_copies`, where there are more than KV heads, hold the same KV heads; see
+`jax_chunkattn.device.mesh`.
+"""
 
 
 def logical_sharding(
     axes: tuple[str | None, ...],
     shape: tuple[int, ...],
     mesh: Mesh,
-    rules: Mapping[str, str] = AXIS_RULES,
+    rules: Mapping[str, str | tuple[str, ...]] = AXIS_RULES,
 ) -> NamedSharding:
     """How an array of `shape`, whose dimensions count `axes`, lies on `mesh`.
 
-    A dimension without a rule, or whose rule names an axis the mesh does not have, is whole on
-    every device.
+    A dimension without a rule, or whose rule names no axis that the mesh has, is whole on every
+    device; one whose rule names several is split over those that the mesh has, the first outermost.
 
     Raises:
       ValueError: a dimension is no multiple of the devices it is to be split over.
     """
-    spec = [rules.get(axis) if axis is not None else None for axis in axes]
-    spec = [axis if axis in mesh.shape else None for axis in spec]
-    for name, axis, size in zip(axes, spec, shape, strict=True):
-        if axis is not None and size % mesh.shape[axis]:
+    spec: list[str | tuple[str, ...] | None] = []
+    for name, size in zip(axes, shape, strict=True):
+        rule = rules.get(name, ()) if name is not None else ()
+        over = tuple(axis for axis in ((rule,) if isinstance(rule, str) else rule))
+        over = tuple(axis for axis in over if axis in mesh.shape)
+        devices = 1
+        for axis in over:
+            devices *= mesh.shape[axis]
+        if size % devices:
+            which = "axis" if len(over) == 1 else "axes"
             raise ValueError(
-                f"{name} ({size:,}) cannot be split over the {mesh.shape[axis]} devices of the "
-                f"mesh's axis {axis!r}; leave {name!r} out of the rules to keep it whole"
+                f"{name} ({size:,}) cannot be split over the {devices} devices of the "
+                f"mesh's {which} {', '.join(map(repr, over))}; leave {name!r} out of the rules to "
+                "keep it whole"
             )
+        spec.append(over[0] if len(over) == 1 else over or None)
     return NamedSharding(mesh, PartitionSpec(*spec))

@@ -12,6 +12,7 @@ from jax_chunkattn.device.backend import chooses_compiled, row_sums_for
 from jax_chunkattn.device.choices import TokenChoices, token_choices
 from jax_chunkattn.device.decode_loop import NOTHING, Chosen
 from jax_chunkattn.device.head_maps import attention_of, token_heads
+from jax_chunkattn.device.mesh import EngineMesh, attend_with
 from jax_chunkattn.device.model_interface import Attend, CacheSpec, DecoderModel
 from jax_chunkattn.device.pool import Pool
 from jax_chunkattn.device.request_table import DeviceState, count_tokens
@@ -29,6 +30,7 @@ def prefill_step(
     batch: PrefillBatch,
     *,
     implementation: str | None = None,
+    mesh: EngineMesh | None = None,
 ) -> tuple[DeviceState, Chosen]:
     """Computes the packed tokens, and the token that follows each segment.
 
@@ -37,12 +39,14 @@ def prefill_step(
 
     Args:
       slots: of the rows that the segments complete the prompts of; the number of slots for others.
+      mesh: that model and pool are laid over; None is one device.
 
     Returns:
       The new state, those rows ready to decode, and what was chosen, `NOTHING` for other segments;
       with the scores of the tokens that the call scores.
     """
-    attend = prefill_attend(model.cache_spec, state.pool, batch.plan, implementation)
+    spec = model.cache_spec
+    attend = prefill_attend(spec, state.pool, batch.plan, implementation, mesh=mesh)
     tokens, positions = jnp.asarray(batch.tokens), jnp.asarray(batch.positions)
     slots = jnp.asarray(slots)
     table = state.table
@@ -64,7 +68,12 @@ def prefill_step(
 
 
 def prefill_attend(
-    spec: CacheSpec, pool: Pool, plan: PrefillPlan, implementation: str | None
+    spec: CacheSpec,
+    pool: Pool,
+    plan: PrefillPlan,
+    implementation: str | None,
+    *,
+    mesh: EngineMesh | None = None,
 ) -> Attend:
     """The `attend` a model is given for a call over such a pool: write all new tokens, attend by
     the plan, or where tokens choose to what they have chosen of it, with each head, or one for its
@@ -83,7 +92,7 @@ def prefill_attend(
             (q, k, v), pool = heads.apply(pool, layer, q, k, v)
         pool, new = pool.write_prompts(layer, k, v, plan)
         reads = PrefillReads(plan, QUERY_TILE, new, spec.head_windows(layer))
-        return attend_prompts(spec, pool, layer, q, reads, implementation, choices)
+        return attend_prompts(spec, pool, layer, q, reads, implementation, choices, mesh=mesh)
 
     return attend
 
@@ -96,15 +105,16 @@ def attend_prompts(
     reads: PrefillReads,
     implementation: str | None = None,
     choices: TokenChoices | None = None,
+    *,
+    mesh: EngineMesh | None = None,
 ) -> tuple[Float[Array, "T Hq D"], Pool]:
     """What the tokens of a call get, by the plan or by what they have chosen of it; where none of
     them leaves anything out as if none could: a plan of what is chosen has smaller tiles."""
 
     def attend(pool: Pool, reads: PrefillReads) -> Float[Array, "T Hq D"]:
         stored, reads = pool.at_layer(layer), pool.locate(layer, reads)
-        how = {"implementation": implementation}
-        attention = attention_of(pool, spec.attention)
-        return PREFILL_ATTENTION.attend(q, stored, reads, attention, **how)
+        operands = q, stored, reads, attention_of(pool, spec.attention)
+        return attend_with(PREFILL_ATTENTION, *operands, implementation=implementation, mesh=mesh)
 
     if choices is None:
         return attend(pool, reads), pool

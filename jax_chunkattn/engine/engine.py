@@ -9,11 +9,13 @@ from functools import partial, wraps
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import jax
+from jax.sharding import Mesh
 
 from jax_chunkattn.device.backend import Backend, choose_backend
 from jax_chunkattn.device.cache_config import CacheConfig
 from jax_chunkattn.device.device import Device
 from jax_chunkattn.device.invocations import Invocations
+from jax_chunkattn.device.mesh import lay_over
 from jax_chunkattn.device.model_interface import DecoderModel, for_serving
 from jax_chunkattn.engine.admission import (
     InvalidRequest,
@@ -114,10 +116,14 @@ class Engine:
       planner: how attention work is cut; None fits it to the implementation and the device.
       limits: what one request may ask for at most.
       kv_events: is told which chunks are cached and which are not any longer, for routers.
+      mesh: devices that share model and pool, which lie over its axis `tp`: see
+        `jax_chunkattn.device.mesh`. The model must have been laid over it before, as `models.load`
+        does. Not with a selector, clusters or `deterministic` on more than one.
 
     Raises:
-      ValueError: for a bad option, an implementation that cannot run here, or a codec that cannot
-        store the model's keys and values (`CodecError`).
+      ValueError: for a bad option, an implementation that cannot run here, a codec that cannot
+        store the model's keys and values (`CodecError`), or a mesh that cannot split the model
+        (`MeshError`).
     """
 
     def __init__(
@@ -138,6 +144,7 @@ class Engine:
         planner: PlannerOptions | None = None,
         limits: RequestLimits = RequestLimits(),
         kv_events: KVEvents | None = None,
+        mesh: Mesh | None = None,
     ):
         if deterministic:
             if implementation not in (None, BATCH_INVARIANT):
@@ -152,11 +159,12 @@ class Engine:
             raise ValueError(f"prefill_tokens must be one of {CALL_TOKENS}, got {prefill_tokens}")
         sizes = ModelSizes(model.vocab_size, model.max_positions)
         stop_tokens = check_stop_tokens(stop_tokens, sizes)
+        laid = lay_over(mesh, model, cache, deterministic=deterministic)
         if implementation is None or implementation in COMPILED_HERE:
             model = for_serving(model, batch_invariant=deterministic)
         self.cache = cache = cache.for_model(model.cache_spec)
         self.backend: Backend = choose_backend(
-            model.cache_spec, cache, implementation=implementation, planner=planner
+            model.cache_spec, cache, implementation=implementation, planner=planner, mesh=laid
         )
         self.limits = limits
         spec, num_slots = model.cache_spec, bucket(max_running, MIN_SLOTS)
@@ -190,6 +198,7 @@ class Engine:
             num_slots=num_slots,
             stop_tokens=stop_tokens,
             window_room=window_room,
+            mesh=laid,
         )
         tree = PrefixTree(
             num_chunks, chunk_size, retain=retain, window_room=window_room, observer=kv_events

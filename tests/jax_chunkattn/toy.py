@@ -8,7 +8,9 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
+from jax.sharding import Mesh
 
 import models
 from jax_chunkattn.planning.planner import bucket
@@ -23,6 +25,24 @@ MIN_CONTEXT = 128
 @functools.cache
 def toy_model() -> Decoder:
     return models.load("random:tiny").model
+
+
+def mesh_of(devices: int) -> Mesh:
+    """The first of the devices, along `tp`."""
+    return Mesh(np.array(jax.devices()[:devices]), ("tp",))
+
+
+@functools.cache
+def toy_model_on(devices: int | None, *, unroll: bool = False, **sizes: int) -> Decoder:
+    """The toy model, or one like it with other sizes, over a mesh if there are to be `devices`."""
+    mesh = None if devices is None else mesh_of(devices)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.PRESETS, "tiny", replace(models.preset("tiny"), **sizes))
+        return models.load("random:tiny", mesh=mesh, unroll=unroll).model
+
+
+WIDER = {"num_heads": 16, "num_kv_heads": 8}
+"""Heads for eight devices."""
 
 
 WINDOWS = WindowMap((None, Window(21), Window(9, sinks=20)), ((0, 1), (2, 0)))
