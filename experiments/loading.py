@@ -15,6 +15,8 @@ from experiments.harness.errors import UserError
 from experiments.head_option import ChosenHeads
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from models import LoadedModel
 
 SMOLLM2 = "smollm2"
@@ -76,6 +78,7 @@ class LoadOptions:
     seed: int = 0
     max_positions: int | None = None
     heads: ChosenHeads | None = None
+    mesh: Mesh | None = None
 
 
 def load_model(source: ModelSource, options: LoadOptions = LoadOptions()) -> LoadedModel:
@@ -89,6 +92,7 @@ def load_model(source: ModelSource, options: LoadOptions = LoadOptions()) -> Loa
         models.DownloadError: the model cannot be fetched.
         models.CheckpointError: it cannot be used.
         models.HeadPatternError: `heads` are of another model.
+        MeshError: `mesh` cannot split it.
     """
     return load_fetched(fetch_model(source), options)
 
@@ -105,6 +109,7 @@ def load_fetched(spec: str | Path, options: LoadOptions) -> LoadedModel:
                 dtype=options.dtype,
                 seed=options.seed,
                 max_positions=options.max_positions,
+                mesh=options.mesh,
                 on_progress=lambda done, total: display.update(
                     "load (MiB)", done >> 20, total >> 20
                 ),

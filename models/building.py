@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Lock
+from typing import Any
 
 import jax
 import numpy as np
@@ -68,9 +69,27 @@ def build(
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
-def abstract_decoder(config: DecoderConfig, dtype: str, *, unroll: bool = False) -> Decoder:
-    """A decoder of shapes and dtypes, for tracing and compiling: its weights have no values."""
-    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, unroll=unroll))
+def abstract_decoder(
+    config: DecoderConfig,
+    dtype: str,
+    *,
+    unroll: bool = False,
+    place: Place = lambda name, weight: None,
+) -> Decoder:
+    """A decoder of shapes and dtypes, for tracing and compiling: its weights have no values, but
+    their places."""
+    shapes = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, unroll=unroll))
+    graphdef, state = nnx.split(shapes)
+    weights = decoder_weights(config).by_name()
+
+    def placed(path: tuple, leaf: Any) -> Any:
+        name = path[0] if len(path) == 1 else BLOCKS + path[-1]
+        weight = weights[name].unstacked() if len(path) == 3 else weights[name]
+        shape, kind = weight.shape, weight.dtype(dtype)
+        return leaf.replace(jax.ShapeDtypeStruct(shape, kind, sharding=place(name, weight)))
+
+    flat = {path: placed(path, leaf) for path, leaf in nnx.to_flat_state(state)}
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 def _arrays(

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from jax.sharding import Mesh, Sharding
 
-from jax_chunkattn.device.logical_axes import AXIS_RULES, logical_sharding
+from jax_chunkattn.device.logical_axes import AXIS_RULES, MeshError, logical_sharding
 from jax_chunkattn.device.mesh import mesh_for_heads
-from models.building import OnProgress, abstract_decoder, build
+from models.building import OnProgress, Place, abstract_decoder, build
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.sources import RANDOM_PREFIX, open_checkpoint, random_checkpoint
@@ -57,15 +57,16 @@ def load(
       unroll: run the layers one after another instead of in a scan, which on a GPU saves copies of
         the weights and takes longer to compile; None does what suits the device.
       max_positions: most tokens of a sequence; None is as many as the model has.
-      abstract: shapes without values, for tracing and compiling; only the config is read.
+      abstract: shapes without values, but with places on a mesh, for tracing and compiling; only
+        the config is read.
       mesh, axis_rules: the devices to place weights on, and which axes of the mesh split which
         logical axis; None is the default device. An axis `tp` that has more devices than the model
         has KV heads is made two: see `jax_chunkattn.device.mesh`.
       on_progress: called with the bytes of weights made so far, and of all.
 
     Raises:
-      ValueError: an unknown dtype or preset, or heads or a weight that the mesh cannot split;
-        nothing is read then.
+      ValueError: an unknown dtype or preset; or heads, or a weight, that the mesh cannot split
+        (`MeshError`): no weight has been read then.
       FileNotFoundError: there is no such file or folder.
       CheckpointError: the checkpoint cannot be used; the message names what is wrong with it.
       DownloadError: the hub cannot be reached, or has no such repository.
@@ -79,17 +80,31 @@ def load(
     else:
         checkpoint = open_checkpoint(spec, max_positions)
     config = checkpoint.config
+    place = placing(mesh, config, axis_rules)
     if abstract:
-        model = abstract_decoder(config, dtype, unroll=unroll)
+        model = abstract_decoder(config, dtype, unroll=unroll, place=place)
     else:
-        if mesh is not None:
-            mesh = mesh_for_heads(mesh, config.num_heads, config.num_kv_heads)
-        place = partial(_sharding, mesh, axis_rules)
-        for name, weight in decoder_weights(config).by_name().items():
-            place(name, weight)
         fill = checkpoint.fill()
         model = build(config, dtype, fill, unroll=unroll, place=place, on_progress=on_progress)
     return LoadedModel(model, config, checkpoint.tokenizer(), checkpoint.name)
+
+
+def placing(
+    mesh: Mesh | None,
+    config: DecoderConfig,
+    axis_rules: Mapping[str, str | tuple[str, ...]] = AXIS_RULES,
+) -> Place:
+    """How each weight of a decoder with this config lies on a mesh.
+
+    Raises:
+      MeshError: heads, or a weight, that the mesh cannot split.
+    """
+    if mesh is not None:
+        mesh = mesh_for_heads(mesh, config.num_heads, config.num_kv_heads)
+    place = partial(_sharding, mesh, axis_rules)
+    for name, weight in decoder_weights(config).by_name().items():
+        place(name, weight)
+    return place
 
 
 def _sharding(
@@ -99,5 +114,5 @@ def _sharding(
         return None
     try:
         return logical_sharding(weight.axes, weight.shape, mesh, rules)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    except MeshError as error:
+        raise MeshError(f"{name}: {error}") from None

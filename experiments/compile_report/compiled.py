@@ -79,7 +79,7 @@ class CompiledProgram:
       thunks: what it launches, in order.
       pallas_launches, captured_pallas_launches: places in the program that launch a Pallas kernel,
         and how many of these are inside command buffers.
-      temporary_bytes, aliased_bytes: of one device.
+      argument_bytes, temporary_bytes, aliased_bytes: of one device.
     """
 
     hlo: str
@@ -87,6 +87,7 @@ class CompiledProgram:
     thunks: tuple[Thunk, ...]
     pallas_launches: int
     captured_pallas_launches: int
+    argument_bytes: int
     temporary_bytes: int
     aliased_bytes: int
     seconds: float
@@ -170,6 +171,7 @@ def compile_for(
             tuple(thunks),
             len(backends),
             sum(thunk.captured for thunk, _ in backends),
+            memory.argument_size_in_bytes,
             memory.temp_size_in_bytes,
             memory.alias_size_in_bytes,
             seconds,

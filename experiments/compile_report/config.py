@@ -30,7 +30,7 @@ class CompileReportConfig:
     """Every combination of dtype, head size, chunk size and group of heads, or some of them."""
 
     programs: bool = True
-    """Also compile the decode loop, on one GPU and on four, and the prefill call."""
+    """Also compile the decode loop, on one GPU, four and eight, and the prefill call."""
 
     processes: int = 2
     """Cases compiled at a time."""

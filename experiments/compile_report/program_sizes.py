@@ -44,7 +44,7 @@ def abstract_pool(size: ProgramSize) -> ChunkPool:
     return jax.eval_shape(partial(allocate_pool, size.config.cache_spec, cache))
 
 
-def pool_sizes(pool: ChunkPool, num_devices: int = 1) -> tuple[int, int]:
-    """Bytes of the pool, and of one layer's keys, on each of the devices that share it."""
-    keys = pool.keys.size * pool.keys.dtype.itemsize // num_devices
+def pool_sizes(pool: ChunkPool) -> tuple[int, int]:
+    """Bytes of the pool, and of one layer's keys."""
+    keys = pool.keys.size * pool.keys.dtype.itemsize
     return 2 * keys, keys // pool.keys.shape[0]

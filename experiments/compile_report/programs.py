@@ -32,6 +32,7 @@ from pallas_kernels.chunk_attention.api import IMPLEMENTATIONS as DECODE_IMPLEME
 from pallas_kernels.implementations import COMPILED_HERE, needs_partials
 from pallas_kernels.prefill_attention.api import IMPLEMENTATIONS as PREFILL_IMPLEMENTATIONS
 
+SEVERAL_GPUS = (4, 8)
 FOR_CPUS = ("reference", *COMPILED_HERE)  # the first is not made to be compiled at this size
 
 
@@ -50,7 +51,9 @@ def whole_programs(
     table = {}
     for name in chosen(DECODE_IMPLEMENTATIONS):
         table[f"decode loop, {name}"] = partial(decode_case, size, name)
-        table[f"decode loop on 4 GPUs, {name}"] = partial(tensor_parallel_case, size, name)
+        for gpus in SEVERAL_GPUS:
+            case = partial(tensor_parallel_case, size, name, gpus)
+            table[f"decode loop on {gpus} GPUs, {name}"] = case
     for name in chosen(PREFILL_IMPLEMENTATIONS):
         table[f"prefill, {name}"] = partial(prefill_case, size, name)
     return table

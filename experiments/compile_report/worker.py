@@ -136,6 +136,7 @@ def describe(name: str, target: GpuTarget, case: Any, dump: Path | None) -> dict
         "captured_pallas_launches": compiled.captured_pallas_launches,
         "command_buffers": compiled.command_buffers,
         "collectives": compiled.collectives,
+        "argument_bytes": compiled.argument_bytes,
         "temporary_bytes": compiled.temporary_bytes,
         "aliased_bytes": compiled.aliased_bytes,
         "compile_seconds": round(compiled.seconds, 3),

@@ -18,6 +18,7 @@ from experiments.harness.options import (
     check_seed,
 )
 from experiments.head_option import HeadsFolder, HeadShare, check_heads
+from experiments.mesh_option import MeshShape, mesh_devices
 from experiments.sampling import MOST_TEMPERATURE, MOST_TOP_K
 from experiments.select_option import DenseLayers, KeepShare, SelectPolicy, check_selection
 
@@ -81,6 +82,8 @@ class GenerateConfig:
 
     implementation: AttentionImplementation = None
 
+    mesh: MeshShape = None
+
     deterministic: bool = False
     """Compute each token to the same bits whatever else is computed with it, and whatever is
     cached; on CPUs."""
@@ -128,5 +131,6 @@ def check(config: GenerateConfig) -> None:
     check_seed(config.seed)
     check_used_codec(config.codec)
     check_heads(config)
+    mesh_devices(config.mesh)
     check_selection(config, config.chunk_size)
     check_clusters(config.clusters)

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from jax.sharding import Mesh
+
 from experiments.harness.chunk_reads import reads_record
 from experiments.harness.compilations import count_compilations
 from experiments.harness.environment import max_rss_bytes
@@ -62,6 +64,7 @@ class BatchSettings:
     steps_per_call: int
     stop_tokens: tuple[int, ...]
     deterministic: bool = False
+    mesh: Mesh | None = None
 
 
 @dataclass(frozen=True)
@@ -262,6 +265,7 @@ def _engine(
         sharing=settings.sharing,
         implementation=settings.implementation,
         deterministic=settings.deterministic,
+        mesh=settings.mesh,
         steps_per_call=settings.steps_per_call,
         prefill_first=True,  # so that all rows decode together
         stop_tokens=settings.stop_tokens,

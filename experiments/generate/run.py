@@ -33,6 +33,7 @@ from experiments.harness.units import tell_taken_over
 from experiments.harness.views import finish
 from experiments.head_option import chosen_heads
 from experiments.loading import LoadOptions, fetch_model, load_fetched
+from experiments.mesh_option import chosen_mesh
 from experiments.prompts import PromptSet, make_prompts
 from experiments.select_option import chosen_selector
 from jax_chunkattn import RequestHandle, SamplingParams
@@ -48,11 +49,12 @@ def generate(
     check_device(config.implementation)
     environment = describe_environment()
     console = make_console()
+    mesh = chosen_mesh(config.mesh)
     spec = fetch_model(inputs.model)
     load_began = time.perf_counter()
     loaded = load_fetched(
         spec,
-        LoadOptions(config.dtype, config.seed, config.max_positions, chosen_heads(config)),
+        LoadOptions(config.dtype, config.seed, config.max_positions, chosen_heads(config), mesh),
     )
     decode_began = time.perf_counter()
     prompts = make_prompts(
@@ -103,6 +105,7 @@ def decode(
         implementation=config.implementation,
         deterministic=config.deterministic,
         steps_per_call=config.steps_per_call,
+        mesh=chosen_mesh(config.mesh),
         stop_tokens=_stop_tokens(config, loaded),
     )
     sampling = [

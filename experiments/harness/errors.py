@@ -32,6 +32,7 @@ _USER_ERRORS = (
     ("models", "HeadPatternError"),
     ("pallas_kernels.implementations", "ImplementationError"),
     ("pallas_kernels.codecs", "CodecError"),
+    ("jax_chunkattn.device.logical_axes", "MeshError"),
 )
 
 

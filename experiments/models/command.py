@@ -6,6 +6,7 @@ sharing. Nothing is run and no weights are read; `--model` shows one model, from
 
     python -m experiments models
     python -m experiments models --model random:llama-3.1-8b --requests 64 --shared-tokens 4096
+    python -m experiments models --mesh tp=8
 """
 
 from __future__ import annotations

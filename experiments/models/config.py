@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from experiments.harness.errors import UserError
 from experiments.harness.options import by_default, check_at_least_one
+from experiments.mesh_option import MeshShape, mesh_devices
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,15 @@ class ModelsConfig:
     chunk_size: int = 64
     """Tokens in a chunk of the KV cache."""
 
+    mesh: MeshShape = None
+    """Tells the memory of each device, of models that so many can share."""
+
 
 def check(config: ModelsConfig) -> None:
     """Raise `UserError` for a value that makes no sense."""
     check_at_least_one(config, "requests", "own_tokens", "chunk_size", "max_positions")
     if config.shared_tokens < 0:
         raise UserError(f"--shared-tokens must be from 0 up, got {config.shared_tokens}")
+    mesh_devices(config.mesh)
     if config.max_positions is not None and config.model is None:
         raise UserError("--max-positions is of one model: name it with --model")

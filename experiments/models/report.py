@@ -8,6 +8,7 @@ from rich.table import Table
 
 from experiments.harness.console import make_console
 from experiments.harness.tables import format_bytes
+from experiments.mesh_option import mesh_devices
 from experiments.models.config import ModelsConfig
 from models.parity import NOT_MEASURED, Agreement
 
@@ -64,7 +65,11 @@ class ModelsReport:
         self._console.print(table)
 
     def _print_memory(self, config: ModelsConfig, summary: dict[str, Any]) -> None:
-        table = self._model_table(f"Memory in {config.dtype}", config)
+        title = f"Memory in {config.dtype}"
+        devices = mesh_devices(config.mesh)
+        if devices is not None:
+            title += f", of each of the {devices} devices of --mesh {config.mesh}"
+        table = self._model_table(title, config)
         per_tokens = ("KV of\na token", "KV of\n1,000")
         for heading in ("weights", *per_tokens, "batch,\nshared", "batch,\nunshared"):
             table.add_column(heading, justify="right")  # a wide number may leave its unit below it

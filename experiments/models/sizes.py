@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
 from experiments.harness.errors import UserError
 from experiments.loading import SMOLLM2, ModelSource, fetch_model
+from experiments.mesh_option import mesh_devices
 from experiments.models.config import ModelsConfig
+from jax_chunkattn.device.logical_axes import MeshError, logical_sharding
+from jax_chunkattn.device.mesh import COPIES, TP, divide
 from models import PRESETS, DecoderConfig
 from models.architectures import ARCHITECTURES
 from models.differences import describe_differences
 from models.parity import GGUF_ARCHITECTURES, Parity, read_parity
 from models.sources import open_checkpoint, random_checkpoint
-from models.weights import decoder_weights, num_parameters
+from models.weights import Weight, decoder_weights, num_parameters
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ def summarise(config: ModelsConfig, source: ModelSource | None) -> dict[str, Any
         models.CheckpointError: its config cannot be used.
     """
     batch = Batch(config.requests, config.shared_tokens, config.own_tokens, config.chunk_size)
-    settings = ("dtype", "requests", "shared_tokens", "own_tokens", "chunk_size")
+    devices = mesh_devices(config.mesh)
+    settings = ("mesh", "dtype", "requests", "shared_tokens", "own_tokens", "chunk_size")
     summary: dict[str, Any] = {
         "experiment": "models",
         **{name: getattr(config, name) for name in settings},
@@ -69,20 +74,32 @@ def summarise(config: ModelsConfig, source: ModelSource | None) -> dict[str, Any
     }
     if source is not None:
         decoder = _read_config(source, config.max_positions)
-        return summary | {"models": [describe_model(source.name, decoder, config.dtype, batch)]}
+        one = describe_model(source.name, decoder, config.dtype, batch, devices)
+        return summary | {"models": [one]}
     parity = read_parity()
     return summary | {
         "architectures": [_describe_architecture(name, parity) for name in ARCHITECTURES],
         "parity": parity and {"versions": dict(parity.versions), "date": parity.date},
         "models": [
-            describe_model(name, decoder, config.dtype, batch) for name, decoder in PRESETS.items()
+            describe_model(name, decoder, config.dtype, batch, devices)
+            for name, decoder in PRESETS.items()
+            if _can_share(decoder, config.dtype, devices or 1)
         ],
     }
 
 
-def describe_model(name: str, decoder: DecoderConfig, dtype: str, batch: Batch) -> dict[str, Any]:
-    """Shape and memory of one model; None for what a batch holds whose requests are too long."""
-    per_token = decoder.cache_spec.values_per_token * jnp.dtype(dtype).itemsize
+def describe_model(
+    name: str, decoder: DecoderConfig, dtype: str, batch: Batch, devices: int | None = None
+) -> dict[str, Any]:
+    """Shape and memory of one model; None for what a batch holds whose requests are too long.
+
+    The memory is of one of so many devices that share it.
+
+    Raises:
+        MeshError: so many cannot.
+    """
+    weights, values = device_share(decoder, dtype, devices or 1)
+    per_token = values * jnp.dtype(dtype).itemsize
     per_chunk = per_token * batch.chunk_size
     fits = batch.tokens <= decoder.max_positions
     return {
@@ -93,19 +110,37 @@ def describe_model(name: str, decoder: DecoderConfig, dtype: str, batch: Batch) 
         "kv_heads": decoder.num_kv_heads,
         "head_dim": decoder.head_dim,
         "max_positions": decoder.max_positions,
-        "weight_bytes": weight_bytes(decoder, dtype),
+        "weight_bytes": weights,
         "kv_bytes_per_token": per_token,
         "kv_bytes_shared": batch.chunks_shared * per_chunk if fits else None,
         "kv_bytes_unshared": batch.chunks_unshared * per_chunk if fits else None,
     }
 
 
-def weight_bytes(decoder: DecoderConfig, dtype: str) -> int:
-    """Of all weights in `dtype`, but those that stay float32."""
-    return sum(
-        math.prod(weight.shape) * jnp.dtype(weight.dtype(dtype)).itemsize
-        for weight in decoder_weights(decoder).by_name().values()
-    )
+def device_share(decoder: DecoderConfig, dtype: str, devices: int) -> tuple[int, int]:
+    """Of one of so many devices along `tp`: bytes of its part of all weights, in `dtype` but for
+    those that stay float32; and numbers that it keeps of a token.
+
+    Raises:
+        MeshError: so many cannot share it.
+    """
+    head_devices, copies = divide(devices, decoder.num_heads, decoder.num_kv_heads)
+    mesh = AbstractMesh((head_devices, copies), (TP, COPIES))
+
+    def nbytes(weight: Weight) -> int:
+        place = logical_sharding(weight.axes, weight.shape, mesh)
+        return math.prod(place.shard_shape(weight.shape)) * jnp.dtype(weight.dtype(dtype)).itemsize
+
+    weights = decoder_weights(decoder).by_name().values()
+    return sum(map(nbytes, weights)), decoder.cache_spec.values_per_token // head_devices
+
+
+def _can_share(decoder: DecoderConfig, dtype: str, devices: int) -> bool:
+    try:
+        device_share(decoder, dtype, devices)
+    except MeshError:
+        return False
+    return True
 
 
 def _describe_architecture(class_name: str, parity: Parity | None) -> dict[str, Any]:

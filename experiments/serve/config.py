@@ -21,6 +21,7 @@ from experiments.harness.options import (
     option,
 )
 from experiments.head_option import HeadsFolder, HeadShare, check_heads
+from experiments.mesh_option import MeshShape, mesh_devices
 from experiments.select_option import DenseLayers, KeepShare, SelectPolicy, check_selection
 from experiments.trace import BLOCK_TOKENS
 
@@ -126,6 +127,8 @@ class ServeConfig:
 
     implementation: AttentionImplementation = None
 
+    mesh: MeshShape = None
+
     seed: int = 0
     """Seed of prompts, of random gaps and of random weights."""
 
@@ -190,6 +193,7 @@ def check(config: ServeConfig) -> None:
         )
     check_used_codec(config.codec)
     check_heads(config)
+    mesh_devices(config.mesh)
     check_selection(config, config.tokens_per_chunk)
     check_clusters(config.clusters)
     check_seed(config.seed)

@@ -12,6 +12,7 @@ from experiments.harness.results import ResultFolder
 from experiments.harness.views import finish
 from experiments.head_option import chosen_heads
 from experiments.loading import LoadOptions, load_model
+from experiments.mesh_option import chosen_mesh
 from experiments.serve.config import ServeConfig
 from experiments.serve.inputs import Inputs
 from experiments.serve.rounds import Rounds
@@ -30,7 +31,8 @@ def serve(
     """Run the experiment into `folder`; `started` is the clock when the user's wait began."""
     check_device(config.implementation)
     environment = describe_environment()
-    options = LoadOptions(config.dtype, config.seed, config.max_positions, chosen_heads(config))
+    heads, mesh = chosen_heads(config), chosen_mesh(config.mesh)
+    options = LoadOptions(config.dtype, config.seed, config.max_positions, heads, mesh)
     loaded = load_model(inputs.model, options)
     workload = make_workload(config, inputs, loaded)
     cache = pool_for(config, loaded, workload)

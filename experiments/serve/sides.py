@@ -8,6 +8,7 @@ from typing import Any
 from experiments.cluster_option import chosen_clusters
 from experiments.codecs import codec_for
 from experiments.harness.errors import UserError
+from experiments.mesh_option import chosen_mesh
 from experiments.select_option import chosen_selector
 from experiments.serve.config import ServeConfig, Side
 from experiments.serve.replay import Replayed, Served, replay
@@ -101,5 +102,6 @@ def _engine(side: Side, config: ServeConfig, loaded: LoadedModel, cache: CacheCo
         steps_per_call=config.steps_per_call,
         prefill_tokens=config.prefill_tokens,
         implementation=config.implementation,
+        mesh=chosen_mesh(config.mesh),
         **options,
     )

@@ -6,9 +6,10 @@ Weights and the pool declare logical axes where they are defined (`models.weight
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 AXIS_RULES: Mapping[str, str | tuple[str, ...]] = {
     "heads": ("tp", "tp_copies"),
@@ -23,10 +24,14 @@ Devices along `tp_copies`, where there are more than KV heads, hold the same KV 
 """
 
 
+class MeshError(ValueError):
+    """A mesh that a model or an engine cannot be laid over; the message says why."""
+
+
 def logical_sharding(
     axes: tuple[str | None, ...],
     shape: tuple[int, ...],
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     rules: Mapping[str, str | tuple[str, ...]] = AXIS_RULES,
 ) -> NamedSharding:
     """How an array of `shape`, whose dimensions count `axes`, lies on `mesh`.
@@ -35,19 +40,17 @@ def logical_sharding(
     device; one whose rule names several is split over those that the mesh has, the first outermost.
 
     Raises:
-      ValueError: a dimension is no multiple of the devices it is to be split over.
+      MeshError: a dimension is no multiple of the devices it is to be split over.
     """
     spec: list[str | tuple[str, ...] | None] = []
     for name, size in zip(axes, shape, strict=True):
         rule = rules.get(name, ()) if name is not None else ()
-        over = tuple(axis for axis in ((rule,) if isinstance(rule, str) else rule))
+        over = (rule,) if isinstance(rule, str) else rule
         over = tuple(axis for axis in over if axis in mesh.shape)
-        devices = 1
-        for axis in over:
-            devices *= mesh.shape[axis]
+        devices = math.prod(mesh.shape[axis] for axis in over)
         if size % devices:
             which = "axis" if len(over) == 1 else "axes"
-            raise ValueError(
+            raise MeshError(
                 f"{name} ({size:,}) cannot be split over the {devices} devices of the "
                 f"mesh's {which} {', '.join(map(repr, over))}; leave {name!r} out of the rules to "
                 "keep it whole"

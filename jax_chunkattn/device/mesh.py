@@ -25,7 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jax_chunkattn.device.cache_config import CacheConfig
-from jax_chunkattn.device.logical_axes import logical_sharding
+from jax_chunkattn.device.logical_axes import MeshError, logical_sharding
 from jax_chunkattn.device.model_interface import CacheSpec, DecoderModel
 from jax_chunkattn.device.programs import SplitModel
 from jax_chunkattn.device.request_table import DeviceState
@@ -43,8 +43,21 @@ Reads = TypeVar("Reads", DecodeReads, PrefillReads)
 log = logging.getLogger(__name__)
 
 
-class MeshError(ValueError):
-    """A mesh that a model or an engine cannot be laid over; the message says why."""
+def divide(devices: int, num_heads: int, num_kv_heads: int) -> tuple[int, int]:
+    """How many of the devices KV heads are split over, and how many keep the same ones.
+
+    Raises:
+      MeshError: for heads that cannot be split over so many.
+    """
+    if num_kv_heads % devices == 0:
+        return devices, 1
+    if devices % num_kv_heads or num_heads % devices:
+        raise MeshError(
+            f"a model of {num_heads} query heads and {num_kv_heads} KV heads cannot be split over "
+            f"the {devices} devices of the mesh's axis {TP!r}: KV heads must be a multiple of the "
+            "devices, or devices of the KV heads with as many query heads on each"
+        )
+    return num_kv_heads, devices // num_kv_heads
 
 
 def mesh_for_heads(mesh: Mesh, num_heads: int, num_kv_heads: int) -> Mesh:
@@ -59,17 +72,7 @@ def mesh_for_heads(mesh: Mesh, num_heads: int, num_kv_heads: int) -> Mesh:
     if TP not in mesh.shape or COPIES in mesh.shape:
         return mesh
     devices = mesh.shape[TP]
-    copies, uneven = divmod(devices, num_kv_heads)
-    if devices > num_kv_heads:
-        uneven = uneven or num_heads % devices
-    else:
-        copies, uneven = 1, num_kv_heads % devices
-    if uneven:
-        raise MeshError(
-            f"a model of {num_heads} query heads and {num_kv_heads} KV heads cannot be split over "
-            f"the {devices} devices of the mesh's axis {TP!r}: KV heads must be a multiple of the "
-            "devices, or devices of the KV heads with as many query heads on each"
-        )
+    head_devices, copies = divide(devices, num_heads, num_kv_heads)
     if copies == 1:
         return mesh
     at, shape = mesh.axis_names.index(TP), mesh.devices.shape
@@ -78,7 +81,7 @@ def mesh_for_heads(mesh: Mesh, num_heads: int, num_kv_heads: int) -> Mesh:
         devices, num_kv_heads, copies,
     )  # fmt: skip
     return Mesh(
-        mesh.devices.reshape(*shape[:at], num_kv_heads, copies, *shape[at + 1 :]),
+        mesh.devices.reshape(*shape[:at], head_devices, copies, *shape[at + 1 :]),
         (*mesh.axis_names[:at], TP, COPIES, *mesh.axis_names[at + 1 :]),
         (*mesh.axis_types[:at], *(mesh.axis_types[at],) * 2, *mesh.axis_types[at + 1 :]),
     )

@@ -18,7 +18,7 @@ from experiments.cli import main
 from experiments.harness.errors import UserError
 from experiments.models import sizes as models_sizes
 from experiments.models.config import ModelsConfig, check
-from experiments.models.sizes import Batch, describe_model, weight_bytes
+from experiments.models.sizes import Batch, describe_model, device_share
 from jax_chunkattn import CacheConfig
 from jax_chunkattn.device.pool import allocate_pool
 from jax_chunkattn.tree.prefix_tree import PrefixTree
@@ -115,7 +115,7 @@ def test_the_summary_has_all_architectures_and_presets(tell):
 def test_weights_take_what_the_arrays_of_the_decoder_take(name, dtype):
     model = models.load(f"random:{name}", dtype=dtype, abstract=True).model
     arrays = jax.tree.leaves(nnx.state(model))
-    assert weight_bytes(models.preset(name), dtype) == sum(
+    assert device_share(models.preset(name), dtype, 1)[0] == sum(
         array.size * array.dtype.itemsize for array in arrays
     )
 

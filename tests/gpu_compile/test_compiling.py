@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+from experiments.compile_report.program_sizes import ProgramSize
 from experiments.compile_report.target import TARGETS, check_installed
 from experiments.compile_report.variants import available_backends, variant_names
 from experiments.compile_report.views import failures_of
 from experiments.compile_report.worker import compile_cases
 from experiments.harness.errors import UserError
-from tests.gpu_compile.toy_cases import cases
+from experiments.models.sizes import device_share
+from tests.gpu_compile.toy_cases import SMALL, cases
 
 ROOT = Path(__file__).parents[2]
 TIGHT = (
@@ -82,8 +86,25 @@ def test_a_copied_pool_is_found(records, name):
     assert failures_of([records[name]])[0].startswith(f"{name}: copies the pool")
 
 
-def test_heads_on_several_gpus_exchange_one_sum_a_layer(records):
-    assert records["decode on 4 GPUs"]["collectives"] == {"all-reduce": 1}
+def test_heads_on_several_gpus_exchange_two_sums_a_layer(records):
+    names = "decode of a layer more on 4 GPUs", "decode on 4 GPUs"
+    more, fewer = (Counter(records[name]["collectives"]) for name in names)
+    assert more - fewer == {"all-reduce": 2}
+    assert set(fewer) == {"all-gather", "all-reduce"}
+
+
+def test_several_gpus_hold_what_models_tells(records):
+    assert_held_as_told(records["decode on 4 GPUs"], SMALL, 4)
+
+
+def assert_held_as_told(record: dict[str, Any], size: ProgramSize, devices: int) -> None:
+    """What a program is given takes what the command `models` tells for each device: weights and
+    keys and values; request table and plan are small beside them."""
+    weights, values = device_share(size.config, size.dtype, devices)
+    itemsize = jnp.dtype(size.dtype).itemsize
+    pool = values * itemsize * devices * size.num_chunks * size.chunk_size
+    assert record["aliased_bytes"] >= pool == record["pool_bytes"]
+    assert weights + pool <= record["argument_bytes"] < 1.01 * (weights + pool)
 
 
 def test_launches_are_found_and_loops_are_captured(records):
@@ -133,3 +154,6 @@ def test_every_program_of_an_8b_model_updates_the_pool_in_place(gpu):
         # Mosaic's launches can be captured from jax 0.12 on.
         if "mosaic" not in record["name"] or jax.__version_info__ >= (0, 12):
             assert record["captured_pallas_launches"] == record["pallas_launches"], record["name"]
+        gpus = re.search(r"on (\d+) GPUs", record["name"])
+        if gpus is not None:
+            assert_held_as_told(record, ProgramSize(), int(gpus[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -23,6 +24,7 @@ LAYER_BYTES = CHUNKS * CHUNK_SIZE * HEAD_DIM * 2
 SMALL = ProgramSize(
     DecoderConfig(512, 256, 512, 3, 16, 8, 64), rows=16, num_chunks=1024, steps=4, prefill_tokens=32
 )
+ONE_MORE = replace(SMALL, config=replace(SMALL.config, num_layers=SMALL.config.num_layers + 1))
 
 
 def read_chunk(layer, keys, queries, num_warps: int = 4):
@@ -135,5 +137,6 @@ def cases() -> CaseTable:
         "not donated": not_donated,
         "decode": partial(decode_case, SMALL, "xla"),
         "prefill": partial(prefill_case, SMALL, "xla"),
-        "decode on 4 GPUs": partial(tensor_parallel_case, SMALL, "xla"),
+        "decode on 4 GPUs": partial(tensor_parallel_case, SMALL, "xla", 4),
+        "decode of a layer more on 4 GPUs": partial(tensor_parallel_case, ONE_MORE, "xla", 4),
     }

@@ -14,7 +14,8 @@ from jax.sharding import AxisType, Mesh
 from experiments.compile_report.hlo import Module
 from experiments.harness.compilations import count_compilations
 from jax_chunkattn import CacheConfig, ChunkPool, Engine, SamplingParams
-from jax_chunkattn.device.mesh import EngineMesh, MeshError
+from jax_chunkattn.device.logical_axes import MeshError
+from jax_chunkattn.device.mesh import EngineMesh
 from jax_chunkattn.planning.planner import PlannerOptions
 from pallas_kernels.clusters import HeadClusters
 from pallas_kernels.selection import ChunkSelector
@@ -220,7 +221,7 @@ def test_what_cannot_be_laid_over_a_mesh_is_refused_by_name(caplog):
 
     with pytest.raises(MeshError, match="cannot be split over the 3 devices"):
         toy_model_on(3)
-    with pytest.raises(ValueError, match=r"mlp \(129\) cannot be split over the 2 devices"):
+    with pytest.raises(MeshError, match=r"mlp \(129\) cannot be split over the 2 devices"):
         toy_model_on(2, intermediate_size=129)
     with caplog.at_level(logging.INFO):
         laid = EngineMesh.of(mesh_of(4), toy_model().cache_spec)
