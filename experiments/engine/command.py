@@ -7,6 +7,7 @@ decode the same rows of the same lengths, in turns.
 
     python -m experiments engine
     python -m experiments engine --rows 1 --tokens 256
+    python -m experiments engine --mesh-of-one
 """
 
 from __future__ import annotations

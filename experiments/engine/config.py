@@ -17,13 +17,14 @@ from experiments.harness.options import (
 from experiments.head_option import HeadsFolder, HeadShare, check_heads
 
 DETERMINISTIC = "deterministic engine"
-SIDES = ("bare loop", "engine", DETERMINISTIC)
+ON_A_MESH = "engine on a mesh"
+SIDES = ("bare loop", "engine", DETERMINISTIC, ON_A_MESH)
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """Compare the engine's speed with that of the bare decode loop at the same shapes, and with its
-    own where it is deterministic."""
+    own where it is deterministic, or on a mesh."""
 
     SMOKE: ClassVar[dict[str, Any]] = {
         "model": "random:tiny",
@@ -58,6 +59,9 @@ class EngineConfig:
 
     deterministic: bool = False
     """Time an engine of `deterministic=True` too, where there is the compiled kernel."""
+
+    mesh_of_one: bool = False
+    """Time an engine on a mesh of one device too: what a mesh costs by itself."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of weights, activations and KV cache."""

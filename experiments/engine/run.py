@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from experiments.bare_loop import BareLoop, random_pool
-from experiments.engine.config import DETERMINISTIC, SIDES, EngineConfig
+from experiments.engine.config import DETERMINISTIC, ON_A_MESH, SIDES, EngineConfig
 from experiments.harness.compilations import compilation_cache
 from experiments.harness.environment import describe_environment
 from experiments.harness.errors import UserError
@@ -91,7 +93,8 @@ def compare(config: EngineConfig, source: ModelSource, folder: ResultFolder) -> 
         "experiment": "engine",
         **{name: getattr(config, name) for name in SETTING},
         **_measures(timed["bare loop"], timed["engine"]),
-        **(_price(timed["engine"], timed[DETERMINISTIC]) if config.deterministic else {}),
+        **(_price(timed, DETERMINISTIC, "deterministic") if config.deterministic else {}),
+        **(_price(timed, ON_A_MESH, "mesh") if config.mesh_of_one else {}),
         "environment": environment,
     }
     return finish(folder, summary)
@@ -121,6 +124,10 @@ class _Sides:
             if self._given[0].deterministic:
                 side = engine_side(*self._given, self._check_interrupt, deterministic=True)
                 self._sides[DETERMINISTIC] = side
+            if self._given[0].mesh_of_one:
+                mesh = Mesh(np.array(jax.devices()[:1]), ("tp",))
+                side = engine_side(*self._given, self._check_interrupt, mesh=mesh)
+                self._sides[ON_A_MESH] = side
             engines = (side for name, side in self._sides.items() if name != "bare loop")
             for side in (*self._sides.values(), *engines):
                 side()  # compiles; an engine's second time finds its prompts cached, as later ones
@@ -145,11 +152,11 @@ def _measures(bare: Sequence[Timed], engine: Sequence[Timed]) -> dict[str, Any]:
     }
 
 
-def _price(engine: Sequence[Timed], deterministic: Sequence[Timed]) -> dict[str, Any]:
-    """What it costs an engine to be deterministic."""
+def _price(timed: Mapping[str, Sequence[Timed]], side: str, name: str) -> dict[str, Any]:
+    """What it costs an engine to be deterministic, or on a mesh."""
     return {
-        "deterministic_tokens_per_second": round(median(one.rate for one in deterministic), 2),
-        "deterministic_ratio": round(median(_ratios(deterministic, engine)), 4),
+        f"{name}_tokens_per_second": round(median(one.rate for one in timed[side]), 2),
+        f"{name}_ratio": round(median(_ratios(timed[side], timed["engine"])), 4),
     }
 
 
@@ -194,6 +201,7 @@ def engine_side(
     check_interrupt: Callable[[], None],
     *,
     deterministic: bool = False,
+    mesh: Mesh | None = None,
 ) -> Callable[[], Timed]:
     """Answers the prompts by one engine, which keeps them cached from one time to the next; timed
     while all rows decode: after the last has begun and before the first has ended."""
@@ -203,6 +211,7 @@ def engine_side(
         max_running=config.rows,
         steps_per_call=config.steps_per_call,
         deterministic=deterministic,
+        mesh=mesh,
     )
     params = SamplingParams(config.tokens + 1, ignore_eos=True)
 

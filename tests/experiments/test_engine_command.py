@@ -19,7 +19,8 @@ from pallas_kernels.native import library
 @pytest.mark.slow
 def test_both_sides_are_timed_in_turns(tmp_path: Path):
     deterministic = library.problem() is None
-    options = {**EngineConfig.SMOKE, "deterministic": deterministic, "output": tmp_path / "out"}
+    sides = {"deterministic": deterministic, "mesh_of_one": True}
+    options = {**EngineConfig.SMOKE, **sides, "output": tmp_path / "out"}
     config = EngineConfig(**options)
     summary = run(config)
     rounds = read_result(tmp_path / "out").of_kind("round")
@@ -31,10 +32,11 @@ def test_both_sides_are_timed_in_turns(tmp_path: Path):
     ratios = [two["rate"] / one["rate"] for one, two in zip(bare, engine, strict=True)]
     assert summary["ratio"] == pytest.approx(median(ratios), abs=1e-3)
     assert summary["host_microseconds_per_token"] > 0
-    if deterministic:
-        rates = [one["deterministic engine"]["rate"] for one in rounds]
+    others = [("deterministic engine", "deterministic_ratio")] if deterministic else []
+    for side, name in (*others, ("engine on a mesh", "mesh_ratio")):
+        rates = [one[side]["rate"] for one in rounds]
         ratios = [rate / one["rate"] for one, rate in zip(engine, rates, strict=True)]
-        assert summary["deterministic_ratio"] == pytest.approx(median(ratios), abs=1e-3)
+        assert summary[name] == pytest.approx(median(ratios), abs=1e-3)
 
 
 def test_rates_and_host_work_are_per_token():

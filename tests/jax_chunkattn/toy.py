@@ -41,6 +41,14 @@ def toy_model_on(devices: int | None, *, unroll: bool = False, **sizes: int) -> 
         return models.load("random:tiny", mesh=mesh, unroll=unroll).model
 
 
+@functools.cache
+def laid_over(model: Decoder, devices: int) -> Decoder:
+    """The toy model, or one of its weights whose heads have windows, over so many devices."""
+    laid = models.load("random:tiny", mesh=mesh_of(devices)).model
+    laid.cache_spec = model.cache_spec
+    return laid
+
+
 WIDER = {"num_heads": 16, "num_kv_heads": 8}
 """Heads for eight devices."""
 

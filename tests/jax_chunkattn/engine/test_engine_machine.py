@@ -61,7 +61,13 @@ from tests.jax_chunkattn.engine.machine_requests import (
 )
 from tests.jax_chunkattn.engine.oracle import Agreement, ending, text_of
 from tests.jax_chunkattn.machines import run_until_seen
-from tests.jax_chunkattn.toy import reweighted, toy_model, windowed_model
+from tests.jax_chunkattn.toy import (
+    mesh_of,
+    reweighted,
+    toy_model,
+    toy_model_on,
+    windowed_model,
+)
 
 MOST_OPEN = 8
 MOST_DONE = 8
@@ -715,6 +721,12 @@ class WindowMachine(EngineMachine):
             self.saw("window", self.engine.stats.prompts.window > 0)
 
 
+class MeshMachine(EngineMachine):
+    """Two devices have a KV head each; the test says so, in a process that has them."""
+
+    seen: ClassVar[Counter[str]] = Counter()
+
+
 def assert_agreed(agreements: Sequence[Agreement]) -> None:
     for agreement in agreements:
         print(agreement)
@@ -729,6 +741,17 @@ def test_random_use_of_windows_gives_the_answers_of_a_model_without_a_cache():
     print(f"{WindowMachine.steps} steps, {dict(sorted(seen.items()))}")
     assert_agreed(WindowMachine.agreements)
     assert not missed, f"never happened in {WindowMachine.steps} steps: {missed}"
+
+
+@pytest.mark.slow
+@pytest.mark.devices(2)
+def test_random_use_of_a_mesh_gives_the_answers_of_a_model_without_a_cache():
+    MeshMachine.options = {"model": toy_model_on(2), "mesh": mesh_of(2)}
+    wanted = {"evicted", "fork copied", "partial chunk copied", "pinned", "preempted", "scored"}
+    missed = run_until_seen(MeshMachine, wanted, max_examples=8, report_multiple_bugs=False)
+    print(f"{MeshMachine.steps} steps, {dict(sorted(MeshMachine.seen.items()))}")
+    assert_agreed(MeshMachine.agreements)
+    assert not missed, f"never happened in {MeshMachine.steps} steps: {missed}"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,13 @@ from pallas_kernels.clusters import HeadClusters
 from pallas_kernels.codecs import ChunkCodec, ChunkContext, Constants
 from pallas_kernels.selection import ChunkSelector
 from tests.jax_chunkattn.engine.engines import make_engine
-from tests.jax_chunkattn.toy import patterned_model, windowed_model
+from tests.jax_chunkattn.toy import (
+    laid_over,
+    mesh_of,
+    patterned_model,
+    toy_model,
+    windowed_model,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,14 +32,20 @@ class Feature:
     Attributes:
       name: of the row.
       options: of the engine that makes it.
+      devices: that the engine runs on, along `tp`; None is one, without a mesh.
     """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    devices: int | None = None
 
     def engine(self, **options: Any) -> Engine:
         """An engine with this feature, and with what a history asks for."""
-        return make_engine(**{**self.options, **options})
+        laid = {}
+        if self.devices is not None:
+            model = laid_over(self.options.get("model", toy_model()), self.devices)
+            laid = {"model": model, "mesh": mesh_of(self.devices)}
+        return make_engine(**{**self.options, **laid, **options})
 
     @property
     def tolerance(self) -> float:
@@ -100,4 +112,9 @@ FEATURES = (
     Feature("deterministic", DETERMINISTIC),
     Feature("deterministic, windows", {**DETERMINISTIC, **WINDOWED, **GIVEN_UP}),
     Feature("deterministic, windows, int4", {**DETERMINISTIC, **WINDOWED, "codec": "int4"}),
+    Feature("mesh", devices=2),
+    Feature("mesh with copies of heads", devices=4),
+    Feature("mesh, marked chunks", {"codec": MARKED}, devices=2),
+    Feature("mesh, windows", {**WINDOWED, **GIVEN_UP}, devices=2),
+    Feature("mesh, head pattern, marked chunks", {"codec": MARKED, **PATTERNED}, devices=2),
 )

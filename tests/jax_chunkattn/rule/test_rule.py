@@ -44,6 +44,7 @@ ALONE = {
     "choices",
     "clusters",
     "deterministic",
+    "mesh",
 }
 ALIKE = {
     "windows that give up nothing",
@@ -97,6 +98,7 @@ def differs(answer: Answer, feature: Feature) -> bool:
             id=f"{history.__name__}-{feature.name}",
             marks=[
                 *([pytest.mark.slow] if takes_long(history, feature) else []),
+                *([pytest.mark.devices(feature.devices)] if feature.devices else []),
                 *([pytest.mark.thorough] if is_thorough(history, feature) else []),
                 *(
                     [pytest.mark.optimised]
@@ -141,6 +143,18 @@ def test_rounding_moves_codes_and_they_move_no_clear_choice(history):
             assert abs(logprob - cold_logprobs[at]) < clear, f"{what}, token {at}"
             compared += 1
     assert compared > NUM_TOKENS / 2
+
+
+@pytest.mark.slow
+@pytest.mark.devices(4)
+def test_a_mesh_gives_what_one_device_gives():
+    """With each feature that several devices have, and with each head once or several times."""
+    on_one = {f"mesh, {one.name}": one for one in FEATURES if one.devices is None}
+    assert sum(feature.devices is not None for feature in FEATURES) == 5
+    for feature in FEATURES:
+        if feature.devices is not None:
+            alone = on_one.get(feature.name, FEATURES[0])
+            assert not differs(expected(feature), alone), feature.name
 
 
 def test_identity_is_a_model_without_a_cache():
