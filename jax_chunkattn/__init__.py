@@ -2,6 +2,7 @@
 
 from jax_chunkattn.device.cache_config import CacheConfig
 from jax_chunkattn.device.compilation_cache import use_compilation_cache
+from jax_chunkattn.device.logical_axes import MeshError
 from jax_chunkattn.device.model_interface import CacheSpec, DecoderModel
 from jax_chunkattn.device.pool import ChunkPool, allocate_pool
 from jax_chunkattn.device.weights import InvalidWeights
@@ -64,6 +65,7 @@ __all__ = [
     "InvalidRequest",
     "InvalidWeights",
     "KVEvents",
+    "MeshError",
     "NextTokens",
     "NoReplica",
     "Output",

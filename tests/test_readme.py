@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -38,6 +39,12 @@ def test_the_example_of_replicas_runs(capsys):
     assert found == ("0", "0", "192", "192")
     assert homes[:2] == homes[2:]
     assert "matched=2" in stats
+
+
+def test_the_example_of_a_mesh_runs(capsys):
+    [example] = [one for one in EXAMPLES if "mesh=mesh" in one]
+    exec(compile(example, "README.md", "exec"), {})
+    assert len(ast.literal_eval(capsys.readouterr().out)) == 8
 
 
 def test_every_experiment_has_a_row_and_every_row_an_experiment(capsys):

@@ -29,7 +29,7 @@ class CacheConfig:
         of jaxlib 0.10.2 converts a bfloat16 pool as a whole where it reads or writes it on a CPU,
         which it does only where there is no compiled kernel.
       memory: of the pool, in bytes or as text with a unit: "2GiB", "500 MB". Instead of
-        `num_chunks`, not beside it.
+        `num_chunks`, not beside it. On a mesh that of all devices together, each head counted once.
       codec: what full chunks are encoded by: a name such as "int4" (see `pallas_kernels.codecs`),
         "identity" for none, or a codec itself, such as `models.calibration.load_codec` reads. Then
         `dtype` is of the rows' last chunks, which are exact: one for each row that an engine may

@@ -66,12 +66,14 @@ class Call:
       decoded: a decode call, which writes a position for each token it chooses; else prefill, which
         chooses the first tokens.
       dispatched: when, in seconds, and `compile_seconds` until then.
+      over: when it was known to be over, where the device waits for each call.
     """
 
     chosen: Chosen
     decoded: bool
     dispatched: float
     compile_seconds: float
+    over: float | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ class Device:
         self._invocations = invocations
         self._programs: dict[Hashable, Compiled] = {}  # kept here, they live as long as the engine
         self._state: DeviceState | None = None
-        self._last_ready = 0.0
+        self._last_ready = self._dispatched = 0.0
+        self._over: float | None = None
         self._waits = invocations.mesh is not None and invocations.mesh.waits
         # Compiled, since Ctrl-C in an operation that JAX runs by itself may leave JAX without the
         # trace it works in, for good; and so that it lies where it lay, whoever resets.
@@ -242,6 +245,7 @@ class Device:
     def _note_ready(self, call: Call, began: float) -> None:
         counters, ready = self.counters, time.perf_counter()
         counters.blocked_seconds += ready - began
+        ready = ready if call.over is None else call.over
         # While the host compiled, nobody looked whether the device was done.
         compiled = counters.compile_seconds - call.compile_seconds
         busy = max(0.0, ready - max(call.dispatched, self._last_ready) - compiled)
@@ -261,8 +265,11 @@ class Device:
         self._state = None  # donated: if the call fails it is gone
         try:
             updated = program(invocation.leaves, *invocation.operands)
+            self._dispatched = time.perf_counter()
             if self._waits:
                 jax.block_until_ready(updated)
+                self._over = time.perf_counter()
+                self.counters.blocked_seconds += self._over - self._dispatched
         except Exception as error:
             self._require_weights(error)
             raise
@@ -297,7 +304,7 @@ class Device:
             ) from error
 
     def _call(self, chosen: Chosen, *, decoded: bool) -> Call:
-        return Call(chosen, decoded, time.perf_counter(), self.counters.compile_seconds)
+        return Call(chosen, decoded, self._dispatched, self.counters.compile_seconds, self._over)
 
 
 def _wait_for_last_use(state: DeviceState) -> None:

@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary
 
 import jax
 import numpy as np
+from jax import lax
 from jax.sharding import NamedSharding
 from jax.stages import Compiled
 
@@ -148,7 +149,9 @@ class Invocation:
 
         def run_joined(leaves, *args):
             state, *joined = args
-            return run(leaves, state, *given.split(*joined))
+            # Each by itself: else XLA may divide them among devices, and exchange what it divided.
+            others = lax.with_sharding_constraint(given.split(*joined), place.whole)
+            return run(leaves, state, *others)
 
         run_joined.__name__ = run.__name__
         jitted = jax.jit(

@@ -159,10 +159,11 @@ class Engine:
             raise ValueError(f"prefill_tokens must be one of {CALL_TOKENS}, got {prefill_tokens}")
         sizes = ModelSizes(model.vocab_size, model.max_positions)
         stop_tokens = check_stop_tokens(stop_tokens, sizes)
+        cache = cache.for_model(model.cache_spec)
         laid = lay_over(mesh, model, cache, deterministic=deterministic)
         if implementation is None or implementation in COMPILED_HERE:
             model = for_serving(model, batch_invariant=deterministic)
-        self.cache = cache = cache.for_model(model.cache_spec)
+        self.cache = cache
         self.backend: Backend = choose_backend(
             model.cache_spec, cache, implementation=implementation, planner=planner, mesh=laid
         )
