@@ -245,9 +245,10 @@ class Device:
     def _note_ready(self, call: Call, began: float) -> None:
         counters, ready = self.counters, time.perf_counter()
         counters.blocked_seconds += ready - began
-        ready = ready if call.over is None else call.over
         # While the host compiled, nobody looked whether the device was done.
         compiled = counters.compile_seconds - call.compile_seconds
+        if call.over is not None:
+            ready, compiled = call.over, 0.0
         busy = max(0.0, ready - max(call.dispatched, self._last_ready) - compiled)
         self._last_ready = ready
         if call.decoded:
