@@ -1,7 +1,7 @@
 """Many arrays of the host as one: a call on several devices then sends one to each of them.
 
-Sending one by one costs more than the call: measured on a CPU, 20 arrays take 0.13 ms to one device
-and 1.3 ms to eight, one of them all 0.2 ms.
+Sending one by one costs more than the call: on a CPU, to dispatch one with 20 arrays takes 0.05 ms
+on one device and 0.9 ms on eight, with one array 0.01 and 0.08 ms (the fastest of 100).
 """
 
 from __future__ import annotations
