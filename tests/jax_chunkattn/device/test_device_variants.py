@@ -4,6 +4,7 @@ lie on the host or on the device. Pool and token counts are on the device."""
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import chex
 import jax
@@ -96,7 +97,7 @@ class DeviceVariants(VariantsTestCase):
         frozen = (0, 0, 0)
         params = [SamplingParams(logprobs=0)] * SLOTS
         state = empty_state([frozen, (0, 18, 3), frozen, (0, 20, 4)], params)
-        how = {"implementation": "reference"}
+        how: dict[str, Any] = {"implementation": "reference"}
 
         @self.variant
         def generate(state, slots, batch, plan):
