@@ -42,6 +42,7 @@ from jax_chunkattn.planning.prefill_round import call_costs
 from jax_chunkattn.sampling import SamplingParams
 from jax_chunkattn.tree.kv_events import KVEvents
 from jax_chunkattn.tree.prefix_tree import PrefixTree
+from jax_chunkattn.tree.view import MOST_VIEWED, TreeView, view_tree
 from pallas_kernels.codecs import CodecError
 from pallas_kernels.implementations import (
     BATCH_INVARIANT,
@@ -282,15 +283,25 @@ class Engine:
         return handle
 
     def submit_samples(
-        self, prompt: Prompt, params: SamplingParams, *, salt: str = "", priority: int = 0
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        salt: str = "",
+        priority: int = 0,
+        on_event: Callable[[int, StreamEvent], None] | None = None,
     ) -> list[RequestHandle]:
         """Queues `params.n` samples of one prompt, with seeds as `SamplingParams` says.
 
-        The prompt is computed once; the others are forked from the first when it is. Raises what
-        `submit` raises.
+        The prompt is computed once; the others are forked from the first when it is. `on_event` is
+        called as that of `submit`, with the sample's index before the event. Raises what `submit`
+        raises.
         """
         self._service.require_open()
         samples = self._service.incoming.samples(prompt, params, salt, priority=priority)
+        if on_event is not None:
+            for index, sample in enumerate(samples):
+                sample.on_event = partial(on_event, index)
         handles = [RequestHandle(self._service, sample) for sample in samples]
         self._service.queue([samples])
         return handles
@@ -510,6 +521,14 @@ class Engine:
         """A copy of the counters, with the sizes as they are now."""
         turns = self._service.turns
         return self._read_stats() if turns.interrupted else turns.run(self._read_stats)
+
+    @in_turn
+    def view_tree(self, most: int = MOST_VIEWED) -> TreeView:
+        """What the prefix tree holds, as it is now: see `jax_chunkattn.tree.view`.
+
+        Raises ValueError when `most` is below 1.
+        """
+        return view_tree(self._core.scheduler.tree, most)
 
     @in_turn
     def check(self) -> None:

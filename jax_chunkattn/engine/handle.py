@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import TypeVar
 
+from jax_chunkattn.engine.misses import PromptUse
 from jax_chunkattn.engine.outputs import Completion, Output, StreamEvent
 from jax_chunkattn.engine.requests import Pinned, Request
 from jax_chunkattn.engine.service import Service
@@ -124,6 +125,19 @@ class RequestHandle:
     @property
     def logprobs(self) -> tuple[TokenLogprobs, ...]:
         return tuple(self._request.logprobs)
+
+    @property
+    def prompt_use(self) -> PromptUse | None:
+        """Where its prompt's tokens came from, when it was first admitted; None before that, and of
+        what was forked with tokens of its own."""
+        return self._request.use
+
+    @property
+    def chunk_ids(self) -> tuple[int, ...]:
+        """Chunks of the pool that hold its tokens now, in their order; empty where it has none. For
+        the thread that advances the engine: they may change with each turn."""
+        sequence = self._request.sequence
+        return () if sequence is None else tuple(sequence.chunk_ids)
 
     @property
     def state(self) -> str:

@@ -134,6 +134,7 @@ class Prompts:
                 use = self._memory.classify(
                     work.prompt, work.salt, hit, found - hit, sequence.num_matched_tokens
                 )
+                work.use = use
                 self._stats.prompts += use
 
     def _take_tail(self, of: Tails, fork: Request, tails: list[tuple[int, int]]) -> None:

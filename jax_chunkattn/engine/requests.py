@@ -10,6 +10,7 @@ from typing import NamedTuple
 from weakref import ref
 
 from jax_chunkattn.engine.lineage import Lineage
+from jax_chunkattn.engine.misses import PromptUse
 from jax_chunkattn.engine.outputs import Completion, RequestFailed, Score, StreamEvent
 from jax_chunkattn.engine.text import TextStream
 from jax_chunkattn.planning.scored_tokens import UNSCORED
@@ -240,7 +241,8 @@ class Request(Work):
     last chunk lies, and `written` how many positions may have been written when that was
     (`engine.tails`). `ends` are how many tokens and characters there were after each addition,
     `num_read` and `num_told` how many additions a stream and the callback have had. `weights` are
-    the versions of the model's that its tokens were chosen by.
+    the versions of the model's that its tokens were chosen by. `use` is where its prompt's tokens
+    came from, when it was first admitted; None before, and of forks.
     """
 
     params: SamplingParams
@@ -266,6 +268,7 @@ class Request(Work):
     tail_slot: int | None = field(default=None, init=False)
     written: int = field(default=0, init=False)
     admitted: bool = field(default=False, init=False)
+    use: PromptUse | None = field(default=None, init=False)
     _adding: Addition | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:

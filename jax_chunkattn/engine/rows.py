@@ -47,6 +47,7 @@ class PlannedRows:
         self._columns = columns
         self._tables_beyond = tables_beyond
         self._plan: DecodePlan | None = None
+        self._reads = 0, 0
         self._key: object = None
         self._shapes: dict[int, PlanShape] = {}
         self._fixed = options.gpu is None
@@ -72,6 +73,9 @@ class PlannedRows:
         if self._plan is None or key != self._key:
             self._plan = self._plan_anew(tree, running)
             self._key = key
+        reads, unshared = self._reads
+        self._stats.planned_reads += reads
+        self._stats.planned_reads_unshared += unshared
         return self._plan
 
     def _plan_anew(self, tree: PrefixTree, running: list[Request]) -> DecodePlan:
@@ -88,6 +92,7 @@ class PlannedRows:
         self._last_rows = shape.rows
         stats.plans += 1
         stats.plans_shared += summary.shared
+        self._reads = summary.chunk_reads, summary.unshared_chunk_reads
         stats.plan_seconds += time.perf_counter() - began
         stats.shared_tokens = max(stats.shared_tokens, summary.common_tokens)
         known = stats.plan

@@ -46,6 +46,8 @@ class EngineStats:
       calls: decode calls to the device.
       plans, plans_shared, plan_seconds: decode plans made, those of them that share, time for them.
       plan: the decision when there was most to read.
+      planned_reads, planned_reads_unshared: chunks that a step of each decode call reads, per layer
+        and KV head, added up over the calls; the same if every row read its own.
       shared_tokens: the longest prefix that two rows had in common, in full chunks.
       most_chunks_in_use, most_chunks_unshared: the most that was in use at once, and what the same
         requests would have held at that moment without sharing.
@@ -95,6 +97,8 @@ class EngineStats:
     plans_shared: int = 0
     plan_seconds: float = 0.0
     plan: PlanSummary | None = None
+    planned_reads: int = 0
+    planned_reads_unshared: int = 0
     shared_tokens: int = 0
     most_chunks_in_use: int = 0
     most_chunks_unshared: int = 0

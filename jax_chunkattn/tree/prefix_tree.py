@@ -140,6 +140,10 @@ class PrefixTree:
 
     # Reading.
 
+    def nodes(self) -> list[Node]:
+        """All sealed chunks, in use or cached, those first that came first."""
+        return list(self._stored.nodes.values())
+
     def match(self, tokens: Iterable[int] | np.ndarray, salt: bytes = b"") -> Match:
         """The longest prefix of ``tokens``, in whole chunks, present under ``salt``.
 
