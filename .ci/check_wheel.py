@@ -8,6 +8,7 @@ NEEDED = {
     *(f"{package}/py.typed" for package in PACKAGES),
     "experiments/assets/system_prompt.md",
     "experiments/assets/questions.txt",
+    "jax_chunkattn/server/page.html",
     "models/parity.json",
     "pallas_kernels/native/attention.h",
     "pallas_kernels/native/bindings.cc",

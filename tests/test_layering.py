@@ -105,7 +105,8 @@ import flax.nnx, jax, jaxtyping
 before = set(sys.modules)
 import jax_chunkattn, pallas_kernels
 new = {name.split(".")[0] for name in set(sys.modules) - before}
-print(sorted(new & {"rich", "matplotlib", "tyro", "tokenizers", "jinja2", "gguf", "models"}))
+print(sorted(new & {"rich", "matplotlib", "tyro", "tokenizers", "jinja2", "gguf", "models",
+    "starlette", "uvicorn", "pydantic", "prometheus_client"}))
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT

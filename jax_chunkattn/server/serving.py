@@ -1,0 +1,126 @@
+"""Running an endpoint in uvicorn: signals, the end, and options for TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from jax_chunkattn.server.app import LOOPBACK, make_app
+from jax_chunkattn.server.endpoint import Endpoint
+
+BACKLOG = 2048  # connections that wait to be accepted
+STOPPING_SECONDS = 5.0  # for clients to read the end of what the server has ended
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How an endpoint is served.
+
+    Attributes:
+      host: address to listen at; without keys it must be this machine's own.
+      port: 0 takes one that is free.
+      grace: seconds that answers may go on when the server is to stop.
+      keep_alive: seconds that a connection may be idle.
+      hosts: names that clients may call it by; None allows all where there are keys, and else
+        those of this machine.
+      certificate, private_key: for TLS; files that uvicorn reads.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    grace: float = 30.0
+    keep_alive: int = 30
+    hosts: Collection[str] | None = None
+    certificate: Path | None = None
+    private_key: Path | None = None
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host in LOOPBACK
+
+
+class Server(uvicorn.Server):
+    """Serves one endpoint until it is told to stop, by a signal or by `stop`."""
+
+    def __init__(self, endpoint: Endpoint, serving: Serving = Serving(), *, keyed: bool = False):
+        self._endpoint = endpoint
+        self._serving = serving
+        hosts = serving.hosts
+        if hosts is None and not keyed and serving.is_loopback:
+            hosts = LOOPBACK
+        super().__init__(
+            uvicorn.Config(
+                make_app(endpoint, hosts=hosts),
+                log_config=None,
+                access_log=False,
+                lifespan="on",
+                ws="none",
+                backlog=BACKLOG,
+                proxy_headers=False,
+                server_header=False,
+                timeout_keep_alive=serving.keep_alive,
+                timeout_graceful_shutdown=int(serving.grace + STOPPING_SECONDS),
+                ssl_certfile=serving.certificate,
+                ssl_keyfile=serving.private_key,
+            )
+        )
+
+    def run_until_stopped(self, on_listening: Callable[[str], None]) -> None:
+        """Listens, calls `on_listening` with the address, and serves.
+
+        The first Ctrl-C, or SIGTERM, has it stop when what runs has ended or `grace` is over; the
+        second at once.
+
+        Raises OSError when it cannot listen there.
+        """
+        with listening_at(self._serving.host, self._serving.port) as at:
+            host, port = at.getsockname()[:2]
+            scheme = "https" if self._serving.certificate else "http"
+            shown = f"[{host}]" if ":" in host else host
+            on_listening(f"{scheme}://{shown}:{port}")
+            asyncio.run(self._serve_at(at))
+
+    async def _serve_at(self, at: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, self.stop)
+        await self.serve(sockets=[at])
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Nothing: `run_until_stopped` has."""
+        yield
+
+    def stop(self) -> None:
+        """As a signal; for the event loop's thread, or by `call_soon_threadsafe`."""
+        self._endpoint.drain()
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends what has not ended by itself while connections are waited for."""
+        ending = asyncio.create_task(self._endpoint.finish(self._serving.grace))
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+
+@contextlib.contextmanager
+def listening_at(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket there, at which clients may come from now on. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as at:
+        at.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        at.bind((host, port))
+        at.listen(BACKLOG)
+        yield at
