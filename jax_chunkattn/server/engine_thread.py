@@ -66,7 +66,7 @@ class EngineThread:
         for order in orders:
             tickets.append(Ticket(order, first, inbox))
             first += order.params.n
-        accepted = self._later(partial(self._accept, tickets))
+        accepted = self.later(partial(self._accept, tickets))
         try:
             await asyncio.shield(asyncio.wrap_future(accepted))
         except asyncio.CancelledError:
@@ -80,15 +80,15 @@ class EngineThread:
 
     async def abort_all(self) -> None:
         """Ends all that is left; returns when that is done."""
-        await asyncio.wrap_future(self._later(lambda: self._abort(list(self._tickets))))
+        await asyncio.wrap_future(self.later(lambda: self._abort(list(self._tickets))))
 
     async def call(self, ask: Callable[[Engine], Result]) -> Result:
         """What `ask` returns, called between two turns."""
-        return await asyncio.wrap_future(self._later(lambda: ask(self.engine)))
+        return await asyncio.wrap_future(self.later(lambda: ask(self.engine)))
 
     async def view(self, ask: Callable[[Engine, list[Ticket]], Result]) -> Result:
         """The same with the tickets that are not finished."""
-        return await asyncio.wrap_future(self._later(lambda: ask(self.engine, list(self._tickets))))
+        return await asyncio.wrap_future(self.later(lambda: ask(self.engine, list(self._tickets))))
 
     async def stop(self, seconds: float = 10.0) -> None:
         """Ends what is left and the thread, which finishes its turn; the engine stays open."""
@@ -96,7 +96,8 @@ class EngineThread:
         self._change.set()
         await asyncio.to_thread(self._thread.join, seconds)
 
-    def _later(self, work: Callable[[], Result]) -> Future[Result]:
+    def later(self, work: Callable[[], Result]) -> Future[Result]:
+        """Leaves word of work to do between two turns; what it returns, when it is done."""
         future: Future[Result] = Future()
 
         def run() -> None:
@@ -124,7 +125,7 @@ class EngineThread:
             while not self._stopping:
                 self._change.clear()
                 self._do_work()
-                if self._stopping or self._advance():
+                if self._stopping or self._advance() or self._stopping:
                     continue
                 self._change.wait()
         except BaseException as error:
@@ -172,7 +173,9 @@ class EngineThread:
                     on_event=partial(self._note, ticket),
                 )
                 accepted.append(ticket)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, EngineClosed):
+                self._end_by(error)
             for ticket in accepted:
                 ticket.ended.update(range(len(ticket.handles)))
                 for handle in ticket.handles:
@@ -197,10 +200,18 @@ class EngineThread:
 
     def _fail(self, ticket: Ticket, sample: int, error: BaseException | None) -> None:
         ticket.ended.add(sample)
-        if error is not None:
+        if isinstance(error, EngineClosed):
+            self._end_by(error)
+        elif error is not None:
             _LOG.error("a request failed", exc_info=error)
         failed = as_api_error(error or RequestFailed("the request failed"))
         self._news.append((ticket, sample, failed))
+
+    def _end_by(self, error: BaseException) -> None:
+        """There is nothing left to advance."""
+        if not self._stopping:
+            _LOG.error("the engine is closed: %s", error)
+            self.error, self._stopping = error, True
 
     def _tell_failures(self, error: BaseException) -> None:
         """All that is left ends by an error."""

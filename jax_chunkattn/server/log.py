@@ -48,7 +48,7 @@ class Log:
         writer.setFormatter(JsonLines())
         lines: queue.Queue[Any] = queue.Queue(MOST_QUEUED)
         self._handler = _Queued(lines, self)
-        self._listener = logging.handlers.QueueListener(lines, writer)
+        self._listener = _Listener(lines, writer)
         self._before = self._logger.level, self._logger.propagate
         self._logger.setLevel(logging.INFO)
         self._logger.propagate = False
@@ -77,3 +77,14 @@ class _Queued(logging.handlers.QueueHandler):
             self.queue.put_nowait(record)
         except queue.Full:
             self._log.lost += 1
+
+
+class _Listener(logging.handlers.QueueListener):
+    """Ends when all that waits is written, also where the queue is full."""
+
+    def __init__(self, lines: queue.Queue[Any], writer: logging.Handler):
+        super().__init__(lines, writer)
+        self._lines = lines
+
+    def enqueue_sentinel(self) -> None:
+        self._lines.put(None)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +20,8 @@ from tests.jax_chunkattn.engine.engines import BytePairs, make_engine
 from tests.jax_chunkattn.toy import toy_model
 
 MODEL = "tiny"
-SECONDS = 120  # that anything may take
+LONG = 600  # tokens of an answer that takes two hundred calls
+SECONDS = 60  # that anything may take
 
 
 def write_chat(
@@ -36,6 +39,14 @@ def write_chat(
         lines += [json.dumps(call["function"]) for call in message.get("tool_calls", ())]
     text = "\n".join([*lines, "assistant: "])
     return list((text.upper() if shout else text).encode())
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Waits for it, but not for ever."""
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.005)
 
 
 def joined(lists: Iterable[list[Any]]) -> list[Any]:
@@ -146,6 +157,7 @@ def running(
     thread.start()
     try:
         assert listening.wait(SECONDS)
+        until(lambda: server.started)
         yield Running(urls[0], engine, endpoint, server)
     finally:
         server.stop()
@@ -155,3 +167,30 @@ def running(
     stats = engine.stats
     assert (stats.running, stats.waiting, stats.chunks_in_use) == (0, 0, 0)
     assert endpoint.gate.open == endpoint.gate.waiting == 0
+
+
+@contextmanager
+def held(found: Running) -> Iterator[None]:
+    """The engine's thread waits, as in a long call, while the block runs."""
+    go_on, holds = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        holds.set()
+        go_on.wait(SECONDS)
+
+    found.endpoint.thread.later(hold)
+    assert holds.wait(SECONDS)
+    try:
+        yield
+    finally:
+        go_on.set()
+
+
+def opened(found: Running, **fields: Any) -> socket.socket:
+    """A connection on which a long stream has been asked for."""
+    asked = {"model": MODEL, "prompt": "a", "max_tokens": LONG, "stream": True, **fields}
+    body = json.dumps(asked)
+    connection = socket.create_connection(found.address, timeout=SECONDS)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+    return connection
