@@ -24,6 +24,7 @@ from experiments.clusters.command import CLUSTERS
 from experiments.compile_report.command import COMPILE_REPORT
 from experiments.decode.command import DECODE
 from experiments.doctor.command import DOCTOR
+from experiments.endpoint.command import ENDPOINT
 from experiments.engine.command import ENGINE
 from experiments.generate.command import GENERATE
 from experiments.gpu.command import GPU
@@ -96,7 +97,7 @@ EXPERIMENTS: dict[str, Experiment[Any]] = {
 }
 """Those that leave a folder of results."""
 
-COMMANDS: dict[str, Command[Any]] = {one.name: one for one in (DOCTOR, MODELS, REPORT)}
+COMMANDS: dict[str, Command[Any]] = {one.name: one for one in (ENDPOINT, DOCTOR, MODELS, REPORT)}
 """Those that only tell something."""
 
 _DESCRIPTION = (

@@ -25,7 +25,7 @@ from jax_chunkattn.server.routes import CALL, Call, Routes
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 CLIENT_LEFT = 499  # nobody reads it: of logs alone
 QUIET = ("/health", "/ready", "/metrics", "/tree", "/")
-"""Paths whose good answers are not logged: they are asked for all the time."""
+"""Paths that are asked for all the time: what they say is not logged, but refusals."""
 
 _LOG = logging.getLogger("jax_chunkattn.server")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}", re.ASCII)
@@ -108,10 +108,10 @@ class _Outside:
             raise ApiError(421, f"this server is not called {host!r:.80}")
 
     def _tell(self, scope: Scope, call: Call, status: int, error: ApiError | None) -> None:
+        if scope["path"] in QUIET and (status < 400 or status == 503):
+            return
         if error is not None:
             self._endpoint.metrics.refused(error.status)
-        elif scope["path"] in QUIET and status < 400:
-            return
         fields = {
             "event": "request",
             "id": call.id,

@@ -1,0 +1,183 @@
+"""The work of `endpoint`: load, listen, serve, and tell what was served."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from experiments.codecs import codec_for
+from experiments.endpoint.byte_tokens import BYTES, ByteTokenizer
+from experiments.endpoint.config import EndpointConfig
+from experiments.harness.compilations import compilation_cache
+from experiments.harness.errors import UserError
+from experiments.loading import LoadOptions, load_model, parse_model
+from jax_chunkattn import CacheConfig, Engine
+from jax_chunkattn.engine.text import Tokenizer
+from jax_chunkattn.server.endpoint import Endpoint
+from jax_chunkattn.server.limits import Limits
+from jax_chunkattn.server.log import Log
+from jax_chunkattn.server.orders import ChatTemplate, Served
+from jax_chunkattn.server.serving import Server, Serving
+from jax_chunkattn.server.tenants import Keys, KeysError
+from models import LoadedModel
+from pallas_kernels.implementations import check_device
+
+
+@compilation_cache()
+def serve(config: EndpointConfig) -> dict[str, Any]:
+    """Serve until told to stop."""
+    check_device(config.implementation)
+    keys = _keys(config)
+    source = parse_model(config.model)
+    loaded = load_model(source, LoadOptions(config.dtype, config.seed, config.max_positions))
+    tokenizer, chat = words_of(loaded)
+    with make_engine(config, loaded, tokenizer) as engine:
+        served = served_of(config.name or config.model, engine, loaded, tokenizer, chat)
+        endpoint = Endpoint(
+            engine,
+            served,
+            keys=keys,
+            limits=limits_of(config),
+            warm_up=_warm_up if config.warm_up else None,
+            log_prompts=config.log_prompts,
+        )
+        serving = Serving(
+            config.host,
+            config.port,
+            grace=config.grace,
+            certificate=config.certificate,
+            private_key=config.private_key,
+        )
+        server = Server(endpoint, serving, keyed=keys is not None)
+        log, began = Log(), time.perf_counter()
+        try:
+            with _stopped_after(config.seconds, server):
+                server.run_until_stopped(lambda url: _tell(url, served))
+        except OSError as error:
+            raise UserError(
+                f"--host {config.host} --port {config.port}: {error.strerror or error}"
+            ) from error
+        finally:
+            log.close()
+        return _summary(engine, served, time.perf_counter() - began)
+
+
+def make_engine(config: EndpointConfig, loaded: LoadedModel, tokenizer: Tokenizer | None) -> Engine:
+    """The engine that is served. Raises UserError for a pool that cannot be."""
+    try:
+        cache = CacheConfig(
+            memory=config.pool_memory,
+            chunk_size=config.chunk_size,
+            dtype=config.dtype,
+            codec=codec_for(config.codec, loaded.model),
+        )
+    except ValueError as error:
+        raise UserError(f"--pool-memory {config.pool_memory}: {error}") from error
+    return Engine(
+        loaded.model,
+        cache,
+        tokenizer=tokenizer,
+        stop_tokens=() if loaded.tokenizer is None else tuple(loaded.tokenizer.stop_ids),
+        max_running=config.max_running,
+        steps_per_call=config.steps_per_call,
+        prefill_tokens=config.prefill_tokens,
+        sharing=config.sharing,
+        implementation=config.implementation,
+        deterministic=config.deterministic,
+    )
+
+
+def words_of(loaded: LoadedModel) -> tuple[Tokenizer | None, ChatTemplate | None]:
+    """The model's tokenizer and chat template; bytes stand for tokens where it has none and they
+    are in its vocabulary."""
+    tokenizer = loaded.tokenizer
+    if tokenizer is not None:
+        return tokenizer, tokenizer.apply_chat_template if tokenizer.template_names else None
+    if loaded.config.vocab_size < BYTES:
+        return None, None
+    print("the model has no tokenizer: bytes stand for tokens", file=sys.stderr)
+    words = ByteTokenizer()
+    return words, words.write_chat
+
+
+def served_of(
+    name: str,
+    engine: Engine,
+    loaded: LoadedModel,
+    tokenizer: Tokenizer | None,
+    chat: ChatTemplate | None,
+) -> Served:
+    """What clients are told of the model."""
+    stats = engine.stats
+    return Served(
+        name,
+        loaded.config.max_positions,
+        stats.chunks_free * engine.cache.chunk_size,
+        loaded.config.vocab_size,
+        tokenizer,
+        chat,
+        int(time.time()),
+    )
+
+
+def limits_of(config: EndpointConfig) -> Limits:
+    return Limits(
+        body_bytes=int(config.body_mib * 2**20),
+        prompt_tokens=config.most_prompt_tokens,
+        new_tokens=config.most_new_tokens,
+        samples=config.most_samples,
+        queue=config.queue,
+        streams=config.streams,
+    )
+
+
+def _keys(config: EndpointConfig) -> Keys | None:
+    try:
+        return None if config.keys is None else Keys.read(Path(config.keys))
+    except KeysError as error:
+        raise UserError(f"--keys {error}") from error
+
+
+def _warm_up(engine: Engine) -> None:
+    engine.warm_up()
+
+
+def _tell(url: str, served: Served) -> None:
+    print(f"{served.name} is served at {url}/v1; the page is {url}/", flush=True)
+
+
+@contextmanager
+def _stopped_after(seconds: float | None, server: Server) -> Iterator[None]:
+    """Stops a server when some seconds are over; None never does."""
+    if seconds is None:
+        yield
+        return
+    timer = threading.Timer(seconds, server.stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _summary(engine: Engine, served: Served, seconds: float) -> dict[str, Any]:
+    stats = engine.stats
+    use = stats.prompts
+    return {
+        "experiment": "endpoint",
+        "model": served.name,
+        "seconds": round(seconds, 3),
+        "answers": stats.submitted,
+        "finished": stats.finished,
+        "aborted": stats.aborted,
+        "failed": stats.failed,
+        "prompt_tokens": {**vars(use), "total": use.num_tokens},
+        "decode_tokens": stats.decode_tokens,
+        "plan_decision": stats.plan_decision,
+    }
