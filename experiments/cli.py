@@ -47,6 +47,7 @@ from experiments.harness.runs import begin_anew, new_run_path
 from experiments.heads.command import HEADS
 from experiments.kernel.command import KERNEL
 from experiments.layers.command import LAYERS
+from experiments.load.command import LOAD
 from experiments.minor.command import MINOR
 from experiments.models.command import MODELS
 from experiments.quality.command import QUALITY
@@ -73,6 +74,7 @@ EXPERIMENTS: dict[str, Experiment[Any]] = {
         KERNEL,
         DECODE,
         SERVE,
+        LOAD,
         QUALITY,
         CALIBRATE,
         HEADS,

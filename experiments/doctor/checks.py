@@ -17,6 +17,7 @@ from experiments.harness.environment import describe_host, free_memory_bytes
 IMPLEMENTATIONS = ("pallas_mosaic_gpu", "pallas_triton", "native", "xla", "reference")
 EXTRAS: dict[str, tuple[str, ...]] = {
     "experiments": ("tyro", "rich", "matplotlib", "tokenizers", "jinja2"),
+    "server": ("starlette", "uvicorn", "pydantic", "prometheus_client"),
     "test": ("pytest", "hypothesis", "chex"),
     "parity": ("torch", "transformers"),
     "cuda12": ("jax-cuda12-plugin",),

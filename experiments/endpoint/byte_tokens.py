@@ -22,9 +22,11 @@ class ByteTokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] | None,
+        **variables: Any,
     ) -> list[int]:
-        """Each message in a line, behind its role. Raises ValueError when there are tools."""
-        if tools:
-            raise ValueError("this model has no chat template that knows tools")
+        """Each message in a line, behind its role. Raises ValueError when there is more."""
+        if tools or variables:
+            more = ["tools"] if tools else sorted(variables)
+            raise ValueError(f"this model has no chat template that knows {', '.join(more)}")
         lines = [f"{message['role']}: {message.get('content') or ''}" for message in messages]
         return self.encode("\n".join([*lines, "assistant: "]))

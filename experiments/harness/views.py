@@ -36,6 +36,7 @@ VIEWS: dict[str, str] = {
     "kernel": "experiments.kernel.views",
     "clusters": "experiments.clusters.views",
     "layers": "experiments.layers.views",
+    "load": "experiments.load.views",
     "minor": "experiments.minor.views",
     "quality": "experiments.quality.views",
     "scale": "experiments.scale.views",

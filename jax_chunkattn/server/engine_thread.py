@@ -34,13 +34,14 @@ class EngineThread:
 
     Attributes:
       engine: what is run. Others may use it too, in turns.
+      loop: that is told what is new.
       error: what ended the thread before it was to stop, if something did.
     """
 
     def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop, deliver: Deliver):
         self.engine = engine
         self.error: BaseException | None = None
-        self._loop = loop
+        self.loop = loop
         self._deliver = deliver
         self._work: deque[Callable[[], None]] = deque()
         self._over = False  # nobody reads the queue any longer
@@ -232,7 +233,7 @@ class EngineThread:
             if len(ticket.ended) == len(ticket.handles):
                 self._tickets.pop(ticket, None)
         with suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._hand_over, batch)
+            self.loop.call_soon_threadsafe(self._hand_over, batch)
 
     def _hand_over(self, batch: Sequence[tuple[Ticket, int, News]]) -> None:
         for ticket, sample, news in batch:

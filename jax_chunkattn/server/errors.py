@@ -74,9 +74,12 @@ class ApiError(Exception):
         return Response(json_bytes(self.body), self.status, self.headers, "application/json")
 
 
+_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def json_bytes(value: Any) -> bytes:
-    """One line of JSON in UTF-8; half surrogate pairs become U+FFFD."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+    """One line of JSON in UTF-8; half surrogate pairs become question marks."""
+    return _ENCODE(value).encode(errors="replace")
 
 
 def as_api_error(error: BaseException) -> ApiError:

@@ -119,7 +119,8 @@ class Server(uvicorn.Server):
 def listening_at(host: str, port: int) -> Iterator[socket.socket]:
     """A socket there, at which clients may come from now on. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as at:
+    # By its protocol asyncio knows that it must not wait to send small pieces (Nagle).
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as at:
         at.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         at.bind((host, port))
         at.listen(BACKLOG)

@@ -14,6 +14,7 @@ import pytest
 import models.hub
 from experiments.cli import COMMANDS, EXPERIMENTS, main
 from experiments.compile_report.target import check_installed as check_compiler
+from experiments.endpoint.command import check_installed as check_server
 from experiments.harness.compilations import compilation_cache
 from experiments.harness.errors import UserError
 from experiments.harness.invocation import as_arguments
@@ -39,6 +40,7 @@ LONG = (
     "heads",
     "kernel --suite paper --memory-gb",
     "layers",
+    "load",
     "minor",
     "quality",
     "report",
@@ -120,15 +122,16 @@ def _inside(
 def smoke(command: str) -> list[str]:
     """The command with its sizes replaced by those of its smoke form."""
     name, *typed = shlex.split(command)
-    if name not in EXPERIMENTS:
+    config = {**EXPERIMENTS, **COMMANDS}[name].config
+    if not hasattr(config, "SMOKE"):
         return [name, *typed]
     given = {one.split("=")[0].removeprefix("--").replace("-", "_") for one in typed}
     sizes = {
         field: value
-        for field, value in EXPERIMENTS[name].config.SMOKE.items()
+        for field, value in config.SMOKE.items()
         if field not in OF_THE_USER or field not in given or "smollm2" in typed
     }
-    return [name, *typed, *as_arguments(EXPERIMENTS[name].config, sizes, "--smoke")]
+    return [name, *typed, *as_arguments(config, sizes, "--smoke")]
 
 
 def marks_of(command: str) -> list[pytest.MarkDecorator]:
@@ -143,7 +146,12 @@ def test_every_experiment_is_shown():
 
 @pytest.mark.parametrize("command", [pytest.param(one, marks=marks_of(one)) for one in commands()])
 def test_a_command_runs(command: str, workplace: Path, capsys: pytest.CaptureFixture[str]):
-    needs = {"compile-report": check_compiler, "scale": check_ray}.get(command.split()[0])
+    needs = {
+        "compile-report": check_compiler,
+        "scale": check_ray,
+        "endpoint": check_server,
+        "load": check_server,
+    }.get(command.split()[0])
     if needs is not None:
         try:
             needs()

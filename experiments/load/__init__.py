@@ -1,0 +1,1 @@
+"""Load on an endpoint of OpenAI's interface."""
