@@ -110,6 +110,10 @@ class EndpointConfig:
     body_mib: float = 4.0
     """The largest body of a request, in MiB."""
 
+    kv_events: Annotated[str | None, by_default("ADDRESS", "not published")] = None
+    """Publish by ZeroMQ what the cache gains and loses, as vLLM does, at tcp://127.0.0.1:5557, say.
+    All tenants' prompts are in it."""
+
     grace: float = 30.0
     """Seconds that answers may go on after the first Ctrl-C; the second ends them at once."""
 

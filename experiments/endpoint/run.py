@@ -16,7 +16,7 @@ from experiments.endpoint.config import EndpointConfig
 from experiments.harness.compilations import compilation_cache
 from experiments.harness.errors import UserError
 from experiments.loading import LoadOptions, load_model, parse_model
-from jax_chunkattn import CacheConfig, Engine
+from jax_chunkattn import CacheConfig, Engine, KVEvents
 from jax_chunkattn.engine.text import Tokenizer
 from jax_chunkattn.server.endpoint import Endpoint
 from jax_chunkattn.server.limits import Limits
@@ -36,7 +36,11 @@ def serve(config: EndpointConfig) -> dict[str, Any]:
     source = parse_model(config.model)
     loaded = load_model(source, LoadOptions(config.dtype, config.seed, config.max_positions))
     tokenizer, chat = words_of(loaded)
-    with make_engine(config, loaded, tokenizer) as engine:
+    events = None if config.kv_events is None else KVEvents()
+    with (
+        make_engine(config, loaded, tokenizer, events) as engine,
+        _published(events, config.kv_events),
+    ):
         served = served_of(config.name or config.model, engine, loaded, tokenizer, chat)
         endpoint = Endpoint(
             engine,
@@ -67,7 +71,12 @@ def serve(config: EndpointConfig) -> dict[str, Any]:
         return _summary(engine, served, time.perf_counter() - began)
 
 
-def make_engine(config: EndpointConfig, loaded: LoadedModel, tokenizer: Tokenizer | None) -> Engine:
+def make_engine(
+    config: EndpointConfig,
+    loaded: LoadedModel,
+    tokenizer: Tokenizer | None,
+    events: KVEvents | None = None,
+) -> Engine:
     """The engine that is served. Raises UserError for a pool that cannot be."""
     try:
         cache = CacheConfig(
@@ -89,6 +98,7 @@ def make_engine(config: EndpointConfig, loaded: LoadedModel, tokenizer: Tokenize
         sharing=config.sharing,
         implementation=config.implementation,
         deterministic=config.deterministic,
+        kv_events=events,
     )
 
 
@@ -134,6 +144,24 @@ def limits_of(config: EndpointConfig) -> Limits:
         queue=config.queue,
         streams=config.streams,
     )
+
+
+@contextmanager
+def _published(events: KVEvents | None, address: str | None) -> Iterator[None]:
+    """What happens in the cache is published while the block runs, where there is an address."""
+    if events is None or address is None:
+        yield
+        return
+    try:
+        from jax_chunkattn.server.kv_publisher import KVPublisher
+
+        publisher = KVPublisher(events, address)
+    except (OSError, ImportError) as error:
+        raise UserError(f"--kv-events {address}: {error}") from error
+    try:
+        yield
+    finally:
+        publisher.close()
 
 
 def _keys(config: EndpointConfig) -> Keys | None:

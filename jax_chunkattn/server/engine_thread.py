@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -25,6 +26,9 @@ Result = TypeVar("Result")
 
 Deliver = Callable[[Ticket, int, News], None]
 """Is told in the event loop what is new of a ticket's sample."""
+
+GATHERED = 0.02  # of a turn's time is waited for those who come together
+MOST_GATHERED = 0.05  # seconds
 
 _LOG = logging.getLogger(__name__)
 
@@ -47,6 +51,8 @@ class EngineThread:
         self._over = False  # nobody reads the queue any longer
         self._end = threading.Lock()
         self._change = threading.Event()
+        self._turn_seconds = 0.0
+        self._may_come = False  # who asks together, or has an answer and asks again
         self._stopping = False
         self._tickets: dict[Ticket, None] = {}
         self._news: deque[tuple[Ticket, int, News]] = deque()
@@ -126,9 +132,12 @@ class EngineThread:
             while not self._stopping:
                 self._change.clear()
                 self._do_work()
+                if self._may_come:
+                    self._gather()
                 if self._stopping or self._advance() or self._stopping:
                     continue
                 self._change.wait()
+                self._may_come = True
         except BaseException as error:
             self.error = error
             _LOG.exception("the engine's thread ended")
@@ -146,8 +155,18 @@ class EngineThread:
         while self._work:
             self._work.popleft()()
 
+    def _gather(self) -> None:
+        """Takes in who comes in the next moment: the others would wait for all of a call that has
+        the first of them alone. A moment is a small part of what a turn takes."""
+        end = time.monotonic() + min(GATHERED * self._turn_seconds, MOST_GATHERED)
+        while not self._stopping and (left := end - time.monotonic()) > 0:
+            if self._change.wait(left):
+                self._change.clear()
+                self._do_work()
+
     def _advance(self) -> bool:
         """One turn, if there is anything to do; what came of it is sent."""
+        began = time.monotonic()
         try:
             more = self.engine.has_work and self.engine.step()
         except RequestFailed as error:  # of all, which are told below
@@ -157,7 +176,11 @@ class EngineThread:
             for sample, handle in enumerate(ticket.handles):
                 if sample not in ticket.ended and handle.finish_reason == "error":
                     self._fail(ticket, sample, handle.error)
+        under_way = len(self._tickets)
         self._send()
+        self._may_come = len(self._tickets) < under_way
+        if more:
+            self._turn_seconds = time.monotonic() - began
         return more
 
     def _accept(self, tickets: Sequence[Ticket]) -> None:

@@ -147,6 +147,7 @@ def test_the_endpoint_serves_until_it_is_told_to_stop(tmp_path: Path, capfd):
         ({"certificate": Path("none")}, "--certificate none: there is no such file"),
         ({"private_key": Path("none")}, "--private-key is of a --certificate"),
         ({"pool_memory": "much"}, "--pool-memory much"),
+        ({"kv_events": "nowhere"}, "--kv-events nowhere: "),
         ({"grace": -1.0}, "--grace must be"),
         ({"streams": 0}, "--streams must be at least 1"),
     ],

@@ -1,4 +1,4 @@
-"""One endpoint for all tests of a file that leave it as it is."""
+"""One endpoint for all tests that leave it as it is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytest.importorskip("starlette", reason="needs the extra server")
 from tests.jax_chunkattn.server.endpoints import Running, running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tiny() -> Iterator[Running]:
     with running() as found:
         yield found

@@ -6,10 +6,14 @@ import http.client
 import io
 import json
 import logging
+import shutil
 import socket
+import ssl
 import struct
+import subprocess
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -306,3 +310,20 @@ def test_a_full_log_loses_lines_and_waits_for_nobody(monkeypatch: pytest.MonkeyP
     go_on.set()
     log.close()
     assert len(logged(slow)) == 50 - log.lost
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_it_speaks_tls(tmp_path: Path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    command += ["-nodes", "-days", "1", "-subj", "/CN=localhost", "-addext"]
+    command += ["subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    serving = Serving(port=0, certificate=certificate, private_key=key)
+    with running(serving=serving) as found:
+        assert found.url.startswith("https://127.0.0.1:")
+        context = ssl.create_default_context(cafile=str(certificate))
+        asked = http.client.HTTPSConnection(*found.address, timeout=SECONDS, context=context)
+        asked.request("GET", "/health")
+        assert asked.getresponse().status == 200
+        asked.close()
