@@ -160,8 +160,8 @@ class CacheConfig:
 
     def _check_clusters(self, clusters: HeadClusters, spec: CacheSpec) -> None:
         clusters.check(spec.num_layers, spec.attention.heads)
-        if spec.windows is not None:
-            raise ValueError("heads with windows form no clusters yet")
+        if any(len(set(layer)) > 1 for layer in spec.windows_of_heads):
+            raise ValueError("heads of a layer form clusters only where all have the same window")
 
     def chunks_for(self, spec: CacheSpec, num_slots: int = 0) -> int:
         """Chunks in the pool of a model, N: those asked for, or those that fit into `memory`,

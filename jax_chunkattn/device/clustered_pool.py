@@ -18,6 +18,7 @@ from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.clusters import ClusteredKV, HeadClusters, KeySlots, representatives_of
 from pallas_kernels.codecs import ChunkCodec, TensorCodec
 from pallas_kernels.plans import HostOrDevice, NewTokens, OwnChunks, PrefillPlan, Reads, Sealing
+from pallas_kernels.windows import EVERYTHING
 
 
 @jax.tree_util.register_dataclass
@@ -50,6 +51,8 @@ class ClusteredPool:
     clusters: HeadClusters = field(metadata={"static": True})
     attention: AttentionSpec = field(metadata={"static": True})
     codec: ChunkCodec | None = field(default=None, metadata={"static": True})
+    windows: tuple[tuple[int, int], ...] = field(default=(), metadata={"static": True})
+    """Size and sinks of each layer's, if there are any."""
 
     @classmethod
     def allocate(cls, spec: CacheSpec, config: CacheConfig, num_slots: int) -> ClusteredPool:
@@ -86,6 +89,11 @@ class ClusteredPool:
             clusters,
             spec.attention,
             codec,
+            tuple(
+                (window.size, window.sinks)
+                for window in (heads[0] or EVERYTHING for heads in spec.windows_of_heads)
+                if spec.windows is not None
+            ),
         )
 
     @property
@@ -150,7 +158,7 @@ class ClusteredPool:
             which = order[index]
             queries = lax.dynamic_slice_in_dim(q, begin[which], size)
             keys = lax.dynamic_slice_in_dim(k, begin[which], size)
-            found = self._clustered(queries, keys, count)
+            found = self._clustered(queries, keys, count, layer)
             return pool._with_maps(layer, chunks[which], found)
 
         pool = self
@@ -237,11 +245,11 @@ class ClusteredPool:
 
             def find(_) -> Int32[Array, "L Hq"]:
                 def of_layer(of_one):
-                    q, k, count = of_one
+                    q, k, count, layer = of_one
                     q, k = jnp.swapaxes(q, 0, 1), jnp.swapaxes(k, 0, 1)[:, ::group]
-                    return self._clustered(q, k, count)
+                    return self._clustered(q, k, count, layer)
 
-                return lax.map(of_layer, (queries, keys, counts))
+                return lax.map(of_layer, (queries, keys, counts, layers))
 
             def as_before(_) -> Int32[Array, "L Hq"]:
                 first = jnp.asarray(tables)[row, 0]
@@ -302,10 +310,15 @@ class ClusteredPool:
         q: Float[Array, "C Hq D"],
         k: Float[Array, "C Hkv D"],
         count: Int32[Array, ""],
+        layer: Int32[Array, ""],
     ) -> Int32[Array, " Hq"]:
         """The representatives in sequences that begin with a chunk, by its attention."""
+        window = None
+        if self.windows:
+            size, sinks = jnp.asarray(self.windows, jnp.int32)[layer]
+            window = size, sinks
         how = self.clusters.membership, self.clusters.seed
-        return representatives_of(q, k, count, self.attention, *how)
+        return representatives_of(q, k, count, self.attention, *how, window=window)
 
     def _with_maps(
         self,

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int32
 from jax_chunkattn.device.backend import chooses_compiled, row_sums_for
 from jax_chunkattn.device.choices import item_columns, row_choices
 from jax_chunkattn.device.decode_rows import DecodeRows
-from jax_chunkattn.device.head_maps import attention_of, row_heads
+from jax_chunkattn.device.head_maps import attention_of, head_windows_of, row_heads
 from jax_chunkattn.device.mesh import EngineMesh, attend_with
 from jax_chunkattn.device.model_interface import Attend, CacheSpec, DecoderModel
 from jax_chunkattn.device.pool import Pool, SelectivePool
@@ -140,7 +140,8 @@ def decode_attend(
         pool = pool.write_rows(layer, k, v, rows)
         # Of frozen rows only padding gives zeros; what the others get is thrown away.
         visible = jnp.where(rows.active, rows.lengths + 1, 0)
-        reads = DecodeReads(rows.plan, visible, pool.own_chunks(rows), spec.head_windows(layer))
+        windows = head_windows_of(pool, spec, layer)
+        reads = DecodeReads(rows.plan, visible, pool.own_chunks(rows), windows)
         if choices is not None:
             reads, pool = choices.apply(pool, layer, q, reads)
         stored, reads = pool.at_layer(layer), pool.locate(layer, reads)

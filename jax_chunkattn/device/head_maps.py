@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int32
 
 from jax_chunkattn.device.clustered_pool import ClusteredPool
 from jax_chunkattn.device.decode_rows import DecodeRows
+from jax_chunkattn.device.model_interface import CacheSpec
 from jax_chunkattn.device.pool import Pool
 from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.plans import HostOrDevice, PrefillPlan, Sealing
@@ -22,6 +23,16 @@ def attention_of(pool: Pool, attention: AttentionSpec) -> AttentionSpec:
     """The attention to what a pool holds: where heads form clusters, each query head reads keys and
     values of its own."""
     return attention.by_query_head if isinstance(pool, ClusteredPool) else attention
+
+
+def head_windows_of(
+    pool: Pool, spec: CacheSpec, layer: Int32[Array, ""]
+) -> Int32[Array, " heads"] | None:
+    """The window of each head of a layer, as attention to the pool counts heads."""
+    windows = spec.head_windows(layer)
+    if windows is None or not isinstance(pool, ClusteredPool):
+        return windows
+    return jnp.repeat(windows, spec.attention.heads.group)
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,9 @@ class ClusteredHeads:
         assert sealing is not None, "planned for a pool that makes something of full chunks"
         sequence, positions = plan.token_positions(len(plan.write_offsets))
         in_first = positions < pool.chunk_size
-        first = jnp.asarray(plan.block_tables)[sequence, 0]
+        tables = jnp.asarray(plan.block_tables)
+        # Of windows any will do: what a table lists anew stands behind the first chunk, or is it.
+        first = tables.reshape(-1, *tables.shape[-2:])[0, sequence, 0]
         return cls(
             jnp.where(in_first, pool.num_chunks, first),
             jnp.where(in_first, jnp.asarray(sealing.tail_slots), pool.num_slots),

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int32
 from jax_chunkattn.device.backend import chooses_compiled, row_sums_for
 from jax_chunkattn.device.choices import TokenChoices, token_choices
 from jax_chunkattn.device.decode_loop import NOTHING, Chosen
-from jax_chunkattn.device.head_maps import attention_of, token_heads
+from jax_chunkattn.device.head_maps import attention_of, head_windows_of, token_heads
 from jax_chunkattn.device.mesh import EngineMesh, attend_with
 from jax_chunkattn.device.model_interface import Attend, CacheSpec, DecoderModel
 from jax_chunkattn.device.pool import Pool
@@ -91,7 +91,7 @@ def prefill_attend(
         if heads is not None:
             (q, k, v), pool = heads.apply(pool, layer, q, k, v)
         pool, new = pool.write_prompts(layer, k, v, plan)
-        reads = PrefillReads(plan, QUERY_TILE, new, spec.head_windows(layer))
+        reads = PrefillReads(plan, QUERY_TILE, new, head_windows_of(pool, spec, layer))
         return attend_prompts(spec, pool, layer, q, reads, implementation, choices, mesh=mesh)
 
     return attend

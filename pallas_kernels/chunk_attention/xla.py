@@ -35,7 +35,8 @@ def chunk_attention(
     of_clusters = None
     if isinstance(stored, ClusteredKV):
         scaled = q.astype(jnp.float32) * attention.scale
-        of_clusters = chunk_first_by_cluster(scaled, stored, reads.plan.items, attention)
+        items = reads.by_head(jnp.int32(0)).plan.items  # all heads of a layer have one window
+        of_clusters = chunk_first_by_cluster(scaled, stored, items, attention)
 
     def attend_head(kv: HeadKV, queries: Float32[Array, "B G D"]) -> Float32[Array, "B G D"]:
         of_head = reads.by_head(kv.head)

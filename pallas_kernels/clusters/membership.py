@@ -25,6 +25,9 @@ MEMBERSHIPS = ("medoid", "lowest", "random")
 MOST_HEADS = 255
 """A head is kept in 8 bits, where all of them are no head."""
 
+HeadWindow = tuple[Int32[Array, ""], Int32[Array, ""]]
+"""Size and sinks of a window, of a sequence's first tokens."""
+
 _FAR = jnp.inf
 
 
@@ -35,6 +38,8 @@ def representatives_of(
     attention: AttentionSpec,
     membership: str = "medoid",
     seed: int = 0,
+    *,
+    window: HeadWindow | None = None,
 ) -> Int32[Array, " H"]:
     """For each query head the one that attends for its cluster, of `count` clusters.
 
@@ -43,13 +48,14 @@ def representatives_of(
       count: from 1 to H; may be traced.
       membership: one of `MEMBERSHIPS`.
       seed: of clusters by chance.
+      window: of all heads, if they have one.
     """
     heads = q.shape[1]
     if membership == "random":
         order = np.random.default_rng(seed).permutation(heads).astype(np.int32)
         number = jnp.zeros(heads, jnp.int32).at[order].set(jnp.arange(heads, dtype=jnp.int32))
         return jnp.asarray(order)[number % count]
-    distance = head_distances(head_attention(q, k, attention))
+    distance = head_distances(head_attention(q, k, attention, window))
     labels = cluster(distance, count)
     if membership == "lowest":
         return labels
@@ -57,17 +63,24 @@ def representatives_of(
 
 
 def head_attention(
-    q: Float[Array, "C H D"], k: Float[Array, "C Hkv D"], attention: AttentionSpec
+    q: Float[Array, "C H D"],
+    k: Float[Array, "C Hkv D"],
+    attention: AttentionSpec,
+    window: HeadWindow | None = None,
 ) -> Float32[Array, "H C C"]:
-    """The weights with which each token attends to those up to itself, by query head."""
+    """The weights with which each token attends to those up to itself that the window, if there is
+    one, lets it see, by query head."""
     tokens = len(q)
     grouped = attention.heads.split(q.astype(jnp.float32))
     scores = jnp.einsum(
         "qhgd,khd->hgqk", grouped, k.astype(jnp.float32), precision=lax.Precision.HIGHEST
     )
     scores = attention.cap(scores.reshape(-1, tokens, tokens) * attention.scale)
-    causal = jnp.tril(jnp.ones((tokens, tokens), jnp.bool_))
-    return jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
+    visible = jnp.tril(jnp.ones((tokens, tokens), jnp.bool_))
+    if window is not None:
+        (size, sinks), place = window, jnp.arange(tokens, dtype=jnp.int32)
+        visible &= (place[None] < sinks) | (place[:, None] - place[None] < size)
+    return jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
 
 
 def head_distances(weights: Float32[Array, "H C C"]) -> Float32[Array, "H H"]:

@@ -58,6 +58,16 @@ WINDOWS = WindowMap((None, Window(21), Window(9, sinks=20)), ((0, 1), (2, 0)))
 
 
 @functools.cache
+def layered_model() -> Decoder:
+    """The same weights as `toy_model`; each layer has a window, the second one shorter than a
+    chunk."""
+    model = models.load("random:tiny").model
+    windows = WindowMap((Window(21), Window(11, sinks=2)), ((0, 0), (1, 1)))
+    model.cache_spec = replace(model.cache_spec, windows=windows)
+    return model
+
+
+@functools.cache
 def windowed_model() -> Decoder:
     """The same weights; each KV head of a layer has another window."""
     model = models.load("random:tiny").model

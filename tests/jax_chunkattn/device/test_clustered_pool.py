@@ -28,7 +28,7 @@ from tests.interpreted import implementations_of_clusters
 from tests.jax_chunkattn.device.pool_copies import assert_pool_is_updated_in_place
 from tests.jax_chunkattn.engine.engines import assert_all_returned, make_engine, run
 from tests.jax_chunkattn.rule.clusters import logits_by_the_definition
-from tests.jax_chunkattn.toy import token_tree, toy_model, windowed_model
+from tests.jax_chunkattn.toy import layered_model, token_tree, toy_model, windowed_model
 
 COUNTS = (2, 1)
 CLUSTERS = HeadClusters(COUNTS)
@@ -87,7 +87,7 @@ def test_clusters_of_one_head_each_are_none():
         ({"clusters": CLUSTERS, "codec": CALIBRATED}, "was calibrated for each KV head"),
         ({"clusters": CLUSTERS, "selector": ChunkSelector(0.5)}, "takes no selector yet"),
         ({"clusters": CLUSTERS, "window_chunks": 8}, "window_chunks is not for"),
-        ({"clusters": CLUSTERS, "model": windowed_model()}, "heads with windows form no clusters"),
+        ({"clusters": CLUSTERS, "model": windowed_model()}, "only where all have the same window"),
     ],
 )
 def test_what_cannot_be_is_refused(options, words):
@@ -135,10 +135,12 @@ def test_decoding_and_prefill_update_the_pool_in_place():
 
 @implementations_of_clusters
 @pytest.mark.slow
-def test_each_implementation_decodes_from_it(implementation):
+@pytest.mark.parametrize("model", [toy_model(), layered_model()], ids=["all", "windows"])
+def test_each_implementation_decodes_from_it(implementation, model):
     """Some share a prefix, and one fills its first chunk with its answer."""
     counts, prompts = (2, 3), [*token_tree((1, 70), (3, 9)), *token_tree((1, 11), seed=1)]
     engine = make_engine(
+        model=model,
         clusters=HeadClusters(counts),
         prefill_tokens=128,
         planner=None,
@@ -147,7 +149,7 @@ def test_each_implementation_decodes_from_it(implementation):
     answers = run([engine.submit(prompt, SamplingParams(12)) for prompt in prompts])
     assert engine.backend.decode == engine.backend.prefill == implementation
     for prompt, answer in zip(prompts, answers, strict=True):
-        logits = logits_by_the_definition(toy_model(), counts, 16, [*prompt, *answer])
+        logits = logits_by_the_definition(model, counts, 16, [*prompt, *answer])
         assert np.argmax(logits[len(prompt) - 1 : -1], axis=1).tolist() == answer
 
 

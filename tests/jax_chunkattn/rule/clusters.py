@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.decoder import Decoder
+from pallas_kernels.windows import Window
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -33,11 +34,21 @@ def medoid(distance: np.ndarray, cluster: Sequence[int]) -> int:
     return min(cluster, key=lambda head: sum(distance[head, other] for other in cluster))
 
 
-def representatives(q: np.ndarray, k: np.ndarray, count: int, scale: float) -> list[int]:
+def seen_by(tokens: int, window: Window | None) -> np.ndarray:
+    """Which tokens each token sees, bool [T, T]."""
+    place = np.arange(tokens)
+    seen = place[:, None] >= place[None]
+    if window is not None:
+        seen &= (place[:, None] - place[None] < window.size) | (place[None] < window.sinks)
+    return seen
+
+
+def representatives(
+    q: np.ndarray, k: np.ndarray, count: int, scale: float, window: Window | None = None
+) -> list[int]:
     """Of each query head, by the attention of q, k `[C, Hq, D]`."""
     scores = np.einsum("qhd,khd->hqk", q, k) * scale
-    causal = np.tril(np.ones(scores.shape[1:], bool))
-    weights = softmax(np.where(causal, scores, -np.inf))
+    weights = softmax(np.where(seen_by(len(q), window), scores, -np.inf))
     distance = np.abs(weights[:, None] - weights[None]).sum(axis=-1).mean(axis=-1) / 2
     found = [0] * len(distance)
     for cluster in clusters_of(distance, count):
@@ -47,21 +58,26 @@ def representatives(q: np.ndarray, k: np.ndarray, count: int, scale: float) -> l
 
 
 def attend(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, size: int, count: int, scale: float
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    size: int,
+    count: int,
+    scale: float,
+    window: Window | None = None,
 ) -> np.ndarray:
     """Heads of q `[T, Hq, D]` over k, v `[T, Hkv, D]`: each for itself in the first chunk, and
     behind it one for its cluster."""
     group = q.shape[1] // k.shape[1]
     k, v = (np.repeat(of, group, axis=1) for of in (k, v))
-    tokens = np.arange(len(q))
-    causal = tokens[:, None] >= tokens[None]
+    tokens, seen = np.arange(len(q)), seen_by(len(q), window)
 
     def weights(q, k):
-        return softmax(np.where(causal, np.einsum("qhd,khd->hqk", q, k) * scale, -np.inf))
+        return softmax(np.where(seen, np.einsum("qhd,khd->hqk", q, k) * scale, -np.inf))
 
     each = weights(q, k)
     if len(q) >= size:
-        of = representatives(q[:size], k[:size], count, scale)
+        of = representatives(q[:size], k[:size], count, scale, window)
         together = weights(q[:, of], k[:, of])
         each = np.where((tokens < size)[None, :, None], each, together)
     return np.einsum("hqk,khd->qhd", each, v)
@@ -75,7 +91,8 @@ def logits_by_the_definition(
 
     def attend_layer(pool, layer, q, k, v):
         q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-        output = attend(q, k, v, size, counts[int(layer)], q.shape[-1] ** -0.5)
+        window = model.cache_spec.windows_of_heads[int(layer)][0]
+        output = attend(q, k, v, size, counts[int(layer)], q.shape[-1] ** -0.5, window)
         return jnp.asarray(output, jnp.float32), pool
 
     with jax.disable_jit():

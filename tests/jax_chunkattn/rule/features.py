@@ -18,6 +18,7 @@ from pallas_kernels.selection import ChunkSelector
 from tests.jax_chunkattn.engine.engines import make_engine
 from tests.jax_chunkattn.toy import (
     laid_over,
+    layered_model,
     mesh_of,
     patterned_model,
     toy_model,
@@ -108,6 +109,7 @@ FEATURES = (
     Feature("choices, windows, marked chunks", {"codec": MARKED, **CHOOSING, **WINDOWED}),
     Feature("clusters", {"clusters": HeadClusters(CLUSTERS)}),
     Feature("clusters, marked chunks", {"clusters": HeadClusters(CLUSTERS), "codec": MARKED}),
+    Feature("clusters, windows", {"clusters": HeadClusters(CLUSTERS), "model": layered_model()}),
     Feature("one cluster", {"clusters": HeadClusters((1, 1))}),
     Feature("deterministic", DETERMINISTIC),
     Feature("deterministic, windows", {**DETERMINISTIC, **WINDOWED, **GIVEN_UP}),

@@ -52,6 +52,7 @@ ALIKE = {
     "choices, windows",
     "one cluster",
     "clusters, marked chunks",
+    "clusters, windows",
 }
 """Rows that another row asks the same of, or more."""
 
@@ -202,13 +203,23 @@ def test_choices_are_those_of_the_definition(feature):
     assert moved > 1e3 * TOLERANCE  # what is left out counts
 
 
-@pytest.mark.parametrize("name", ["clusters", pytest.param("one cluster", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "clusters",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("one cluster", "clusters, windows")
+        ),
+    ],
+)
 def test_heads_attend_for_their_clusters_as_the_definition_has_it(name):
     [feature] = [one for one in FEATURES if one.name == name]
     answer = expected(feature)
     tokens = [*PROMPT, *(token for token, _ in answer)]
     counts = feature.options["clusters"].counts
-    logits = logits_by_clusters(toy_model(), counts, 16, tokens)[len(PROMPT) - 1 : -1]
+    model = feature.options.get("model", toy_model())
+    logits = logits_by_clusters(model, counts, 16, tokens)[len(PROMPT) - 1 : -1]
     logprobs = logits - np.logaddexp.reduce(logits.astype(np.float64), axis=1, keepdims=True)
     for (token, logprob), row in zip(answer, logprobs, strict=True):
         assert row[token] >= row.max() - TOLERANCE
