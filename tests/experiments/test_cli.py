@@ -34,6 +34,7 @@ finally:
 NAMES = (*EXPERIMENTS, *COMMANDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [[], *([name] for name in NAMES)], ids=str)
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     arguments = [sys.executable, "-c", LIST_HEAVY_IMPORTS, *command, "--help"]

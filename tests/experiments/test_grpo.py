@@ -38,6 +38,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_both_ways_get_the_same_rewards_and_sharing_learns_from_fewer_tokens(trained: Path):
     shared, unshared = (steps_of(trained)[index : index + 2] for index in (0, 2))
     for one, other in zip(shared, unshared, strict=True):
@@ -56,6 +57,7 @@ def test_both_ways_get_the_same_rewards_and_sharing_learns_from_fewer_tokens(tra
     assert list(figures(read_result(trained))) == ["picture"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_broken_off_goes_on_as_if_it_had_not_been(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

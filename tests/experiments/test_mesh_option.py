@@ -42,6 +42,7 @@ def test_models_that_cannot_share_are_refused_or_left_out(capsys):
     assert "smollm2-135m" in told
 
 
+@pytest.mark.slow
 @pytest.mark.devices(4)
 def test_a_device_holds_what_is_told():
     decoder, first = models.preset("tiny"), jax.devices()[0]

@@ -14,6 +14,7 @@ from experiments.score.views import tables
 from tests.experiments.results import lines_in
 
 
+@pytest.mark.slow
 def test_what_is_computed_is_what_each_way_says(tmp_path: Path) -> None:
     sizes = {"prefix": 80, "continuations": 3, "tokens": 12, "chunk_size": 16, "repeats": 2}
     config = ScoreConfig(model="random:tiny", output=tmp_path / "out", **sizes)

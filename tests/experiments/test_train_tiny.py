@@ -43,6 +43,7 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_checkpoint_and_tells_how_good_it_is(trained: Path):
     result = read_result(trained)
     assert {path.name for path in (trained / "model").iterdir()} == FILES
@@ -102,6 +103,7 @@ def test_what_is_held_out_is_the_beginning_and_all_else_is_read_once(
     assert held[:7] == [text[at : at + 65] for at in range(0, 7 * 64, 64)]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_broken_off_goes_on_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Path
 ):

@@ -199,6 +199,7 @@ print((resident("VmHWM") - before) / size)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_peaks_at_little_more_than_the_checkpoint(tmp_path):
     shapes = expected_shapes(LLAMA.layout, MEASURED)

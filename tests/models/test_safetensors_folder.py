@@ -350,6 +350,7 @@ print(kilobytes("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux' /proc")
 @pytest.mark.parametrize("kind", ["folder", "gguf"])
 def test_memory_grows_by_the_largest_tensor_only(tmp_path, kind):

@@ -42,6 +42,7 @@ def engine(checkpoint: Path):
         yield engine
 
 
+@pytest.mark.slow
 def test_a_checkpoint_replaces_the_weights_one_array_at_a_time(
     checkpoint: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ):

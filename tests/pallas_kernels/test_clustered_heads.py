@@ -42,7 +42,7 @@ def random_representatives(random, heads: int, count: int) -> np.ndarray:
     return np.array([of[one] for one in label.tolist()], np.int32)
 
 
-@pytest.mark.parametrize("heads", [2, 5, 12])
+@pytest.mark.parametrize("heads", [2, 5, pytest.param(12, marks=pytest.mark.slow)])
 def test_nearest_clusters_are_joined_and_medoids_attend(heads):
     random = np.random.default_rng(heads)
     points = random.standard_normal((heads, 3))
@@ -76,7 +76,10 @@ def test_heads_are_as_far_apart_as_their_weights_in_total_variation():
     np.testing.assert_array_equal(head_distances(none), 1 - np.eye(2))
 
 
-@pytest.mark.parametrize("membership", ["medoid", "lowest", "random"])
+@pytest.mark.parametrize(
+    "membership",
+    ["medoid", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lowest", "random"))],
+)
 def test_each_cluster_has_one_head_that_attends(membership):
     random = np.random.default_rng(1)
     q, k = (random.standard_normal((CHUNK, heads, DIM)).astype(np.float32) for heads in (6, 3))
@@ -179,7 +182,7 @@ def as_tokens(chunks: np.ndarray) -> np.ndarray:
     ("group", "count", "dtype", "size", "own"),
     [
         (1, 2, "float32", CHUNK, False),
-        (1, 4, "bfloat16", CHUNK, True),
+        pytest.param(1, 4, "bfloat16", CHUNK, True, marks=pytest.mark.slow),
         (2, 3, "float32", 64, True),
         pytest.param(2, 3, "bfloat16", CHUNK, False, marks=pytest.mark.slow),
         pytest.param(4, 5, "float32", CHUNK, True, marks=THOROUGH),
@@ -295,7 +298,9 @@ def test_as_many_clusters_as_heads_are_the_heads_to_the_last_bit_or_so():
     np.testing.assert_allclose(attend(clustered), attend(plain), rtol=0, atol=3e-7)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize(
+    "implementation", ["xla", pytest.param("reference", marks=pytest.mark.slow)]
+)
 def test_codes_of_clustered_heads_are_read_as_what_they_decode_to(implementation):
     stored, tables, lengths, _, random = clustered_tree(2, 3, seed=5)
     codec = codec_of("int8")

@@ -42,6 +42,7 @@ def test_the_next_process_finds_what_this_one_compiled(tmp_path: Path) -> None:
     assert run(str(tmp_path)) == [folder, "0", compiled]
 
 
+@pytest.mark.slow
 def test_the_folder_is_jaxs_own_if_it_has_one_and_else_the_projects(tmp_path: Path) -> None:
     chosen = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "chosen")}
     assert run(**chosen, **{CACHE_VARIABLE: str(tmp_path / "ours")})[0].endswith("chosen")

@@ -25,7 +25,9 @@ from tests.jax_chunkattn.device.pool_copies import (
 from tests.jax_chunkattn.engine.engines import make_engine
 from tests.jax_chunkattn.toy import token_tree, toy_model
 
-in_every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+in_every_dtype = pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
+)
 CHUNKS = 4000  # a layer of the pool then dwarfs every activation
 
 
@@ -62,7 +64,11 @@ def check_there_is_what_writes(dtype):
 @pytest.mark.optimised
 @pytest.mark.parametrize(
     ("implementation", "dtype"),
-    [("xla", "float32"), ("native", "float32"), ("native", "bfloat16")],
+    [
+        ("native", "float32"),
+        pytest.param("xla", "float32", marks=pytest.mark.slow),
+        pytest.param("native", "bfloat16", marks=pytest.mark.slow),
+    ],
 )
 def test_decoding_updates_the_pool_in_place(implementation, dtype):
     skip_unless_there(implementation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from jax_chunkattn import CacheConfig, ChunkSelector, Engine, SamplingParams
 from pallas_kernels.implementations import NATIVE
@@ -57,8 +58,11 @@ def test_drawn_tokens_and_all_that_is_reported_of_them():
 
 @pytest.mark.parametrize(
     ("options", "tolerance"),
-    [({}, 1e-5), ({"model": windowed_model()}, 1e-5), ({"codec": "int8"}, 2e-3)],
-    ids=["exact", "windows", "int8"],
+    [
+        pytest.param({}, 1e-5, id="exact"),
+        pytest.param({"model": windowed_model()}, 1e-5, id="windows", marks=pytest.mark.slow),
+        pytest.param({"codec": "int8"}, 2e-3, id="int8", marks=pytest.mark.slow),
+    ],
 )
 def test_it_computes_what_other_engines_do(options, tolerance):
     params = SamplingParams(20, logprobs=0)
@@ -89,7 +93,7 @@ def test_its_attention_plan_and_model_must_be_batch_invariant():
     with pytest.raises(ValueError, match="what tokens choose to read"):
         engine(selector=selector)
 
-    class Foreign:
+    class Foreign(nnx.Module):
         cache_spec = toy_model().cache_spec
         vocab_size, max_positions = 128, 512
 

@@ -755,7 +755,11 @@ def test_random_use_of_a_mesh_gives_the_answers_of_a_model_without_a_cache():
 
 
 @pytest.mark.parametrize(
-    "examples", [8, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.thorough])]
+    "examples",
+    [
+        pytest.param(8, marks=pytest.mark.slow),
+        pytest.param(20, marks=[pytest.mark.slow, pytest.mark.thorough]),
+    ],
 )
 def test_random_use_gives_the_answers_of_a_model_without_a_cache(examples):
     thorough = settings.get_current_profile_name() == "long"

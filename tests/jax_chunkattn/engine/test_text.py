@@ -262,6 +262,7 @@ def test_text_before_many_bad_bytes_is_given_once():
     assert stream(tokenizer, [0, 1, 2], [], [1] * 3) == ("b" + "\ufffd" * 4, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 8, 1_000])
 @pytest.mark.parametrize(
     "pieces",

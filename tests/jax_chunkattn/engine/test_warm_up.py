@@ -134,6 +134,7 @@ every_option = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @every_option
 def test_no_plan_outgrows_the_largest_shape(options):
     """On a GPU that is said of plans that share nothing."""

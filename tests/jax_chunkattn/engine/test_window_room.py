@@ -29,6 +29,7 @@ def expected(prompt) -> list[int]:
     return greedy_without_cache(prompt, PARAMS.max_tokens, model=windowed_model())
 
 
+@pytest.mark.slow
 def test_long_prompts_need_no_more_than_their_windows():
     engine = engine_of()
     prompts = [LONG, *OTHERS, STRANGER]

@@ -34,7 +34,7 @@ TOLERANCE = FEATURES[0].tolerance
 
 OWN_PROGRAMS = {"among_mates", "joined_at_any_step", "preempted", "evicted"}
 """Histories of many rows, or of a pool of another size, which need programs that no other does."""
-EVERYDAY = {"marked chunks", "windows", "choices", "clusters", "deterministic"}
+EVERYDAY = {"marked chunks", "windows", "choices", "deterministic"}
 """Rows with one history that is asked every day; each compiles programs of its own."""
 ALONE = {
     FEATURES[0].name,

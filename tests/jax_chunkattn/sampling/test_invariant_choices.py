@@ -15,6 +15,7 @@ from tests.interpreted import skip_unless_there
 ROWS = 64
 
 
+@pytest.mark.slow
 @pytest.mark.optimised
 @pytest.mark.parametrize("vocabulary", [251, 1000])
 def test_nucleus_and_log_probabilities_at_the_very_edge(vocabulary):

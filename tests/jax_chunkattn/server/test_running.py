@@ -95,6 +95,7 @@ def test_a_client_that_reads_nothing_blocks_nobody(tiny: Running):
         assert pieces[-1]["finish_reason"] == "length"
 
 
+@pytest.mark.slow
 def test_a_client_that_reads_nothing_for_long_is_given_up():
     """The socket's buffers hold some of it, so that there must be much."""
     with running(limits=Limits(stalled_seconds=1)) as found:
