@@ -19,6 +19,8 @@ from experiments.harness.options import (
 )
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MOST_RUNNING = 4096
+"""Rows of the device."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ class EndpointConfig:
     """Compute each token to the same bits whatever else is computed with it; on CPUs."""
 
     warm_up: bool = True
-    """Compile every program before the first request, but those of `/v1/score`; `/ready` says when
+    """Compile every program before the first request, but those of scores, which `/v1/score` and
+    `echo` with `logprobs` ask for; `/ready` says when
     that is done."""
 
     queue: int = 256
@@ -141,6 +144,8 @@ def check(config: EndpointConfig) -> None:
         "most_prompt_tokens",
         "most_new_tokens",
     )
+    if config.max_running > MOST_RUNNING:
+        raise UserError(f"--max-running must be at most {MOST_RUNNING}, got {config.max_running}")
     check_above_zero(config, "body_mib", "seconds")
     check_used_codec(config.codec)
     check_seed(config.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -85,6 +86,7 @@ def make_engine(
             dtype=config.dtype,
             codec=codec_for(config.codec, loaded.model),
         )
+        cache.chunks_for(loaded.model.cache_spec)
     except ValueError as error:
         raise UserError(f"--pool-memory {config.pool_memory}: {error}") from error
     return Engine(
@@ -137,7 +139,7 @@ def served_of(
 
 def limits_of(config: EndpointConfig) -> Limits:
     return Limits(
-        body_bytes=int(config.body_mib * 2**20),
+        body_bytes=math.ceil(config.body_mib * 2**20),
         prompt_tokens=config.most_prompt_tokens,
         new_tokens=config.most_new_tokens,
         samples=config.most_samples,

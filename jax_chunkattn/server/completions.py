@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jax_chunkattn.engine.engine import Engine
 from jax_chunkattn.engine.outputs import StreamEvent
 from jax_chunkattn.sampling import TokenLogprobs
 from jax_chunkattn.server.answers import Head, TokenTexts, news_of, usage_of, usage_of_job
@@ -16,6 +15,7 @@ from jax_chunkattn.server.event_stream import DONE, event
 from jax_chunkattn.server.inbox import Inbox, Order
 from jax_chunkattn.server.jobs import Job
 from jax_chunkattn.server.schemas import CompletionRequest
+from jax_chunkattn.server.scores import Scorer
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Completions:
 async def echoes_of(
     request: CompletionRequest,
     orders: Sequence[Order],
-    engine: Engine,
+    scorer: Scorer,
     texts: TokenTexts,
     inbox: Inbox,
 ) -> list[Echo]:
@@ -124,9 +124,11 @@ async def echoes_of(
             continue
         logprobs: tuple[TokenLogprobs | None, ...] = (None,)
         if len(tokens) > 1:
-            scored = await asyncio.to_thread(
-                engine.score, tokens[:1], [tokens[1:]], top=request.logprobs, salt=order.salt
+            scored = await scorer.score(
+                inbox, tokens[:1], [tokens[1:]], top=request.logprobs, salt=order.salt
             )
+            if not scored:
+                break
             logprobs += scored[0].logprobs
         echoes.append(Echo(text, tokens, logprobs))
     return echoes

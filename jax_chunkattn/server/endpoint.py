@@ -17,6 +17,7 @@ from jax_chunkattn.server.jobs import Job, Jobs
 from jax_chunkattn.server.limits import Gate, Limits
 from jax_chunkattn.server.metrics import Metrics
 from jax_chunkattn.server.orders import Served
+from jax_chunkattn.server.scores import Scorer
 from jax_chunkattn.server.tenants import EVERYBODY, Keys, Tenant
 from jax_chunkattn.server.tree_watch import TreeWatch
 
@@ -54,6 +55,7 @@ class Endpoint:
         self.texts = TokenTexts(served.tokenizer)
         self.metrics = Metrics(served.name)
         self.gate = Gate(limits)
+        self.scorer = Scorer(engine)
         self.ready = False
         self.draining = False
         self._keys = keys
@@ -103,6 +105,7 @@ class Endpoint:
         self.drain()
         if self._warming is not None:
             self._warming.cancel()
+        self.scorer.close()
         if self._thread is not None:
             await self._thread.stop()
 

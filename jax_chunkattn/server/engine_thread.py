@@ -146,9 +146,12 @@ class EngineThread:
             with self._end:
                 self._over = True
             self._do_work()
-            with suppress(Exception):
-                self._abort(list(self._tickets))
+            left = list(self._tickets)
             self._tell_failures(self.error or EngineClosed("the server stops"))
+            for ticket in left:
+                for handle in ticket.handles:
+                    with suppress(Exception):
+                        handle.abort()
             self._send()
 
     def _do_work(self) -> None:

@@ -92,10 +92,12 @@ class Routes:
             endpoint.texts,
         )
         if asked.echo:
+            for order in orders:
+                endpoint.engine.check_request(order.prompt, order.params, salt=order.salt)
             inbox = Inbox(call.id, tenant)
             if asked.logprobs is not None:
                 check_scored(sum(len(order.prompt) for order in orders), endpoint.limits)
-            work = partial(echoes_of, asked, orders, endpoint.engine, endpoint.texts, inbox)
+            work = partial(echoes_of, asked, orders, endpoint.scorer, endpoint.texts, inbox)
             async with watching(request.receive, inbox.leave):
                 writer.echoes = await endpoint.scored(inbox, work)
             if inbox.gone:
@@ -123,7 +125,7 @@ class Routes:
         asked = await self._body(ScoreRequest, request)
         require_model(asked.model, endpoint.served)
         work = partial(
-            score, asked, endpoint.engine, endpoint.served, endpoint.limits, inbox, endpoint.texts
+            score, asked, endpoint.scorer, endpoint.served, endpoint.limits, inbox, endpoint.texts
         )
         async with watching(request.receive, inbox.leave):
             told = await endpoint.scored(inbox, work)

@@ -19,7 +19,8 @@ MOST_TEXT = 256
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31 - 1)]
 Name = Annotated[str, Field(min_length=1, max_length=MOST_TEXT)]
-Tokens = Annotated[list[TokenId], Field(min_length=1)]
+Tokens = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+"""The first error ends it, as everywhere: a list of a million of them would be a million errors."""
 
 UNSUPPORTED: Mapping[str, str] = {
     "best_of": "ask for n answers and choose",
@@ -61,7 +62,7 @@ class Sampled(Strict):
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=MOST_TEXT)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MOST_TEXT, fail_fast=True)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
@@ -70,7 +71,7 @@ class Sampled(Strict):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=16, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     cache_salt: Annotated[str, Field(max_length=MOST_TEXT)] | None = None
     return_token_ids: bool | None = None
@@ -82,9 +83,9 @@ class CompletionRequest(Sampled):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
         | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
     )
     max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     echo: bool | None = None
@@ -115,9 +116,11 @@ class ChatMessage(Strict):
     """One message; what the template makes of it is the model's affair."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)] | None = None
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = None
     name: Name | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_TOOLS)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = (
+        None
+    )
     tool_call_id: Name | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
@@ -144,8 +147,10 @@ class ResponseFormat(Strict):
 class ChatRequest(Sampled):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
-    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    messages: Annotated[
+        list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
+    ]
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: Literal[True] | None = None
     response_format: ResponseFormat | None = None
@@ -164,7 +169,9 @@ class ScoreRequest(Strict):
 
     model: Name
     prefix: str | Tokens
-    continuations: Annotated[list[str | Tokens], Field(min_length=1, max_length=MOST_PROMPTS)]
+    continuations: Annotated[
+        list[str | Tokens], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)
+    ]
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     cache_salt: Annotated[str, Field(max_length=MOST_TEXT)] | None = None
     user: Annotated[str, Field(max_length=MOST_TEXT)] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from jax_chunkattn.engine.engine import Engine
@@ -16,11 +17,52 @@ from jax_chunkattn.server.orders import Served, require_model, tokens_of
 from jax_chunkattn.server.schemas import ScoreRequest
 
 AT_ONCE = 8  # continuations; a client that has gone ends what is behind them
+THREADS = 2
+
+
+class Scorer:
+    """Scores by an engine, in threads of their own: who needs a thread for a text or a template
+    waits for no score."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="score")
+
+    async def score(
+        self,
+        inbox: Inbox,
+        prefix: Sequence[int],
+        continuations: Sequence[Sequence[int]],
+        *,
+        top: int,
+        salt: str,
+    ) -> tuple[Score, ...]:
+        """As `Engine.score`; nothing for a client that goes before it is its turn."""
+
+        def ask() -> tuple[Score, ...]:
+            if inbox.gone:
+                return ()
+            return tuple(self._engine.score(prefix, continuations, top=top, salt=salt))
+
+        turn = self._threads.submit(ask)
+        found = asyncio.ensure_future(asyncio.wrap_future(turn))
+        gone = asyncio.ensure_future(inbox.until_gone())
+        try:
+            await asyncio.wait({found, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+        if not found.done() and turn.cancel():
+            return ()
+        return await found
+
+    def close(self) -> None:
+        """Begins nothing more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 async def score(
     request: ScoreRequest,
-    engine: Engine,
+    scorer: Scorer,
     served: Served,
     limits: Limits,
     inbox: Inbox,
@@ -40,7 +82,7 @@ async def score(
         if inbox.gone:
             break
         part = continuations[begin : begin + AT_ONCE]
-        found += await asyncio.to_thread(engine.score, prefix, part, top=top, salt=salt)
+        found += await scorer.score(inbox, prefix, part, top=top, salt=salt)
     data = [_one(index, one, request, texts) for index, one in enumerate(found)]
     usage = usage_of(len(prefix) + sum(map(len, continuations)), 0, None)
     return {"object": "list", "model": served.name, "data": data, "usage": usage}

@@ -209,3 +209,10 @@ def test_the_model_is_told(tiny: Running):
     assert (model["id"], model["max_model_len"], model["vocab_size"]) == (MODEL, 1024, 256)
     assert tiny.get(f"/v1/models/{MODEL}").value == model
     assert tiny.get("/v1/models/other").status == 404
+
+
+@pytest.mark.parametrize("prompt", ["", [[99_999_999]]])
+def test_an_echo_of_what_is_no_prompt_is_refused(tiny: Running, prompt: object):
+    reply = tiny.complete(prompt, echo=True, max_tokens=0, logprobs=1)
+    assert reply.status == 400
+    assert "prompt" in reply.value["error"]["message"]

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from jax_chunkattn.server.limits import Limits
+from jax_chunkattn.server.schemas import ChatRequest, CompletionRequest, ScoreRequest
 from tests.jax_chunkattn.server.endpoints import MODEL, Running, running
 
 GOOD: dict[str, dict[str, Any]] = {
@@ -76,6 +78,24 @@ def wrong_body(path: str, random: np.random.Generator) -> bytes:
     if how == 7:
         return body[: random.integers(1, len(body) - 1)]
     return body
+
+
+@pytest.mark.parametrize(
+    ("schema", "field", "one"),
+    [
+        (CompletionRequest, "prompt", ""),
+        (CompletionRequest, "prompt", [""]),
+        (CompletionRequest, "stop", 1),
+        (ChatRequest, "messages", {}),
+        (ScoreRequest, "continuations", {}),
+    ],
+)
+def test_a_list_of_wrong_things_is_one_error(schema, field: str, one: object):
+    """Else a body within the limit is a million of them, and nobody else is answered meanwhile."""
+    body = json.dumps({"model": "tiny", field: [one] * 100_000})
+    with pytest.raises(ValidationError) as raised:
+        schema.model_validate_json(body)
+    assert raised.value.error_count() < 12
 
 
 @pytest.mark.parametrize("path", GOOD)

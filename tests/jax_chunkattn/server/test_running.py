@@ -251,6 +251,55 @@ def test_an_engine_that_fails_ends_its_requests_and_is_not_healthy():
         assert (reply.status, "the engine has stopped" in reply.body.decode()) == (503, True)
 
 
+def test_a_thread_that_ends_by_an_error_tells_that_it_was_one(monkeypatch: pytest.MonkeyPatch):
+    with running() as found:
+        connection = opened(found)
+        until(lambda: found.engine.stats.running == 1)
+
+        def fail():
+            raise ArithmeticError("a secret of the server")
+
+        monkeypatch.setattr(found.engine, "step", fail)
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        told = answer.read().decode()
+        connection.close()
+        assert "by an error of the server" in told
+        assert "secret" not in told
+        assert "the server stops" not in told
+        assert found.engine.stats.running == 0
+
+
+def test_chats_wait_for_no_scores(monkeypatch: pytest.MonkeyPatch):
+    """Nor are scores computed of clients that have left before their turn."""
+    asked, go_on = [], threading.Event()
+
+    with running() as found:
+        score = found.engine.score
+
+        def slow_score(*args, **options):
+            asked.append(args)
+            assert go_on.wait(SECONDS)
+            return score(*args, **options)
+
+        monkeypatch.setattr(found.engine, "score", slow_score)
+        body = json.dumps({"model": MODEL, "prefix": [1, 2], "continuations": [[3]]}).encode()
+        connections = []
+        for _ in range(40):  # more than there are threads for texts
+            connection = found.connect()
+            connection.request("POST", "/v1/score", body, {"Content-Type": "application/json"})
+            connections.append(connection)
+        until(lambda: found.endpoint.gate.waiting == 40)
+        reply = found.chat([{"role": "user", "content": "hello"}], max_completion_tokens=2)
+        assert reply.status == 200
+        for connection in connections:
+            connection.close()
+        until(lambda: found.endpoint.gate.waiting == len(asked))  # whose turn it is
+        go_on.set()
+        until(lambda: found.endpoint.gate.waiting == 0)
+        assert len(asked) < 10
+
+
 def test_an_error_in_one_request_is_its_own(tiny: Running, monkeypatch: pytest.MonkeyPatch):
     class Broken(BytePairs):
         def decode(self, ids):
