@@ -119,6 +119,7 @@ def test_what_is_refused_is_told(found: Running, tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_an_endpoint_of_our_own_is_compared_with_the_engine(tmp_path: Path):
     small = {name: value for name, value in LoadConfig.SMOKE.items() if name != "model"}
     summary = run(LoadConfig(**small, output=tmp_path / "out"))

@@ -62,7 +62,7 @@ def test_a_device_holds_what_is_told():
 
 @pytest.mark.slow
 @pytest.mark.devices(2)
-@pytest.mark.parametrize("command", ["generate", "serve"])
+@pytest.mark.parametrize("command", ["generate", pytest.param("serve", marks=pytest.mark.thorough)])
 def test_a_mesh_answers_as_one_device(command, tmp_path):
     smoke = {
         "generate": ["--batch", "4", "--max-tokens", "8", "--no-compare"],

@@ -728,9 +728,10 @@ class MeshMachine(EngineMachine):
 
 
 def assert_agreed(agreements: Sequence[Agreement]) -> None:
+    """But for a tie in 10,000 tokens; of fewer, such as a mesh's 2,600, one says nothing."""
     for agreement in agreements:
         print(agreement)
-        assert agreement.near_ties <= agreement.tokens / 10_000
+        assert agreement.near_ties <= max(1, agreement.tokens / 10_000)
 
 
 @pytest.mark.slow

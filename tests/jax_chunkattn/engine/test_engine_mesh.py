@@ -98,7 +98,9 @@ def test_two_devices_give_what_one_gives():
 
 @pytest.mark.slow
 @pytest.mark.devices(8)
-@pytest.mark.parametrize("implementation", ["xla", "native"])
+@pytest.mark.parametrize(
+    "implementation", [pytest.param("xla", marks=pytest.mark.thorough), "native"]
+)
 def test_more_devices_give_what_one_gives(implementation):
     """As many as there are KV heads, fewer, and more: then several have the same."""
     if implementation == "native":
@@ -133,7 +135,13 @@ def test_a_kernel_for_gpus_attends_on_each_device():
 @pytest.mark.slow
 @pytest.mark.optimised
 @pytest.mark.devices(4)
-@pytest.mark.parametrize("sizes", [WIDER, {}], ids=["own heads", "copies"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param(WIDER, id="own heads"),
+        pytest.param({}, id="copies", marks=pytest.mark.thorough),
+    ],
+)
 def test_a_layer_exchanges_two_sums_and_the_pool_stays_where_it_is(sizes):
     """Read off the compiled programs: what a layer more adds, how large what is exchanged is, and
     whether the pool is copied."""
@@ -179,7 +187,7 @@ def test_a_layer_exchanges_two_sums_and_the_pool_stays_where_it_is(sizes):
 
 @pytest.mark.slow
 @pytest.mark.devices(2)
-@pytest.mark.parametrize("codec", ["int8", "fp8"])
+@pytest.mark.parametrize("codec", ["int8", pytest.param("fp8", marks=pytest.mark.thorough)])
 def test_encoded_chunks_are_those_of_one_device(codec):
     prompts = token_tree((1, 50), (2, 20), seed=3)
     found = {}

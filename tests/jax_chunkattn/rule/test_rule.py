@@ -68,6 +68,9 @@ def is_thorough(history, feature: Feature) -> bool:
     asked each time, and the others before a release."""
     if feature is FEATURES[0]:
         return False
+    if feature.devices is not None:  # with copies there is all that others have
+        copies = feature.name == "mesh with copies of heads"
+        return not (copies and history.__name__ in {"warm_at_every_split", "preempted"})
     if feature.name in ALONE:
         return history.__name__ in {
             "cold", "under_other_prefixes", "joined_at_any_step", "evicted",
@@ -147,6 +150,7 @@ def test_rounding_moves_codes_and_they_move_no_clear_choice(history):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.devices(4)
 def test_a_mesh_gives_what_one_device_gives():
     """With each feature that several devices have, and with each head once or several times."""
