@@ -44,7 +44,6 @@ ALONE = {
     "choices",
     "clusters",
     "deterministic",
-    "mesh",
 }
 ALIKE = {
     "windows that give up nothing",
