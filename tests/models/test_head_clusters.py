@@ -16,6 +16,7 @@ from models.head_clusters import (
     load_clusters,
 )
 from tests.jax_chunkattn.rule import clusters as definition
+from tests.jax_chunkattn.toy import layered_model
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +30,21 @@ def block_correlations(*sizes: int) -> np.ndarray:
     return np.where(label[:, None] == label[None], 1.0, 0.0)
 
 
-def test_heads_correlate_as_their_weights_do(model):
+@pytest.mark.parametrize("windowed", [False, True])
+def test_heads_correlate_as_their_weights_do(model, windowed):
+    model = layered_model() if windowed else model
     pieces = np.random.default_rng(0).integers(0, 256, (3, 24)).astype(np.int32)
     found = head_correlations(model, pieces)
     recorded: list[list[np.ndarray]] = []
     original = definition.attend
 
-    def record(q, k, v, size, count, scale):
+    def record(q, k, v, size, count, scale, window):
         wide = np.repeat(k, q.shape[1] // k.shape[1], axis=1)
-        seen = np.tril(np.ones((len(q), len(q)), bool))
-        scores = np.where(seen, np.einsum("qhd,khd->hqk", q, wide) * scale, -np.inf)
-        weights = definition.softmax(scores)[:, seen]
+        scores = np.einsum("qhd,khd->hqk", q, wide) * scale
+        weights = definition.softmax(np.where(definition.seen_by(len(q), window), scores, -np.inf))
+        weights = weights[:, np.tril(np.ones((len(q), len(q)), bool))]
         recorded[-1].append(weights - weights.mean(axis=1, keepdims=True))
-        return original(q, k, v, size, count, scale)
+        return original(q, k, v, size, count, scale, window)
 
     definition.attend = record
     try:
