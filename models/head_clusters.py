@@ -76,9 +76,7 @@ def _products(graphdef, state, tokens: jax.Array) -> jax.Array:
 
     def attend(carried, layer, q, k, v):
         pool, products = carried
-        windows = spec.window_sizes(layer)  # all heads of a layer have one
-        window = None if windows is None else (windows[0][0], windows[1][0])
-        weights = head_attention(q, k, spec.attention, window)[:, *seen]
+        weights = head_attention(q, k, spec.attention, spec.layer_window(layer))[:, *seen]
         centred = weights - weights.mean(axis=1, keepdims=True)
         product = jnp.dot(centred, centred.T, precision=jax.lax.Precision.HIGHEST)
         out, pool = dense(pool, layer, q, k, v)

@@ -14,11 +14,9 @@ from jax_chunkattn.device.cache_config import CacheConfig
 from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.model_interface import CacheSpec
 from jax_chunkattn.device.tails import as_kept, copied, written
-from pallas_kernels.attention_spec import AttentionSpec
 from pallas_kernels.clusters import ClusteredKV, HeadClusters, KeySlots, representatives_of
 from pallas_kernels.codecs import ChunkCodec, TensorCodec
 from pallas_kernels.plans import HostOrDevice, NewTokens, OwnChunks, PrefillPlan, Reads, Sealing
-from pallas_kernels.windows import EVERYTHING
 
 
 @jax.tree_util.register_dataclass
@@ -49,10 +47,8 @@ class ClusteredPool:
     tail_keys: Float[Array, "L Hq S C D"]
     tail_values: Float[Array, "L Hq S C D"]
     clusters: HeadClusters = field(metadata={"static": True})
-    attention: AttentionSpec = field(metadata={"static": True})
+    spec: CacheSpec = field(metadata={"static": True})
     codec: ChunkCodec | None = field(default=None, metadata={"static": True})
-    windows: tuple[tuple[int, int], ...] = field(default=(), metadata={"static": True})
-    """Size and sinks of each layer's, if there are any."""
 
     @classmethod
     def allocate(cls, spec: CacheSpec, config: CacheConfig, num_slots: int) -> ClusteredPool:
@@ -87,13 +83,8 @@ class ClusteredPool:
             jnp.zeros(tails, dtype),
             jnp.zeros(tails, dtype),
             clusters,
-            spec.attention,
+            spec,
             codec,
-            tuple(
-                (window.size, window.sinks)
-                for window in (heads[0] or EVERYTHING for heads in spec.windows_of_heads)
-                if spec.windows is not None
-            ),
         )
 
     @property
@@ -115,7 +106,7 @@ class ClusteredPool:
     @property
     def slots(self) -> KeySlots:
         """Where keys are."""
-        return KeySlots.of(self.clusters, self.attention.heads)
+        return KeySlots.of(self.clusters, self.spec.attention.heads)
 
     def at_layer(self, layer: Int32[Array, ""]) -> ClusteredKV:
         """Keys and values of one layer, where they are."""
@@ -132,7 +123,7 @@ class ClusteredPool:
     ) -> Int32[Array, "R Hq"]:
         """The head that attends for each query head's cluster, in sequences that begin with these
         chunks; each for itself where that is chunk N, nowhere."""
-        heads = self.attention.heads.query_heads
+        heads = self.spec.attention.heads.query_heads
         found = self.representatives.at[layer, first_chunks].get(mode="clip").astype(jnp.int32)
         itself = jnp.arange(heads, dtype=jnp.int32)[None]
         return jnp.where((first_chunks < self.num_chunks)[:, None], found, itself)
@@ -200,7 +191,7 @@ class ClusteredPool:
     ) -> tuple[ClusteredPool, NewTokens]:
         """With the chunks that a prefill call completes, whose maps are there, and the tails that
         it begins; and the call's tokens, as they are read by those of the same chunk."""
-        sealing, group = plan.sealing, self.attention.heads.group
+        sealing, group = plan.sealing, self.spec.attention.heads.group
         assert sealing is not None, "planned for a pool that makes something of full chunks"
         k, v = as_kept(k, v, self.dtype)
         chunks = jnp.asarray(sealing.chunks)
@@ -233,7 +224,7 @@ class ClusteredPool:
         layers = jnp.arange(len(self.tail_values), dtype=jnp.int32)
         counts = jnp.asarray(self.clusters.counts, jnp.int32)
         places = jax.vmap(self.slots.places)(layers)  # L S
-        group = self.attention.heads.group
+        group = self.spec.attention.heads.group
 
         def seal_row(
             row: Int32[Array, ""], chunk: Int32[Array, ""], pool: ClusteredPool
@@ -313,12 +304,9 @@ class ClusteredPool:
         layer: Int32[Array, ""],
     ) -> Int32[Array, " Hq"]:
         """The representatives in sequences that begin with a chunk, by its attention."""
-        window = None
-        if self.windows:
-            size, sinks = jnp.asarray(self.windows, jnp.int32)[layer]
-            window = size, sinks
         how = self.clusters.membership, self.clusters.seed
-        return representatives_of(q, k, count, self.attention, *how, window=window)
+        window = self.spec.layer_window(layer)
+        return representatives_of(q, k, count, self.spec.attention, *how, window=window)
 
     def _with_maps(
         self,

@@ -94,6 +94,14 @@ class CacheSpec:
         sinks = jnp.array([window.sinks for window in windows], jnp.int32)
         return sizes[of_heads], sinks[of_heads]
 
+    def layer_window(
+        self, layer: Int32[Array, ""]
+    ) -> tuple[Int32[Array, ""], Int32[Array, ""]] | None:
+        """Size and sinks of the window of a layer whose heads have one; None where there are no
+        windows."""
+        sizes = self.window_sizes(layer)
+        return None if sizes is None else (sizes[0][0], sizes[1][0])
+
     @property
     def windows_of_heads(self) -> tuple[tuple[Window | None, ...], ...]:
         """The window of each KV head of each layer; None where it sees all tokens."""
