@@ -73,11 +73,6 @@ class Inbox:
         self._news.append((answer, news))
         self._wake.set()
 
-    async def until_gone(self) -> None:
-        """Returns when the client has gone, where there is no news."""
-        while not self.gone:
-            await self._wake.wait()
-
     def leave(self) -> None:
         """The client has gone: who waits is woken."""
         self.gone = True

@@ -46,7 +46,7 @@ class Scorer:
 
         turn = self._threads.submit(ask)
         found = asyncio.ensure_future(asyncio.wrap_future(turn))
-        gone = asyncio.ensure_future(inbox.until_gone())
+        gone = asyncio.ensure_future(inbox.take())  # of which there is no news
         try:
             await asyncio.wait({found, gone}, return_when=asyncio.FIRST_COMPLETED)
         finally:
