@@ -20,7 +20,7 @@ from experiments.harness.options import (
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MOST_RUNNING = 4096
-"""Rows of the device."""
+"""The device keeps a table of as many rows, and programs that decode them all."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,7 @@ class EndpointConfig:
 
     warm_up: bool = True
     """Compile every program before the first request, but those of scores, which `/v1/score` and
-    `echo` with `logprobs` ask for; `/ready` says when
-    that is done."""
+    `echo` with `logprobs` ask for; `/ready` says when that is done."""
 
     queue: int = 256
     """Answers that may wait for their first token; who comes then is told to come again."""

@@ -117,8 +117,6 @@ def _chosen(spec, queries, q, k, how: _How) -> Bool[Array, "A N"]:
     asking = _asking(queries, columns, size)
     found = choose(q, asking, estimate, spec.attention, selector)
     number = jnp.asarray(selector.counts(columns))[asking.chunk]
-    place = jnp.arange(found.shape[1], dtype=jnp.int32)[None]
-    found = jnp.where(place < number[:, None], found, columns)
     rows = jnp.arange(len(queries), dtype=jnp.int32)[:, None]
     chosen = jnp.zeros((len(queries), columns), jnp.bool_).at[rows, found].set(True, mode="drop")
     column = jnp.arange(columns, dtype=jnp.int32)[None]

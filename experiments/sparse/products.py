@@ -21,7 +21,7 @@ def of_selector(selector: ChunkSelector, positions: np.ndarray, chunk_size: int)
     own, columns = positions // chunk_size, int(positions.max()) // chunk_size + 1
     number = selector.counts(columns)[own]
     read = (number - 1) * chunk_size + positions % chunk_size + 1
-    always = np.minimum(own + 1, selector.sinks + selector.recent + 1)
+    always = selector.always(own + 1)
     looked = {
         "scores": own * chunk_size,
         "oracle": own * chunk_size,
