@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,9 @@ from jax_chunkattn.engine.outputs import StreamEvent
 from jax_chunkattn.engine.text import REPLACEMENT, Tokenizer
 from jax_chunkattn.sampling import TokenLogprobs
 from jax_chunkattn.server.errors import ApiError
+from jax_chunkattn.server.event_stream import DONE, event
 from jax_chunkattn.server.jobs import Job
+from jax_chunkattn.server.schemas import StreamOptions
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's clients know this number
 
@@ -46,6 +48,26 @@ class Head:
 
 
 STOPPED = ApiError(503, "the server stops: the answer is not complete", code="server_stops")
+
+
+async def pieces_of(
+    job: Job,
+    head: Head,
+    options: StreamOptions | None,
+    choice_of: Callable[[int, StreamEvent], dict[str, Any]],
+) -> AsyncIterator[bytes]:
+    """Events of a stream: the choices that `choice_of` makes of what is new, an error, usage."""
+    with_usage = options is not None and options.include_usage
+    more = {"usage": None} if with_usage else {}
+    try:
+        async for number, news in news_of(job):
+            yield event(head.with_choices([choice_of(number, news)], **more))
+    except ApiError as error:
+        yield event(error.body)
+    else:
+        if with_usage:
+            yield event(head.with_choices([], usage=usage_of_job(job)))
+    yield DONE
 
 
 def usage_of_job(job: Job) -> dict[str, Any]:

@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jax_chunkattn.engine.outputs import StreamEvent
-from jax_chunkattn.server.answers import Head, TokenTexts, news_of, usage_of_job
-from jax_chunkattn.server.errors import ApiError
-from jax_chunkattn.server.event_stream import DONE, event
+from jax_chunkattn.server.answers import Head, TokenTexts, pieces_of, usage_of_job
 from jax_chunkattn.server.jobs import Job
 from jax_chunkattn.server.schemas import ChatRequest
 from jax_chunkattn.server.tool_calls import ToolCallReader
@@ -45,34 +43,28 @@ class Chats:
             choices.append({**choice, "message": message, **self._ids(job, number, answer)})
         return self.head.with_choices(choices, usage=usage_of_job(job))
 
-    async def pieces(self, job: Job) -> AsyncIterator[bytes]:
+    def pieces(self, job: Job) -> AsyncIterator[bytes]:
         """Events of a stream; a call of a tool comes as a whole."""
-        with_usage = self.request.stream_options and self.request.stream_options.include_usage
-        more = {"usage": None} if with_usage else {}
         begun: set[int] = set()
-        try:
-            async for number, news in news_of(job):
-                before = len(self._readers[number].calls) if number in self._readers else 0
-                text, calls = self._part(number, news)
-                delta: dict[str, Any] = {"content": text}
-                if number not in begun:
-                    delta = {"role": "assistant", **delta}
-                if calls:
-                    numbered = enumerate(calls, before)
-                    delta["tool_calls"] = [{"index": at, **call} for at, call in numbered]
-                choice = {**self._choice(number, news), "delta": delta}
-                if number not in begun:
-                    choice |= self._ids(job, number, news)
-                elif self.request.return_token_ids:
-                    choice["token_ids"] = list(news.tokens)
-                begun.add(number)
-                yield event(self.head.with_choices([choice], **more))
-        except ApiError as error:
-            yield event(error.body)
-        else:
-            if with_usage:
-                yield event(self.head.with_choices([], usage=usage_of_job(job)))
-        yield DONE
+
+        def choice_of(number: int, news: StreamEvent) -> dict[str, Any]:
+            before = len(self._readers[number].calls) if number in self._readers else 0
+            text, calls = self._part(number, news)
+            delta: dict[str, Any] = {"content": text}
+            if number not in begun:
+                delta = {"role": "assistant", **delta}
+            if calls:
+                numbered = enumerate(calls, before)
+                delta["tool_calls"] = [{"index": at, **call} for at, call in numbered]
+            choice = {**self._choice(number, news), "delta": delta}
+            if number not in begun:
+                choice |= self._ids(job, number, news)
+            elif self.request.return_token_ids:
+                choice["token_ids"] = list(news.tokens)
+            begun.add(number)
+            return choice
+
+        return pieces_of(job, self.head, self.request.stream_options, choice_of)
 
     def _part(self, number: int, answer: StreamEvent) -> tuple[str, list[dict[str, Any]]]:
         """Text of a piece, and the calls that are whole with it."""

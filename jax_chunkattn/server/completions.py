@@ -9,9 +9,7 @@ from typing import Any
 
 from jax_chunkattn.engine.outputs import StreamEvent
 from jax_chunkattn.sampling import TokenLogprobs
-from jax_chunkattn.server.answers import Head, TokenTexts, news_of, usage_of, usage_of_job
-from jax_chunkattn.server.errors import ApiError
-from jax_chunkattn.server.event_stream import DONE, event
+from jax_chunkattn.server.answers import Head, TokenTexts, pieces_of, usage_of, usage_of_job
 from jax_chunkattn.server.inbox import Inbox, Order
 from jax_chunkattn.server.jobs import Job
 from jax_chunkattn.server.schemas import CompletionRequest
@@ -62,20 +60,13 @@ class Completions:
         ]
         return self.head.with_choices(choices, usage=usage_of_job(job))
 
-    async def pieces(self, job: Job) -> AsyncIterator[bytes]:
+    def pieces(self, job: Job) -> AsyncIterator[bytes]:
         """Events of a stream."""
-        with_usage = self.request.stream_options and self.request.stream_options.include_usage
-        more = {"usage": None} if with_usage else {}
-        try:
-            async for number, news in news_of(job):
-                choice = self._choice(number, job.order_of(number), news)
-                yield event(self.head.with_choices([choice], **more))
-        except ApiError as error:
-            yield event(error.body)
-        else:
-            if with_usage:
-                yield event(self.head.with_choices([], usage=usage_of_job(job)))
-        yield DONE
+
+        def choice_of(number: int, news: StreamEvent) -> dict[str, Any]:
+            return self._choice(number, job.order_of(number), news)
+
+        return pieces_of(job, self.head, self.request.stream_options, choice_of)
 
     def _choice(self, number: int, order: Order, answer: StreamEvent) -> dict[str, Any]:
         """A piece of an answer, or all of it."""
