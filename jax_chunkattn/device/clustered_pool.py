@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32, UInt8
 from jax_chunkattn.device.cache_config import CacheConfig
 from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.model_interface import CacheSpec
-from jax_chunkattn.device.tails import as_kept, copied, written
+from jax_chunkattn.device.tails import as_kept, copied, empty, written
 from pallas_kernels.clusters import ClusteredKV, HeadClusters, KeySlots, representatives_of
 from pallas_kernels.codecs import ChunkCodec, TensorCodec
 from pallas_kernels.plans import HostOrDevice, NewTokens, OwnChunks, PrefillPlan, Reads, Sealing
@@ -69,10 +69,7 @@ class ClusteredPool:
         def zeros(part: TensorCodec | None, *outer: int) -> Any:
             if part is None:
                 return jnp.zeros((*outer, num_chunks, *chunk), dtype)
-            arrays = part.arrays(*chunk)
-            return {
-                n: jnp.zeros((*outer, num_chunks, *a.shape), a.dtype) for n, a in arrays.items()
-            }
+            return empty(part.arrays(*chunk), *outer, num_chunks)
 
         return cls(
             zeros(codec and codec.keys, KeySlots.of(clusters, heads).total),

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32
 from jax_chunkattn.device.cache_config import CacheConfig
 from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.model_interface import CacheSpec
-from jax_chunkattn.device.tails import as_kept, copied, written
+from jax_chunkattn.device.tails import as_kept, copied, empty, written
 from pallas_kernels.codecs import ChunkCodec, ChunkContext, Constants, TensorCodec
 from pallas_kernels.coded_kv import CodedKV, Encoded
 from pallas_kernels.plans import HostOrDevice, NewTokens, OwnChunks, PrefillPlan, Reads
@@ -53,10 +53,7 @@ class CodedPool:
         outer = spec.num_layers, spec.num_kv_heads
 
         def zeros(part: TensorCodec) -> Encoded:
-            arrays = part.arrays(size, spec.head_dim)
-            return {
-                n: jnp.zeros((*outer, num_chunks, *a.shape), a.dtype) for n, a in arrays.items()
-            }
+            return empty(part.arrays(size, spec.head_dim), *outer, num_chunks)
 
         tails = (*outer, num_slots, size, spec.head_dim)
         return cls(

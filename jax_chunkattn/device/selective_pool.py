@@ -16,7 +16,7 @@ from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.exact_pool import ChunkPool
 from jax_chunkattn.device.model_interface import CacheSpec
 from jax_chunkattn.device.read_counts import ReadCounts
-from jax_chunkattn.device.tails import copied
+from jax_chunkattn.device.tails import copied, empty
 from pallas_kernels.coded_kv import LayerKV
 from pallas_kernels.plans import HostOrDevice, NewTokens, OwnChunks, PrefillPlan, Reads
 from pallas_kernels.selection import ChunkSelector, Landmarks
@@ -54,10 +54,7 @@ class SelectivePool:
         selector, kept = config.selector, config.landmarks
         assert selector is not None, "there is one"
         outer = spec.num_layers, spec.num_kv_heads, kv.num_chunks
-        landmarks = {
-            name: jnp.zeros((*outer, *array.shape), array.dtype)
-            for name, array in kept.arrays(config.chunk_size, spec.head_dim).items()
-        }
+        landmarks = empty(kept.arrays(config.chunk_size, spec.head_dim), *outer)
         most = selector.most_read(columns)
         chosen = jnp.zeros((spec.num_layers, slots, most), jnp.int32)
         dense = jnp.array(selector.dense_layers, jnp.int32)

@@ -1,18 +1,26 @@
-"""Tails: the exact last chunk of each slot's row, where full chunks are kept in another form."""
+"""Full chunks that are kept in another form, and tails: the exact last chunk of each slot's row."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Shaped
 
 from pallas_kernels.plans import HostOrDevice
 from pallas_kernels.pool_writes import copy_slots, put_tokens
 
 Arrays = TypeVar("Arrays")
 """Any tree of arrays."""
+
+
+def empty(
+    arrays: Mapping[str, jax.ShapeDtypeStruct], *outer: int
+) -> dict[str, Shaped[Array, "*_"]]:
+    """Zeros in the shapes of what is kept of one chunk of one head, by name, of so many."""
+    return {name: jnp.zeros((*outer, *one.shape), one.dtype) for name, one in arrays.items()}
 
 
 def as_kept(
