@@ -51,7 +51,7 @@ class ClusteredKV:
 
     @property
     def num_chunks(self) -> int:
-        return jax.tree.leaves(self.values)[0].shape[2]
+        return self.representatives.shape[1]
 
     @property
     def chunk_size(self) -> int:
@@ -74,12 +74,12 @@ class ClusteredKV:
         chunk = jnp.arange(self.num_chunks, dtype=jnp.int32)
         place = self._begin() + self.head_slots[self.layer].astype(jnp.int32)
         keys = jax.tree.map(lambda array: array[place.T, chunk[None]], self.keys)
-        return self._numbers(self.codec and self.codec.keys, keys)
+        return self._numbers(self._key_codec, keys)
 
     def all_values(self) -> Float[Array, "Hq N C D"]:
         """Values of every chunk."""
         values = jax.tree.map(lambda array: array[self.layer], self.values)
-        values = self._numbers(self.codec and self.codec.values, values)
+        values = self._numbers(self._value_codec, values)
         return jnp.repeat(values, self.slots.heads.group, axis=0)
 
     def gather(
@@ -99,7 +99,7 @@ class ClusteredKV:
         def of_chunks(array: Array) -> Array:
             return array.at[place, chunk_ids].get(mode="promise_in_bounds")
 
-        return self._flat(self.codec and self.codec.keys, jax.tree.map(of_chunks, self.keys))
+        return self._flat(self._key_codec, jax.tree.map(of_chunks, self.keys))
 
     def gather_values(
         self, kv_head: Int32[Array, ""], chunk_ids: Int32[HostOrDevice, "*rows W"]
@@ -109,12 +109,20 @@ class ClusteredKV:
         def of_chunks(array: Array) -> Array:
             return array.at[self.layer, kv_head, chunk_ids].get(mode="promise_in_bounds")
 
-        return self._flat(self.codec and self.codec.values, jax.tree.map(of_chunks, self.values))
+        return self._flat(self._value_codec, jax.tree.map(of_chunks, self.values))
 
     def representatives_of(self, chunk: Int32[HostOrDevice, ""]) -> Int32[Array, " Hq"]:
         """For each query head the one that attends for its cluster, where a chunk is read."""
         found = self.representatives.at[self.layer, chunk].get(mode="clip")
         return found.astype(jnp.int32)
+
+    @property
+    def _key_codec(self) -> TensorCodec | None:
+        return None if self.codec is None else self.codec.keys
+
+    @property
+    def _value_codec(self) -> TensorCodec | None:
+        return None if self.codec is None else self.codec.values
 
     def _begin(self) -> Int32[Array, ""]:
         return jnp.asarray(self.slots.begins, jnp.int32)[self.layer]

@@ -298,21 +298,19 @@ ffi::Error score(ffi::ThreadPool threads, float scale, float softcap,
   asking.item_column = operands.ints();
   const int64_t layer = *operands.ints();
   if (asking.queries == 0 || size == 0) return ffi::Error::Success();
-  auto run = [&](auto source, const auto& known, int64_t kv_heads) {
-    asking.kv_heads = kv_heads;
-    chunks::score_chunks<typename decltype(source)::type>(
-        asking, known, known.chunks, threads.num_threads(), schedule_on(threads));
-  };
+  const chunks::Schedule schedule = schedule_on(threads);
   if (codes.size()) {
     int64_t heads;
     chunks::Codes keys = codes_of(operands, codes.begin() + 1, layer, codes[0], asking.dim, &heads);
-    run(std::common_type<chunks::KeyCodes>(), keys, heads);
+    asking.kv_heads = heads;
+    chunks::score_chunks<chunks::KeyCodes>(asking, keys, threads.num_threads(), schedule);
   } else {
     ffi::AnyBuffer all = operands.of(ffi::F32);
     auto sizes = all.dimensions();  // layers, heads, chunks, 2, dim
     const int64_t at = std::clamp<int64_t>(layer, 0, sizes[0] - 1);
     chunks::Bounds bounds{all.typed_data<float>() + at * (all.element_count() / sizes[0]), sizes[2]};
-    run(std::common_type<chunks::KeyBounds>(), bounds, sizes[1]);
+    asking.kv_heads = sizes[1];
+    chunks::score_chunks<chunks::KeyBounds>(asking, bounds, threads.num_threads(), schedule);
   }
   return ffi::Error::Success();
 } catch (const std::exception& error) {

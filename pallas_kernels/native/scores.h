@@ -373,7 +373,7 @@ constexpr int64_t FEWEST_CHUNKS = 8, MOST_CHUNKS = 64;  // of a task, which pack
 
 // Fills `asking.shares`, by what a `Source` knows of chunks.
 template <class Source, class Known>
-void score_chunks(const Asking& asking, const Known& known, int64_t chunks, int64_t threads,
+void score_chunks(const Asking& asking, const Known& known, int64_t threads,
                   const Schedule& schedule) {
   struct Task {
     Look look;
@@ -404,7 +404,9 @@ void score_chunks(const Asking& asking, const Known& known, int64_t chunks, int6
     lanes.pack(asking, head, look.first, look.queries);
     best.resize(lanes.vectors * LANES);
     for (int64_t i = 0; i < look.count; i++) {
-      auto chunk_at = [&](int64_t i) { return std::clamp<int64_t>(look.chunks[i], 0, chunks - 1); };
+      auto chunk_at = [&](int64_t i) {
+        return std::clamp<int64_t>(look.chunks[i], 0, known.chunks - 1);
+      };
       if (i + 1 < look.count) source.expect(head, chunk_at(i + 1));
       source.score(head, chunk_at(i), lanes, best.data());
       for (int lane = 0; lane < lanes.count; lane++) lanes.to[lane][look.column + i] = best[lane];

@@ -340,9 +340,9 @@ std::vector<float> shares(const Choice& c, bool by_codes, int first, int queries
                 c.item_column.data(), found.data()};
   with_threads([&](const Schedule& schedule) {
     if (by_codes)
-      score_chunks<KeyCodes>(asking, codes_of(c), c.chunks, threads, schedule);
+      score_chunks<KeyCodes>(asking, codes_of(c), threads, schedule);
     else
-      score_chunks<KeyBounds>(asking, Bounds{c.bounds.data(), c.chunks}, c.chunks, threads, schedule);
+      score_chunks<KeyBounds>(asking, Bounds{c.bounds.data(), c.chunks}, threads, schedule);
   });
   return found;
 }
