@@ -17,7 +17,8 @@ from experiments.endpoint.config import EndpointConfig
 from experiments.harness.compilations import compilation_cache
 from experiments.harness.errors import UserError
 from experiments.loading import LoadOptions, load_model, parse_model
-from jax_chunkattn import CacheConfig, Engine, KVEvents
+from experiments.pool_option import pool_within
+from jax_chunkattn import Engine, KVEvents
 from jax_chunkattn.engine.text import Tokenizer
 from jax_chunkattn.server.endpoint import Endpoint
 from jax_chunkattn.server.limits import Limits
@@ -78,17 +79,15 @@ def make_engine(
     tokenizer: Tokenizer | None,
     events: KVEvents | None = None,
 ) -> Engine:
-    """The engine that is served. Raises UserError for a pool that cannot be."""
-    try:
-        cache = CacheConfig(
-            memory=config.pool_memory,
-            chunk_size=config.chunk_size,
-            dtype=config.dtype,
-            codec=codec_for(config.codec, loaded.model),
-        )
-        cache.chunks_for(loaded.model.cache_spec)
-    except ValueError as error:
-        raise UserError(f"--pool-memory {config.pool_memory}: {error}") from error
+    """The engine that is served. Raises UserError for a pool that cannot be, and CodecError."""
+    cache, _ = pool_within(
+        config.pool_memory,
+        loaded.model.cache_spec,
+        config.max_running,
+        chunk_size=config.chunk_size,
+        dtype=config.dtype,
+        codec=codec_for(config.codec, loaded.model),
+    )
     return Engine(
         loaded.model,
         cache,

@@ -9,6 +9,7 @@ from experiments.cluster_option import chosen_clusters
 from experiments.codecs import codec_for
 from experiments.harness.errors import UserError
 from experiments.mesh_option import chosen_mesh
+from experiments.pool_option import pool_within
 from experiments.select_option import chosen_selector
 from experiments.serve.config import ServeConfig, Side
 from experiments.serve.replay import Replayed, Served, replay
@@ -17,7 +18,6 @@ from jax_chunkattn import CacheConfig, Engine
 from jax_chunkattn.engine.admission import chunks_to_finish
 from jax_chunkattn.planning.planner import bucket
 from models import LoadedModel
-from pallas_kernels.codecs import CodecError
 
 DEFAULT_MEMORY = "1GiB"
 POLICIES: dict[Side, dict[str, bool]] = {
@@ -46,14 +46,9 @@ def pool_for(config: ServeConfig, loaded: LoadedModel, workload: Workload) -> Ca
     selector = chosen_selector(config, loaded.model)
     clusters = chosen_clusters(config.clusters, loaded.model)
     how: Any = {"codec": codec, "selector": selector, "clusters": clusters}
-    try:
-        memory = config.pool_memory or DEFAULT_MEMORY
-        cache = CacheConfig(None, chunk_size, config.dtype, memory, **how)
-        within = cache.chunks_for(spec, config.max_running)
-    except CodecError:
-        raise
-    except ValueError as error:
-        raise UserError(f"--pool-memory {config.pool_memory}: {error}") from error
+    memory = config.pool_memory or DEFAULT_MEMORY
+    sizes = {"chunk_size": chunk_size, "dtype": config.dtype}
+    _, within = pool_within(memory, spec, config.max_running, **sizes, **how)
     num_chunks = config.pool_chunks
     if num_chunks is None:
         num_chunks = within if config.pool_memory else min(within, bucket(sum(needs)))
