@@ -47,12 +47,21 @@ def copy_slots(
 ) -> Shaped[Array, "*shape"]:
     """The array with some of what an axis counts copied, all read before any is written; a
     destination behind the last drops one. With heads and layers before it, it is axis 2."""
-    before = (slice(None),) * axis
-    copies = array[*before, sources]
+    return put_slots(array, array[*(slice(None),) * axis, sources], destinations, axis)
+
+
+def put_slots(
+    array: Shaped[Array, "*shape"],
+    new: Shaped[HostOrDevice, "*of_slots"],
+    slots: Int32[HostOrDevice, " M"],
+    axis: int,
+) -> Shaped[Array, "*shape"]:
+    """The array with other numbers for some of what an axis counts; one behind the last is dropped.
+    With heads and layers before it, it is axis 2."""
     if _is_native(array):
         writes = import_module("pallas_kernels.native.writes")
-        return writes.put_slots(array, copies, destinations, axis)
-    return array.at[*before, destinations].set(copies, mode="drop")
+        return writes.put_slots(array, new, slots, axis)
+    return array.at[*(slice(None),) * axis, slots].set(new, mode="drop")
 
 
 def _is_native(pool: Array) -> bool:

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32, UInt8
 
 from jax_chunkattn.device.cache_config import CacheConfig
+from jax_chunkattn.device.chunk_arrays import ChunkArrays
 from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.model_interface import CacheSpec
 from jax_chunkattn.device.tails import as_kept, copied, empty, written
@@ -263,16 +264,18 @@ class ClusteredPool:
 
         return rows.for_each_filled(self.num_chunks, self.chunk_size, seal_row, self)
 
-    def copy(
-        self, sources: Int32[HostOrDevice, " M"], destinations: Int32[HostOrDevice, " M"]
-    ) -> ClusteredPool:
-        """With chunks copied, and their maps; all are read before any is written."""
-        others = self.keys, self.representatives, self.head_slots
-        keys, representatives, head_slots = copied(others, sources, destinations, axis=1)
+    @property
+    def chunks(self) -> ChunkArrays:
+        """What is kept of full chunks, and their maps."""
+        return ChunkArrays(self.values, (self.keys, self.representatives, self.head_slots))
+
+    def with_chunks(self, chunks: ChunkArrays) -> ClusteredPool:
+        """With these arrays of chunks."""
+        keys, representatives, head_slots = chunks.others
         return replace(
             self,
             keys=keys,
-            values=copied(self.values, sources, destinations),
+            values=chunks.of_heads,
             representatives=representatives,
             head_slots=head_slots,
         )

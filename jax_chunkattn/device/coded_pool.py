@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from jax_chunkattn.device.cache_config import CacheConfig
+from jax_chunkattn.device.chunk_arrays import ChunkArrays
 from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.model_interface import CacheSpec
 from jax_chunkattn.device.tails import as_kept, copied, empty, written
@@ -162,11 +163,14 @@ class CodedPool:
         keys, values = rows.for_each_filled(*sizes, seal_row, (self.keys, self.values))
         return replace(self, keys=keys, values=values)
 
-    def copy(
-        self, sources: Int32[HostOrDevice, " M"], destinations: Int32[HostOrDevice, " M"]
-    ) -> CodedPool:
-        """With chunks copied as they are encoded; all are read before any is written."""
-        keys, values = copied((self.keys, self.values), sources, destinations)
+    @property
+    def chunks(self) -> ChunkArrays:
+        """What is kept of full chunks, encoded."""
+        return ChunkArrays((self.keys, self.values))
+
+    def with_chunks(self, chunks: ChunkArrays) -> CodedPool:
+        """With these arrays of chunks."""
+        keys, values = chunks.of_heads
         return replace(self, keys=keys, values=values)
 
     def copy_tails(

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from jax_chunkattn.device.cache_config import CacheConfig
+from jax_chunkattn.device.chunk_arrays import ChunkArrays
 from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.model_interface import CacheSpec
-from jax_chunkattn.device.tails import copied
-from pallas_kernels.plans import HostOrDevice, PrefillPlan, Reads
+from pallas_kernels.plans import PrefillPlan, Reads
 from pallas_kernels.stored_kv import StoredKV
 
 
@@ -84,11 +84,14 @@ class ChunkPool:
         """A full chunk stays as it was written."""
         return self
 
-    def copy(
-        self, sources: Int32[HostOrDevice, " M"], destinations: Int32[HostOrDevice, " M"]
-    ) -> ChunkPool:
-        """With chunks copied, all layers of them; all are read before any is written."""
-        return ChunkPool(*copied((self.keys, self.values), sources, destinations))
+    @property
+    def chunks(self) -> ChunkArrays:
+        """What is kept of chunks."""
+        return ChunkArrays((self.keys, self.values))
+
+    def with_chunks(self, chunks: ChunkArrays) -> ChunkPool:
+        """With these arrays of chunks."""
+        return ChunkPool(*chunks.of_heads)
 
 
 def allocate_pool(spec: CacheSpec, config: CacheConfig) -> ChunkPool:

@@ -135,7 +135,8 @@ def copy_chunks(
     if isinstance(state.pool, WindowPool):
         assert windowed is not None, "their chunks have other ids"
         return replace(state, pool=state.pool.copy(sources, destinations, windowed))
-    return replace(state, pool=state.pool.copy(sources, destinations))
+    chunks = state.pool.chunks.copied(sources, destinations)
+    return replace(state, pool=state.pool.with_chunks(chunks))
 
 
 def copy_tails(

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from jax_chunkattn.device.cache_config import CacheConfig
+from jax_chunkattn.device.chunk_arrays import ChunkArrays
 from jax_chunkattn.device.coded_pool import CodedPool
 from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.exact_pool import ChunkPool
 from jax_chunkattn.device.model_interface import CacheSpec
 from jax_chunkattn.device.read_counts import ReadCounts
-from jax_chunkattn.device.tails import copied, empty
+from jax_chunkattn.device.tails import empty
 from pallas_kernels.coded_kv import LayerKV
-from pallas_kernels.plans import HostOrDevice, NewTokens, OwnChunks, PrefillPlan, Reads
+from pallas_kernels.plans import NewTokens, OwnChunks, PrefillPlan, Reads
 from pallas_kernels.selection import ChunkSelector, Landmarks
 
 
@@ -143,12 +144,15 @@ class SelectivePool:
         landmarks = rows.for_each_filled(*sizes, seal_row, self.landmarks)
         return replace(self, kv=kv, landmarks=landmarks)
 
-    def copy(
-        self, sources: Int32[HostOrDevice, " M"], destinations: Int32[HostOrDevice, " M"]
-    ) -> SelectivePool:
-        """With chunks copied, and what is known of them; all are read before any is written."""
-        kv = self.kv.copy(sources, destinations)
-        return replace(self, kv=kv, landmarks=copied(self.landmarks, sources, destinations))
+    @property
+    def chunks(self) -> ChunkArrays:
+        """What is kept of full chunks, and what is known of them."""
+        return ChunkArrays((self.kv.chunks.of_heads, self.landmarks))
+
+    def with_chunks(self, chunks: ChunkArrays) -> SelectivePool:
+        """With these arrays of chunks."""
+        kv, landmarks = chunks.of_heads
+        return replace(self, kv=self.kv.with_chunks(ChunkArrays(kv)), landmarks=landmarks)
 
     def choices(self, layer: Int32[Array, ""], slots: Int32[Array, " B"]) -> Int32[Array, "B K"]:
         """What the rows in these slots have chosen."""

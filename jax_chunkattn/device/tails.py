@@ -49,8 +49,7 @@ def copied(
     arrays: Arrays,
     sources: Int32[HostOrDevice, " M"],
     destinations: Int32[HostOrDevice, " M"],
-    axis: int = 2,
 ) -> Arrays:
-    """Arrays with some of what an axis counts, chunks or slots, copied; a destination behind the
-    last drops one."""
-    return jax.tree.map(lambda array: copy_slots(array, sources, destinations, axis), arrays)
+    """Tails with those of some slots copied; all are read before any is written. A destination
+    behind the last drops one."""
+    return jax.tree.map(lambda tails: copy_slots(tails, sources, destinations, 2), arrays)
