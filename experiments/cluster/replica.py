@@ -100,7 +100,7 @@ class Replica:
         self.busy = 0.0
         self.preemptions = 0
         self.turn: Turn | None = None
-        self._tree = PrefixTree(num_chunks, chunk_size, observer=self.events)
+        self._tree = PrefixTree(num_chunks, chunk_size, observers=[self.events])
         self._device = device
         self._max_running = max_running
         self._waiting: deque[Served] = deque()

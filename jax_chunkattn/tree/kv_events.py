@@ -61,6 +61,11 @@ class ChunkObserver(Protocol):
         """The node can be found, and its keys and values are there; so are those above it."""
         ...
 
+    def evicting(self, node: Node) -> None:
+        """It will be removed for want of room. Its chunk is as it was until the pool is next
+        written."""
+        ...
+
     def removed(self, node: Node) -> None:
         """It is gone; all below it are."""
         ...
@@ -116,8 +121,9 @@ class KVEvents:
     `most_waiting` chunks wait, or twice as many as are stored: then what waits is dropped, and
     whoever comes is told that all was cleared, and what is stored now.
 
-    What is pending, or in tails, is not told of. Where heads with windows have chunks of their own
-    (`tree.windowed_chunks`), events are of the other heads': a prompt may be found less far.
+    What is pending, in tails, or in other memory than the pool's, is not told of. Where heads with
+    windows have chunks of their own (`tree.windowed_chunks`), events are of the other heads': a
+    prompt may be found less far.
     """
 
     def __init__(self, *, most_waiting: int = MOST_WAITING):
@@ -160,6 +166,9 @@ class KVEvents:
         stored = _Stored(block_hash, parent_hash, node, salt)
         self._stored[node.chunk_id] = stored
         self._add(stored)
+
+    def evicting(self, node: Node) -> None:
+        pass
 
     def removed(self, node: Node) -> None:
         known = self._stored.get(node.chunk_id)

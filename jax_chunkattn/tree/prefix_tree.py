@@ -7,7 +7,7 @@ pool changes nothing. Host only: it deals in chunk ids and never touches the dev
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -55,7 +55,7 @@ class PrefixTree:
     sequences have left is given up when there is need, so a prefix may be found as far only as what
     its end reads is there: the rest has nodes, and is computed once more for those heads alone.
 
-    An ``observer`` is told which chunks can be found, and which no longer (`tree.kv_events`).
+    ``observers`` are told which chunks can be found, and which no longer (`tree.kv_events`).
 
     ``version`` changes whenever the rows or their chunk ids do; a plan made at one version is good
     until it does. Not thread-safe.
@@ -68,12 +68,12 @@ class PrefixTree:
         *,
         retain: bool = True,
         window_room: WindowRoom | None = None,
-        observer: ChunkObserver | None = None,
+        observers: Sequence[ChunkObserver] = (),
     ):
         """Raises ValueError when ``num_chunks`` or ``chunk_size`` is below 1, or there is not even
         room for one sequence's windows."""
         self._stored = StoredChunks(
-            num_chunks, chunk_size, retain=retain, window_room=window_room, observer=observer
+            num_chunks, chunk_size, retain=retain, window_room=window_room, observers=observers
         )
         self._windows = self._stored.windows
         self.version = 0
@@ -318,6 +318,21 @@ class PrefixTree:
         sequence.num_computed_tail_tokens = max(sequence.num_computed_tail_tokens, in_tail)
         self._windows.go_on_from(sequence, num_tokens)
 
+    def awaiting(self, nodes: Sequence[Node]) -> Sequence[Node]:
+        """The first of these nodes, each right below the one before, whose chunks may be filled by
+        who has their keys and values: they are pending, and what is above them is computed."""
+        for count, node in enumerate(nodes):
+            pending = self._stored.nodes.get(node.key) is node and not node.computed
+            above = node.parent
+            if not pending or not (count or isinstance(above, Root) or (above and above.computed)):
+                return nodes[:count]
+        return nodes
+
+    def mark_loaded(self, node: Node) -> None:
+        """Records that keys and values of the first of those `awaiting` are in the pool."""
+        assert self.awaiting([node]), "it is pending, behind what is computed"
+        self._stored.set_computed(node)
+
     def reserve(self, sequence: SequenceHandle, num_tokens: int) -> bool:
         """Makes room for ``num_tokens`` more tokens in private chunks; True if chunks were added.
 
@@ -462,7 +477,7 @@ class PrefixTree:
             self.chunk_size,
             retain=self.retain,
             window_room=self.window_room,
-            observer=self._stored.observer,
+            observers=self._stored.observers,
         )
 
     def check(self) -> None:

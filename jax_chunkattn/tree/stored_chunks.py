@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from jax_chunkattn.tree.allocator import ChunkAllocator, PoolExhausted
 from jax_chunkattn.tree.children import (
     children_of,
@@ -32,7 +34,7 @@ class StoredChunks:
       roots: by salt.
       num_evicted: chunks evicted so far.
       windows: which of them heads with windows have.
-      observer: who is told which computed nodes there are.
+      observers: are told which computed nodes there are.
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class StoredChunks:
         *,
         retain: bool,
         window_room: WindowRoom | None,
-        observer: ChunkObserver | None = None,
+        observers: Sequence[ChunkObserver] = (),
     ):
         """Raises ValueError when `num_chunks` or `chunk_size` is below 1, or there is too little
         room for windows."""
@@ -52,7 +54,7 @@ class StoredChunks:
         self.chunk_size = chunk_size
         self.chunk_bytes = chunk_size * TOKEN_BYTES
         self.retain = retain
-        self.observer = observer
+        self.observers = tuple(observers)
         self.allocator = ChunkAllocator(num_chunks)
         self.nodes: dict[bytes, Node] = {}
         self.cached = RecencyList()
@@ -150,6 +152,8 @@ class StoredChunks:
         evicted = max(0, min(count, len(self.cached)))
         for _ in range(evicted):
             node = self.cached.oldest
+            for observer in self.observers:
+                observer.evicting(node)
             self.cached.remove(node)
             self._remove(node)
         self.num_evicted += evicted
@@ -167,8 +171,8 @@ class StoredChunks:
 
     def retire_roots(self) -> None:
         """Nothing below the roots there are is found any longer, or cached."""
-        if self.observer is not None:
-            self.observer.cleared()
+        for observer in self.observers:
+            observer.cleared()
         for root in self.roots.values():
             root.retired = True
         self.roots.clear()
@@ -185,8 +189,8 @@ class StoredChunks:
     def set_computed(self, node: Node) -> None:
         """The keys and values of a pending node are there."""
         set_computed(node)
-        if self.observer is not None:
-            self.observer.stored(node)
+        for observer in self.observers:
+            observer.stored(node)
 
     def take(self, node: Node) -> None:
         """One more sequence goes through a node."""
@@ -226,8 +230,8 @@ class StoredChunks:
         del self.nodes[node.key]
         if node.computed:
             remove_child(node)
-            if self.observer is not None:
-                self.observer.removed(node)
+            for observer in self.observers:
+                observer.removed(node)
         self.windows.forget(node.chunk_id)
         self.allocator.free((node.chunk_id,))
         if isinstance(node.parent, Root):

@@ -26,7 +26,7 @@ def depth_in(tree: PrefixTree, tokens: list[int], salt: bytes) -> int:
 
 def test_with_events_it_knows_what_each_tree_would_find():
     choose, caches = random.Random(0), [KVEvents() for _ in range(REPLICAS)]
-    trees = [PrefixTree(9, CHUNK, observer=cache) for cache in caches]
+    trees = [PrefixTree(9, CHUNK, observers=[cache]) for cache in caches]
     known, evicted = PrefixMap(1000), 0
     for step in range(2_000):
         place, tokens, salt = choose.randrange(REPLICAS), prompt(choose), choose.choice([b"", b"s"])

@@ -46,7 +46,7 @@ def test_requests_follow_their_prefix_while_it_is_on_its_way_and_when_it_is_ther
     assert router.stats.matched == 3
     assert router.stats.predicted_tokens == 16 * 3
     cache = KVEvents()
-    tree = PrefixTree(40, CHUNK, observer=cache)
+    tree = PrefixTree(40, CHUNK, observers=[cache])
     sequence = tree.insert(family(2))
     tree.mark_computed(sequence, 20)
     other = next(name for name in NAMES if name != first.replica)
@@ -112,7 +112,7 @@ def test_what_all_prompts_begin_with_does_not_gather_them():
 
 def stored(prompt: list[int]) -> list:
     cache = KVEvents()
-    tree = PrefixTree(100, CHUNK, observer=cache)
+    tree = PrefixTree(100, CHUNK, observers=[cache])
     tree.mark_computed(tree.insert(prompt), len(prompt))
     return cache.take()
 

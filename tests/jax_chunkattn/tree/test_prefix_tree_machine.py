@@ -92,7 +92,7 @@ class PrefixTreeMachine(RuleBasedStateMachine):
         self.whole_chunks = whole_chunks  # what a copy may bring besides its tokens
         self.events = KVEvents(most_waiting=most_waiting)
         self.told: dict[int, Prefix] = {}
-        self.tree = PrefixTree(num_chunks, CHUNK, retain=retain, observer=self.events)
+        self.tree = PrefixTree(num_chunks, CHUNK, retain=retain, observers=[self.events])
         self.model = ModelTree(num_chunks, retain)
         self.pairs: dict[SequenceHandle, ModelSequence] = {}
         self.pool = SlotPool(num_chunks, CHUNK)
