@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
 import jax.numpy as jnp
 
@@ -42,6 +44,16 @@ class CacheConfig:
         selector nothing is given up, and this must be None.
       clusters: how many clusters the query heads of each layer form, of which the pool keeps keys
         once; None where each head has its own.
+      host_memory: of the host, as `memory`, for full chunks that the pool gives up: a prompt that
+        begins with them has them brought back. None keeps none.
+      disk: a folder where full chunks are kept in files, which engines of other processes find too,
+        if they serve the same weights with such a cache. None keeps none.
+      disk_memory: what all files in that folder may take, as `memory`; those used longest ago make
+        room.
+      load: "faster" computes chunks again where, as measured, that takes less time than to bring
+        them back; "always" does not ask.
+
+    With either tier, heads with windows have as many chunks as the others.
 
     Raises:
       ValueError: for sizes below 1, a memory that cannot be read, a dtype that is not a float, or a
@@ -56,12 +68,21 @@ class CacheConfig:
     selector: ChunkSelector | None = None
     window_chunks: int | None = None
     clusters: HeadClusters | None = None
+    host_memory: int | str | None = None
+    disk: str | Path | None = None
+    disk_memory: int | str | None = None
+    load: Literal["faster", "always"] = "faster"
 
     def __post_init__(self):
         if (self.num_chunks is None) == (self.memory is None):
             raise ValueError("a pool needs num_chunks or memory, and not both")
-        if self.memory is not None:
-            parse_bytes(self.memory)
+        for size in (self.memory, self.host_memory, self.disk_memory):
+            if size is not None:
+                parse_bytes(size)
+        if (self.disk is None) != (self.disk_memory is None):
+            raise ValueError("a disk needs disk and disk_memory: a folder, and what it may take")
+        if self.load not in ("faster", "always"):
+            raise ValueError(f"load must be 'faster' or 'always', got {self.load!r}")
         for name in ("num_chunks", "chunk_size", "window_chunks"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -71,8 +92,10 @@ class CacheConfig:
                 f"dtype must be float32, bfloat16 or float16 for a KV pool, got {self.dtype!r}"
             )
         _ = self.chunk_codec
-        if self.window_chunks is not None and self.whole_chunks:
-            raise ValueError("window_chunks is not for pools with a codec, a selector or clusters")
+        if self.window_chunks is not None and (self.whole_chunks or self.has_tiers):
+            raise ValueError(
+                "window_chunks is not for pools with a codec, a selector, clusters, or tiers"
+            )
         if self.clusters is not None:
             if self.selector is not None:
                 raise ValueError("a pool of clustered heads takes no selector yet")
@@ -93,6 +116,16 @@ class CacheConfig:
         """Of the codec, "identity" where chunks are stored as they are."""
         codec = self.chunk_codec
         return codec.name if codec is not None else IDENTITY
+
+    @property
+    def has_tiers(self) -> bool:
+        """Whether chunks are kept behind the pool."""
+        return self.host_memory is not None or self.disk is not None
+
+    def without_tiers(self) -> CacheConfig:
+        """What concerns the pool alone."""
+        nothing = dict.fromkeys(("host_memory", "disk", "disk_memory"))
+        return replace(self, **nothing, load="faster")
 
     @property
     def whole_chunks(self) -> bool:
@@ -199,7 +232,7 @@ class CacheConfig:
             given for a model without windows.
         """
         window = spec.largest_window
-        if window is None or self.whole_chunks:
+        if window is None or self.whole_chunks or self.has_tiers:
             if self.window_chunks is not None:
                 raise ValueError("window_chunks is for models with windows, and this has none")
             return replace(self, num_chunks=self.chunks_for(spec, num_slots), memory=None), None

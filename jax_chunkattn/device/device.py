@@ -6,7 +6,7 @@ Calls are dispatched without waiting and run in the order of their dispatch; `fe
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,8 @@ import jax
 import numpy as np
 from jax.stages import Compiled
 
+from jax_chunkattn.device.chunk_arrays import ChunkArrays
+from jax_chunkattn.device.chunk_transfers import ChunkLayout
 from jax_chunkattn.device.decode_loop import Chosen
 from jax_chunkattn.device.invocations import (
     COPIES_PER_CALL,
@@ -107,10 +109,12 @@ class Device:
 
     Attributes:
       counters: what was done so far.
+      before_writes: called before each call that may write into the pool; it may read from it.
     """
 
     def __init__(self, invocations: Invocations):
         self.counters = DeviceCounters()
+        self.before_writes: Callable[[], None] | None = None
         self._invocations = invocations
         self._programs: dict[Hashable, Compiled] = {}  # kept here, they live as long as the engine
         self._state: DeviceState | None = None
@@ -164,6 +168,28 @@ class Device:
         if copies:
             self._update(self._invocations.copying_tails(self._state, copies))
 
+    @property
+    def chunk_layout(self) -> ChunkLayout:
+        """What the pool keeps of a full chunk."""
+        return self._invocations.chunk_layout
+
+    def namespace_parts(self) -> dict[str, Any]:
+        """What chunks depend on beside their tokens, by the weights that are served."""
+        return self._invocations.namespace_parts()
+
+    def read_chunks(self, chunks: Sequence[int]) -> ChunkArrays:
+        """What the pool keeps of so many chunks as one of `TRANSFER_SIZES`, as they are now: arrays
+        of the device, on their way to the host."""
+        invocation = self._invocations.reading(self._state, chunks)
+        read = self._program(invocation)(invocation.leaves, *invocation.operands)
+        for array in jax.tree.leaves(read):
+            array.copy_to_host_async()
+        return read
+
+    def write_chunks(self, chunks: Sequence[int], new: ChunkArrays) -> None:
+        """Writes so many chunks as they were read."""
+        self._update(self._invocations.writing(self._state, chunks, new))
+
     def place(self, placements: Sequence[Placement]) -> None:
         """Puts requests into their slots."""
         for begin in range(0, len(placements), ROWS_PER_PLACEMENT):
@@ -204,9 +230,10 @@ class Device:
         *,
         threads: int,
         scores: bool = False,
+        transfers: bool = False,
     ) -> int:
         """Compiles all programs, for plans of these shapes, and runs none; returns how many. Those
-        that score given tokens only for `scores`.
+        that score given tokens only for `scores`, those that move chunks for `transfers`.
 
         From now on prefill calls of a size, `prefill_tokens` at most, have one shape. What shares
         more than that has room for is computed without sharing.
@@ -217,7 +244,12 @@ class Device:
         self._invocations.fix_prefill_shapes()
         began = time.perf_counter()
         calls = self._invocations.of_all_shapes(
-            self._state, decode_shapes, num_steps, prefill_tokens, scores=scores
+            self._state,
+            decode_shapes,
+            num_steps,
+            prefill_tokens,
+            scores=scores,
+            transfers=transfers,
         )
         programs, compiled = PROGRAMS.compile_all(calls, threads)
         self._programs.update(programs)
@@ -262,6 +294,8 @@ class Device:
 
     def _update(self, invocation: Invocation) -> Any:
         """Dispatches a call that takes the state and returns a new one, and maybe more."""
+        if self.before_writes is not None:
+            self.before_writes()
         program = self._program(invocation)
         self._state = None  # donated: if the call fails it is gone
         try:

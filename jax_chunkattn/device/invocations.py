@@ -12,7 +12,15 @@ import numpy as np
 
 from jax_chunkattn.device.backend import Backend
 from jax_chunkattn.device.cache_config import CacheConfig
+from jax_chunkattn.device.chunk_arrays import ChunkArrays
+from jax_chunkattn.device.chunk_transfers import (
+    TRANSFER_SIZES,
+    ChunkLayout,
+    read_chunks,
+    write_chunks,
+)
 from jax_chunkattn.device.decode_loop import decode_steps
+from jax_chunkattn.device.fingerprint import namespace_parts
 from jax_chunkattn.device.mesh import EngineMesh
 from jax_chunkattn.device.model_interface import CacheSpec, DecoderModel
 from jax_chunkattn.device.pool import empty_pool
@@ -39,6 +47,7 @@ from jax_chunkattn.planning.prefill import (
 from jax_chunkattn.sampling import RowSampling, SamplingParams
 from jax_chunkattn.tree.window_room import WindowRoom
 from pallas_kernels import DecodePlan
+from pallas_kernels.implementations import BATCH_INVARIANT
 
 ROWS_PER_PLACEMENT = 8
 COPIES_PER_CALL = 8
@@ -117,9 +126,11 @@ class Invocations:
         prefill_tokens: int,
         *,
         scores: bool,
+        transfers: bool = False,
     ) -> Iterator[Invocation]:
         """A call of each kind and shape, with nothing to do; those that take longest to compile
-        come first. Of prefill calls both kinds if there are to be `scores`."""
+        come first. Of prefill calls both kinds if there are to be `scores`; `transfers` are of
+        chunks that leave the pool and come back."""
         for shape in reversed(decode_shapes):
             for columns in self._columns_of_plans():
                 plan, _ = plan_decode(
@@ -145,6 +156,10 @@ class Invocations:
         if self._cache.copies_tails:
             for number in {min(COPIES_PER_CALL, self._num_slots), self._num_slots}:
                 yield self.copying_tails(state, [(0, 0)] * number)
+        for number in TRANSFER_SIZES if transfers else ():
+            layout, nothing = self.chunk_layout, np.zeros(self.chunk_layout.chunk_bytes, np.uint8)
+            yield self.reading(state, [0] * number)
+            yield self.writing(state, [0] * number, layout.unpack([nothing] * number))
 
     def allocating(self) -> Invocation:
         """An empty pool and table."""
@@ -221,6 +236,32 @@ class Invocations:
             copies, few if len(copies) <= few else self._num_slots, self._num_slots
         )
         return self._invocation(copy_tails, (state, *ids))
+
+    def reading(self, state: DeviceState | None, chunks: Sequence[int]) -> Invocation:
+        """What the pool keeps of so many chunks as one of `TRANSFER_SIZES`."""
+        return Invocation(read_chunks, None, (state, np.array(chunks, np.int32)), keeps=True)
+
+    def writing(
+        self, state: DeviceState | None, chunks: Sequence[int], new: ChunkArrays
+    ) -> Invocation:
+        """The same written, as it was read."""
+        return Invocation(write_chunks, None, (state, np.array(chunks, np.int32), new))
+
+    @cached_property
+    def chunk_layout(self) -> ChunkLayout:
+        """What the pool keeps of one chunk."""
+        state = jax.eval_shape(partial(_empty_state, **self._state_sizes))
+        return ChunkLayout.of(state.pool.chunks)
+
+    def namespace_parts(self) -> dict[str, Any]:
+        """What chunks of the pool depend on beside their tokens; reads the weights."""
+        return namespace_parts(
+            self.split,
+            self._spec,
+            self._cache,
+            self.chunk_layout,
+            batch_invariant=self._backend.decode == BATCH_INVARIANT,
+        )
 
     def _invocation(
         self, function: Callable, args: tuple, model: SplitModel | None = None, **static: Any

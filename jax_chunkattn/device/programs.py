@@ -97,8 +97,8 @@ class OnMesh:
 class Invocation:
     """A call of `function(model, *args, **static)`, or without a model of `function(*args, ...)`.
 
-    The first of `args`, if there is one, is donated. Arguments may be abstract. With `on_mesh` the
-    others are the host's, and travel as one array.
+    The first of `args`, if there is one, is donated, unless `keeps` says that it is kept. Arguments
+    may be abstract. With `on_mesh` the others are the host's, and travel as one array.
     """
 
     function: Callable
@@ -106,6 +106,7 @@ class Invocation:
     args: tuple
     static: Mapping[str, Hashable] = field(default_factory=dict)
     on_mesh: OnMesh | None = None
+    keeps: bool = False
 
     @property
     def leaves(self) -> list[jax.Array] | list[jax.ShapeDtypeStruct]:
@@ -138,7 +139,7 @@ class Invocation:
             return self.function(self.model.merge(leaves), *args, **self.static)
 
         run.__name__ = self.function.__name__
-        donated = 1 if self.args else ()
+        donated = 1 if self.args and not self.keeps else ()
         with jax.enable_x64(False):
             if self.on_mesh is None:
                 return jax.jit(run, donate_argnums=donated).lower(self.leaves, *self.args)

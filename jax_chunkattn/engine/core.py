@@ -23,6 +23,7 @@ from jax_chunkattn.engine.outputs import EngineClosed, RequestFailed
 from jax_chunkattn.engine.prompts import Prompts, PromptWork, scored_parts
 from jax_chunkattn.engine.recording import Recorder
 from jax_chunkattn.engine.requests import Phase, Pinned, Request, Scored
+from jax_chunkattn.engine.residency import Residency
 from jax_chunkattn.engine.rows import PlannedRows
 from jax_chunkattn.engine.scheduler import Scheduler
 from jax_chunkattn.engine.stats import EngineStats
@@ -55,6 +56,7 @@ class Core:
         memory: PrefixMemory,
         stats: EngineStats,
         tails: Tails | None,
+        residency: Residency,
         *,
         steps_per_call: int,
         prefill_tokens: int,
@@ -79,6 +81,7 @@ class Core:
             scheduler, device, memory, stats, self.callbacks, self.integrity
         )
         self._tails = tails
+        self._residency = residency
         self._prompts = Prompts(
             scheduler,
             device,
@@ -86,6 +89,7 @@ class Core:
             memory,
             self._tails,
             stats,
+            residency,
             prefill_tokens=prefill_tokens,
             call_costs=call_costs,
         )
@@ -122,6 +126,7 @@ class Core:
             if not self.callbacks.depth:
                 return  # all who wait are held back
             self.scheduler.held_back = False  # a callback waits for them, and all for the callback
+        self._residency.collect(self.tree)
         # Without room for all rows, the calls on their way come first: they may end requests.
         if self._in_flight.begin_round() and self._reserve_rows():
             sent = self._send_prompts()
@@ -129,8 +134,9 @@ class Core:
                 sent = self._send_decode() or sent
         if self._in_flight and (had_calls or not sent):
             self._collect()
-        elif not sent:
+        elif not sent and not self._residency.wait():
             self._require_progress()
+        self._residency.save()
 
     def _reserve_rows(self) -> bool:
         """Makes room for the next call of all rows; the youngest give way when there is none.
@@ -333,6 +339,7 @@ class Core:
             self.scheduler.unpin(pinned)
         for request in list(self.scheduler.held):
             self.scheduler.drop_held(request)
+        self._residency.forget()
         self.tree.reset()
         self._memory.forget()
 
@@ -381,12 +388,14 @@ class Core:
             new, version = self._new_weights
             self.device.replace_weights(new)
             self.stats.weights_version = version
+            self._residency.rename()
             self._new_weights = None
 
     def _start_over(self) -> None:
         """Everything is to be computed again from the tokens, in an empty tree."""
         self._in_flight.clear()
         self._rows.forget()
+        self._residency.start_over()
         if self._tails is not None:
             self._tails.forget()
         self.stats.evictions += self.tree.num_evicted
@@ -397,7 +406,12 @@ class Core:
         `scores`, and returns how many were not there."""
         shapes = self._rows.fix_shapes(self.scheduler.max_running)
         return self.device.warm_up(
-            shapes, self._steps_per_call, self._prefill_tokens, threads=threads, scores=scores
+            shapes,
+            self._steps_per_call,
+            self._prefill_tokens,
+            threads=threads,
+            scores=scores,
+            transfers=self._residency.moves,
         )
 
     # Errors, and the end.
@@ -456,6 +470,7 @@ class Core:
             self._lifecycle.give_up(work, self.closed)
         for request in list(self.scheduler.held):
             self.scheduler.drop_held(request)
+        self._residency.close()
         self.device.close()
 
     def check(self) -> None:

@@ -36,6 +36,7 @@ from jax_chunkattn.engine.service import Service
 from jax_chunkattn.engine.stats import EngineStats, WarmUp
 from jax_chunkattn.engine.tails import Tails
 from jax_chunkattn.engine.text import Tokenizer
+from jax_chunkattn.engine.tiered import open_residency
 from jax_chunkattn.planning.planner import PlannerOptions, bucket
 from jax_chunkattn.planning.prefill import CALL_TOKENS
 from jax_chunkattn.planning.prefill_round import call_costs
@@ -124,7 +125,8 @@ class Engine:
     Raises:
       ValueError: for a bad option, an implementation that cannot run here, a codec that cannot
         store the model's keys and values (`CodecError`), or a mesh that cannot split the model
-        (`MeshError`).
+        (`MeshError`). Also for `host_memory` or a disk with a mesh, or where nothing is cached.
+      OSError: when the folder of a `disk` cannot be had.
     """
 
     def __init__(
@@ -195,18 +197,29 @@ class Engine:
         )
         invocations = Invocations(
             model,
-            cache,
+            cache.without_tiers(),
             self.backend,
             num_slots=num_slots,
             stop_tokens=stop_tokens,
             window_room=window_room,
             mesh=laid,
         )
+        device = Device(invocations)
+        self._residency = open_residency(
+            self.cache,
+            device,
+            caches=sharing and retain,
+            on_mesh=laid is not None,
+            seconds_per_token=lambda: (
+                device.counters.prefill_seconds / max(self._stats.prefill_tokens, 1)
+            ),
+        )
+        observers = [*([] if kv_events is None else [kv_events]), *self._residency.observers]
         tree = PrefixTree(
-            num_chunks, chunk_size, retain=retain, window_room=window_room, observer=kv_events
+            num_chunks, chunk_size, retain=retain, window_room=window_room, observers=observers
         )
         self._core = Core(
-            Device(invocations),
+            device,
             Scheduler(tree, max_running=max_running, exact=exact),
             PlannedRows(
                 self.backend.planner,
@@ -222,6 +235,7 @@ class Engine:
             ),
             self._stats,
             Tails(chunk_size) if cache.copies_tails else None,
+            self._residency,
             steps_per_call=steps_per_call,
             prefill_tokens=prefill_tokens,
             call_costs=call_costs(self.backend.planner),
@@ -548,6 +562,7 @@ class Engine:
             decode_seconds=counters.decode_seconds,
             window_chunks_in_use=tree.window_in_use_count,
             reads=counters.reads,
+            tiers=self._residency.stats,
             running=len(scheduler.running),
             waiting=sum(isinstance(work, Request) for work in scheduler.accepted)
             - len(scheduler.running),

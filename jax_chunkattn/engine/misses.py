@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,8 +15,8 @@ from jax_chunkattn.tree.nodes import TOKEN_BYTES, encode_tokens
 class PromptUse:
     """Tokens of one prompt, or of several added up, by where they came from.
 
-    Served: ``hit`` in whole chunks that were found, ``copied`` out of a chunk that begins alike.
-    Computed, by why:
+    Served: ``hit`` in whole chunks that were found in the pool, ``host`` and ``disk`` in those that
+    were found in tiers behind it, ``copied`` out of a chunk that begins alike. Computed, by why:
 
     * ``too_short``: behind the prompt's last full chunk, where whole chunks cannot match. A smaller
       chunk size would serve some of them.
@@ -32,6 +32,8 @@ class PromptUse:
     """
 
     hit: int = 0
+    host: int = 0
+    disk: int = 0
     copied: int = 0
     too_short: int = 0
     new: int = 0
@@ -44,6 +46,12 @@ class PromptUse:
     def num_tokens(self) -> int:
         """Tokens of the prompts."""
         return sum(vars(self).values())
+
+    def of_which(self, host: int, disk: int) -> PromptUse:
+        """The same where of the tokens found in whole chunks so many, the last, come from tiers."""
+        behind = min(self.hit, host + disk)
+        from_disk = min(disk, behind)
+        return replace(self, hit=self.hit - behind, host=behind - from_disk, disk=from_disk)
 
     def __add__(self, other: PromptUse) -> PromptUse:
         if not isinstance(other, PromptUse):

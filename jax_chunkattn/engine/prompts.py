@@ -9,13 +9,15 @@ from jax_chunkattn.device.device import Device
 from jax_chunkattn.device.invocations import Placement
 from jax_chunkattn.engine.in_flight import ScoredPart
 from jax_chunkattn.engine.lifecycle import Lifecycle
-from jax_chunkattn.engine.misses import PrefixMemory
+from jax_chunkattn.engine.misses import PrefixMemory, PromptUse
 from jax_chunkattn.engine.requests import Phase, Request, Scored, Work
+from jax_chunkattn.engine.residency import Residency
 from jax_chunkattn.engine.scheduler import Scheduler
 from jax_chunkattn.engine.stats import EngineStats
 from jax_chunkattn.engine.tails import Tails
 from jax_chunkattn.planning.prefill import Segment, next_call
 from jax_chunkattn.planning.prefill_round import calls_of_round
+from jax_chunkattn.tiers.store import Tier
 
 PromptWork = list[tuple[Work, Segment]]
 
@@ -31,6 +33,7 @@ class Prompts:
         memory: PrefixMemory,
         tails: Tails | None,
         stats: EngineStats,
+        residency: Residency,
         *,
         prefill_tokens: int,
         call_costs: Mapping[int, int] | None,
@@ -42,6 +45,7 @@ class Prompts:
         self._memory = memory
         self._tails = tails
         self._stats = stats
+        self._residency = residency
         self._prefill_tokens = prefill_tokens
         self._call_costs = call_costs
 
@@ -124,18 +128,25 @@ class Prompts:
             copy = sequence.copy
             pair = copy.source_chunk, copy.destination_chunk
             self._device.copy_chunks([pair], sequence.window_copies)
+        loads = self._residency.fetch(sequence)
         if self._tails is not None and isinstance(work, Request):
             self._take_tail(self._tails, work, tails)
         if isinstance(work, Request) and not work.admitted:
             work.admitted = True
             if work.samples_next:
-                size, found = self._scheduler.tree.chunk_size, sequence.num_cached_tokens
-                hit = found // size * size
-                use = self._memory.classify(
-                    work.prompt, work.salt, hit, found - hit, sequence.num_matched_tokens
-                )
-                work.use = use
-                self._stats.prompts += use
+                work.use = self._use_of(work, loads)
+                self._stats.prompts += work.use
+
+    def _use_of(self, work: Work, loads: Mapping[Tier, int]) -> PromptUse:
+        """Where the tokens of its prompt come from, with chunks that are on their way."""
+        sequence, size = work.placed, self._scheduler.tree.chunk_size
+        hit = sequence.num_cached_tokens // size * size
+        copied = sequence.num_cached_tokens - hit
+        if loads:
+            hit, copied = hit + sum(loads.values()) * size, 0
+        matched = sequence.num_matched_tokens
+        use = self._memory.classify(work.prompt, work.salt, hit, copied, matched)
+        return use.of_which(loads.get(Tier.HOST, 0) * size, loads.get(Tier.DISK, 0) * size)
 
     def _take_tail(self, of: Tails, fork: Request, tails: list[tuple[int, int]]) -> None:
         """Has a fork begin with its parent's tail, if that is still there and all before it is."""
@@ -160,6 +171,9 @@ class Prompts:
         sealed = [node.chunk_id for node in sequence.nodes]
         while known // size < len(sealed) and sealed[known // size] in chunks:
             known = (known // size + 1) * size
+        behind = sequence.nodes[known // size :]
+        if behind and self._residency.is_coming(behind[0]):
+            return 0
         chunks.update(sealed[known // size :])
         begin, written = min(known, work.needed_from), max(known, stored)
         if begin < known - 1:  # else its windows are those of the one behind it

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from jax_chunkattn.device.read_counts import ReadCounts
 from jax_chunkattn.engine.misses import PromptUse
+from jax_chunkattn.engine.residency import TierStats
 from jax_chunkattn.planning.planner import PlanSummary
 from pallas_kernels.codecs import IDENTITY
 
@@ -58,6 +59,7 @@ class EngineStats:
         where they read all.
       reads: how many of the chunks before them decoding rows have read, and how alike they chose,
         by layer, in calls where some row was to choose; None where there was none yet.
+      tiers: what is behind the pool; None where nothing is.
       bytes_per_chunk: keys and values of a full chunk, all layers.
       bytes_per_window_chunk: the same of heads with windows, where those have chunks of their own;
         then those of `bytes_per_chunk` are of the other heads.
@@ -106,6 +108,7 @@ class EngineStats:
     clusters: tuple[int, ...] | None = None
     selector: str = "all"
     reads: ReadCounts | None = None
+    tiers: TierStats | None = None
     bytes_per_chunk: int = 0
     bytes_per_window_chunk: int = 0
     window_chunks: int = 0

@@ -12,7 +12,7 @@ from tests.test_layering import imported_modules, module_name
 
 ROOT = Path(jax_chunkattn.__file__).parent
 ROOMS = (
-    "tree", "sampling", "planning", "device", "training", "engine", "replicas", "server",
+    "tree", "tiers", "sampling", "planning", "device", "training", "engine", "replicas", "server",
     "adapters",
 )  # fmt: skip
 

@@ -1,0 +1,232 @@
+"""All tiers behind the pool as one, with threads that move chunks while others work."""
+
+from __future__ import annotations
+
+import enum
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+
+from jax_chunkattn.tiers.disk import DiskTier, Unreadable
+from jax_chunkattn.tiers.host import HostTier
+
+Result = TypeVar("Result")
+
+WAITING_BYTES = 256 << 20
+"""Of chunks that wait to be written to the disk; when it cannot keep up, more are not written."""
+
+
+class Tier(enum.Enum):
+    """Where a chunk is, behind the pool."""
+
+    HOST = "host"
+    DISK = "disk"
+
+
+@dataclass
+class Moved:
+    """What has been moved so far. Written under the store's lock.
+
+    Attributes:
+      chunks: brought from each tier.
+      seconds: that took, of the thread that moves.
+      kept: chunks that have come to each tier.
+      dropped: chunks that were not written, since the disk could not keep up.
+      failures: chunks that could not be moved, by reason.
+    """
+
+    chunks: Counter[Tier] = field(default_factory=Counter)
+    seconds: dict[Tier, float] = field(default_factory=lambda: dict.fromkeys(Tier, 0.0))
+    kept: Counter[Tier] = field(default_factory=Counter)
+    dropped: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+
+
+class ChunkStore:
+    """Chunks by their names, each so many bytes.
+
+    What `later` is given runs in one thread, in order: what an earlier one has `put`, a later one
+    can `get`. Files are written by another.
+
+    Attributes:
+      chunk_bytes: of each.
+    """
+
+    def __init__(self, chunk_bytes: int, host: HostTier, disk: DiskTier | None):
+        self.chunk_bytes = chunk_bytes
+        self._host = host
+        self._disk = disk
+        self._lock = threading.Lock()
+        self._moved = Moved()
+        self._coming: Counter[bytes] = Counter()
+        self._waiting: dict[bytes, np.ndarray] = {}  # to be written
+        self._mover = ThreadPoolExecutor(1, "chunks")
+        self._writer = ThreadPoolExecutor(1, "chunk-files")
+        self._writes: deque[Future] = deque()
+        self._most_waiting = max(1, WAITING_BYTES // chunk_bytes)
+
+    @property
+    def has_disk(self) -> bool:
+        return self._disk is not None
+
+    @property
+    def moved(self) -> Moved:
+        """A copy."""
+        with self._lock:
+            return deepcopy(self._moved)
+
+    @property
+    def sizes(self) -> dict[Tier, int]:
+        """Chunks in each tier, as far as is known."""
+        with self._lock:
+            return {Tier.HOST: len(self._host), Tier.DISK: len(self._disk or ())}
+
+    # Finding.
+
+    def find(self, name: bytes) -> Tier | None:
+        """Where a chunk will be when all that was put has come there."""
+        with self._lock:
+            if name in self._host or name in self._coming or name in self._waiting:
+                return Tier.HOST
+        if self._disk is not None and self._disk.has(name):
+            return Tier.DISK
+        return None
+
+    def lacks(self, name: bytes, *, evicted: bool) -> bool:
+        """Whether a chunk should be put: one that is evicted where it is not in memory, another
+        where it is not on the disk. One that is there counts as used."""
+        with self._lock:
+            if name in self._coming or name in self._waiting:
+                return False
+            if evicted and self._host.most:
+                return self._host.use(name) is None
+        return self._disk is not None and not self._disk.has(name)
+
+    # Moving.
+
+    def later(self, work: Callable[[], Result]) -> Future[Result]:
+        """What `work` returns, when all that was asked for before has been done."""
+        return self._mover.submit(work)
+
+    def announce(self, names: Sequence[bytes]) -> None:
+        """These will be put by something that is done `later`: they are found already."""
+        with self._lock:
+            self._coming.update(names)
+
+    def put(self, name: bytes, chunk: np.ndarray, *, evicted: bool) -> None:
+        """Keeps an announced chunk, uint8: one that is evicted in memory, others, and what memory
+        has no room for, on the disk."""
+        with self._lock:
+            self._forget_coming(name)
+            gone = [(name, chunk)]
+            if evicted and self._host.most:
+                gone = self._host.put(name, chunk)
+                self._moved.kept[Tier.HOST] += 1
+        for old_name, old in gone:
+            self._write_later(old_name, old)
+
+    def give_up(self, names: Sequence[bytes], reason: str) -> None:
+        """Announced chunks will not come."""
+        with self._lock:
+            for name in names:
+                self._forget_coming(name)
+                self._moved.failures[reason] += 1
+
+    def get(self, name: bytes) -> tuple[np.ndarray, Tier]:
+        """A chunk's bytes, and where they were.
+
+        Raises:
+          Unreadable: when it is not there any longer, or damaged.
+        """
+        began = time.perf_counter()
+        with self._lock:
+            chunk, tier = self._host.use(name), Tier.HOST
+            if chunk is None:
+                chunk = self._waiting.get(name)
+        try:
+            if chunk is None:
+                if self._disk is None:
+                    raise Unreadable("gone")
+                chunk, tier = self._disk.read(name), Tier.DISK
+        except Unreadable as error:
+            with self._lock:
+                self._moved.failures[f"read: {error.reason}"] += 1
+            raise
+        with self._lock:
+            self._moved.chunks[tier] += 1
+            self._moved.seconds[tier] += time.perf_counter() - began
+        return chunk, tier
+
+    def settle(self) -> None:
+        """Waits until everything has come to where it goes."""
+        self.later(lambda: None).result()
+        while self._writes:
+            self._writes.popleft().result()
+
+    def forget(self) -> None:
+        """Nothing that was put before is found again, in files of this namespace neither."""
+        self.settle()
+        with self._lock:
+            self._host.clear()
+            self._coming.clear()
+        if self._disk is not None:
+            self._try(self._disk.clear, "remove")
+
+    def rename(self, open_disk: Callable[[], DiskTier | None] | None) -> None:
+        """Forgets what is in memory, and keeps what comes in another tier of the disk, or none."""
+        self.settle()
+        with self._lock:
+            self._host.clear()
+            self._coming.clear()
+        self._disk = None if open_disk is None else self._try(open_disk, "open")
+
+    def close(self) -> None:
+        """Writes what waits to be written, and gives up what is in memory."""
+        self.settle()
+        self._mover.shutdown()
+        self._writer.shutdown()
+        self._host.clear()
+
+    def _forget_coming(self, name: bytes) -> None:
+        self._coming[name] -= 1
+        if self._coming[name] <= 0:
+            del self._coming[name]
+
+    def _write_later(self, name: bytes, chunk: np.ndarray) -> None:
+        if self._disk is None or self._disk.has(name):
+            return
+        with self._lock:
+            if name in self._waiting:
+                return
+            if len(self._waiting) >= self._most_waiting:
+                self._moved.dropped += 1
+                return
+            self._waiting[name] = chunk
+        while self._writes and self._writes[0].done():
+            self._writes.popleft()
+        self._writes.append(self._writer.submit(self._write, name, chunk))
+
+    def _write(self, name: bytes, chunk: np.ndarray) -> None:
+        disk = self._disk
+        assert disk is not None, "there is one to write to"
+        written = self._try(lambda: disk.write(name, chunk), "write")
+        with self._lock:
+            self._waiting.pop(name, None)
+            self._moved.kept[Tier.DISK] += bool(written)
+
+    def _try(self, work: Callable[[], Result], what: str) -> Result | None:
+        """What it returns; None when the disk fails, which is counted."""
+        try:
+            return work()
+        except OSError as error:
+            with self._lock:
+                reason = (error.strerror or type(error).__name__).lower()
+                self._moved.failures[f"{what}: {reason}"] += 1
+            return None
