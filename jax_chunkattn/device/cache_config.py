@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import jax.numpy as jnp
 
@@ -71,7 +70,7 @@ class CacheConfig:
     host_memory: int | str | None = None
     disk: str | Path | None = None
     disk_memory: int | str | None = None
-    load: Literal["faster", "always"] = "faster"
+    load: str = "faster"
 
     def __post_init__(self):
         if (self.num_chunks is None) == (self.memory is None):

@@ -270,6 +270,8 @@ def lay_over(
                 "Engine(..., mesh=mesh)"
             )
         return None
+    if cache.has_tiers:
+        raise MeshError("host_memory and disk are not for engines on a mesh yet")
     found = EngineMesh.of(mesh, model.cache_spec)
     found.check(cache, leaves, deterministic=deterministic)
     return found

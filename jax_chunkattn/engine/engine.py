@@ -209,7 +209,6 @@ class Engine:
             self.cache,
             device,
             caches=sharing and retain,
-            on_mesh=laid is not None,
             seconds_per_token=lambda: (
                 device.counters.prefill_seconds / max(self._stats.prefill_tokens, 1)
             ),

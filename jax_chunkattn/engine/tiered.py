@@ -20,7 +20,6 @@ from jax_chunkattn.device.cache_config import CacheConfig, parse_bytes
 from jax_chunkattn.device.chunk_arrays import ChunkArrays
 from jax_chunkattn.device.chunk_transfers import in_calls
 from jax_chunkattn.device.device import Device
-from jax_chunkattn.device.logical_axes import MeshError
 from jax_chunkattn.engine.residency import Residency, TierStats
 from jax_chunkattn.tiers.disk import HEADER, DiskTier
 from jax_chunkattn.tiers.host import HostTier
@@ -39,14 +38,12 @@ def open_residency(
     device: Device,
     *,
     caches: bool,
-    on_mesh: bool,
     seconds_per_token: Callable[[], float],
 ) -> Residency:
     """What a cache's config asks for behind the pool on this device.
 
     Args:
       caches: whether what requests leave is kept in the pool, and found by others.
-      on_mesh: whether several devices share the pool.
       seconds_per_token: of computing a prompt.
 
     Raises:
@@ -55,8 +52,6 @@ def open_residency(
     """
     if not cache.has_tiers:
         return Residency()
-    if on_mesh:
-        raise MeshError("host_memory and disk are not for engines on a mesh yet")
     if not caches:
         raise ValueError("host_memory and disk need sharing and retain: else nothing is cached")
     size = device.chunk_layout.chunk_bytes
@@ -312,6 +307,7 @@ class Tiered(Residency):
 
     def start_over(self) -> None:
         self._store.give_up(list(self._leaving), "pool lost")
+        self._store.expect_no_more()
         self._leaving.clear()
         self._loads.clear()
         self._coming.clear()

@@ -139,6 +139,16 @@ class ChunkStore:
                 self._forget_coming(name)
                 self._moved.failures[reason] += 1
 
+    def expect_no_more(self) -> None:
+        """What has been announced, and is not there when all that was asked for has been done, will
+        not come."""
+
+        def forget() -> None:
+            with self._lock:
+                self._coming.clear()
+
+        self.later(forget)
+
     def get(self, name: bytes) -> tuple[np.ndarray, Tier]:
         """A chunk's bytes, and where they were.
 

@@ -8,7 +8,10 @@ from jax_chunkattn import CacheConfig, Engine, PlannerOptions
 from tests.jax_chunkattn.toy import toy_model
 
 SHARE_ALL = PlannerOptions(worth_sharing=lambda rows, chunks: rows > 1)
-STORED = ("clusters", "codec", "selector", "window_chunks")
+STORED = (
+    "clusters", "codec", "disk", "disk_memory", "dtype", "host_memory", "load", "selector",
+    "window_chunks",
+)  # fmt: skip
 
 
 def make_engine(num_chunks: int = 200, chunk_size: int = 16, **options) -> Engine:

@@ -130,11 +130,16 @@ class EngineMachine(RuleBasedStateMachine):
     pools: ClassVar[list[tuple[int, int]]] = POOLS
     options: ClassVar[Mapping[str, Any]] = {}
 
+    @property
+    def caches(self) -> bool:
+        """Whether the options are for engines that share and retain."""
+        return "host_memory" in self.options
+
     @initialize(data=st.data(), sharing=st.sampled_from([True] * 7 + [False]))
     def start(self, data: st.DataObject, sharing: bool) -> None:
         num_chunks, self.chunk_size = pick(data, self.pools)
         self.num_chunks = num_chunks
-        self.sharing = sharing
+        self.sharing = sharing or self.caches
         self.engine = make_engine(
             num_chunks,
             self.chunk_size,
@@ -143,8 +148,8 @@ class EngineMachine(RuleBasedStateMachine):
             max_running=data.draw(st.sampled_from([4, 3, 1])),
             tokenizer=BytePairs(),
             stop_tokens=STOP_TOKENS,
-            sharing=sharing,
-            retain=data.draw(st.sampled_from([True] * 7 + [False])),
+            sharing=self.sharing,
+            retain=data.draw(st.sampled_from([True] * 7 + [False])) or self.caches,
             **self.options,
         )
         self.version = 0  # of the weights: even ones are the model's, odd ones the others
@@ -606,11 +611,15 @@ class EngineMachine(RuleBasedStateMachine):
             (lambda: engine.generate([good, []], params), InvalidRequest),
             (lambda: engine.pin([7]), InvalidRequest),
         ][which]
-        before = self.engine.stats, self.engine._core.tree.version
+        before = self.known()
         with pytest.raises((error, PoolExhausted)):  # all of the pool may be pinned
             call()
-        assert (self.engine.stats, self.engine._core.tree.version) == before
+        assert self.known() == before
         self.saw("engine refused nonsense")
+
+    def known(self) -> tuple[object, int]:
+        """What the engine says of itself; chunks in tiers come and go by themselves."""
+        return replace(self.engine.stats, tiers=None), self.engine._core.tree.version
 
     # What must hold.
 
@@ -721,6 +730,25 @@ class WindowMachine(EngineMachine):
             self.saw("window", self.engine.stats.prompts.window > 0)
 
 
+class TieredMachine(EngineMachine):
+    """What is evicted goes to memory for few chunks, and from there to a disk for not many more."""
+
+    seen: ClassVar[Counter[str]] = Counter()
+
+    @invariant()
+    def chunks_come_back(self) -> None:
+        tiers = self.engine.stats.tiers if hasattr(self, "engine") else None
+        if tiers is not None:
+            self.saw("loaded from memory", tiers.loaded_from_host > 0)
+            self.saw("loaded from the disk", tiers.loaded_from_disk > 0)
+            assert tiers.failures.keys() <= {"read: gone", "removed", "forgotten"}
+
+    def teardown(self) -> None:
+        super().teardown()
+        if hasattr(self, "engine"):
+            self.engine.close()
+
+
 class MeshMachine(EngineMachine):
     """Two devices have a KV head each; the test says so, in a process that has them."""
 
@@ -742,6 +770,21 @@ def test_random_use_of_windows_gives_the_answers_of_a_model_without_a_cache():
     print(f"{WindowMachine.steps} steps, {dict(sorted(seen.items()))}")
     assert_agreed(WindowMachine.agreements)
     assert not missed, f"never happened in {WindowMachine.steps} steps: {missed}"
+
+
+@pytest.mark.slow
+def test_random_use_of_tiers_gives_the_answers_of_a_model_without_a_cache(tmp_path):
+    """All engines find what those before them have left on the disk."""
+    tiers = {"host_memory": "60KB", "disk": tmp_path, "disk_memory": "200KB", "load": "always"}
+    TieredMachine.options = tiers
+    wanted = {
+        "evicted", "fork copied", "partial chunk copied", "pinned", "preempted", "scored",
+        "loaded from memory", "loaded from the disk",
+    }  # fmt: skip
+    missed = run_until_seen(TieredMachine, wanted, max_examples=12, report_multiple_bugs=False)
+    print(f"{TieredMachine.steps} steps, {dict(sorted(TieredMachine.seen.items()))}")
+    assert_agreed(TieredMachine.agreements)
+    assert not missed, f"never happened in {TieredMachine.steps} steps: {missed}"
 
 
 @pytest.mark.slow

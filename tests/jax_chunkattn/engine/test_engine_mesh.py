@@ -225,6 +225,8 @@ def test_what_cannot_be_laid_over_a_mesh_is_refused_by_name(caplog):
     )
     clusters = replace(cache, clusters=HeadClusters((2, 3)))
     refused("clusters cannot be split", cache=clusters, **on_two)
+    behind = replace(cache, host_memory="1MB")
+    refused("host_memory and disk are not for engines on a mesh", cache=behind, **on_two)
     refused("deterministic engines are of one device", deterministic=True, **on_two)
 
     with pytest.raises(MeshError, match="cannot be split over the 3 devices"):

@@ -41,11 +41,14 @@ class Feature:
     devices: int | None = None
 
     def engine(self, **options: Any) -> Engine:
-        """An engine with this feature, and with what a history asks for."""
-        laid = {}
+        """An engine with this feature, and with what a history asks for. With tiers heads with
+        windows have as many chunks as others."""
+        laid: dict[str, Any] = {}
+        if {"host_memory", "disk"} & options.keys():
+            laid = {"window_chunks": None}
         if self.devices is not None:
             model = laid_over(self.options.get("model", toy_model()), self.devices)
-            laid = {"model": model, "mesh": mesh_of(self.devices)}
+            laid |= {"model": model, "mesh": mesh_of(self.devices)}
         return make_engine(**{**self.options, **laid, **options})
 
     @property
@@ -114,6 +117,7 @@ FEATURES = (
     Feature("deterministic", DETERMINISTIC),
     Feature("deterministic, windows", {**DETERMINISTIC, **WINDOWED, **GIVEN_UP}),
     Feature("deterministic, windows, int4", {**DETERMINISTIC, **WINDOWED, "codec": "int4"}),
+    Feature("tiers", {"host_memory": "60KB", "load": "always"}),
     Feature("mesh", devices=2),
     Feature("mesh with copies of heads", devices=4),
     Feature("mesh, marked chunks", {"codec": MARKED}, devices=2),

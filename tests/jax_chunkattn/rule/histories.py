@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from tempfile import TemporaryDirectory
 
 from hypothesis import settings
 
@@ -159,6 +160,25 @@ def evicted(feature: Feature) -> Answers:
     yield "after others took its chunks", _answer(engine)
 
 
+def brought_back(feature: Feature) -> Answers:
+    """What it left was evicted, and comes back from memory; and from the disk, to an engine that
+    begins with it."""
+    sizes = {"num_chunks": 10, "max_running": 3, "load": "always"}
+    with TemporaryDirectory() as folder:
+        for tier in ({"host_memory": "1MB"}, {"disk": folder, "disk_memory": "1GB"}):
+            engine = feature.engine(**sizes, **tier)
+            _answer(engine)
+            engine.submit(STRANGER, SamplingParams(60)).result()
+            yield f"back from {next(iter(tier))}", _answer(engine)
+            use = engine.stats.prompts
+            assert use.host + use.disk >= 48
+            engine.close()
+        engine = feature.engine(**sizes, **tier)
+        yield "in another engine", _answer(engine)
+        assert engine.stats.prompts.disk == 64
+        engine.close()
+
+
 HISTORIES: tuple[Callable[[Feature], Answers], ...] = (
     cold,
     warm_at_every_split,
@@ -170,4 +190,5 @@ HISTORIES: tuple[Callable[[Feature], Answers], ...] = (
     forked,
     preempted,
     evicted,
+    brought_back,
 )
