@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.stages import Compiled
 
+from jax_chunkattn.device.cache_config import CacheConfig
 from jax_chunkattn.device.chunk_arrays import ChunkArrays
 from jax_chunkattn.device.chunk_transfers import ChunkLayout
 from jax_chunkattn.device.decode_loop import Chosen
@@ -31,6 +32,7 @@ from jax_chunkattn.device.weights import Replacement
 from jax_chunkattn.planning.planner import PlanShape
 from jax_chunkattn.planning.prefill import Segment
 from jax_chunkattn.sampling import NO_CHOICE, TokenLogprobs
+from jax_chunkattn.tree.window_room import WindowRoom
 from pallas_kernels import DecodePlan
 
 
@@ -104,6 +106,21 @@ class Results:
         return tuple(TokenLogprobs.at(values, 0, place, number) for place in places)
 
 
+@dataclass(frozen=True)
+class ResizedPool:
+    """What makes a pool of some size, and the calls that use it."""
+
+    invocations: Invocations
+    empty: Compiled
+
+
+def _allocating(invocations: Invocations) -> Compiled:
+    """Compiled, since Ctrl-C in an operation that JAX runs by itself may leave JAX without the
+    trace it works in, for good; and so that it lies where it lay, whoever resets."""
+    program, _ = PROGRAMS.compiled(invocations.allocating())
+    return program
+
+
 class Device:
     """Pool and request table on the device.
 
@@ -121,10 +138,28 @@ class Device:
         self._last_ready = self._dispatched = 0.0
         self._over: float | None = None
         self._waits = invocations.mesh is not None and invocations.mesh.waits
-        # Compiled, since Ctrl-C in an operation that JAX runs by itself may leave JAX without the
-        # trace it works in, for good; and so that it lies where it lay, whoever resets.
-        self._empty, _ = PROGRAMS.compiled(invocations.allocating())
+        self._empty = _allocating(invocations)
         self.reset()
+
+    def resize(self, pool: ResizedPool) -> None:
+        """Another pool than there was, and empty; `reset` makes it if this is broken off."""
+        old, self._state = self._state, None
+        self._invocations, self._empty = pool.invocations, pool.empty
+        self._programs.clear()
+        if old is not None:
+            _wait_for_last_use(old)
+            del old
+        self.reset()
+
+    def resized(self, cache: CacheConfig, window_room: WindowRoom | None) -> ResizedPool:
+        """What makes a pool of another size; nothing has changed yet."""
+        invocations = self._invocations.resized(cache, window_room)
+        return ResizedPool(invocations, _allocating(invocations))
+
+    @property
+    def as_it_is(self) -> ResizedPool:
+        """What made the pool there is."""
+        return ResizedPool(self._invocations, self._empty)
 
     def reset(self) -> None:
         """An empty pool and table, in the place of whatever an error has left."""

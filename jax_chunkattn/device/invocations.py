@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -101,12 +102,27 @@ class Invocations:
         self._vocab_size = model.vocab_size
         self._num_slots = num_slots
         self._stop_tokens = tuple(stop_tokens)
-        self._num_chunks = cache.chunks_for(model.cache_spec, num_slots)
+        self._max_positions = model.max_positions
         self._window_room = window_room
-        self.most_columns = min(-(-model.max_positions // cache.chunk_size), self._num_chunks)
         self.mesh = mesh
+        self._size_pool()
+
+    def resized(self, cache: CacheConfig, window_room: WindowRoom | None) -> Invocations:
+        """The same for a pool of another size, of which only the size is another."""
+        other = copy(self)
+        for cached in ("chunk_layout", "_state_places"):
+            vars(other).pop(cached, None)
+        other._cache, other._window_room = cache, window_room
+        other._size_pool()
+        return other
+
+    def _size_pool(self) -> None:
+        """What depends on how many chunks there are."""
+        self._num_chunks = self._cache.chunks_for(self._spec, self._num_slots)
+        columns = -(-self._max_positions // self._cache.chunk_size)
+        self.most_columns = min(columns, self._num_chunks)
         self._prefill_shapes: dict[int, PrefillShape] = {}
-        if backend.planner.gpu is None:  # room costs nothing on a CPU
+        if self._backend.planner.gpu is None:  # room costs nothing on a CPU
             self.fix_prefill_shapes()
 
     def fix_prefill_shapes(self) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from jax_chunkattn.device.device import Device, WeightsDeleted
+from jax_chunkattn.device.device import Device, ResizedPool, WeightsDeleted
 from jax_chunkattn.device.weights import PartlyReplaced, Replacement
 from jax_chunkattn.engine.callbacks import Callbacks
 from jax_chunkattn.engine.in_flight import CallsInFlight
@@ -77,6 +77,7 @@ class Core:
         self._prefill_first = prefill_first
         self._in_flight = CallsInFlight()
         self._new_weights: tuple[Replacement, int] | None = None  # and the version they are
+        self._new_pool: tuple[ResizedPool, PrefixTree] | None = None
         self._lifecycle = Lifecycle(
             scheduler, device, memory, stats, self.callbacks, self.integrity
         )
@@ -363,6 +364,7 @@ class Core:
         Raises:
           EngineClosed: when only some of the arrays could be replaced; another error when none.
         """
+        self._residency.save()
         self._new_weights = Replacement(values), self.stats.weights_version + 1
         try:
             self._replace_weights()
@@ -375,6 +377,36 @@ class Core:
             raise closed from error
         self._memory.forget()
         self._start_over()
+
+    @whole
+    def resize(self, pool: ResizedPool, tree: PrefixTree) -> None:
+        """Another pool, when nothing is on its way. What is computed leaves the old one, for who
+        finds it there or computes it again.
+
+        Raises:
+          PoolExhausted: when accepted work does not fit; nothing has changed then.
+          Exception: when the pool cannot be had; the old one is there then, and empty.
+        """
+        self.scheduler.require_all_fit(tree)
+        self._residency.leave(self.tree)
+        before = self.device.as_it_is, self.tree.emptied()
+        self._new_pool = pool, tree
+        try:
+            self._replace_pool()
+        except Exception:
+            self._new_pool = before
+            self._replace_pool()
+            raise
+
+    def _replace_pool(self) -> None:
+        """Also what is left of it to do when it was broken off."""
+        if self._new_pool is not None:
+            pool, tree = self._new_pool
+            self._forget_pool()
+            self.scheduler.restart(tree)
+            self._rows.resize(pool.invocations.most_columns)
+            self.device.resize(pool)
+            self._new_pool = None
 
     def hold_back(self, held_back: bool) -> bool:
         """Has nobody begin who has not, or anybody again; whether somebody runs."""
@@ -393,13 +425,17 @@ class Core:
 
     def _start_over(self) -> None:
         """Everything is to be computed again from the tokens, in an empty tree."""
+        self._forget_pool()
+        self.scheduler.restart(self.tree.emptied())
+
+    def _forget_pool(self) -> None:
+        """Nothing that the pool has counts any longer."""
         self._in_flight.clear()
         self._rows.forget()
         self._residency.start_over()
         if self._tails is not None:
             self._tails.forget()
         self.stats.evictions += self.tree.num_evicted
-        self.scheduler.restart(self.tree.emptied())
 
     def warm_up(self, threads: int, *, scores: bool) -> int:
         """Compiles all programs that any work can need, those that score if there are to be
@@ -424,6 +460,7 @@ class Core:
                 if self._new_weights is not None and not self._new_weights[0].begun:
                     self._new_weights = None  # whoever gave them knows that they did not come
                 self._replace_weights()
+                self._replace_pool()
             except Exception as error:
                 self.closed = self.closed or _closed_by(error)
             with suppress(RequestFailed):  # they all have, and know; the pool is tried for again

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jax_chunkattn.device.backend import Backend, choose_backend
 from jax_chunkattn.device.cache_config import CacheConfig
-from jax_chunkattn.device.device import Device
+from jax_chunkattn.device.device import Device, ResizedPool
 from jax_chunkattn.device.invocations import Invocations
 from jax_chunkattn.device.mesh import lay_over
 from jax_chunkattn.device.model_interface import DecoderModel, for_serving
@@ -178,13 +178,15 @@ class Engine:
                 "a codec, selector or clusters need chunks that one prefill call can fill: "
                 f"{chunk_size} tokens are more than the {prefill_tokens} of prefill_tokens"
             )
-        cache, window_room = cache.with_window_room(
-            spec,
-            max_running,
+        self._with_window_room = partial(
+            CacheConfig.with_window_room,
+            spec=spec,
+            rows=max_running,
             num_slots=num_slots,
             ahead=max(CALLS_AHEAD * steps_per_call, chunk_size),
             call=prefill_tokens,
         )
+        cache, window_room = self._with_window_room(cache)
         num_chunks = cache.chunks_for(spec)
         windowed_bytes = cache.windowed_bytes(spec) if window_room is not None else 0
         self._stats = EngineStats(
@@ -516,6 +518,32 @@ class Engine:
         if running not in ("recompute", "finish"):
             raise ValueError(f"running must be 'recompute' or 'finish', got {running!r:.60}")
         self._service.update_weights(weights, finish=running == "finish")
+
+    def resize(self, *, memory: int | str | None = None, num_chunks: int | None = None) -> None:
+        """Another size of the pool, while requests run: to give memory back, or take more.
+
+        Nothing is lost. What is computed goes to the tiers behind the pool, if `cache` has some,
+        and is brought back for who needs it; else that is computed again. Programs for the new size
+        are compiled when they are first needed, or by `warm_up`.
+
+        Args:
+          memory, num_chunks: one of them, as `CacheConfig` has them.
+
+        Raises:
+          ValueError: for a size that is none.
+          PoolExhausted: when what is accepted and pinned would not fit.
+          EngineClosed: after `close`. Nothing has changed in all three cases.
+        """
+        size = replace(self.cache, memory=memory, num_chunks=num_chunks)
+
+        def make() -> tuple[ResizedPool, PrefixTree]:
+            cache, window_room = self._with_window_room(size)
+            assert cache.num_chunks is not None, "found for the model"
+            tree = self._core.tree.resized(cache.num_chunks, window_room)
+            return self._core.device.resized(cache.without_tiers(), window_room), tree
+
+        self._service.resize(make)
+        self.cache = size
 
     @property
     def weights(self) -> dict[str, jax.Array]:

@@ -82,6 +82,9 @@ class Residency:
     def save(self) -> None:
         """Has chunks that leave read before the pool is next written."""
 
+    def leave(self, tree: PrefixTree) -> None:
+        """Has all that is computed leave a pool that will be another, and waits until it has."""
+
     # The end, and new beginnings.
 
     def start_over(self) -> None:

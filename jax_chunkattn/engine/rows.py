@@ -57,6 +57,13 @@ class PlannedRows:
         """The next plan is made anew."""
         self._plan = self._key = None
 
+    def resize(self, columns: int) -> None:
+        """Rows may have so many chunks from now on."""
+        self._columns = columns
+        self._shapes.clear()
+        self._fixed = self._options.gpu is None
+        self.forget()
+
     def fix_shapes(self, most_rows: int) -> list[PlanShape]:
         """From now on there is one shape for each number of rows; returns them all.
 

@@ -67,6 +67,17 @@ class Scheduler:
         else:
             self._require_fit(work, self._pinned_chunks.keys(), name)
 
+    def require_all_fit(self, tree: PrefixTree) -> None:
+        """Raises PoolExhausted when some accepted work, beside what is pinned, could never be held
+        by another tree's pool."""
+        other = Scheduler(tree, max_running=self.max_running, exact=self.exact)
+        for pinned in self.pinned:
+            other.pinned[pinned] = None
+            other._pinned_chunks.update(self._chunks(pinned))
+        for work in (*self.accepted, *self.pinned):
+            other._require_window_room(work, "")
+            other._require_fit(work, other._pinned_chunks.keys(), "")
+
     def pin(self, pinned: Pinned) -> None:
         """Queues a prefix that fits, to be computed and kept."""
         self.pinned[pinned] = None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+from jax_chunkattn.device.device import ResizedPool
 from jax_chunkattn.device.weights import matching_values
 from jax_chunkattn.engine.core import Core
 from jax_chunkattn.engine.incoming import Incoming
@@ -13,6 +14,7 @@ from jax_chunkattn.engine.outputs import Completion, EngineClosed, Score, Stream
 from jax_chunkattn.engine.requests import Phase, Pinned, Request, Scored, Work
 from jax_chunkattn.engine.turns import Turns
 from jax_chunkattn.sampling import SamplingParams
+from jax_chunkattn.tree.prefix_tree import PrefixTree
 
 Result = TypeVar("Result")
 
@@ -149,6 +151,15 @@ class Service:
         finally:
             if finish:
                 self.turns.leave(self._admit_all)  # waits for nothing: no Ctrl-C can come between
+
+    def resize(self, make: Callable[[], tuple[ResizedPool, PrefixTree]]) -> None:
+        """Another pool, and a tree over it, when nothing is on its way."""
+
+        def change() -> None:
+            self._settle()
+            self._core.resize(*make())
+
+        self.turns.run(change)
 
     def _settle(self) -> None:
         """Takes over all that is on its way; EngineClosed if the engine is closed then."""

@@ -29,6 +29,8 @@ from jax_chunkattn.tree.kv_events import ChunkObserver
 from jax_chunkattn.tree.nodes import Node, Root, SequenceHandle, num_computed
 from jax_chunkattn.tree.prefix_tree import PrefixTree
 
+LEAVING_AT_ONCE = 64
+"""Chunks that are read together when all leave: there are two of each on the device meanwhile."""
 WAIT_SECONDS = 0.1
 """How long a turn waits for chunks when there is nothing else to do."""
 
@@ -174,7 +176,7 @@ class Tiered(Residency):
         del self._names[node.chunk_id]
         if not self._leaving.get(name, (0, True))[1]:  # whatever it was, nobody shall find it
             del self._leaving[name]
-            self._store.give_up([name], "removed")
+            self._store.give_up([name])
 
     def cleared(self) -> None:
         self._names.clear()
@@ -214,6 +216,17 @@ class Tiered(Residency):
                 raise
             evicted = {name: evicted for name, (_, evicted) in some}
             self._store.later(lambda read=read, evicted=evicted: self._keep(read, evicted))
+
+    def leave(self, tree: PrefixTree) -> None:
+        for number, node in enumerate(tree.nodes(), 1):
+            self.evicting(node)
+            if number % LEAVING_AT_ONCE == 0:
+                self._save_now()
+        self._save_now()
+
+    def _save_now(self) -> None:
+        self.save()
+        self._store.later(lambda: None).result()
 
     def _keep(self, read: ChunkArrays, evicted: dict[bytes, bool]) -> None:
         left = list(evicted)
@@ -306,7 +319,7 @@ class Tiered(Residency):
     # The end, and new beginnings.
 
     def start_over(self) -> None:
-        self._store.give_up(list(self._leaving), "pool lost")
+        self._store.give_up(list(self._leaving))
         self._store.expect_no_more()
         self._leaving.clear()
         self._loads.clear()
@@ -319,7 +332,7 @@ class Tiered(Residency):
         self._store.rename(partial(self._open_disk, self._namespace))
 
     def forget(self) -> None:
-        self._store.give_up(list(self._leaving), "forgotten")
+        self._store.give_up(list(self._leaving))
         self._leaving.clear()
         self._store.forget()
 

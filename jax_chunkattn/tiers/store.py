@@ -132,12 +132,13 @@ class ChunkStore:
         for old_name, old in gone:
             self._write_later(old_name, old)
 
-    def give_up(self, names: Sequence[bytes], reason: str) -> None:
-        """Announced chunks will not come."""
+    def give_up(self, names: Sequence[bytes], failure: str = "") -> None:
+        """Announced chunks will not come: nobody wants them any longer, or because of a failure."""
         with self._lock:
             for name in names:
                 self._forget_coming(name)
-                self._moved.failures[reason] += 1
+                if failure:
+                    self._moved.failures[failure] += 1
 
     def expect_no_more(self) -> None:
         """What has been announced, and is not there when all that was asked for has been done, will

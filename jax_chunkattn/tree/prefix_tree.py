@@ -472,11 +472,15 @@ class PrefixTree:
     def emptied(self) -> PrefixTree:
         """A new tree like this one with nothing in it, for a pool that has lost what it held."""
         self._stored.retire_roots()
+        return self.resized(self.num_chunks, self.window_room)
+
+    def resized(self, num_chunks: int, window_room: WindowRoom | None) -> PrefixTree:
+        """A new tree with nothing in it, for a pool of another size."""
         return PrefixTree(
-            self.num_chunks,
+            num_chunks,
             self.chunk_size,
             retain=self.retain,
-            window_room=self.window_room,
+            window_room=window_room,
             observers=self._stored.observers,
         )
 

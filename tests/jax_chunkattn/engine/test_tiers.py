@@ -17,6 +17,7 @@ from jax_chunkattn import CacheConfig, Engine, SamplingParams
 from jax_chunkattn.engine.tiered import Tiered
 from jax_chunkattn.tiers.disk import FOLDER, DiskTier
 from jax_chunkattn.tiers.store import ChunkStore
+from jax_chunkattn.tree.nodes import Node
 from pallas_kernels.clusters import HeadClusters
 from pallas_kernels.selection import ChunkSelector
 from tests.jax_chunkattn.engine.engines import assert_all_returned, make_engine, run
@@ -305,7 +306,7 @@ def test_a_chunk_that_was_on_the_disk_has_the_same_bytes(tmp_path: Path, kind: s
         device, found = engine._core.device, {}
         for node in engine._core.tree.nodes():
             path, above = node.key[8:], node.parent
-            while hasattr(above, "key"):
+            while isinstance(above, Node):
                 path, above = above.key[8:] + path, above.parent
             read = device.read_chunks([node.chunk_id])
             found[path] = device.chunk_layout.pack(read, 0).tobytes()
@@ -333,7 +334,9 @@ def test_nothing_is_compiled_after_warm_up(tmp_path: Path):
             answer(engine)
             evict_all(engine)
         assert answer(engine, prompt=PROMPT[:20])
-        assert engine.stats.tiers.loaded_from_host + engine.stats.tiers.loaded_from_disk
+        tiers = engine.stats.tiers
+        assert tiers is not None
+        assert tiers.loaded_from_host + tiers.loaded_from_disk
         assert engine.stats.compilations == compiled
 
 
