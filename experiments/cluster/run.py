@@ -18,6 +18,7 @@ from experiments.cluster.workload import Workload, make_workload, span_at_load
 from experiments.harness.compilations import compilation_cache
 from experiments.harness.environment import describe_environment
 from experiments.harness.errors import UserError
+from experiments.harness.percentiles import percentiles
 from experiments.harness.reading import Record
 from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
@@ -157,8 +158,8 @@ def _measures(replayed: Replayed) -> Record:
         "busy": round(float(busy.mean() / replayed.seconds), 4),
         "busiest_by_mean": round(float(busy.max() / busy.mean()), 4),
         "busy_deviation": round(float(busy.std() / busy.mean()), 4),
-        "first_token": _quantiles(first),
-        "seconds_per_token": _quantiles(between),
+        "first_token": percentiles(first, 4),
+        "seconds_per_token": percentiles(between, 4),
         "seconds": round(replayed.seconds, 3),
         "evicted_chunks": replayed.evicted,
         "preemptions": replayed.preemptions,
@@ -170,14 +171,4 @@ def _measures(replayed: Replayed) -> Record:
         "events": {"stored": stats.stored, "removed": stats.removed},
         "route_microseconds": round(1e6 * replayed.routing / len(served), 1),
         "apply_microseconds": round(1e6 * replayed.applying / len(served), 1),
-    }
-
-
-def _quantiles(seconds: list[float]) -> Record:
-    middle, high, highest = np.quantile(seconds, [0.5, 0.9, 0.99])
-    return {
-        "mean": round(float(np.mean(seconds)), 4),
-        "p50": round(float(middle), 4),
-        "p90": round(float(high), 4),
-        "p99": round(float(highest), 4),
     }

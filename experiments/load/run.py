@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-
 from experiments.endpoint.config import EndpointConfig
 from experiments.endpoint.run import make_engine
 from experiments.harness.compilations import compilation_cache
 from experiments.harness.environment import describe_environment
 from experiments.harness.errors import CheckFailed, UserError
+from experiments.harness.percentiles import percentiles
 from experiments.harness.reading import Record
 from experiments.harness.results import ResultFolder
 from experiments.harness.units import measure_units
@@ -183,21 +182,13 @@ def _record(side: str, number: int, ask: Ask) -> Record:
         "tokens": tokens,
         "prompt_tokens": prompt,
         "cached_tokens": sum(one.cached_tokens or 0 for one in known) if known else None,
-        "first_token": _percentiles([(one.first or 0) - one.began for one in answers]),
-        "per_token": _percentiles(
-            [
-                ((one.last or 0) - (one.first or 0)) / (len(one.tokens) - 1)
-                for one in answers
-                if len(one.tokens) > 1
-            ]
+        "first_token": percentiles((one.first or 0) - one.began for one in answers),
+        "per_token": percentiles(
+            ((one.last or 0) - (one.first or 0)) / (len(one.tokens) - 1)
+            for one in answers
+            if len(one.tokens) > 1
         ),
     }
-
-
-def _percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
-    if not seconds:
-        return None
-    return {f"p{at}": round(float(np.percentile(seconds, at)), 6) for at in PERCENTILES}
 
 
 def _speeds(records: Sequence[Record], side: str) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
+from experiments.harness.percentiles import NAMES
 from experiments.harness.plotting import COLOURS, make_figure, plain_axes
 from experiments.harness.reading import Result
 from experiments.harness.tables import Column, ResultTable, table_of
@@ -64,4 +65,4 @@ def figures(result: Result) -> dict[str, Figure]:
 
 
 def _milliseconds(found: dict[str, float] | None) -> str:
-    return "none" if found is None else ", ".join(f"{1e3 * value:.1f}" for value in found.values())
+    return "none" if found is None else ", ".join(f"{1e3 * found[name]:.1f}" for name in NAMES)

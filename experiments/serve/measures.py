@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from experiments.harness.chunk_reads import reads_record
+from experiments.harness.percentiles import percentiles
 from experiments.serve.ideal import IdealHits
 from experiments.serve.replay import Replayed, Served
 from jax_chunkattn import EngineStats
-
-PERCENTILES = (50, 90, 99)
 
 
 def request_record(side: str, number: int, served: Served) -> dict[str, Any]:
@@ -85,17 +84,6 @@ def side_record(
         "engine": _engine_times(stats),
         "equal_answers": equal,
     }
-
-
-def percentiles(values: Iterable[float]) -> dict[str, float] | None:
-    """Mean and `PERCENTILES`, linear between the nearest two values; None of nothing."""
-    each = np.fromiter(values, float)
-    if not each.size:
-        return None
-    shown = {"mean": each.mean()}
-    for percent, value in zip(PERCENTILES, np.percentile(each, PERCENTILES), strict=True):
-        shown[f"p{percent}"] = value
-    return {name: round(float(value), 6) for name, value in shown.items()}
 
 
 def ratios(record: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, float | None]:

@@ -21,7 +21,7 @@ from experiments.serve.command import run
 from experiments.serve.config import ServeConfig, check
 from experiments.serve.figures import serving_figure
 from experiments.serve.ideal import ideal_hits
-from experiments.serve.measures import percentiles, ratios, spread
+from experiments.serve.measures import ratios, spread
 from experiments.serve.replay import Served, replay
 from experiments.serve.views import tables
 from experiments.serve.workload import ServedRequest, made_up_workload, trace_workload
@@ -431,12 +431,6 @@ def test_times_of_a_request():
     assert one.seconds_per_output_token == 0.5
     assert one.normalised_latency == 0.6
     assert served(0, 1.0, 2.0, 2.0, tokens=1).seconds_per_output_token is None
-
-
-def test_percentiles_by_hand():
-    assert percentiles([4.0, 1.0, 3.0, 2.0]) == {"mean": 2.5, "p50": 2.5, "p90": 3.7, "p99": 3.97}
-    assert percentiles([7.0]) == {"mean": 7.0, "p50": 7.0, "p90": 7.0, "p99": 7.0}
-    assert percentiles([]) is None
 
 
 def fake_record(side: str, factor: float = 1.0, **changes: Any) -> dict[str, Any]:
