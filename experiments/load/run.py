@@ -30,7 +30,7 @@ from experiments.loading import LoadOptions, load_model, parse_model
 
 ENDPOINT, ENGINE = "endpoint", "engine"
 WARM_UP = "warm-up"
-PERCENTILES = (50, 90, 99)
+ENDING_SECONDS = 120.0  # that an endpoint of our own has; its answers end after 30
 
 Ask = Callable[[int], Asked]
 
@@ -109,12 +109,21 @@ def _endpoint(config: LoadConfig) -> Iterator[str]:
         assert process.stdout is not None
         said = process.stdout.readline().split(" is served at ")
         if len(said) != 2:
-            process.wait(60)
             raise UserError(f"the endpoint did not start: {' '.join(command[1:])} says why")
         yield said[1].split(";")[0]
     finally:
-        process.terminate()
-        process.communicate(timeout=120)
+        _end(process)
+
+
+def _end(process: subprocess.Popen[str], seconds: float = ENDING_SECONDS) -> None:
+    """Tells it to stop, and kills it where it does not."""
+    process.terminate()
+    try:
+        process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        print(f"the endpoint had not ended after {seconds:g} s, and was killed", file=sys.stderr)
 
 
 def _of_endpoint(config: LoadConfig, url: str) -> Ask:

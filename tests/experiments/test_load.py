@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from experiments.endpoint.command import run as run_endpoint
 from experiments.endpoint.config import EndpointConfig
 from experiments.harness.errors import CheckFailed, UserError
 from experiments.harness.reading import read_result
+from experiments.load import run as load_run
 from experiments.load.asking import ask_endpoint, ask_engine
 from experiments.load.client import Client, Refused
 from experiments.load.command import headline, run
@@ -127,6 +131,18 @@ def test_an_endpoint_of_our_own_is_compared_with_the_engine(tmp_path: Path):
     speeds = [side["tokens_per_second"] for side in summary["sides"].values()]
     assert summary["overhead"] == pytest.approx(1 - speeds[0] / speeds[1], abs=1e-2)
     assert summary["sides"]["endpoint"]["cached"] == summary["sides"]["engine"]["cached"]
+
+
+def test_an_endpoint_that_does_not_end_is_killed(capfd):
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    deaf += "print('deaf', flush=True)\ntime.sleep(600)"
+    command = [sys.executable, "-S", "-c", deaf]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "deaf\n"
+    load_run._end(process, 0.1)
+    assert process.returncode == -signal.SIGKILL
+    assert capfd.readouterr().err == "the endpoint had not ended after 0.1 s, and was killed\n"
 
 
 def test_the_endpoint_serves_until_it_is_told_to_stop(tmp_path: Path, capfd):
