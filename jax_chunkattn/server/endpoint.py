@@ -5,23 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from jax_chunkattn.engine.engine import Engine
 from jax_chunkattn.server.answers import TokenTexts
 from jax_chunkattn.server.engine_thread import EngineThread
 from jax_chunkattn.server.errors import ApiError
-from jax_chunkattn.server.inbox import Inbox, Order
-from jax_chunkattn.server.jobs import Job, Jobs
+from jax_chunkattn.server.inbox import Order
+from jax_chunkattn.server.jobs import Job, Jobs, Places
 from jax_chunkattn.server.limits import Gate, Limits
 from jax_chunkattn.server.metrics import Metrics
 from jax_chunkattn.server.orders import Served
 from jax_chunkattn.server.scores import Scorer
 from jax_chunkattn.server.tenants import EVERYBODY, Keys, Tenant
 from jax_chunkattn.server.tree_watch import TreeWatch
-
-Result = TypeVar("Result")
 
 _LOG = logging.getLogger("jax_chunkattn.server")
 
@@ -143,25 +142,29 @@ class Endpoint:
         if not self.healthy:
             raise ApiError(503, "the engine has stopped: nothing is served any longer")
 
+    @contextmanager
+    def places(self, tenant: Tenant, answers: int) -> Iterator[Places]:
+        """So many answers have come in until the block ends, or a job begins that has them.
+
+        Taken before anything is tokenized. Raises ApiError when they are too many, or when nothing
+        new is begun.
+        """
+        self.require_open()
+        places = Places(self.gate, tenant, answers)
+        try:
+            yield places
+        finally:
+            places.give_back()
+
     async def begin(
-        self, request_id: str, tenant: Tenant, orders: Sequence[Order], arrived: float
+        self, request_id: str, places: Places, orders: Sequence[Order], arrived: float
     ) -> Job:
         """Raises what `Jobs.begin` raises, and ApiError when nothing new is begun."""
         self.require_open()
-        return await self._jobs.begin(self.thread, request_id, tenant, orders, arrived)
+        return await self._jobs.begin(self.thread, request_id, places, orders, arrived)
 
     def leave(self, job: Job) -> None:
         """Nobody reads it any more: what runs of it ends at the next turn."""
         job.leave()
         if not job.finished:
             self.thread.abort(job.tickets)
-
-    async def scored(self, inbox: Inbox, work: Callable[[], Awaitable[Result]]) -> Result:
-        """What `work` returns, which scores, and waits and counts as one answer meanwhile."""
-        self.require_open()
-        self.gate.enter(inbox.tenant, 1)
-        try:
-            return await work()
-        finally:
-            self.gate.began()
-            self.gate.leave(inbox.tenant)

@@ -20,7 +20,7 @@ from typing import TypeVar
 from jax_chunkattn.engine.engine import Engine
 from jax_chunkattn.engine.outputs import EngineClosed, RequestFailed, StreamEvent
 from jax_chunkattn.server.errors import as_api_error
-from jax_chunkattn.server.inbox import Inbox, News, Order, Ticket
+from jax_chunkattn.server.inbox import News, Ticket
 
 Result = TypeVar("Result")
 
@@ -67,19 +67,10 @@ class EngineThread:
 
     # For the event loop.
 
-    async def submit(self, orders: Sequence[Order], inbox: Inbox) -> list[Ticket]:
-        """Queues all these prompts or none; raises what `Engine.submit_samples` raises."""
-        tickets, first = [], 0
-        for order in orders:
-            tickets.append(Ticket(order, first, inbox))
-            first += order.params.n
-        accepted = self.later(partial(self._accept, tickets))
-        try:
-            await asyncio.shield(asyncio.wrap_future(accepted))
-        except asyncio.CancelledError:
-            self.abort(tickets)
-            raise
-        return tickets
+    def submit(self, tickets: Sequence[Ticket]) -> asyncio.Future[None]:
+        """Queues all these prompts or none, and tells when: the future has what
+        `Engine.submit_samples` raises."""
+        return asyncio.wrap_future(self.later(partial(self._accept, tickets)))
 
     def abort(self, tickets: Iterable[Ticket]) -> None:
         """Ends what is left of them before the next turn; returns at once."""

@@ -46,6 +46,15 @@ class Ticket:
         self.ended: set[int] = set()
 
 
+def tickets_of(orders: Iterable[Order], inbox: Inbox) -> list[Ticket]:
+    """One for each prompt, whose samples are numbered one behind the other."""
+    tickets, first = [], 0
+    for order in orders:
+        tickets.append(Ticket(order, first, inbox))
+        first += order.params.n
+    return tickets
+
+
 class Inbox:
     """News of all answers of one request, in their order, for one reader in the event loop.
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from copy import copy
 
 from jax_chunkattn.engine.misses import PromptUse
 from jax_chunkattn.server.engine_thread import EngineThread
 from jax_chunkattn.server.errors import ApiError
-from jax_chunkattn.server.inbox import Inbox, News, Order, Ticket
+from jax_chunkattn.server.inbox import Inbox, News, Order, Ticket, tickets_of
 from jax_chunkattn.server.limits import Gate
 from jax_chunkattn.server.metrics import Metrics
 from jax_chunkattn.server.tenants import Tenant
@@ -64,6 +66,37 @@ class Job(Inbox):
         return next(one.order for one in reversed(self.tickets) if one.first <= answer)
 
 
+class Places:
+    """Those of so many answers behind the gate, until a job has them or nobody wants them.
+
+    Raises ApiError when there are too many, and changes nothing then.
+    """
+
+    def __init__(self, gate: Gate, tenant: Tenant, answers: int):
+        gate.enter(tenant, answers)
+        self.tenant = tenant
+        self._gate = gate
+        self._answers = answers
+
+    def hand_over(self) -> Places:
+        """The same places for who gives them back from now on."""
+        taken = copy(self)
+        self._answers = 0
+        return taken
+
+    def answered(self) -> None:
+        """By other than a job: how fast that goes tells others how long they have to wait."""
+        for _ in range(self._answers):
+            self._gate.began()
+            self._gate.leave(self.tenant)
+        self._answers = 0
+
+    def give_back(self) -> None:
+        """Harmless when done twice."""
+        self._gate.withdraw(self.tenant, self._answers)
+        self._answers = 0
+
+
 class Jobs:
     """Begins jobs, and counts what comes of them. For the event loop alone."""
 
@@ -75,21 +108,29 @@ class Jobs:
         self,
         thread: EngineThread,
         request_id: str,
-        tenant: Tenant,
+        places: Places,
         orders: Sequence[Order],
         arrived: float,
     ) -> Job:
-        """Raises ApiError when there are too many, and what `Engine.submit_samples` raises."""
-        job = Job(request_id, tenant, arrived)
-        answers = sum(order.params.n for order in orders)
-        self._gate.enter(tenant, answers)
+        """Takes the places over; raises what `Engine.submit_samples` raises.
+
+        Who waits may be cancelled at any time: what the engine accepts then ends at once.
+        """
+        job = Job(request_id, places.tenant, arrived)
+        tickets, places = tickets_of(orders, job), places.hand_over()
+        accepted = thread.submit(tickets)
+
+        def decided(accepted: asyncio.Future[None]) -> None:
+            if accepted.cancelled() or accepted.exception() is not None:
+                places.give_back()  # else each answer leaves when it ends
+
+        accepted.add_done_callback(decided)
         try:
-            job.tickets = await thread.submit(orders, job)
-        except Exception:
-            for _ in range(answers):
-                self._gate.began()
-                self._gate.leave(tenant)
+            await asyncio.shield(accepted)
+        except asyncio.CancelledError:
+            thread.abort(tickets)
             raise
+        job.tickets = tickets
         return job
 
     def deliver(self, ticket: Ticket, sample: int, news: News) -> None:

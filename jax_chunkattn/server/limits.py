@@ -82,6 +82,11 @@ class Gate:
         self.waiting += answers
         self._running[tenant.name] += answers
 
+    def withdraw(self, tenant: Tenant, answers: int) -> None:
+        """So many that have come in are not asked for after all."""
+        self.waiting -= answers
+        self._leave(tenant, answers)
+
     def began(self) -> None:
         """An answer has its first token, or has ended without any."""
         self.waiting -= 1
@@ -89,7 +94,10 @@ class Gate:
 
     def leave(self, tenant: Tenant) -> None:
         """An answer has ended."""
-        self._running[tenant.name] -= 1
+        self._leave(tenant, 1)
+
+    def _leave(self, tenant: Tenant, answers: int) -> None:
+        self._running[tenant.name] -= answers
         if not self._running[tenant.name]:
             del self._running[tenant.name]
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from jax_chunkattn.engine.text import Tokenizer
@@ -64,28 +64,51 @@ class Served:
         return min(self.max_positions, self.pool_tokens)
 
 
-async def completion_orders(
-    request: CompletionRequest, served: Served, limits: Limits, tenant: Tenant
-) -> list[Order]:
-    """An order for each prompt, whose `max_tokens` is at least 1: with 0 only its prompt is told.
+@dataclass(frozen=True)
+class Wanted:
+    """What a request asks for, as far as can be told before its prompts are tokenized.
+
+    Attributes:
+      answers: so many.
+      params: of each.
+      max_tokens: of each; None for a chat that may be as long as there is room.
+    """
+
+    answers: int
+    params: SamplingParams
+    max_tokens: int | None
+
+
+def completion_wanted(request: CompletionRequest, served: Served, limits: Limits) -> Wanted:
+    """`max_tokens` is at least 1: with 0 only prompts are told, which is one answer.
 
     Raises ApiError for what cannot be served.
     """
     _check_form(request, served)
     if request.max_tokens == 0 and not request.echo:
         raise ApiError(400, "max_tokens 0 is for echo: nothing would be told", param="max_tokens")
-    prompts = [await tokens_of(one, served) for one in _prompts(request.prompt)]
-    wanted = COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+    if request.max_tokens == 0 and request.stream:
+        raise ApiError(400, "with max_tokens 0 there is nothing to stream", param="stream")
+    asked = COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+    params = _params(request, limits, max(asked, 1), logprobs=request.logprobs)
+    answers = len(_prompts(request.prompt)) * params.n
+    _check_answers(answers, limits)
+    return Wanted(answers if asked else 1, params, params.max_tokens)
+
+
+async def completion_orders(
+    request: CompletionRequest, wanted: Wanted, served: Served, limits: Limits, tenant: Tenant
+) -> list[Order]:
+    """An order for each prompt. Raises ApiError for what cannot be served."""
     orders = []
-    for prompt in prompts:
+    for one in _prompts(request.prompt):
+        prompt = await tokens_of(one, served)
         _check_prompt(prompt, limits)
-        params = _params(request, served, limits, max(wanted, 1), logprobs=request.logprobs)
-        orders.append(Order(prompt, params, tenant.salt(request.cache_salt)))
-    _check_answers(len(prompts) * orders[0].params.n, limits)
+        orders.append(Order(prompt, wanted.params, tenant.salt(request.cache_salt)))
     return orders
 
 
-async def chat_order(request: ChatRequest, served: Served, limits: Limits, tenant: Tenant) -> Order:
+def chat_wanted(request: ChatRequest, served: Served, limits: Limits) -> Wanted:
     """Raises ApiError for what cannot be served."""
     _check_form(request, served)
     if request.top_logprobs and not request.logprobs:
@@ -97,15 +120,24 @@ async def chat_order(request: ChatRequest, served: Served, limits: Limits, tenan
             "max_tokens and max_completion_tokens are the same here: give one of them",
             param="max_tokens",
         )
+    max_tokens = given[0] if given[0] is not None else given[1]
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    params = _params(request, limits, max_tokens or 1, logprobs=logprobs)
+    _check_answers(params.n, limits)
+    return Wanted(params.n, params, max_tokens)
+
+
+async def chat_order(
+    request: ChatRequest, wanted: Wanted, served: Served, limits: Limits, tenant: Tenant
+) -> Order:
+    """Raises ApiError for what cannot be served."""
     prompt = await _chat_tokens(request, served)
     _check_prompt(prompt, limits)
-    wanted = given[0] if given[0] is not None else given[1]
-    if wanted is None:
+    params = wanted.params
+    if wanted.max_tokens is None:
         room = served.most_tokens - len(prompt)
-        wanted = max(1, min(room, limits.new_tokens or room, limits.default_new_tokens))
-    logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    params = _params(request, served, limits, wanted, logprobs=logprobs)
-    _check_answers(params.n, limits)
+        most = max(1, min(room, limits.new_tokens or room, limits.default_new_tokens))
+        params = replace(params, max_tokens=most)
     return Order(prompt, params, tenant.salt(request.cache_salt))
 
 
@@ -201,7 +233,7 @@ def _check_answers(answers: int, limits: Limits) -> None:
 
 
 def _params(
-    request: Sampled, served: Served, limits: Limits, max_tokens: int, *, logprobs: int | None
+    request: Sampled, limits: Limits, max_tokens: int, *, logprobs: int | None
 ) -> SamplingParams:
     samples = request.n or 1
     if samples > limits.samples:

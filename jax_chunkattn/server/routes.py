@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -14,17 +14,24 @@ from starlette.routing import Route
 from jax_chunkattn.server.answers import Head, usage_of_job, whole_answers
 from jax_chunkattn.server.bodies import JSON, read_as, watching
 from jax_chunkattn.server.chats import Chats
-from jax_chunkattn.server.completions import Completions, echoes_of
+from jax_chunkattn.server.completions import Completions, Echo, echoes_of
 from jax_chunkattn.server.endpoint import Endpoint
 from jax_chunkattn.server.errors import ApiError, json_bytes
 from jax_chunkattn.server.event_stream import EventStream
-from jax_chunkattn.server.inbox import Inbox
+from jax_chunkattn.server.inbox import Inbox, Order
 from jax_chunkattn.server.jobs import Job
 from jax_chunkattn.server.metrics import CONTENT_TYPE
 from jax_chunkattn.server.openapi import description
-from jax_chunkattn.server.orders import chat_order, completion_orders, require_model
+from jax_chunkattn.server.orders import (
+    chat_order,
+    chat_wanted,
+    completion_orders,
+    completion_wanted,
+    require_model,
+)
 from jax_chunkattn.server.schemas import ChatRequest, CompletionRequest, ScoreRequest, Strict
 from jax_chunkattn.server.scores import check_scored, score
+from jax_chunkattn.server.tenants import Tenant
 
 CALL = "jax_chunkattn.call"
 """Where an ASGI scope has its `Call`."""
@@ -85,38 +92,49 @@ class Routes:
         endpoint, call = self._endpoint, call_of(request)
         tenant = self._tenant(request)
         asked = await self._body(CompletionRequest, request)
-        orders = await completion_orders(asked, endpoint.served, endpoint.limits, tenant)
-        writer = Completions(
-            asked,
-            Head.of("cmpl", "text_completion", endpoint.served.name),
-            endpoint.texts,
-        )
-        if asked.echo:
-            for order in orders:
-                endpoint.engine.check_request(order.prompt, order.params, salt=order.salt)
-            inbox = Inbox(call.id, tenant)
-            if asked.logprobs is not None:
-                check_scored(sum(len(order.prompt) for order in orders), endpoint.limits)
-            work = partial(echoes_of, asked, orders, endpoint.scorer, endpoint.texts, inbox)
-            async with watching(request.receive, inbox.leave):
-                writer.echoes = await endpoint.scored(inbox, work)
-            if inbox.gone:
-                raise ClientDisconnect
-        if asked.max_tokens == 0:
-            if asked.stream:
-                raise ApiError(400, "with max_tokens 0 there is nothing to stream", param="stream")
-            return _json(writer.only_echoes(orders))
-        job = await endpoint.begin(call.id, tenant, orders, call.arrived)
+        served, limits = endpoint.served, endpoint.limits
+        wanted = completion_wanted(asked, served, limits)
+        writer = Completions(asked, Head.of("cmpl", "text_completion", served.name), endpoint.texts)
+        with endpoint.places(tenant, wanted.answers) as places:
+            orders = await completion_orders(asked, wanted, served, limits, tenant)
+            if asked.echo:
+                writer.echoes = await self._echoes(request, asked, orders, tenant)
+            if asked.max_tokens == 0:
+                places.answered()
+                return _json(writer.only_echoes(orders))
+            job = await endpoint.begin(call.id, places, orders, call.arrived)
         return await self._answer(request, job, writer, bool(asked.stream))
+
+    async def _echoes(
+        self,
+        request: Request,
+        asked: CompletionRequest,
+        orders: Sequence[Order],
+        tenant: Tenant,
+    ) -> list[Echo]:
+        endpoint = self._endpoint
+        for order in orders:
+            endpoint.engine.check_request(order.prompt, order.params, salt=order.salt)
+        if asked.logprobs is not None:
+            check_scored(sum(len(order.prompt) for order in orders), endpoint.limits)
+        inbox = Inbox(call_of(request).id, tenant)
+        async with watching(request.receive, inbox.leave):
+            echoes = await echoes_of(asked, orders, endpoint.scorer, endpoint.texts, inbox)
+        if inbox.gone:
+            raise ClientDisconnect
+        return echoes
 
     async def chats(self, request: Request) -> Response:
         endpoint, call = self._endpoint, call_of(request)
         tenant = self._tenant(request)
         asked = await self._body(ChatRequest, request)
-        order = await chat_order(asked, endpoint.served, endpoint.limits, tenant)
+        served, limits = endpoint.served, endpoint.limits
+        wanted = chat_wanted(asked, served, limits)
         kind = "chat.completion.chunk" if asked.stream else "chat.completion"
-        writer = Chats(asked, Head.of("chatcmpl", kind, endpoint.served.name), endpoint.texts)
-        job = await endpoint.begin(call.id, tenant, [order], call.arrived)
+        writer = Chats(asked, Head.of("chatcmpl", kind, served.name), endpoint.texts)
+        with endpoint.places(tenant, wanted.answers) as places:
+            order = await chat_order(asked, wanted, served, limits, tenant)
+            job = await endpoint.begin(call.id, places, [order], call.arrived)
         return await self._answer(request, job, writer, bool(asked.stream))
 
     async def scores(self, request: Request) -> Response:
@@ -124,11 +142,17 @@ class Routes:
         inbox = Inbox(call_of(request).id, self._tenant(request))
         asked = await self._body(ScoreRequest, request)
         require_model(asked.model, endpoint.served)
-        work = partial(
-            score, asked, endpoint.scorer, endpoint.served, endpoint.limits, inbox, endpoint.texts
-        )
-        async with watching(request.receive, inbox.leave):
-            told = await endpoint.scored(inbox, work)
+        with endpoint.places(inbox.tenant, 1) as places:
+            async with watching(request.receive, inbox.leave):
+                told = await score(
+                    asked,
+                    endpoint.scorer,
+                    endpoint.served,
+                    endpoint.limits,
+                    inbox,
+                    endpoint.texts,
+                )
+            places.answered()
         if inbox.gone:
             raise ClientDisconnect
         return _json(told)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import io
 import json
@@ -18,8 +19,9 @@ from typing import Any
 
 import pytest
 
-from jax_chunkattn import Engine
+from jax_chunkattn import Engine, SamplingParams
 from jax_chunkattn.server.errors import ApiError
+from jax_chunkattn.server.inbox import Order
 from jax_chunkattn.server.limits import Gate, Limits
 from jax_chunkattn.server.log import Log
 from jax_chunkattn.server.serving import Serving
@@ -126,6 +128,54 @@ def test_who_comes_when_the_queue_is_full_is_told_when_to_come_again():
             connection.close()
 
 
+def test_who_is_told_to_come_again_has_nothing_tokenized():
+    asked: list[str] = []
+
+    class Counting(BytePairs):
+        def encode(self, text: str) -> list[int]:
+            asked.append(text)
+            return super().encode(text)
+
+    def chat(messages, *, tools):
+        asked.append("chat")
+        return [1]
+
+    served = {"tokenizer": Counting(), "chat": chat}
+    with running(served=served, limits=Limits(queue=1)) as found, held(found):
+        connection = opened(found, prompt=[1])
+        until(lambda: found.endpoint.gate.waiting == 1)
+        score = {"model": MODEL, "prefix": "a", "continuations": ["b"]}
+        for reply in (
+            found.complete("a"),
+            found.complete("a", echo=True, max_tokens=0),
+            found.chat([{"role": "user", "content": "a"}]),
+            found.post("/v1/score", score),
+        ):
+            assert (reply.status, reply.value["error"]["code"]) == (429, "queue_full")
+        connection.close()
+    assert asked == []
+
+
+@pytest.mark.parametrize("prompt", [[1], [999]], ids=["accepted", "refused"])
+def test_who_is_cancelled_while_the_engine_decides_keeps_no_place(tiny: Running, prompt):
+    endpoint = tiny.endpoint
+    before = tiny.engine.stats
+
+    async def begin() -> None:
+        with endpoint.places(EVERYBODY, 1) as places:
+            order = Order(prompt, SamplingParams(LONG), "")
+            await endpoint.begin("cancelled", places, [order], 0.0)
+
+    with held(tiny):
+        begun = asyncio.run_coroutine_threadsafe(begin(), endpoint.thread.loop)
+        until(lambda: endpoint.gate.open == 1)
+        begun.cancel()
+        time.sleep(0.1)
+        assert endpoint.gate.waiting == 1  # the engine may still accept it
+    until(lambda: endpoint.gate.open == endpoint.gate.waiting == 0)
+    assert tiny.engine.stats.decode_tokens - before.decode_tokens < LONG - 1
+
+
 def test_a_key_has_so_many_streams_at_once_and_others_theirs():
     keys = Keys({"a" * 16: Tenant("ann"), "b" * 16: Tenant("ben")})
     with running(limits=Limits(streams=2), keys=keys) as found:
@@ -171,7 +221,7 @@ def test_limits_that_let_nothing_through_are_refused(field: str):
 
 def test_own_limits_of_tokens():
     with running(limits=Limits(prompt_tokens=4, new_tokens=3)) as found:
-        assert "at most 4" in found.complete("abcde").body.decode()
+        assert "at most 4" in found.complete("abcde", max_tokens=3).body.decode()
         assert "at most 3" in found.complete("abcd", max_tokens=4).body.decode()
         usage = found.chat([{"role": "user", "content": ""}]).value
         assert "at most 4" in usage["error"]["message"]
