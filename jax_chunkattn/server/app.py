@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import re
@@ -87,6 +88,10 @@ class _Outside:
             await self._app(scope, receive, give)
         except ClientDisconnect:
             status = status or CLIENT_LEFT
+        except asyncio.CancelledError:
+            if not self._endpoint.draining:
+                raise
+            status = status or CLIENT_LEFT  # the server ends, and its client has been left
         except HTTPException as raised:
             error = ApiError(raised.status_code, raised.detail, headers=raised.headers)
         except Exception as raised:

@@ -53,6 +53,7 @@ class Server(uvicorn.Server):
     def __init__(self, endpoint: Endpoint, serving: Serving = Serving(), *, keyed: bool = False):
         self._endpoint = endpoint
         self._serving = serving
+        self._loop: asyncio.AbstractEventLoop | None = None
         hosts = serving.hosts
         if hosts is None and not keyed and serving.is_loopback:
             hosts = LOOPBACK
@@ -89,7 +90,7 @@ class Server(uvicorn.Server):
             asyncio.run(self._serve_at(at))
 
     async def _serve_at(self, at: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, self.stop)
@@ -101,10 +102,20 @@ class Server(uvicorn.Server):
         yield
 
     def stop(self) -> None:
-        """As a signal; for the event loop's thread, or by `call_soon_threadsafe`."""
+        """As a signal; from any thread."""
         self._endpoint.drain()
-        self.force_exit = self.should_exit
+        if self.should_exit and self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._end_at_once)
         self.should_exit = True
+
+    def _end_at_once(self) -> None:
+        """As if all clients had gone. What uvicorn's `force_exit` leaves is an error of each."""
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+        for task in list(self.server_state.tasks):
+            task.cancel()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends what has not ended by itself while connections are waited for."""

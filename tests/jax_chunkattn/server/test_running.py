@@ -14,6 +14,7 @@ import struct
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,23 @@ def test_the_end_tells_who_is_cut_off(streams: bool):
         assert (answer.status, body.endswith("data: [DONE]\n\n")) == (
             (200, True) if streams else (503, False)
         )
+
+
+@pytest.mark.parametrize("streams", [True, False], ids=["stream", "whole"])
+def test_to_be_stopped_twice_is_to_end_at_once_and_quietly(streams: bool, caplog):
+    with running(serving=Serving(port=0, grace=600)) as found:
+        connection = opened(found, stream=streams)
+        until(lambda: found.engine.stats.running == 1)
+        with held(found):
+            waiting = opened(found, prompt="b", stream=streams)
+            until(lambda: found.endpoint.gate.open == 2)
+            for _ in range(2):
+                found.server.stop()
+            for one in (connection, waiting):
+                with one, suppress(ConnectionResetError):
+                    while one.recv(1 << 16):
+                        pass
+    assert [record for record in caplog.records if record.levelname != "INFO"] == []
 
 
 def test_nothing_new_is_begun_at_the_end(tiny: Running):
