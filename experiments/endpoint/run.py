@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,9 @@ from jax_chunkattn.server.endpoint import Endpoint
 from jax_chunkattn.server.limits import Limits
 from jax_chunkattn.server.log import Log
 from jax_chunkattn.server.orders import ChatTemplate, Served
-from jax_chunkattn.server.serving import Server, Serving
+from jax_chunkattn.server.serving import Server, Serving, bound_to
 from jax_chunkattn.server.tenants import Keys, KeysError
+from jax_chunkattn.server.tls import TLSError
 from models import LoadedModel
 from pallas_kernels.implementations import check_device
 
@@ -34,9 +37,20 @@ from pallas_kernels.implementations import check_device
 def serve(config: EndpointConfig) -> dict[str, Any]:
     """Serve until told to stop."""
     check_device(config.implementation)
-    keys = _keys(config)
+    keys, serving = _keys(config), _serving(config)
     source = parse_model(config.model)
-    loaded = load_model(source, LoadOptions(config.dtype, config.seed, config.max_positions))
+    with _bound_to(config.host, config.port) as at:
+        options = LoadOptions(config.dtype, config.seed, config.max_positions)
+        return _serve_at(at, config, load_model(source, options), keys, serving)
+
+
+def _serve_at(
+    at: socket.socket,
+    config: EndpointConfig,
+    loaded: LoadedModel,
+    keys: Keys | None,
+    serving: Serving,
+) -> dict[str, Any]:
     tokenizer, chat = words_of(loaded)
     events = None if config.kv_events is None else KVEvents()
     with (
@@ -52,22 +66,15 @@ def serve(config: EndpointConfig) -> dict[str, Any]:
             warm_up=_warm_up if config.warm_up else None,
             log_prompts=config.log_prompts,
         )
-        serving = Serving(
-            config.host,
-            config.port,
-            grace=config.grace,
-            certificate=config.certificate,
-            private_key=config.private_key,
-        )
         server = Server(endpoint, serving, keyed=keys is not None)
         log, began = Log(), time.perf_counter()
         try:
             with _stopped_after(config.seconds, server):
-                server.run_until_stopped(lambda url: _tell(url, served))
+                server.run_until_stopped(lambda url: _tell(url, served), at)
         except OSError as error:
-            raise UserError(
-                f"--host {config.host} --port {config.port}: {error.strerror or error}"
-            ) from error
+            if error.errno != errno.EADDRINUSE:  # else somebody else began to listen there first
+                raise
+            raise _unusable(config.host, config.port, error) from error
         finally:
             log.close()
         return _summary(engine, served, time.perf_counter() - began)
@@ -170,6 +177,34 @@ def _keys(config: EndpointConfig) -> Keys | None:
         return None if config.keys is None else Keys.read(Path(config.keys))
     except KeysError as error:
         raise UserError(f"--keys {error}") from error
+
+
+def _serving(config: EndpointConfig) -> Serving:
+    try:
+        return Serving(
+            config.host,
+            config.port,
+            grace=config.grace,
+            certificate=config.certificate,
+            private_key=config.private_key,
+        )
+    except TLSError as error:
+        raise UserError(str(error)) from error
+
+
+@contextmanager
+def _bound_to(host: str, port: int) -> Iterator[socket.socket]:
+    """The address, told before anything is loaded where it cannot be had."""
+    with ExitStack() as stack:
+        try:
+            at = stack.enter_context(bound_to(host, port))
+        except OSError as error:
+            raise _unusable(host, port, error) from error
+        yield at
+
+
+def _unusable(host: str, port: int, error: OSError) -> UserError:
+    return UserError(f"--host {host} --port {port}: {error.strerror or error}")
 
 
 def _warm_up(engine: Engine) -> None:

@@ -15,6 +15,7 @@ import uvicorn
 
 from jax_chunkattn.server.app import LOOPBACK, make_app
 from jax_chunkattn.server.endpoint import Endpoint
+from jax_chunkattn.server.tls import check_tls
 
 BACKLOG = 2048  # connections that wait to be accepted
 STOPPING_SECONDS = 5.0  # for clients to read the end of what the server has ended
@@ -32,6 +33,9 @@ class Serving:
       hosts: names that clients may call it by; None allows all where there are keys, and else
         those of this machine.
       certificate, private_key: for TLS; files that uvicorn reads.
+
+    Raises:
+      TLSError: they cannot be used.
     """
 
     host: str = "127.0.0.1"
@@ -41,6 +45,10 @@ class Serving:
     hosts: Collection[str] | None = None
     certificate: Path | None = None
     private_key: Path | None = None
+
+    def __post_init__(self):
+        if self.certificate is not None:
+            check_tls(self.certificate, self.private_key)
 
     @property
     def is_loopback(self) -> bool:
@@ -74,15 +82,22 @@ class Server(uvicorn.Server):
             )
         )
 
-    def run_until_stopped(self, on_listening: Callable[[str], None]) -> None:
+    def run_until_stopped(
+        self, on_listening: Callable[[str], None], at: socket.socket | None = None
+    ) -> None:
         """Listens, calls `on_listening` with the address, and serves.
 
         The first Ctrl-C, or SIGTERM, has it stop when what runs has ended or `grace` is over; the
         second at once.
 
+        Args:
+          at: a socket of `bound_to`, which stays open; None makes one.
+
         Raises OSError when it cannot listen there.
         """
-        with listening_at(self._serving.host, self._serving.port) as at:
+        with contextlib.ExitStack() as stack:
+            at = at or stack.enter_context(bound_to(self._serving.host, self._serving.port))
+            at.listen(BACKLOG)
             host, port = at.getsockname()[:2]
             scheme = "https" if self._serving.certificate else "http"
             shown = f"[{host}]" if ":" in host else host
@@ -127,12 +142,14 @@ class Server(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def listening_at(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket there, at which clients may come from now on. Raises OSError."""
+def bound_to(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that has the address; who comes before somebody listens at it is turned away.
+
+    Raises OSError.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # By its protocol asyncio knows that it must not wait to send small pieces (Nagle).
     with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as at:
         at.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         at.bind((host, port))
-        at.listen(BACKLOG)
         yield at

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 pytest.importorskip("uvicorn", reason="needs the extra server")
 
 from experiments.endpoint import config as endpoint_config
+from experiments.endpoint import run as endpoint_run
 from experiments.endpoint.byte_tokens import ByteTokenizer
 from experiments.endpoint.command import run as run_endpoint
 from experiments.endpoint.config import EndpointConfig
@@ -173,6 +175,21 @@ def test_an_endpoint_that_cannot_be_is_refused(changes, message: str):
     with pytest.raises(UserError, match=message):
         run_endpoint(EndpointConfig(model="random:tiny", **changes))
     assert endpoint_config.LOOPBACK[0] == EndpointConfig().host
+
+
+def test_an_address_or_a_certificate_that_cannot_be_is_told_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(endpoint_run, "load_model", lambda *_: pytest.fail("loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError) as caught:
+            run_endpoint(EndpointConfig(model="random:tiny", port=port))
+        assert str(caught.value) == f"--host 127.0.0.1 --port {port}: Address already in use"
+    certificate = tmp_path / "certificate.pem"
+    certificate.touch()
+    with pytest.raises(UserError, match=f"certificate {certificate} cannot be used"):
+        run_endpoint(EndpointConfig(model="random:tiny", port=0, certificate=certificate))
 
 
 def test_bytes_stand_for_tokens():

@@ -27,6 +27,7 @@ from jax_chunkattn.server.limits import Gate, Limits
 from jax_chunkattn.server.log import Log
 from jax_chunkattn.server.serving import Serving
 from jax_chunkattn.server.tenants import EVERYBODY, Keys, Tenant
+from jax_chunkattn.server.tls import TLSError
 from tests.jax_chunkattn.engine.engines import BytePairs, make_engine
 from tests.jax_chunkattn.server.endpoints import (
     LONG,
@@ -430,13 +431,45 @@ def test_a_full_log_loses_lines_and_waits_for_nobody(monkeypatch: pytest.MonkeyP
     assert len(logged(slow)) == 50 - log.lost
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
-def test_it_speaks_tls(tmp_path: Path):
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+def certificate_in(folder: Path, *options: str) -> tuple[Path, Path]:
+    """A certificate of this machine, and its key."""
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
-    command += ["-nodes", "-days", "1", "-subj", "/CN=localhost", "-addext"]
+    command += [*(options or ("-nodes",)), "-days", "1", "-subj", "/CN=localhost", "-addext"]
     command += ["subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    folder.mkdir(exist_ok=True)
     subprocess.run(command, check=True, capture_output=True)
+    return certificate, key
+
+
+needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+
+
+@needs_openssl
+def test_a_certificate_or_a_key_that_is_none_is_refused_by_its_name(tmp_path: Path):
+    certificate, key = certificate_in(tmp_path / "mine")
+    other, _ = certificate_in(tmp_path / "other")
+    _, encrypted = certificate_in(tmp_path / "encrypted", "-passout", "pass:secret")
+    empty = tmp_path / "empty.pem"
+    empty.touch()
+    Serving(certificate=certificate, private_key=key)
+    for files, message in (
+        ((empty, key), f"certificate {empty} cannot be used: there is none in it"),
+        ((tmp_path / "gone", key), f"certificate {tmp_path / 'gone'} cannot be used: No such file"),
+        ((certificate, empty), f"private key {empty} cannot be used: there is none in it"),
+        ((certificate, None), f"private key {certificate} cannot be used: there is none in it"),
+        ((other, key), f"private key {key} is not that of certificate {other}"),
+        ((certificate, encrypted), f"private key {encrypted} is encrypted: give one that is not"),
+    ):
+        with pytest.raises(TLSError) as caught:
+            Serving(certificate=files[0], private_key=files[1])
+        assert str(caught.value).startswith(message)
+        assert "\n" not in str(caught.value)
+
+
+@needs_openssl
+def test_it_speaks_tls(tmp_path: Path):
+    certificate, key = certificate_in(tmp_path)
     serving = Serving(port=0, certificate=certificate, private_key=key)
     with running(serving=serving) as found:
         assert found.url.startswith("https://127.0.0.1:")
