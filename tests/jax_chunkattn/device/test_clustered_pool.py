@@ -135,10 +135,11 @@ def test_decoding_and_prefill_update_the_pool_in_place():
 
 @implementations_of_clusters
 @pytest.mark.slow
-@pytest.mark.parametrize("model", [toy_model(), layered_model()], ids=["all", "windows"])
-def test_each_implementation_decodes_from_it(implementation, model):
+@pytest.mark.parametrize("model_of", [toy_model, layered_model], ids=["all", "windows"])
+def test_each_implementation_decodes_from_it(implementation, model_of):
     """Some share a prefix, and one fills its first chunk with its answer."""
     counts, prompts = (2, 3), [*token_tree((1, 70), (3, 9)), *token_tree((1, 11), seed=1)]
+    model = model_of()
     engine = make_engine(
         model=model,
         clusters=HeadClusters(counts),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import pytest
 
@@ -12,12 +13,17 @@ from tests.jax_chunkattn.engine.engines import assert_all_returned, make_engine
 from tests.jax_chunkattn.toy import greedy_without_cache, token_tree
 
 
+@functools.cache
+def right() -> list[list[int]]:
+    """What a model without a cache answers."""
+    return [greedy_without_cache(prompt, 24) for prompt in PROMPTS]
+
+
 class Interrupt(BaseException):
     """As KeyboardInterrupt, but that pytest does not end for it."""
 
 
 PROMPTS = token_tree((1, 20), (3, 5))
-EXPECTED = [greedy_without_cache(prompt, 24) for prompt in PROMPTS]
 
 
 def run_with(act, at: int = 2):
@@ -67,7 +73,7 @@ ACTIONS = {
 def test_a_callback_that_uses_the_engine_disturbs_nobody(action, at):
     engine, handles, seen = run_with(ACTIONS[action], at)
     for index, handle in enumerate(handles):
-        assert tokens_of(index, seen) == list(handle.tokens) == EXPECTED[index]
+        assert tokens_of(index, seen) == list(handle.tokens) == right()[index]
         assert handle.finish_reason == "length"
     assert engine.stats.recoveries == 0
     assert_all_returned(engine)
@@ -80,7 +86,7 @@ def test_a_callback_may_abort_anyone(victim):
         events = [event for which, event in seen if which == index]
         assert tokens_of(index, seen) == list(handle.tokens)
         assert events[-1].finish_reason == ("abort" if index == victim else "length")
-        assert list(handle.tokens) == EXPECTED[index][: len(handle.tokens)]
+        assert list(handle.tokens) == right()[index][: len(handle.tokens)]
     assert_all_returned(engine)
 
 
@@ -117,7 +123,7 @@ def test_no_callback_comes_between_an_error_and_its_repair(monkeypatch, error, a
         engine.run()
     engine.run()
     assert failed
-    assert [list(handle.result().tokens) for handle in handles] == EXPECTED
+    assert [list(handle.result().tokens) for handle in handles] == right()
     assert engine.stats.recoveries == 1
     assert_all_returned(engine)
 
@@ -185,7 +191,7 @@ def test_a_callback_that_raises_at_the_last_event_leaves_the_answer_but_is_not_h
 
     handle = engine.submit(PROMPTS[0], SamplingParams(24), on_event=fussy)
     engine.run()
-    assert list(handle.tokens) == EXPECTED[0]
+    assert list(handle.tokens) == right()[0]
     assert handle.finish_reason == "length"
     with pytest.raises(RequestFailed, match="at the end"):
         handle.result()

@@ -57,14 +57,15 @@ def test_drawn_tokens_and_all_that_is_reported_of_them():
 
 
 @pytest.mark.parametrize(
-    ("options", "tolerance"),
+    ("model", "codec", "tolerance"),
     [
-        pytest.param({}, 1e-5, id="exact"),
-        pytest.param({"model": windowed_model()}, 1e-5, id="windows", marks=pytest.mark.slow),
-        pytest.param({"codec": "int8"}, 2e-3, id="int8", marks=pytest.mark.slow),
+        pytest.param(toy_model, "identity", 1e-5, id="exact"),
+        pytest.param(windowed_model, "identity", 1e-5, id="windows", marks=pytest.mark.slow),
+        pytest.param(toy_model, "int8", 2e-3, id="int8", marks=pytest.mark.slow),
     ],
 )
-def test_it_computes_what_other_engines_do(options, tolerance):
+def test_it_computes_what_other_engines_do(model, codec, tolerance):
+    options = {"model": model(), "codec": codec}
     params = SamplingParams(20, logprobs=0)
     found = []
     for deterministic in (True, False):

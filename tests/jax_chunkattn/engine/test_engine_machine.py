@@ -126,7 +126,7 @@ def agreements_of(model: Decoder) -> tuple[Agreement, Agreement]:
 class EngineMachine(RuleBasedStateMachine):
     steps: ClassVar[int] = 0
     seen: ClassVar[Counter[str]] = Counter()
-    agreements: ClassVar[tuple[Agreement, Agreement]] = agreements_of(toy_model())
+    agreements: ClassVar[tuple[Agreement, Agreement]]
     pools: ClassVar[list[tuple[int, int]]] = POOLS
     options: ClassVar[Mapping[str, Any]] = {}
 
@@ -721,8 +721,6 @@ class WindowMachine(EngineMachine):
 
     seen: ClassVar[Counter[str]] = Counter()
     pools: ClassVar[list[tuple[int, int]]] = [(24, 16)]
-    agreements: ClassVar[tuple[Agreement, Agreement]] = agreements_of(windowed_model())
-    options: ClassVar[Mapping[str, Any]] = {"model": windowed_model(), "window_chunks": 20}
 
     @invariant()
     def windows_count(self) -> None:
@@ -764,6 +762,8 @@ def assert_agreed(agreements: Sequence[Agreement]) -> None:
 
 @pytest.mark.slow
 def test_random_use_of_windows_gives_the_answers_of_a_model_without_a_cache():
+    WindowMachine.agreements = agreements_of(windowed_model())
+    WindowMachine.options = {"model": windowed_model(), "window_chunks": 20}
     wanted = {"evicted", "fork copied", "partial chunk copied", "pinned", "window"}
     missed = run_until_seen(WindowMachine, wanted, max_examples=12, report_multiple_bugs=False)
     seen = WindowMachine.seen
@@ -790,6 +790,7 @@ def test_random_use_of_tiers_gives_the_answers_of_a_model_without_a_cache(tmp_pa
 @pytest.mark.slow
 @pytest.mark.devices(2)
 def test_random_use_of_a_mesh_gives_the_answers_of_a_model_without_a_cache():
+    MeshMachine.agreements = agreements_of(toy_model())
     MeshMachine.options = {"model": toy_model_on(2), "mesh": mesh_of(2)}
     wanted = {"evicted", "fork copied", "partial chunk copied", "pinned", "preempted", "scored"}
     missed = run_until_seen(MeshMachine, wanted, max_examples=8, report_multiple_bugs=False)

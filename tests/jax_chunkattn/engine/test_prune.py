@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import signal
 from weakref import ref
@@ -17,8 +18,13 @@ from tests.jax_chunkattn.engine.test_threads import start
 from tests.jax_chunkattn.toy import greedy_without_cache, token_tree
 
 [PROMPT] = token_tree((1, 40))
-EXPECTED = greedy_without_cache(PROMPT, 40)
 LONG = SamplingParams(300)
+
+
+@functools.cache
+def right() -> list[int]:
+    """What a model without a cache answers."""
+    return greedy_without_cache(PROMPT, 40)
 
 
 def family(engine, generations=4):
@@ -50,7 +56,7 @@ def test_pruning_ends_a_request_and_all_forks_of_forks(steps):
     assert_done([*chain[1:], *beside[1:]])
     assert [len(handle.tokens) for handle in chain] == lengths
     assert not chain[0].done
-    assert run([beside[0], other]) == [EXPECTED[: len(beside[0].tokens)], EXPECTED]
+    assert run([beside[0], other]) == [right()[: len(beside[0].tokens)], right()]
     chain[0].prune()
     chain[0].prune()
     assert_done([*chain, *beside])
@@ -64,7 +70,7 @@ def test_forks_made_after_pruning_live_on():
         engine.step()
     parent.prune()
     child = parent.fork(SamplingParams(40))
-    assert run([child]) == [EXPECTED]
+    assert run([child]) == [right()]
     assert_all_returned(engine)
 
 
@@ -73,7 +79,7 @@ def test_samples_of_one_prompt_are_no_kin():
     first, second, third = engine.submit_samples(PROMPT, SamplingParams(12, n=3))
     first.prune()
     assert first.finish_reason == "abort"
-    assert run([second, third]) == [EXPECTED[:12]] * 2
+    assert run([second, third]) == [right()[:12]] * 2
     assert_all_returned(engine)
 
 
@@ -258,12 +264,12 @@ def test_a_request_that_runs_can_be_held():
     engine = make_engine()
     samples = engine.submit_samples(PROMPT, SamplingParams(9, n=2))
     assert samples[0].hold()
-    assert run(samples) == [EXPECTED[:9]] * 2
+    assert run(samples) == [right()[:9]] * 2
     assert engine.stats.held == 1
     assert samples[0].hold(), "it is held already"
     assert not samples[1].hold(), "it has ended and let go"
     computed = engine.stats.prefill_tokens
-    assert run([samples[0].fork(SamplingParams(20))]) == [EXPECTED[:20]]
+    assert run([samples[0].fork(SamplingParams(20))]) == [right()[:20]]
     assert engine.stats.prefill_tokens == computed
     samples[0].release()
     assert not samples[0].hold()
@@ -281,5 +287,5 @@ def test_what_is_held_gives_way_to_those_who_run():
     assert not handle.hold()
     with pytest.raises(PoolExhausted):
         handle.fork(SamplingParams(400))
-    assert run([handle.fork(SamplingParams(20))]) == [EXPECTED[:20]]
+    assert run([handle.fork(SamplingParams(20))]) == [right()[:20]]
     assert_all_returned(engine)

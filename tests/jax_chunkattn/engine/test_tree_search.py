@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,7 +74,13 @@ def commonest(count: int) -> tuple[int, ...]:
     )
 
 
-LIMITS = [{}, {"max_tokens": 3}, {"max_depth": 2}, {"stop_tokens": commonest(2), "max_tokens": 5}]
+LIMITS = [{}, {"max_tokens": 3}, {"max_depth": 2}, {"stops": 2, "max_tokens": 5}]
+
+
+def options_of(limits: dict[str, int]) -> dict[str, Any]:
+    """The limits, whose `stops` are so many likely tokens."""
+    rest = {name: value for name, value in limits.items() if name != "stops"}
+    return rest | ({"stop_tokens": commonest(limits["stops"])} if "stops" in limits else {})
 
 
 @pytest.mark.parametrize("limits", LIMITS, ids=str)
@@ -91,9 +98,9 @@ def test_puct_grows_the_tree_of_a_search_without_a_cache(spans, value, explorati
         evaluate=evaluation(value),
         select=Puct(exploration),
         num_simulations=14,
-        **limits,
+        **options_of(limits),
     )
-    plain = PlainSearch(PROMPT, spans, value, exploration, **limits)
+    plain = PlainSearch(PROMPT, spans, value, exploration, **options_of(limits))
     plain.puct(14 if tree.expandable.any() else exhausted_after(tree))
     assert_same(tree, plain)
     assert_all_returned(engine)
@@ -110,11 +117,11 @@ def exhausted_after(tree) -> int:
 def test_best_first_and_beam_grow_the_trees_of_searches_without_a_cache(seed, limits):
     prompt, spans = token_tree((1, 30), seed=seed)[0], Spans(3)
     engine = make()
-    search = partial(tree_search, engine, prompt, expand=spans, **limits)
-    plain = PlainSearch(prompt, spans, mean, **limits)
+    search = partial(tree_search, engine, prompt, expand=spans, **options_of(limits))
+    plain = PlainSearch(prompt, spans, mean, **options_of(limits))
     plain.best_first(12)
     assert_same(search(select=BestFirst(), num_simulations=12), plain)
-    plain = PlainSearch(prompt, spans, mean, **limits)
+    plain = PlainSearch(prompt, spans, mean, **options_of(limits))
     plain.beam(2, 4)
     assert_same(search(select=Beam(2), num_simulations=7), plain)
     assert_all_returned(engine)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from jax_chunkattn import Engine
 from jax_chunkattn.planning.planner import PlannerOptions
+from models.decoder import Decoder
 from pallas_kernels.clusters import HeadClusters
 from pallas_kernels.codecs import ChunkCodec, ChunkContext, Constants
 from pallas_kernels.selection import ChunkSelector
@@ -33,21 +34,23 @@ class Feature:
     Attributes:
       name: of the row.
       options: of the engine that makes it.
+      model: gives the one that is run.
       devices: that the engine runs on, along `tp`; None is one, without a mesh.
     """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    model: Callable[[], Decoder] = toy_model
     devices: int | None = None
 
     def engine(self, **options: Any) -> Engine:
         """An engine with this feature, and with what a history asks for. With tiers heads with
         windows have as many chunks as others."""
-        laid: dict[str, Any] = {}
+        laid: dict[str, Any] = {"model": self.model()}
         if {"host_memory", "disk"} & options.keys():
-            laid = {"window_chunks": None}
+            laid["window_chunks"] = None
         if self.devices is not None:
-            model = laid_over(self.options.get("model", toy_model()), self.devices)
+            model = laid_over(self.model(), self.devices)
             laid |= {"model": model, "mesh": mesh_of(self.devices)}
         return make_engine(**{**self.options, **laid, **options})
 
@@ -86,8 +89,6 @@ class Marked:
 
 
 MARKED = ChunkCodec("marked", Marked(), Marked())
-WINDOWED = {"model": windowed_model()}
-PATTERNED = {"model": patterned_model()}
 SELECTOR = ChunkSelector(0.4, recent=0, refresh=4, whole=3)
 """`PROMPT` and its answer fill 7 chunks: at their end a query chooses one of five to read."""
 CHOOSING = {"selector": SELECTOR}
@@ -99,28 +100,28 @@ DETERMINISTIC = {"deterministic": True, "planner": PlannerOptions.for_native(in_
 FEATURES = (
     Feature("identity"),
     Feature("marked chunks", {"codec": MARKED}),
-    Feature("windows", {**WINDOWED, **GIVEN_UP}),
-    Feature("windows that give up nothing", {**WINDOWED, "window_chunks": 200}),
-    Feature("windows, marked chunks", {"codec": MARKED, **WINDOWED}),
-    Feature("head pattern", {**PATTERNED, **GIVEN_UP}),
-    Feature("head pattern, marked chunks", {"codec": MARKED, **PATTERNED}),
+    Feature("windows", GIVEN_UP, windowed_model),
+    Feature("windows that give up nothing", {"window_chunks": 200}, windowed_model),
+    Feature("windows, marked chunks", {"codec": MARKED}, windowed_model),
+    Feature("head pattern", GIVEN_UP, patterned_model),
+    Feature("head pattern, marked chunks", {"codec": MARKED}, patterned_model),
     Feature("choices", CHOOSING),
     Feature("choices by bounds", {"selector": replace(SELECTOR, policy="bounds")}),
     Feature("choices by descent", {"selector": replace(SELECTOR, policy="hip")}),
     Feature("choices, marked chunks", {"codec": MARKED, **CHOOSING}),
-    Feature("choices, windows", {**CHOOSING, **WINDOWED}),
-    Feature("choices, windows, marked chunks", {"codec": MARKED, **CHOOSING, **WINDOWED}),
+    Feature("choices, windows", CHOOSING, windowed_model),
+    Feature("choices, windows, marked chunks", {"codec": MARKED, **CHOOSING}, windowed_model),
     Feature("clusters", {"clusters": HeadClusters(CLUSTERS)}),
     Feature("clusters, marked chunks", {"clusters": HeadClusters(CLUSTERS), "codec": MARKED}),
-    Feature("clusters, windows", {"clusters": HeadClusters(CLUSTERS), "model": layered_model()}),
+    Feature("clusters, windows", {"clusters": HeadClusters(CLUSTERS)}, layered_model),
     Feature("one cluster", {"clusters": HeadClusters((1, 1))}),
     Feature("deterministic", DETERMINISTIC),
-    Feature("deterministic, windows", {**DETERMINISTIC, **WINDOWED, **GIVEN_UP}),
-    Feature("deterministic, windows, int4", {**DETERMINISTIC, **WINDOWED, "codec": "int4"}),
+    Feature("deterministic, windows", {**DETERMINISTIC, **GIVEN_UP}, windowed_model),
+    Feature("deterministic, windows, int4", {**DETERMINISTIC, "codec": "int4"}, windowed_model),
     Feature("tiers", {"host_memory": "60KB", "load": "always"}),
     Feature("mesh", devices=2),
     Feature("mesh with copies of heads", devices=4),
     Feature("mesh, marked chunks", {"codec": MARKED}, devices=2),
-    Feature("mesh, windows", {**WINDOWED, **GIVEN_UP}, devices=2),
-    Feature("mesh, head pattern, marked chunks", {"codec": MARKED, **PATTERNED}, devices=2),
+    Feature("mesh, windows", GIVEN_UP, windowed_model, devices=2),
+    Feature("mesh, head pattern, marked chunks", {"codec": MARKED}, patterned_model, devices=2),
 )

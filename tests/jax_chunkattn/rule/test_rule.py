@@ -182,7 +182,7 @@ def test_identity_is_a_model_without_a_cache():
 def test_windows_are_those_of_a_model_without_a_cache(name):
     [feature] = [one for one in FEATURES if one.name == name]
     tokens = [token for token, _ in expected(feature)]
-    model = feature.options["model"]
+    model = feature.model()
     assert tokens == greedy_without_cache(PROMPT, NUM_TOKENS, model=model)
     assert tokens != [token for token, _ in expected(FEATURES[0])]
 
@@ -203,7 +203,7 @@ def test_windows_are_those_of_a_model_without_a_cache(name):
 def test_choices_are_those_of_the_definition(feature):
     """Over a whole sequence at once: it knows no pool, no plan and no steps."""
     selector = feature.options["selector"]
-    model = feature.options.get("model", toy_model())
+    model = feature.model()
     answer = expected(feature)
     tokens = [*PROMPT, *(token for token, _ in answer)]
     windows = model.cache_spec.different_windows or None
@@ -232,7 +232,7 @@ def test_heads_attend_for_their_clusters_as_the_definition_has_it(name):
     answer = expected(feature)
     tokens = [*PROMPT, *(token for token, _ in answer)]
     counts = feature.options["clusters"].counts
-    model = feature.options.get("model", toy_model())
+    model = feature.model()
     logits = logits_by_clusters(model, counts, 16, tokens)[len(PROMPT) - 1 : -1]
     logprobs = logits - np.logaddexp.reduce(logits.astype(np.float64), axis=1, keepdims=True)
     for (token, logprob), row in zip(answer, logprobs, strict=True):

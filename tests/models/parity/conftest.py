@@ -30,6 +30,14 @@ def write(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="session")
+def theirs() -> Any:
+    """What asks transformers, which takes seconds to import: who runs no such test need not."""
+    from tests.models.parity import theirs
+
+    return theirs
+
+
+@pytest.fixture(scope="session")
 def figures(request: pytest.FixtureRequest, write: bool) -> Iterator[dict[str, Any]]:
     """What each case measured, by its name; kept at the end unless a test has failed."""
     cases: dict[str, Any] = {}

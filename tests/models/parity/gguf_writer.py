@@ -12,7 +12,6 @@ from typing import Any
 
 import gguf
 import numpy as np
-import transformers
 
 from tests.models.parity.cases import CASES, SMALL, WINDOW
 from tests.models.tiny_checkpoint import interleave_rows
@@ -151,5 +150,7 @@ def _converted(architecture: str, name: str, values: np.ndarray, config: Any) ->
 
 
 def read_by_transformers(path: Path) -> Any:
+    import transformers  # takes seconds
+
     model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
     return model.eval()

@@ -6,6 +6,7 @@ Needs the extra `parity`. `pytest tests/models/parity --write` keeps the results
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,11 @@ import pytest
 import models
 from tests.models.parity import ours
 from tests.models.parity.cases import CASES, GREEDY_TOKENS, LOGIT_TOLERANCE, PROMPTS, Case
+from tests.models.parity.gguf_writer import GGUF_CASES, read_by_transformers, write_gguf
 from tests.models.parity.golden import FOLDER, NAMES, Golden, last_logits
 
-for package in ("torch", "transformers"):
-    pytest.importorskip(package, reason="needs torch and transformers: the extra `parity`")
-
-from tests.models.parity import theirs  # noqa: E402
-from tests.models.parity.gguf_writer import GGUF_CASES, read_by_transformers, write_gguf  # noqa: E402
+if not all(find_spec(package) for package in ("torch", "transformers")):
+    pytest.skip("needs torch and transformers: the extra `parity`", allow_module_level=True)
 
 pytestmark = pytest.mark.filterwarnings("default")  # theirs are not ours to mend
 
@@ -31,7 +30,7 @@ ONLY_LOGITS = [name for name in CASES if name not in NAMES and not name.endswith
 
 
 def compare(
-    model: Any, loaded: models.LoadedModel, class_name: str, what: str, *, greedy: bool
+    theirs: Any, model: Any, loaded: models.LoadedModel, class_name: str, what: str, *, greedy: bool
 ) -> tuple[dict[str, Any], list[np.ndarray], list[list[int]] | None]:
     """Asserts that both agree; gives the figures, and transformers' logits and tokens."""
     logits = theirs.prompt_logits(model)
@@ -68,13 +67,13 @@ def assert_agrees(kept: Golden, golden: Golden) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_checkpoint_decodes_as_in_transformers(name, tmp_path, figures, write):
+def test_checkpoint_decodes_as_in_transformers(name, theirs, tmp_path, figures, write):
     case = CASES[name]
     model = theirs.make_model(case)
     theirs.write_checkpoint(case, model, tmp_path / name)
     loaded = models.load(tmp_path / name, max_positions=case.max_positions)
     found, logits, tokens = compare(
-        model, loaded, case.class_name, name, greedy=name not in ONLY_LOGITS
+        theirs, model, loaded, case.class_name, name, greedy=name not in ONLY_LOGITS
     )
     figures[name] = found
     if tokens is None or name not in NAMES:
@@ -87,7 +86,7 @@ def test_checkpoint_decodes_as_in_transformers(name, tmp_path, figures, write):
 
 
 @pytest.mark.parametrize("name", GGUF_CASES)
-def test_gguf_file_decodes_as_the_model_it_was_made_of(name, tmp_path, figures):
+def test_gguf_file_decodes_as_the_model_it_was_made_of(name, theirs, tmp_path, figures):
     """And transformers, reading the same file, agrees that it is that model."""
     case = GGUF_CASES[name]
     model = theirs.make_model(Case(case.class_name, case.config))
@@ -99,7 +98,7 @@ def test_gguf_file_decodes_as_the_model_it_was_made_of(name, tmp_path, figures):
         ):
             assert np.abs(one - other).max() < LOGIT_TOLERANCE
     loaded = models.load(path, max_positions=case.max_positions)
-    found, _, _ = compare(model, loaded, case.class_name, f"GGUF, {name}", greedy=False)
+    found, _, _ = compare(theirs, model, loaded, case.class_name, f"GGUF, {name}", greedy=False)
     figures[f"{name} in GGUF"] = found
 
 
