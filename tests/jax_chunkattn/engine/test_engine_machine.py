@@ -776,6 +776,7 @@ def test_random_use_of_windows_gives_the_answers_of_a_model_without_a_cache():
 def test_random_use_of_tiers_gives_the_answers_of_a_model_without_a_cache(tmp_path):
     """All engines find what those before them have left on the disk."""
     tiers = {"host_memory": "60KB", "disk": tmp_path, "disk_memory": "200KB", "load": "always"}
+    TieredMachine.agreements = agreements_of(toy_model())
     TieredMachine.options = tiers
     wanted = {
         "evicted", "fork copied", "partial chunk copied", "pinned", "preempted", "scored",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -13,8 +14,13 @@ from tests.jax_chunkattn.toy import greedy_without_cache, token_tree, windowed_m
 
 PROMPTS = token_tree((1, 40), (3, 9), seed=4)
 NUM_TOKENS = 30
-EXPECTED = [greedy_without_cache(prompt, NUM_TOKENS) for prompt in PROMPTS]
 SMALL, LARGE = 10, 24
+
+
+@functools.cache
+def right() -> list[list[int]]:
+    """What a model without a cache answers."""
+    return [greedy_without_cache(prompt, NUM_TOKENS) for prompt in PROMPTS]
 
 
 def engine_of(num_chunks: int, **options: Any) -> Engine:
@@ -37,22 +43,22 @@ def test_requests_go_on_in_a_pool_of_another_size(begin: int, end: int):
         engine.resize(num_chunks=end)
         stats = engine.stats
         assert stats.chunks_free + stats.chunks_cached + stats.chunks_in_use == end
-        assert run(handles) == EXPECTED
+        assert run(handles) == right()
         assert engine.stats.recoveries == 0
         assert_all_returned(engine)
 
 
 def test_what_was_computed_comes_back_from_the_tier():
     engine = engine_of(SMALL, host_memory="1MB", load="always")
-    assert run(submit_all(engine)) == EXPECTED
+    assert run(submit_all(engine)) == right()
     prefix = engine.pin(PROMPTS[0])
     handle = engine.submit(PROMPTS[1], SamplingParams(NUM_TOKENS))
     while len(handle.tokens) < 10:
         engine.step()
     computed = engine.stats.prefill_tokens
     engine.resize(num_chunks=LARGE)
-    assert list(handle.result().tokens) == EXPECTED[1]
-    assert run(submit_all(engine)) == EXPECTED
+    assert list(handle.result().tokens) == right()[1]
+    assert run(submit_all(engine)) == right()
     # The last token of a prompt, what is behind its last whole chunk, and what the one that ran had
     # in its tail: no chunk twice.
     assert engine.stats.prefill_tokens - computed < 4 * 16
@@ -81,7 +87,7 @@ def test_a_size_that_is_too_small_for_somebody_is_refused_and_all_go_on():
         engine.resize(memory="much")
     assert engine.stats.chunks_in_use == before
     assert engine.cache.num_chunks == LARGE
-    assert run(handles) == EXPECTED
+    assert run(handles) == right()
     assert_all_returned(engine)
 
 
@@ -91,7 +97,7 @@ def test_a_size_may_be_given_as_memory():
     assert engine.stats.chunks_free == 12
     assert engine.cache.memory is not None
     assert engine.cache.num_chunks is None
-    assert run(submit_all(engine)) == EXPECTED
+    assert run(submit_all(engine)) == right()
 
 
 def test_heads_with_windows_have_other_room_too():
@@ -121,7 +127,7 @@ def test_a_pool_that_cannot_be_had_leaves_the_old_one(monkeypatch: pytest.Monkey
     with pytest.raises(MemoryError):
         engine.resize(num_chunks=LARGE)
     assert engine.cache.num_chunks == SMALL
-    assert run(handles) == EXPECTED
+    assert run(handles) == right()
     assert_all_returned(engine)
 
 
@@ -145,7 +151,7 @@ def test_ctrl_c_in_the_midst_of_it_is_mended(monkeypatch: pytest.MonkeyPatch):
             patch.setattr(Device, "reset", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 engine.resize(num_chunks=LARGE)
-        assert run(handles) == EXPECTED
+        assert run(handles) == right()
         stats = engine.stats
         assert stats.chunks_free + stats.chunks_cached == LARGE, "it was carried out"
         engine.check()
@@ -163,5 +169,5 @@ def test_warm_up_compiles_for_the_new_size():
     engine.resize(num_chunks=LARGE)
     engine.warm_up()
     compiled = engine.stats.compilations
-    assert run(submit_all(engine)) == EXPECTED
+    assert run(submit_all(engine)) == right()
     assert engine.stats.compilations == compiled

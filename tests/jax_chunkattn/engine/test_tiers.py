@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import shutil
 import threading
 from collections.abc import Callable
@@ -34,14 +35,21 @@ CHUNK = 16
 [STRANGER] = token_tree((1, 100), seed=2)
 NUM_TOKENS = 12
 PARAMS = SamplingParams(NUM_TOKENS)
-EXPECTED = greedy_without_cache(PROMPT, NUM_TOKENS)
 WHOLE = len(PROMPT) // CHUNK * CHUNK
 """Tokens of the prompt that whole chunks hold."""
+
+
+@functools.cache
+def right() -> list[int]:
+    """What a model without a cache answers."""
+    return greedy_without_cache(PROMPT, NUM_TOKENS)
 
 
 def small_engine(**options: Any) -> Engine:
     """Of a pool that holds the prompt's chunks or the stranger's, and whose tiers are asked."""
     sizes = {"num_chunks": 10, "prefill_tokens": 32, "max_running": 3, "load": "always"}
+    if "model" in options:
+        options["model"] = options["model"]()  # nothing is computed before a test runs
     return make_engine(**{**sizes, **options})
 
 
@@ -77,11 +85,11 @@ def files(folder: Path) -> list[Path]:
 
 def test_what_is_evicted_comes_back_from_memory():
     engine = small_engine(host_memory="1MB")
-    assert answer(engine) == EXPECTED
+    assert answer(engine) == right()
     evict_all(engine)
     computed = engine.stats.prefill_tokens
     handle = engine.submit(PROMPT, PARAMS)
-    assert list(handle.result().tokens) == EXPECTED
+    assert list(handle.result().tokens) == right()
     assert engine.stats.prefill_tokens == computed + len(PROMPT) - WHOLE
     use = handle.prompt_use
     assert use is not None
@@ -96,16 +104,16 @@ def test_what_is_evicted_comes_back_from_memory():
 
 def test_another_engine_finds_what_is_on_the_disk(tmp_path: Path):
     with on_disk(tmp_path) as engine:
-        assert answer(engine) == EXPECTED
+        assert answer(engine) == right()
     with on_disk(tmp_path) as engine:
         handle = engine.submit(PROMPT, PARAMS)
-        assert list(handle.result().tokens) == EXPECTED
+        assert list(handle.result().tokens) == right()
         use = handle.prompt_use
         assert use is not None
         assert (use.disk, use.new, use.too_short) == (WHOLE, 0, len(PROMPT) - WHOLE)
         assert engine.stats.prefill_tokens == len(PROMPT) - WHOLE
         # The answer's chunk too, as a part of a longer prompt.
-        longer = [*PROMPT, *EXPECTED, 7]
+        longer = [*PROMPT, *right(), 7]
         handle = engine.submit(longer, PARAMS)
         assert list(handle.result().tokens) == greedy_without_cache(longer, NUM_TOKENS)
         assert_all_returned(engine)
@@ -125,10 +133,10 @@ def test_a_prompt_that_ends_with_a_chunk_has_its_last_token_computed(tmp_path: P
 
 def test_memory_gives_way_to_the_disk(tmp_path: Path):
     engine = on_disk(tmp_path, host_memory="20KB")  # of chunks of 8 KB
-    assert answer(engine) == EXPECTED
+    assert answer(engine) == right()
     for _ in range(2):
         evict_all(engine)
-        assert answer(engine) == EXPECTED
+        assert answer(engine) == right()
     tiers = engine.stats.tiers
     assert tiers is not None
     assert tiers.host_chunks == 2
@@ -142,7 +150,7 @@ def test_those_who_share_what_is_coming_wait_for_it_and_load_it_once(tmp_path: P
         answer(engine)
     with on_disk(tmp_path) as engine:
         requests = [engine.submit(prompt, PARAMS) for prompt in (PROMPT, ALIKE, PROMPT)]
-        expected = [EXPECTED, greedy_without_cache(ALIKE, NUM_TOKENS), EXPECTED]
+        expected = [right(), greedy_without_cache(ALIKE, NUM_TOKENS), right()]
         assert run(requests) == expected
         tiers = engine.stats.tiers
         assert tiers is not None
@@ -163,7 +171,7 @@ def test_others_go_on_while_chunks_come(tmp_path: Path, monkeypatch: pytest.Monk
         assert waiting.tokens == ()
         assert engine.step(), "it waits, and there is more to do"
         go.set()
-        assert list(waiting.result().tokens) == EXPECTED
+        assert list(waiting.result().tokens) == right()
         assert engine.stats.prefill_tokens == 20 + len(PROMPT) - WHOLE
         assert_all_returned(engine)
 
@@ -186,7 +194,7 @@ def test_who_waits_for_chunks_may_be_aborted(tmp_path: Path, monkeypatch, whole_
         go.set()
         if not whole_family:
             assert list(second.result().tokens) == greedy_without_cache(ALIKE, NUM_TOKENS)
-        assert answer(engine) == EXPECTED
+        assert answer(engine) == right()
         assert_all_returned(engine)
 
 
@@ -197,7 +205,7 @@ def test_chunks_are_computed_where_that_is_faster(tmp_path: Path, monkeypatch):
     answer(engine)
     for times in range(3):
         evict_all(engine)
-        assert answer(engine) == EXPECTED
+        assert answer(engine) == right()
         tiers = engine.stats.tiers
         assert tiers is not None
         assert tiers.loaded_from_host == WHOLE, "the first time nothing was known"
@@ -205,7 +213,7 @@ def test_chunks_are_computed_where_that_is_faster(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(known, "_seconds_per_token", lambda: 1.0)
     evict_all(engine)
     handle = engine.submit(PROMPT, PARAMS)
-    assert list(handle.result().tokens) == EXPECTED
+    assert list(handle.result().tokens) == right()
     assert handle.prompt_use is not None
     assert handle.prompt_use.host == WHOLE
     assert_all_returned(engine)
@@ -217,13 +225,13 @@ def test_salts_find_only_their_own(tmp_path: Path):
     with on_disk(tmp_path) as engine:
         for salt, found in (("ben", 0), ("", 0), ("ann", WHOLE)):
             before = engine.stats.prompts.disk
-            assert answer(engine, salt=salt) == EXPECTED
+            assert answer(engine, salt=salt) == right()
             assert engine.stats.prompts.disk - before == found, salt
 
 
-OTHERS = {
-    "weights": {"model": reweighted(toy_model())},
-    "windows": {"model": windowed_model()},
+OTHERS: dict[str, dict[str, Any]] = {
+    "weights": {"model": lambda: reweighted(toy_model())},
+    "windows": {"model": windowed_model},
     "dtype": {"dtype": "bfloat16"},
     "codec": {"codec": "int8"},
     "another codec": {"codec": "int4"},
@@ -252,13 +260,13 @@ def test_new_weights_find_nothing_of_the_old(tmp_path: Path):
     """And the old ones, when they are served again, what they had left."""
     old, new = toy_model(), reweighted(toy_model())
     with on_disk(tmp_path, host_memory="1MB") as engine:
-        assert answer(engine) == EXPECTED
+        assert answer(engine) == right()
         evict_all(engine)
         engine.update_weights(new)
         assert answer(engine) == greedy_without_cache(PROMPT, NUM_TOKENS, model=new)
         assert engine.stats.prompts.disk == engine.stats.prompts.host == 0
         engine.update_weights(old)
-        assert answer(engine) == EXPECTED
+        assert answer(engine) == right()
         assert engine.stats.prompts.disk == WHOLE
 
 
@@ -292,7 +300,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "selector": ChunkSelector(0.4, recent=0, refresh=4, whole=3),
     },
     "clusters": {"clusters": HeadClusters((2, 3))},
-    "windows": {"model": windowed_model()},
+    "windows": {"model": windowed_model},
 }
 
 
@@ -371,13 +379,13 @@ def test_what_cannot_be_read_is_computed_and_told(tmp_path: Path, fault: str):
         answer(engine)
     with on_disk(tmp_path) as engine:
         break_it(tmp_path)
-        assert answer(engine) == EXPECTED
+        assert answer(engine) == right()
         assert engine.stats.prefill_tokens == len(PROMPT)
         tiers = engine.stats.tiers
         assert tiers is not None
         assert set(tiers.failures) <= {reason, "write: is a directory"}
         assert tiers.failures[reason]
-        assert answer(engine) == EXPECTED
+        assert answer(engine) == right()
         assert_all_returned(engine)
 
 
@@ -389,11 +397,11 @@ def test_of_a_damaged_chunk_those_before_it_are_still_good(tmp_path: Path):
     [path] = [path for path in files(tmp_path) if path.stem == third]
     change(path, -1)
     with on_disk(tmp_path) as engine:
-        assert answer(engine) == EXPECTED
+        assert answer(engine) == right()
         computed = engine.stats.prefill_tokens
         assert computed == len(PROMPT) - 2 * CHUNK
     with on_disk(tmp_path) as engine:
-        assert answer(engine) == EXPECTED
+        assert answer(engine) == right()
         assert engine.stats.prefill_tokens == len(PROMPT) - WHOLE, "it was written again"
 
 
@@ -411,9 +419,9 @@ def test_what_cannot_be_written_is_told_and_nobody_fails(tmp_path, monkeypatch, 
 
     engine = on_disk(tmp_path)
     monkeypatch.setattr(Path, "replace", fail)
-    assert answer(engine) == EXPECTED
+    assert answer(engine) == right()
     evict_all(engine)
-    assert answer(engine) == EXPECTED
+    assert answer(engine) == right()
     settle(engine)
     tiers = engine.stats.tiers
     assert tiers is not None
@@ -434,10 +442,10 @@ def test_a_disk_that_cannot_keep_up_loses_chunks_and_nobody_waits(tmp_path, monk
     monkeypatch.setattr(DiskTier, "write", lambda *of: (go.wait(20), write(*of))[1])
     monkeypatch.setattr("jax_chunkattn.tiers.store.WAITING_BYTES", 3 * 8192)
     engine = on_disk(tmp_path)
-    assert answer(engine) == EXPECTED
+    assert answer(engine) == right()
     evict_all(engine)
     residency(engine)._store.later(lambda: None).result()
-    assert answer(engine) == EXPECTED
+    assert answer(engine) == right()
     tiers = engine.stats.tiers
     assert tiers is not None
     assert tiers.not_written
@@ -447,7 +455,7 @@ def test_a_disk_that_cannot_keep_up_loses_chunks_and_nobody_waits(tmp_path, monk
 
 def test_an_error_of_the_device_loses_what_was_leaving_and_nothing_else(monkeypatch):
     engine = small_engine(host_memory="1MB")
-    assert answer(engine) == EXPECTED
+    assert answer(engine) == right()
     pack = type(engine._core.device.chunk_layout).pack
     calls = []
 
@@ -459,7 +467,7 @@ def test_an_error_of_the_device_loses_what_was_leaving_and_nothing_else(monkeypa
 
     monkeypatch.setattr(type(engine._core.device.chunk_layout), "pack", fail)
     evict_all(engine)
-    assert answer(engine) == EXPECTED
+    assert answer(engine) == right()
     tiers = engine.stats.tiers
     assert tiers is not None
     assert tiers.failures["keep: MemoryError"]
