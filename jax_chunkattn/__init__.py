@@ -10,6 +10,7 @@ from jax_chunkattn.engine.admission import InvalidRequest, RequestLimits, chunks
 from jax_chunkattn.engine.beam_search import Hypothesis, beam_search
 from jax_chunkattn.engine.engine import Engine
 from jax_chunkattn.engine.handle import PinnedPrefix, RequestHandle
+from jax_chunkattn.engine.learned_prefix import LearnedPrefix
 from jax_chunkattn.engine.outputs import (
     Completion,
     EngineClosed,
@@ -29,6 +30,7 @@ from jax_chunkattn.engine.search_selection import Beam, BestFirst, Puct, Selecte
 from jax_chunkattn.engine.search_tree import SearchTree
 from jax_chunkattn.engine.stats import EngineStats, WarmUp
 from jax_chunkattn.engine.tree_search import SearchFailed, tree_search
+from jax_chunkattn.engine.virtual_tokens import InvalidPrefix
 from jax_chunkattn.planning.planner import PlannerOptions, PlanSummary, plan_decode
 from jax_chunkattn.replicas.router import NoReplica, OverloadRule, Router, RouterStats
 from jax_chunkattn.sampling import SamplingParams, TokenLogprobs
@@ -62,9 +64,11 @@ __all__ = [
     "Expansion",
     "HeadClusters",
     "Hypothesis",
+    "InvalidPrefix",
     "InvalidRequest",
     "InvalidWeights",
     "KVEvents",
+    "LearnedPrefix",
     "MeshError",
     "NextTokens",
     "NoReplica",

@@ -138,6 +138,13 @@ class CacheConfig:
         return self.has_tails and self.selector is None
 
     @property
+    def takes_given_chunks(self) -> bool:
+        """Whether keys and values that no token has can be stored, where heads with windows have no
+        chunks of their own. Not with clusters: which heads attend for others is found by queries.
+        """
+        return self.clusters is None
+
+    @property
     def has_tails(self) -> bool:
         """Whether each row's last chunk is kept apart, exact."""
         return self.chunk_codec is not None or self.clusters is not None

@@ -134,34 +134,32 @@ class CodedPool:
 
     def seal(self, rows: DecodeRows) -> CodedPool:
         """With the tails that the token just written has filled encoded, each into its chunk."""
-        heads = self.tail_keys.shape[:2]
 
         def seal_row(
             row: Int32[Array, ""], chunk: Int32[Array, ""], codes: tuple[Encoded, Encoded]
         ) -> tuple[Encoded, Encoded]:
-            slot = rows.slots[row]
-            begin = jnp.broadcast_to(rows.lengths[row] + 1 - self.chunk_size, heads)
-
-            def put(
-                part: TensorCodec, encoded: Encoded, tails: Array, constants: Constants
-            ) -> Encoded:
-                tail = lax.dynamic_index_in_dim(tails, slot, 2, keepdims=False)
-                arrays = part.encode(tail, ChunkContext(begin, constants))
-                return jax.tree.map(
-                    lambda array, codes: array.at[:, :, chunk].set(codes, mode="drop"),
-                    encoded,
-                    arrays,
-                )
-
-            keys, values = codes
-            return (
-                put(self.codec.keys, keys, self.tail_keys, self.key_constants),
-                put(self.codec.values, values, self.tail_values, self.value_constants),
+            begin = rows.lengths[row] + 1 - self.chunk_size
+            tails = (
+                lax.dynamic_index_in_dim(tails, rows.slots[row], 2, keepdims=False)
+                for tails in (self.tail_keys, self.tail_values)
             )
+            return self._encoded_in(codes, chunk, begin, *tails)
 
         sizes = self.num_chunks, self.chunk_size
         keys, values = rows.for_each_filled(*sizes, seal_row, (self.keys, self.values))
         return replace(self, keys=keys, values=values)
+
+    def write_chunk(
+        self,
+        chunk: Int32[HostOrDevice, ""],
+        position: Int32[HostOrDevice, ""],
+        keys: Float[Array, "L Hkv C D"],
+        values: Float[Array, "L Hkv C D"],
+    ) -> CodedPool:
+        """With a chunk of given keys and values encoded, as one that begins at a position."""
+        codes, kept = (self.keys, self.values), as_kept(keys, values, self.dtype)
+        encoded = self._encoded_in(codes, jnp.asarray(chunk), jnp.asarray(position), *kept)
+        return replace(self, keys=encoded[0], values=encoded[1])
 
     @property
     def chunks(self) -> ChunkArrays:
@@ -179,6 +177,30 @@ class CodedPool:
         """With slots' tails copied; all are read before any is written. Slot S drops one."""
         keys, values = copied((self.tail_keys, self.tail_values), sources, destinations)
         return replace(self, tail_keys=keys, tail_values=values)
+
+    def _encoded_in(
+        self,
+        codes: tuple[Encoded, Encoded],
+        chunk: Int32[Array, ""],
+        begin: Int32[Array, ""],
+        keys: Float[Array, "L Hkv C D"],
+        values: Float[Array, "L Hkv C D"],
+    ) -> tuple[Encoded, Encoded]:
+        """Codes of all chunks, with those of one whose tokens begin at a position."""
+        begins = jnp.broadcast_to(begin, keys.shape[:2])
+
+        def put(part: TensorCodec, encoded: Encoded, exact: Array, constants: Constants) -> Encoded:
+            arrays = part.encode(exact, ChunkContext(begins, constants))
+            return jax.tree.map(
+                lambda array, codes: array.at[:, :, chunk].set(codes, mode="drop"),
+                encoded,
+                arrays,
+            )
+
+        return (
+            put(self.codec.keys, codes[0], keys, self.key_constants),
+            put(self.codec.values, codes[1], values, self.value_constants),
+        )
 
     def _write_tails(
         self,

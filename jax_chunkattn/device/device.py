@@ -203,6 +203,11 @@ class Device:
         if copies:
             self._update(self._invocations.copying_tails(self._state, copies))
 
+    def write_chunk(self, chunk: int, position: int, keys: np.ndarray, values: np.ndarray) -> None:
+        """Writes given keys and values, float32 [L, Hkv, C, D], into a chunk, as those of tokens
+        from a position on."""
+        self._update(self._invocations.writing_exact(self._state, chunk, position, keys, values))
+
     @property
     def chunk_layout(self) -> ChunkLayout:
         """What the pool keeps of a full chunk."""

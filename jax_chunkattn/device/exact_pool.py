@@ -13,7 +13,8 @@ from jax_chunkattn.device.cache_config import CacheConfig
 from jax_chunkattn.device.chunk_arrays import ChunkArrays
 from jax_chunkattn.device.decode_rows import DecodeRows
 from jax_chunkattn.device.model_interface import CacheSpec
-from pallas_kernels.plans import PrefillPlan, Reads
+from pallas_kernels.plans import HostOrDevice, PrefillPlan, Reads
+from pallas_kernels.pool_writes import put_slots
 from pallas_kernels.stored_kv import StoredKV
 
 
@@ -83,6 +84,21 @@ class ChunkPool:
     def seal(self, rows: DecodeRows) -> ChunkPool:
         """A full chunk stays as it was written."""
         return self
+
+    def write_chunk(
+        self,
+        chunk: Int32[HostOrDevice, ""],
+        position: Int32[HostOrDevice, ""],
+        keys: Float[Array, "L Hkv C D"],
+        values: Float[Array, "L Hkv C D"],
+    ) -> ChunkPool:
+        """With a chunk of given keys and values, whatever their position in a sequence."""
+        finite = jnp.nan_to_num(values.astype(self.dtype))
+        at = jnp.asarray(chunk)[None]
+        return ChunkPool(
+            put_slots(self.keys, keys.astype(self.dtype)[:, :, None], at, axis=2),
+            put_slots(self.values, finite[:, :, None], at, axis=2),
+        )
 
     @property
     def chunks(self) -> ChunkArrays:

@@ -35,6 +35,7 @@ from jax_chunkattn.device.request_table import (
     copy_tails,
     place_counts,
     place_rows,
+    write_chunk,
 )
 from jax_chunkattn.planning.planner import PlanShape, plan_decode
 from jax_chunkattn.planning.prefill import (
@@ -58,19 +59,21 @@ COPIES_PER_CALL = 8
 class Placement:
     """A request put into a slot: where it stands, and how its tokens are chosen.
 
-    `tokens` are those it has chosen; the last of them is not in the pool yet.
+    `tokens` are those it has chosen; the last of them is not in the pool yet. `virtual` is how many
+    tokens of a learned prefix come before the prompt.
     """
 
     slot: int
     prompt: Sequence[int]
     tokens: Sequence[int]
     params: SamplingParams
+    virtual: int = 0
 
     @property
     def state(self) -> tuple[int, int, int]:
         """As `RowState` has it: the token to feed next, tokens in the pool, tokens to choose."""
         last = self.tokens[-1] if self.tokens else 0
-        length = len(self.prompt) + max(0, len(self.tokens) - 1)
+        length = self.virtual + len(self.prompt) + max(0, len(self.tokens) - 1)
         return last, length, self.params.max_tokens - len(self.tokens)
 
 
@@ -169,6 +172,9 @@ class Invocations:
         yield self.placing(state, [])
         yield self.counting(state, 0, (), [])
         yield self.copying(state, [])
+        if self._cache.takes_given_chunks and self._window_room is None:
+            shape = self._given_shape
+            yield self.writing_exact(state, 0, 0, *np.zeros((2, *shape), np.float32))
         if self._cache.copies_tails:
             for number in {min(COPIES_PER_CALL, self._num_slots), self._num_slots}:
                 yield self.copying_tails(state, [(0, 0)] * number)
@@ -242,6 +248,13 @@ class Invocations:
             windowed = padded[0], padded[1]
         return self._invocation(copy_chunks, (state, *ids, windowed))
 
+    def writing_exact(
+        self, state: DeviceState | None, chunk: int, position: int, keys: Any, values: Any
+    ) -> Invocation:
+        """A chunk of given keys and values, float32 [L, Hkv, C, D]; its first token's position."""
+        ids = np.asarray(chunk, np.int32), np.asarray(position, np.int32)
+        return self._invocation(write_chunk, (state, *ids, keys, values))
+
     def copying_tails(
         self, state: DeviceState | None, copies: Sequence[tuple[int, int]]
     ) -> Invocation:
@@ -290,6 +303,11 @@ class Invocations:
             static["mesh"] = self.mesh
             results = results, self.mesh.whole
         return Invocation(function, model, args, static, OnMesh(self.mesh.whole, results))
+
+    @property
+    def _given_shape(self) -> tuple[int, ...]:
+        spec = self._spec
+        return spec.num_layers, spec.num_kv_heads, self._cache.chunk_size, spec.head_dim
 
     @cached_property
     def _state_places(self) -> Any:

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from jax_chunkattn.device.clustered_pool import ClusteredPool
 from jax_chunkattn.device.coded_pool import CodedPool
-from jax_chunkattn.device.pool import Pool, WindowPool
+from jax_chunkattn.device.pool import ChunkPool, Pool, SelectivePool, WindowPool
 from jax_chunkattn.sampling import RowSampling, SamplingParams, TokenCounts
 from pallas_kernels.plans import HostOrDevice
 
@@ -148,6 +148,21 @@ def copy_tails(
     any is written. A destination of S is padding."""
     assert isinstance(state.pool, CodedPool | ClusteredPool), "the others have no tails"
     return replace(state, pool=state.pool.copy_tails(sources, destinations))
+
+
+def write_chunk(
+    state: DeviceState,
+    chunk: Int32[HostOrDevice, ""],
+    position: Int32[HostOrDevice, ""],
+    keys: Float[HostOrDevice, "L Hkv C D"],
+    values: Float[HostOrDevice, "L Hkv C D"],
+) -> DeviceState:
+    """Writes given keys and values into a chunk, as those of tokens from a position on; a chunk of
+    N drops them."""
+    pool = state.pool
+    assert isinstance(pool, ChunkPool | CodedPool | SelectivePool), "the others take none"
+    exact = jnp.asarray(keys), jnp.asarray(values)
+    return replace(state, pool=pool.write_chunk(chunk, position, *exact))
 
 
 def place_rows(

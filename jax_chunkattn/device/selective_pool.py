@@ -144,6 +144,21 @@ class SelectivePool:
         landmarks = rows.for_each_filled(*sizes, seal_row, self.landmarks)
         return replace(self, kv=kv, landmarks=landmarks)
 
+    def write_chunk(
+        self,
+        chunk: Int32[HostOrDevice, ""],
+        position: Int32[HostOrDevice, ""],
+        keys: Float[Array, "L Hkv C D"],
+        values: Float[Array, "L Hkv C D"],
+    ) -> SelectivePool:
+        """With a chunk of given keys and values, and its landmarks."""
+        kv = self.kv.write_chunk(chunk, position, keys, values)
+        made = self.kept.make(keys.astype(kv.dtype))
+        landmarks = jax.tree.map(
+            lambda array, new: array.at[:, :, chunk].set(new, mode="drop"), self.landmarks, made
+        )
+        return replace(self, kv=kv, landmarks=landmarks)
+
     @property
     def chunks(self) -> ChunkArrays:
         """What is kept of full chunks, and what is known of them."""

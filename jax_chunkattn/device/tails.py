@@ -24,8 +24,8 @@ def empty(
 
 
 def as_kept(
-    k: Float[Array, "T H D"], v: Float[Array, "T H D"], dtype: jnp.dtype
-) -> tuple[Float[Array, "T H D"], Float[Array, "T H D"]]:
+    k: Float[Array, "*some D"], v: Float[Array, "*some D"], dtype: jnp.dtype
+) -> tuple[Float[Array, "*some D"], Float[Array, "*some D"]]:
     """Keys and values as tails keep them, so that it does not matter where a token was read; values
     are finite, for the reason that `StoredKV.write` has."""
     return k.astype(dtype), jnp.nan_to_num(v.astype(dtype))

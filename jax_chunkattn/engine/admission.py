@@ -135,22 +135,34 @@ def check_sampling(params: Any, limits: RequestLimits, name: str) -> None:
 
 
 def check_positions(
-    prompt_tokens: int, max_tokens: int, model: ModelSizes, name: str = "the prompt"
+    prompt_tokens: int,
+    max_tokens: int,
+    model: ModelSizes,
+    name: str = "the prompt",
+    *,
+    virtual: int = 0,
 ) -> None:
-    """Raises InvalidRequest when the model has fewer positions than that."""
-    if prompt_tokens + max_tokens > model.max_positions:
+    """Raises InvalidRequest when the model has fewer positions than that, behind so many virtual
+    tokens."""
+    if virtual + prompt_tokens + max_tokens > model.max_positions:
+        behind = f" behind {virtual} virtual ones" if virtual else ""
         more = f" and asks for {max_tokens} more" if max_tokens else ""
         raise InvalidRequest(
-            f"{name} has {prompt_tokens} tokens{more}; "
+            f"{name} has {prompt_tokens} tokens{behind}{more}; "
             f"the model has {model.max_positions} positions"
         )
 
 
 def check_params(
-    params: SamplingParams, prompt_tokens: int, model: ModelSizes, name: str = "the prompt"
+    params: SamplingParams,
+    prompt_tokens: int,
+    model: ModelSizes,
+    name: str = "the prompt",
+    *,
+    virtual: int = 0,
 ) -> None:
     """Raises InvalidRequest when the model cannot serve these parameters with such a prompt."""
-    check_positions(prompt_tokens, params.max_tokens, model, name)
+    check_positions(prompt_tokens, params.max_tokens, model, name, virtual=virtual)
     try:
         params.check_vocabulary(model.vocab_size)
     except ValueError as error:

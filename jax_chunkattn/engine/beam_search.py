@@ -43,6 +43,7 @@ def beam_search(
     length_penalty: float = 1.0,
     stop_tokens: Collection[int] = (),
     salt: str = "",
+    prefix: str | None = None,
 ) -> list[Hypothesis]:
     """The likeliest answers that a beam of width `beams` finds, the best first.
 
@@ -55,6 +56,7 @@ def beam_search(
       max_tokens: most tokens of an answer.
       length_penalty: above 0 favours long answers; 0 ranks by probability.
       stop_tokens: end an answer.
+      salt, prefix: as for `Engine.submit`.
 
     Raises:
       ValueError: when `beams` is not from 1 to half of `MAX_LOGPROBS`, or more than that together
@@ -73,7 +75,7 @@ def beam_search(
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
 
-    engine.check_request(prompt, SamplingParams(max_tokens), salt=salt)
+    engine.check_request(prompt, SamplingParams(max_tokens), salt=salt, prefix=prefix)
     # Whichever stop tokens are among them, as many as there are beams go on from each hypothesis.
     num_likeliest = max(2 * beams, beams + len(stops))
 
@@ -86,7 +88,7 @@ def beam_search(
     done: list[Hypothesis] = []
     handles: list[RequestHandle] = []
     try:
-        handles.append(engine.submit(prompt, one_more(()), salt=salt, hold=True))
+        handles.append(engine.submit(prompt, one_more(()), salt=salt, prefix=prefix, hold=True))
         live = [_Beam((), 0.0, handles[0])]
         while live:
             candidates = sorted(

@@ -335,14 +335,18 @@ class Core:
 
     @whole
     def forget_cached(self) -> None:
-        """Gives up all that is pinned, held or cached and not in use by a request that runs."""
+        """Gives up all that is pinned, held or cached and not in use by a request that runs.
+        Learned prefixes are written again."""
         for pinned in list(self.scheduler.pinned):
-            self.scheduler.unpin(pinned)
+            if pinned.virtual is None or pinned.prompt:
+                self.scheduler.unpin(pinned)
         for request in list(self.scheduler.held):
             self.scheduler.drop_held(request)
         self._residency.forget()
         self.tree.reset()
         self._memory.forget()
+        for learned in list(self.scheduler.pinned):
+            self.scheduler.pin_again(learned)
 
     @whole
     def drain(self) -> None:

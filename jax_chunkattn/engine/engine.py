@@ -10,6 +10,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import jax
 from jax.sharding import Mesh
+from jaxtyping import Float
 
 from jax_chunkattn.device.backend import Backend, choose_backend
 from jax_chunkattn.device.cache_config import CacheConfig
@@ -27,6 +28,7 @@ from jax_chunkattn.engine.admission import (
 from jax_chunkattn.engine.core import Core
 from jax_chunkattn.engine.handle import Outputs, PinnedPrefix, RequestHandle
 from jax_chunkattn.engine.incoming import Incoming, Prompt
+from jax_chunkattn.engine.learned_prefix import LearnedPrefix
 from jax_chunkattn.engine.misses import PrefixMemory
 from jax_chunkattn.engine.outputs import Score, StreamEvent
 from jax_chunkattn.engine.requests import Request
@@ -37,6 +39,7 @@ from jax_chunkattn.engine.stats import EngineStats, WarmUp
 from jax_chunkattn.engine.tails import Tails
 from jax_chunkattn.engine.text import Tokenizer
 from jax_chunkattn.engine.tiered import open_residency
+from jax_chunkattn.engine.virtual_tokens import VirtualTokens, check_prefix
 from jax_chunkattn.planning.planner import PlannerOptions, bucket
 from jax_chunkattn.planning.prefill import CALL_TOKENS
 from jax_chunkattn.planning.prefill_round import call_costs
@@ -50,6 +53,7 @@ from pallas_kernels.implementations import (
     COMPILED_HERE,
     ImplementationError,
 )
+from pallas_kernels.plans import HostOrDevice
 
 CALLS_AHEAD = 4  # decode calls that a row may have room for behind what is known of it
 MIN_SLOTS = 16  # on the device: engines that run fewer at once can use one another's programs
@@ -171,6 +175,7 @@ class Engine:
             model.cache_spec, cache, implementation=implementation, planner=planner, mesh=laid
         )
         self.limits = limits
+        self._spec = model.cache_spec
         spec, num_slots = model.cache_spec, bucket(max_running, MIN_SLOTS)
         exact, chunk_size = not cache.whole_chunks, cache.chunk_size
         if not exact and chunk_size > prefill_tokens:
@@ -263,6 +268,7 @@ class Engine:
         priority: int = 0,
         hold: bool = False,
         chosen: Sequence[int] = (),
+        prefix: str | None = None,
         on_event: Callable[[StreamEvent], None] | None = None,
     ) -> RequestHandle:
         """Queues one request.
@@ -278,6 +284,7 @@ class Engine:
           chosen: tokens of its answer that another engine has chosen. The request goes on behind
             them, as that one would have: `max_tokens`, penalties, random numbers and stop strings
             count them. Events are of what is new.
+          prefix: the name of a learned prefix that the prompt comes behind; see `add_prefix`.
           on_event: called with each event, in the thread that advances the engine. If it raises,
             the request ends with that error.
 
@@ -288,7 +295,7 @@ class Engine:
         """
         self._service.require_open()
         samples = self._service.incoming.samples(
-            prompt, params, salt, priority=priority, hold=hold, chosen=chosen
+            prompt, params, salt, priority=priority, hold=hold, chosen=chosen, prefix=prefix
         )
         if len(samples) != 1:
             raise InvalidRequest(f"submit starts one, n is {params.n}: use submit_samples")
@@ -304,16 +311,19 @@ class Engine:
         *,
         salt: str = "",
         priority: int = 0,
+        prefix: str | None = None,
         on_event: Callable[[int, StreamEvent], None] | None = None,
     ) -> list[RequestHandle]:
         """Queues `params.n` samples of one prompt, with seeds as `SamplingParams` says.
 
         The prompt is computed once; the others are forked from the first when it is. `on_event` is
-        called as that of `submit`, with the sample's index before the event. Raises what `submit`
-        raises.
+        called as that of `submit`, with the sample's index before the event; `prefix` is as there.
+        Raises what `submit` raises.
         """
         self._service.require_open()
-        samples = self._service.incoming.samples(prompt, params, salt, priority=priority)
+        samples = self._service.incoming.samples(
+            prompt, params, salt, priority=priority, prefix=prefix
+        )
         if on_event is not None:
             for index, sample in enumerate(samples):
                 sample.on_event = partial(on_event, index)
@@ -327,6 +337,7 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
         *,
         salt: str = "",
+        prefix: str | None = None,
         in_order: bool = True,
         enough: int | None = None,
     ) -> Outputs:
@@ -336,6 +347,7 @@ class Engine:
         even before the first answer, aborts what is not finished when the engine is next used.
 
         Args:
+          prefix: the name of a learned prefix that all prompts come behind; see `add_prefix`.
           in_order: False gives each prompt's answers as soon as they are there, whichever prompt's
             that is; `Output.index` tells.
           enough: of how many samples of a prompt the answers suffice: when so many have ended, the
@@ -349,7 +361,7 @@ class Engine:
         """
         self._service.require_open()
         requests = [
-            self._service.incoming.samples(prompt, one, salt, name=f"prompt {index}")
+            self._service.incoming.samples(prompt, one, salt, prefix=prefix, name=f"prompt {index}")
             for index, (prompt, one) in enumerate(each_request(prompts, params))
         ]
         for index, samples in enumerate(requests):
@@ -370,6 +382,7 @@ class Engine:
         *,
         top: int = 0,
         salt: str = "",
+        learned: str | None = None,
     ) -> list[Score]:
         """How likely the model finds each of these continuations of a prefix.
 
@@ -383,6 +396,7 @@ class Engine:
           continuations: token ids or text, each of at least one token. Text is tokenized by itself.
           top: how many of the likeliest tokens are reported in the place of each.
           salt: as for `submit`.
+          learned: the name of a learned prefix that `prefix` comes behind; see `add_prefix`.
 
         Raises:
           InvalidRequest: for tokens that this engine can never score.
@@ -390,7 +404,7 @@ class Engine:
           RequestFailed: when an error ended it, or logits were no numbers.
           EngineClosed: after `close`.
         """
-        [scores] = self.score_batch([(prefix, continuations)], top=top, salt=salt)
+        [scores] = self.score_batch([(prefix, continuations)], top=top, salt=salt, learned=learned)
         return scores
 
     def score_batch(
@@ -399,6 +413,7 @@ class Engine:
         *,
         top: int = 0,
         salt: str = "",
+        learned: str | None = None,
     ) -> list[list[Score]]:
         """The same of several prefixes, each with continuations of its own, computed together.
 
@@ -408,15 +423,16 @@ class Engine:
         scored = self._service.incoming.scored
         return self._service.score(
             [
-                scored(prefix, continuations, salt, top, f"prefix {index}")
+                scored(prefix, continuations, salt, top, f"prefix {index}", learned)
                 for index, (prefix, continuations) in enumerate(queries)
             ]
         )
 
-    def pin(self, prompt: Prompt, *, salt: str = "") -> PinnedPrefix:
+    def pin(self, prompt: Prompt, *, salt: str = "", prefix: str | None = None) -> PinnedPrefix:
         """Computes a prefix, for instance a system prompt, and keeps it until it is released.
 
-        Only whole chunks are pinned. It waits for its turn like a request.
+        Only whole chunks are pinned. It waits for its turn like a request. `prefix` is the name of
+        a learned one that it comes behind; see `add_prefix`.
 
         Raises:
           InvalidRequest: for a bad prompt, one shorter than a chunk, or one longer than the model
@@ -425,17 +441,69 @@ class Engine:
           EngineClosed: after `close`.
         """
         self._service.require_open()
-        pinned = self._service.incoming.pinned(prompt, salt, self.cache.chunk_size)
-        prefix = PinnedPrefix(self._service, pinned)
+        pinned = self._service.incoming.pinned(prompt, salt, self.cache.chunk_size, prefix)
+        handle = PinnedPrefix(self._service, pinned)
         self._service.pin(pinned)
-        return prefix
+        return handle
+
+    def add_prefix(
+        self,
+        name: str,
+        keys: Float[HostOrDevice, "L Hkv m D"],
+        values: Float[HostOrDevice, "L Hkv m D"],
+        *,
+        after: str | None = None,
+    ) -> LearnedPrefix:
+        """Keeps keys and values that no token has, for requests to come behind: a learned prefix.
+
+        So are prefix tuning and Control Prefixes served; `models.prefixes` reads what Hugging
+        Face's peft has trained. A request that gives the name as its `prefix` reads these m virtual
+        tokens as the first of its sequence: its prompt begins at position m. They are stored once,
+        as other chunks are, and read once for all who share them; any number of prefixes may be in
+        a batch. Nothing but positions counts them: not prompts, answers, penalties or statistics.
+
+        The engine keeps a copy on the host, and writes it again where the pool has lost it: after
+        errors, `reset` and `update_weights`. New weights change nothing of what was given here: who
+        has trained another prefix for them adds that. Requests of different salts share nothing, so
+        each salt has its own copy in the pool; that of no salt stays there until it is released.
+
+        Args:
+          name: by which requests ask for it.
+          keys, values: of L layers, Hkv KV heads, m tokens and D numbers of a head. They are read
+            as they are, by queries rotated for their positions: no rotation is applied. m must be a
+            multiple of the cache's `chunk_size`.
+          after: the name of another learned prefix that this one comes behind, so that all which
+            come behind that share it.
+
+        Raises:
+          InvalidPrefix: for arrays that do not fit the model, the chunks or the cache, or a name
+            that is taken.
+          InvalidRequest: for an unknown `after`, or more than the model has positions for.
+          PoolExhausted: when the pool can never hold it beside what has been accepted and pinned.
+          EngineClosed: after `close`. Nothing has changed in all these cases.
+        """
+        self._service.require_open()
+        incoming, size = self._service.incoming, self.cache.chunk_size
+        how = {"windowed": self._stats.window_chunks > 0}
+        arrays = check_prefix(name, keys, values, self._spec, self.cache, **how)
+        virtual = VirtualTokens.of(name, *arrays, size, incoming.virtual(after))
+        learned = incoming.learned(virtual)
+        handle = LearnedPrefix(self._service, learned)
+        self._service.add_prefix(learned)
+        return handle
 
     def check_request(
-        self, prompt: Prompt, params: SamplingParams = SamplingParams(), *, salt: str = ""
+        self,
+        prompt: Prompt,
+        params: SamplingParams = SamplingParams(),
+        *,
+        salt: str = "",
+        prefix: str | None = None,
     ) -> None:
         """Raises what `submit_samples` would, and queues nothing."""
         self._service.require_open()
-        self._service.require_room([self._service.incoming.samples(prompt, params, salt)])
+        samples = self._service.incoming.samples(prompt, params, salt, prefix=prefix)
+        self._service.require_room([samples])
 
     # Running.
 
@@ -488,7 +556,8 @@ class Engine:
         """Forgets all that is cached, held or pinned.
 
         Requests that run go on with what they have, and leave nothing behind in the cache. The
-        weights stay; `update_weights` is for new ones.
+        weights stay; `update_weights` is for new ones. Learned prefixes stay too, until they are
+        released.
         """
         self._core.forget_cached()
 

@@ -105,7 +105,8 @@ class Lifecycle:
         self._stats.finished += 1
         generated_from = len(request.prompt) // self._scheduler.tree.chunk_size
         self._scheduler.finish(request, hold=request.hold)
-        self._memory.remember(request.history, request.salt, from_chunk=generated_from)
+        text = request.history[request.num_virtual :]
+        self._memory.remember(text, request.namespace, from_chunk=generated_from)
 
     def abort(self, work: Request | Scored) -> None:
         """Ends work because nobody wants it any more."""

@@ -15,6 +15,7 @@ from jax_chunkattn.engine.residency import Residency
 from jax_chunkattn.engine.scheduler import Scheduler
 from jax_chunkattn.engine.stats import EngineStats
 from jax_chunkattn.engine.tails import Tails
+from jax_chunkattn.engine.virtual_tokens import write_missing
 from jax_chunkattn.planning.prefill import Segment, next_call
 from jax_chunkattn.planning.prefill_round import calls_of_round
 from jax_chunkattn.tiers.store import Tier
@@ -128,6 +129,8 @@ class Prompts:
             copy = sequence.copy
             pair = copy.source_chunk, copy.destination_chunk
             self._device.copy_chunks([pair], sequence.window_copies)
+        if work.virtual is not None:
+            write_missing(work.virtual, sequence, self._scheduler.tree, self._device)
         loads = self._residency.fetch(sequence)
         if self._tails is not None and isinstance(work, Request):
             self._take_tail(self._tails, work, tails)
@@ -140,12 +143,13 @@ class Prompts:
     def _use_of(self, work: Work, loads: Mapping[Tier, int]) -> PromptUse:
         """Where the tokens of its prompt come from, with chunks that are on their way."""
         sequence, size = work.placed, self._scheduler.tree.chunk_size
-        hit = sequence.num_cached_tokens // size * size
-        copied = sequence.num_cached_tokens - hit
+        found = max(0, sequence.num_cached_tokens - work.num_virtual)
+        hit = found // size * size
+        copied = found - hit
         if loads:
             hit, copied = hit + sum(loads.values()) * size, 0
-        matched = sequence.num_matched_tokens
-        use = self._memory.classify(work.prompt, work.salt, hit, copied, matched)
+        matched = sequence.num_matched_tokens - work.num_virtual
+        use = self._memory.classify(work.prompt, work.namespace, hit, copied, matched)
         return use.of_which(loads.get(Tier.HOST, 0) * size, loads.get(Tier.DISK, 0) * size)
 
     def _take_tail(self, of: Tails, fork: Request, tails: list[tuple[int, int]]) -> None:
@@ -205,4 +209,5 @@ def scored_parts(call: PromptWork) -> list[ScoredPart]:
 
 
 def _placement(request: Request) -> Placement:
-    return Placement(request.placed_slot, request.prompt, request.tokens, request.params)
+    where = request.placed_slot, request.prompt, request.tokens
+    return Placement(*where, request.params, request.num_virtual)

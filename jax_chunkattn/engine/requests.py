@@ -13,6 +13,7 @@ from jax_chunkattn.engine.lineage import Lineage
 from jax_chunkattn.engine.misses import PromptUse
 from jax_chunkattn.engine.outputs import Completion, RequestFailed, Score, StreamEvent
 from jax_chunkattn.engine.text import TextStream
+from jax_chunkattn.engine.virtual_tokens import VirtualTokens
 from jax_chunkattn.planning.scored_tokens import UNSCORED
 from jax_chunkattn.sampling import SamplingParams, TokenLogprobs
 from jax_chunkattn.tree.nodes import SequenceHandle
@@ -37,6 +38,7 @@ class Work:
 
     Attributes:
       order: when its turn is: (priority, arrival).
+      virtual: of the learned prefix that its prompt is behind; None where that is the first.
       sequence: its place in the tree, while it has one.
       found: tokens that others had computed when it was placed there.
       dispatched: tokens whose keys and values it has computed itself, or found, up to here.
@@ -47,6 +49,7 @@ class Work:
     prompt: tuple[int, ...]
     salt: bytes
     order: tuple[int, ...]
+    virtual: VirtualTokens | None = field(default=None, kw_only=True)
     phase: Phase = field(default=Phase.WAITING, init=False)
     sequence: SequenceHandle | None = field(default=None, init=False)
     found: int = field(default=0, init=False)
@@ -55,9 +58,29 @@ class Work:
     error: BaseException | None = field(default=None, init=False)
 
     @property
+    def num_virtual(self) -> int:
+        """Virtual tokens before its prompt."""
+        return len(self.virtual.ids) if self.virtual is not None else 0
+
+    @property
+    def given(self) -> tuple[int, ...]:
+        """The tokens it comes with, as the tree knows them: virtual ones, and its prompt."""
+        return self.prompt if self.virtual is None else (*self.virtual.ids, *self.prompt)
+
+    @property
+    def num_given(self) -> int:
+        return self.num_virtual + len(self.prompt)
+
+    @property
+    def namespace(self) -> bytes:
+        """What tells its prompt from an equal one that has other keys and values, or may not be
+        found by this."""
+        return self.salt if self.virtual is None else self.salt + self.virtual.namespace
+
+    @property
     def history(self) -> Sequence[int]:
         """The tokens whose keys and values it needs before it can go on."""
-        return self.prompt
+        return self.given
 
     @property
     def begun(self) -> bool:
@@ -87,7 +110,7 @@ class Work:
 
 @dataclass(eq=False)
 class Pinned(Work):
-    """A prefix that stays in the pool until it is released."""
+    """A prefix that stays in the pool until it is released: of tokens, or a learned one alone."""
 
 
 @dataclass(eq=False)
@@ -141,7 +164,7 @@ class Scored(Work):
     @property
     def needed_from(self) -> int:
         """The prefix's last token says what the first behind it scores."""
-        return max(self.prefix - 1, self.dispatched)
+        return max(self.num_virtual + self.prefix - 1, self.dispatched)
 
     @property
     def like(self) -> SequenceHandle | None:
@@ -150,13 +173,14 @@ class Scored(Work):
 
     def targets(self, begin: int) -> list[int]:
         """What follows each token from a position on, `UNSCORED` where that is not to be scored."""
+        begin -= self.num_virtual
         first = max(begin, self.prefix - 1)
         return [UNSCORED] * (first - begin) + [*self.prompt[first + 1 :], self.last]
 
     def put(self, position: int, scores: Sequence[TokenLogprobs]) -> bool:
         """Takes over scores of what follows the first token that is scored from a position on;
         whether they are all there now."""
-        begin = max(position + 1 - self.prefix, 0)
+        begin = max(position - self.num_virtual + 1 - self.prefix, 0)
         self._found[begin : begin + len(scores)] = scores
         return None not in self._found
 
@@ -293,7 +317,7 @@ class Request(Work):
     @property
     def history(self) -> Sequence[int]:
         """All but the last chosen token, which the next decode step feeds."""
-        return (*self.prompt, *self.tokens[:-1]) if len(self.tokens) > 1 else self.prompt
+        return (*self.given, *self.tokens[:-1]) if len(self.tokens) > 1 else self.given
 
     @property
     def samples_next(self) -> bool:
@@ -306,8 +330,8 @@ class Request(Work):
 
     @property
     def num_tokens(self) -> int:
-        """Of the prompt, and chosen."""
-        return len(self.prompt) + len(self.tokens)
+        """Virtual ones, of the prompt, and chosen."""
+        return self.num_given + len(self.tokens)
 
     @property
     def placed_slot(self) -> int:

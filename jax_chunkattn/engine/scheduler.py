@@ -181,6 +181,11 @@ class Scheduler:
         self._pinned_chunks -= Counter(self._chunks(pinned))
         self.finish(pinned)
 
+    def pin_again(self, pinned: Pinned) -> None:
+        """Has a prefix that stays written once more, where it is not found any longer."""
+        self.unpin(pinned)
+        self.pin(pinned)
+
     def restart(self, tree: PrefixTree) -> None:
         """Puts all work back into the queue, over a new and empty tree."""
         self.tree = tree
@@ -249,7 +254,7 @@ class Scheduler:
         growing = 0
         for other in (*self.active, work):
             if isinstance(other, Request):
-                at_end = chunks_to_finish(len(other.prompt), other.params.max_tokens, size)
+                at_end = chunks_to_finish(other.num_given, other.params.max_tokens, size)
                 has = other.sequence
                 held = len(has.chunk_ids) if has is not None else -(-len(other.history) // size)
                 growing += at_end > held
@@ -278,8 +283,8 @@ class Scheduler:
                 other.found = min(other.found, chunks * self.tree.chunk_size)
 
     def _chunks(self, work: Work) -> set[Chunk]:
-        """What names each whole chunk of its prompt, the same for all that share the chunk."""
-        return {(work.salt, path) for path in prefix_hashes(work.prompt, self.tree.chunk_size)}
+        """What names each whole chunk that it comes with, the same for all that share the chunk."""
+        return {(work.salt, path) for path in prefix_hashes(work.given, self.tree.chunk_size)}
 
     def _require_window_room(self, work: Work, name: str) -> None:
         """Raises PoolExhausted when heads with windows, where they have chunks of their own, have
@@ -299,14 +304,14 @@ class Scheduler:
     def _require_fit(self, work: Work, pinned: Set[Chunk], circumstance: str) -> None:
         size = self.tree.chunk_size
         max_tokens = work.params.max_tokens if isinstance(work, Request) else 1
-        needed = chunks_to_finish(len(work.prompt), max_tokens, size)
+        needed = chunks_to_finish(work.num_given, max_tokens, size)
         if needed + len(pinned) <= self.tree.num_chunks:
             return  # whichever of the pinned chunks are its own
         beside = len(pinned - self._chunks(work)) if pinned else 0
         available = self.tree.num_chunks - beside
         if needed > available:
             raise PoolExhausted(
-                f"{circumstance}a request of {len(work.prompt)} tokens that asks for {max_tokens} "
+                f"{circumstance}a request of {work.num_given} tokens that asks for {max_tokens} "
                 f"more needs {needed} chunks of {size} tokens, and can never have more than "
                 f"{available}: the pool has {self.tree.num_chunks}, {beside} pinned for others"
             )

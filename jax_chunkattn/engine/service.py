@@ -13,6 +13,7 @@ from jax_chunkattn.engine.incoming import Incoming
 from jax_chunkattn.engine.outputs import Completion, EngineClosed, Score, StreamEvent
 from jax_chunkattn.engine.requests import Phase, Pinned, Request, Scored, Work
 from jax_chunkattn.engine.turns import Turns
+from jax_chunkattn.engine.virtual_tokens import InvalidPrefix
 from jax_chunkattn.sampling import SamplingParams
 from jax_chunkattn.tree.prefix_tree import PrefixTree
 
@@ -125,6 +126,35 @@ class Service:
 
         undo = partial(self.turns.leave, partial(self._core.unpin, pinned))
         self.turns.run_or_undo(accept, undo)
+
+    def add_prefix(self, learned: Pinned) -> None:
+        """Queues a learned prefix, to be written and kept; requests may name it from now on.
+
+        Raises InvalidPrefix when there is one of its name.
+        """
+        virtual = learned.virtual
+        assert virtual is not None, "it is a learned one"
+
+        def accept() -> None:
+            self.require_open()
+            if virtual.name in self.incoming.prefixes:
+                raise InvalidPrefix(f"there is a prefix {virtual.name!r} already: release it first")
+            self._core.scheduler.require_fit(learned)
+            self._core.pin(learned)
+            self.incoming.prefixes[virtual.name] = virtual
+
+        undo = partial(self.turns.leave, partial(self._release_prefix, learned))
+        self.turns.run_or_undo(accept, undo)
+
+    def release_prefix(self, learned: Pinned) -> None:
+        """A learned prefix has its name no longer, and need not stay."""
+        self.turns.change(partial(self._release_prefix, learned))
+
+    def _release_prefix(self, learned: Pinned) -> None:
+        virtual, prefixes = learned.virtual, self.incoming.prefixes
+        if virtual is not None and prefixes.get(virtual.name) is virtual:
+            del prefixes[virtual.name]
+        self._core.unpin(learned)
 
     def update_weights(self, weights: Any, *, finish: bool) -> None:
         """Serves new values for the model's arrays; `finish` lets those who run come to their end

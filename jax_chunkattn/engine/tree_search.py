@@ -43,6 +43,7 @@ def tree_search(
     max_depth: int | None = None,
     stop_tokens: Collection[int] = (),
     salt: str = "",
+    prefix: str | None = None,
 ) -> SearchTree:
     """Grows a tree of partial answers to a prompt.
 
@@ -65,7 +66,7 @@ def tree_search(
       max_tokens: most tokens of an answer.
       max_depth: most edges of a path; None for no limit.
       stop_tokens: end an answer; those of the engine do not count.
-      salt: as for `Engine.submit`.
+      salt, prefix: as for `Engine.submit`.
 
     Raises:
       ValueError: for numbers out of range, or when a callback returns what cannot be.
@@ -82,10 +83,10 @@ def tree_search(
     if len(stops) > MAX_STOP_TOKENS:
         raise ValueError(f"stop_tokens must be at most {MAX_STOP_TOKENS}, got {len(stops)}")
     longest = SamplingParams(max_tokens, stop_token_ids=sorted(stops))
-    engine.check_request(prompt, longest, salt=salt)
+    engine.check_request(prompt, longest, salt=salt, prefix=prefix)
     growth = Growth(expand, evaluate, max_tokens, max_depth, stops)
     first = SamplingParams(1, logprobs=growth.num_likeliest(0), ignore_eos=True)
-    root = engine.submit(prompt, first, salt=salt, hold=True)
+    root = engine.submit(prompt, first, salt=salt, prefix=prefix, hold=True)
     try:
         growth.plant(root)
         while num_simulations > 0:

@@ -58,14 +58,18 @@ def _wanted(selector: ChunkSelector, own: np.ndarray) -> np.ndarray:
     return np.array(wanted)
 
 
-def logits_by_the_definition(model, selector: ChunkSelector, size: int, tokens, windows=None):
-    """Of what follows each token: `[T, V]`."""
+def logits_by_the_definition(
+    model, selector: ChunkSelector, size: int, tokens, windows=None, prefix=None
+):
+    """Of what follows each token: `[T, V]`. `prefix` has keys and values `[L, Hkv, m, D]` to read
+    in the place of those of the first tokens."""
     spec, positions = model.cache_spec, jnp.arange(len(tokens), dtype=jnp.int32)
     group = spec.num_heads // spec.num_kv_heads
     causal = positions[:, None] >= positions[None]
 
     def attend(pool, layer, q, k, v):
         scale = q.shape[-1] ** -0.5
+        k, v = put_prefix(prefix, layer, k, v)
         seen = chunks_seen(selector, size, q, k, scale)
         dense = jnp.any(jnp.asarray(selector.dense_layers, jnp.int32) == layer)
         seen = jnp.repeat(seen, size, axis=1)[:, : len(tokens)] | dense
@@ -87,6 +91,14 @@ def logits_by_the_definition(model, selector: ChunkSelector, size: int, tokens, 
         return model.logits(hidden)
 
     return np.asarray(run(jnp.asarray(tokens, jnp.int32)))
+
+
+def put_prefix(prefix, layer, k, v):
+    """Keys and values `[T, Hkv, D]` of a layer with those of a prefix in the first places."""
+    if prefix is None:
+        return k, v
+    given = (jnp.swapaxes(jnp.asarray(array)[layer], 0, 1) for array in prefix)
+    return tuple(own.at[: len(new)].set(new) for own, new in zip((k, v), given, strict=True))
 
 
 def _in_window(window, positions):

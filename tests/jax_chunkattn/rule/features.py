@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from models.decoder import Decoder
 from pallas_kernels.clusters import HeadClusters
 from pallas_kernels.codecs import ChunkCodec, ChunkContext, Constants
 from pallas_kernels.selection import ChunkSelector
+from tests.jax_chunkattn.engine.behind import chained
 from tests.jax_chunkattn.engine.engines import make_engine
 from tests.jax_chunkattn.toy import (
     laid_over,
@@ -36,12 +38,14 @@ class Feature:
       options: of the engine that makes it.
       model: gives the one that is run.
       devices: that the engine runs on, along `tp`; None is one, without a mesh.
+      learned: whether all requests come behind a learned prefix, which comes behind another.
     """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
     model: Callable[[], Decoder] = toy_model
     devices: int | None = None
+    learned: bool = False
 
     def engine(self, **options: Any) -> Engine:
         """An engine with this feature, and with what a history asks for. With tiers heads with
@@ -52,12 +56,24 @@ class Feature:
         if self.devices is not None:
             model = laid_over(self.model(), self.devices)
             laid |= {"model": model, "mesh": mesh_of(self.devices)}
-        return make_engine(**{**self.options, **laid, **options})
+        if self.learned and "num_chunks" in options:
+            options["num_chunks"] += 2
+        engine = make_engine(**{**self.options, **laid, **options})
+        if self.learned:
+            chained(engine, own=1)
+            for name in ("submit", "submit_samples"):
+                setattr(engine, name, partial(getattr(engine, name), prefix="own"))
+        return engine
 
     @property
     def tolerance(self) -> float:
         """Of log-probabilities: what float32 rounds, or nothing."""
         return 0 if "deterministic" in self.options else 1e-5
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is chosen but a prefix."""
+        return not self.options and self.devices is None
 
     @property
     def exact_numbers(self) -> bool:
@@ -119,9 +135,16 @@ FEATURES = (
     Feature("deterministic, windows", {**DETERMINISTIC, **GIVEN_UP}, windowed_model),
     Feature("deterministic, windows, int4", {**DETERMINISTIC, "codec": "int4"}, windowed_model),
     Feature("tiers", {"host_memory": "60KB", "load": "always"}),
+    Feature("learned prefix", learned=True),
+    Feature("learned prefix, marked chunks", {"codec": MARKED}, learned=True),
+    Feature("learned prefix, windows", {"codec": MARKED}, windowed_model, learned=True),
+    Feature("learned prefix, choices", CHOOSING, learned=True),
+    Feature("learned prefix, choices, marked chunks", {"codec": MARKED, **CHOOSING}, learned=True),
+    Feature("learned prefix, deterministic", DETERMINISTIC, learned=True),
     Feature("mesh", devices=2),
     Feature("mesh with copies of heads", devices=4),
     Feature("mesh, marked chunks", {"codec": MARKED}, devices=2),
+    Feature("mesh, learned prefix", devices=2, learned=True),
     Feature("mesh, windows", GIVEN_UP, windowed_model, devices=2),
     Feature("mesh, head pattern, marked chunks", {"codec": MARKED}, patterned_model, devices=2),
 )

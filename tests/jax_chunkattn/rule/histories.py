@@ -48,7 +48,7 @@ def warm_at_every_split(feature: Feature) -> Answers:
     """Its first tokens were computed for another request, in whole chunks and in part of one. With
     no feature at every split; with one at a chunk's ends, beside them and between."""
     engine = feature.engine()
-    few = feature.options and settings.get_current_profile_name() != "long"
+    few = (feature.options or feature.learned) and settings.get_current_profile_name() != "long"
     for split in range(1, len(PROMPT)):
         if few and split % 16 not in (0, 1, 7, 15):
             continue

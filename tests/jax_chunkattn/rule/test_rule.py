@@ -18,7 +18,9 @@ from models.calibration import fit, key_frequencies, recipe_of, sample
 from pallas_kernels.codecs import ChunkContext, codec_of
 from pallas_kernels.implementations import NATIVE
 from tests.interpreted import skip_unless_there
+from tests.jax_chunkattn.engine.behind import greedy_behind, joined, prefix_of
 from tests.jax_chunkattn.rule.choices import logits_by_the_definition as logits_by_choices
+from tests.jax_chunkattn.rule.choices import put_prefix
 from tests.jax_chunkattn.rule.clusters import logits_by_the_definition as logits_by_clusters
 from tests.jax_chunkattn.rule.features import FEATURES, MARKED, Feature
 from tests.jax_chunkattn.rule.histories import (
@@ -35,13 +37,15 @@ from tests.jax_chunkattn.toy import (
     toy_model,
 )
 
+PREFIX = joined(prefix_of(16, 7), prefix_of(16, 1))
+"""Of rows that are learned."""
 INT4 = Feature("int4", {"codec": "int4"})
 TOLERANCE = FEATURES[0].tolerance
 
 
 OWN_PROGRAMS = {"among_mates", "joined_at_any_step", "preempted", "evicted", "brought_back"}
 """Histories of many rows, or of a pool of another size, which need programs that no other does."""
-EVERYDAY = {"marked chunks", "windows", "choices", "deterministic"}
+EVERYDAY = {"marked chunks", "windows", "choices", "deterministic", "learned prefix"}
 """Rows with one history that is asked every day; each compiles programs of its own."""
 ALONE = {
     FEATURES[0].name,
@@ -51,6 +55,7 @@ ALONE = {
     "choices",
     "clusters",
     "deterministic",
+    "learned prefix",
 }
 ALIKE = {
     "windows that give up nothing",
@@ -60,6 +65,8 @@ ALIKE = {
     "tiers",
     "clusters, marked chunks",
     "clusters, windows",
+    "learned prefix, choices",
+    "learned prefix, windows",
 }
 """Rows that another row asks the same of, or more."""
 
@@ -165,16 +172,23 @@ def test_rounding_moves_codes_and_they_move_no_clear_choice(history):
 def test_a_mesh_gives_what_one_device_gives():
     """With each feature that several devices have, and with each head once or several times."""
     on_one = {f"mesh, {one.name}": one for one in FEATURES if one.devices is None}
-    assert sum(feature.devices is not None for feature in FEATURES) == 5
+    assert sum(feature.devices is not None for feature in FEATURES) == 6
     for feature in FEATURES:
         if feature.devices is not None:
             alone = on_one.get(feature.name, FEATURES[0])
+            assert feature.learned == alone.learned
             assert not differs(expected(feature), alone), feature.name
 
 
 def test_identity_is_a_model_without_a_cache():
     tokens = [token for token, _ in expected(FEATURES[0])]
     assert tokens == greedy_without_cache(PROMPT, NUM_TOKENS)
+
+
+def test_a_learned_prefix_is_a_model_that_reads_it_without_a_cache():
+    [feature] = [one for one in FEATURES if one.name == "learned prefix"]
+    tokens = [token for token, _ in expected(feature)]
+    assert tokens == greedy_behind(PREFIX, PROMPT, NUM_TOKENS)
 
 
 @pytest.mark.slow
@@ -205,14 +219,18 @@ def test_choices_are_those_of_the_definition(feature):
     selector = feature.options["selector"]
     model = feature.model()
     answer = expected(feature)
-    tokens = [*PROMPT, *(token for token, _ in answer)]
+    prefix = PREFIX if feature.learned else None
+    before = [0] * (PREFIX[0].shape[2] if feature.learned else 0)
+    tokens = [*before, *PROMPT, *(token for token, _ in answer)]
     windows = model.cache_spec.different_windows or None
-    logits = logits_by_choices(model, selector, 16, tokens, windows)[len(PROMPT) - 1 : -1]
+    logits = logits_by_choices(model, selector, 16, tokens, windows, prefix)
+    logits = logits[len(before) + len(PROMPT) - 1 : -1]
     logprobs = logits - np.logaddexp.reduce(logits.astype(np.float64), axis=1, keepdims=True)
     for (token, logprob), row in zip(answer, logprobs, strict=True):
         assert row[token] >= row.max() - TOLERANCE
         assert abs(row[token] - logprob) < TOLERANCE
-    dense = [logprob for _, logprob in expected(FEATURES[0])]
+    [everything] = [one for one in FEATURES if one.learned == feature.learned and one.plain]
+    dense = [logprob for _, logprob in expected(everything)]
     moved = max(abs(one - logprob) for one, (_, logprob) in zip(dense, answer, strict=True))
     assert moved > 1e3 * TOLERANCE  # what is left out counts
 
@@ -255,27 +273,34 @@ def named(name):
     return fit(recipe_of(name), sample(toy_model(), tokens, 1), frequencies)
 
 
+@pytest.mark.parametrize("learned", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CODECS)
-def test_a_query_reads_what_comes_before_its_own_chunk_encoded(name):
+def test_a_query_reads_what_comes_before_its_own_chunk_encoded(name, learned):
     """The definition, over a whole sequence at once: it knows no pool, no plan and no steps."""
     codec = named(name)
     assert codec is not None
-    feature = Feature(codec.name, {"codec": codec})
+    feature = Feature(codec.name, {"codec": codec}, learned=learned)
     answer = expected(feature)
-    tokens = [*PROMPT, *(token for token, _ in answer)]
-    logits = logits_by_the_definition(codec, tokens)[len(PROMPT) - 1 : -1].astype(np.float64)
+    before = [0] * (PREFIX[0].shape[2] if learned else 0)
+    tokens = [*before, *PROMPT, *(token for token, _ in answer)]
+    logits = logits_by_the_definition(codec, tokens, PREFIX if learned else None)
+    logits = logits[len(before) + len(PROMPT) - 1 : -1].astype(np.float64)
     logprobs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
     for (token, logprob), row in zip(answer, logprobs, strict=True):
         assert row[token] >= row.max() - TOLERANCE
         # Measured: 1.7e-6, 1.4e-6 and 1.2e-6. But on another processor a last bit may tip a number
         # over to the next of 256 codes, or of 16.
         assert abs(row[token] - logprob) < {"marked": TOLERANCE, "int8": 2e-3, "nuq4": 0.03}[name]
-    exact = [token for token, _ in expected(FEATURES[0])]
-    assert (exact == [token for token, _ in answer]) == (codec is not MARKED)
+    [as_it_is] = [one for one in FEATURES if one.learned == learned and one.plain]
+    exact = [token for token, _ in expected(as_it_is)]
+    if learned:  # random values are larger than the model's: what is coded may turn a choice
+        assert exact != [token for token, _ in answer] or codec is not MARKED
+    else:
+        assert (exact == [token for token, _ in answer]) == (codec is not MARKED)
 
 
-def logits_by_the_definition(codec, tokens):
-    """Of what follows each token, `[T, V]`."""
+def logits_by_the_definition(codec, tokens, prefix=None):
+    """Of what follows each token, `[T, V]`; `prefix` as in `rule.choices`."""
     model, size = toy_model(), 16
     spec, positions = model.cache_spec, jnp.arange(len(tokens), dtype=jnp.int32)
     group = spec.num_heads // spec.num_kv_heads
@@ -295,6 +320,7 @@ def logits_by_the_definition(codec, tokens):
             wide = jnp.repeat(keys, group, axis=1)
             return jnp.einsum("thd,shd->hts", q, wide, precision="highest") * q.shape[-1] ** -0.5
 
+        k, v = put_prefix(prefix, layer, k, v)
         known = codec.constants
         coded_keys = reads(codec.keys, known.keys, layer, k)
         coded_values = reads(codec.values, known.values, layer, v)
