@@ -415,8 +415,8 @@ def next_call(
     wanted = max(
         sum(segment.end - segment.begin for _, segment in work), len(work) * TOKENS_PER_SEQUENCE
     )
-    num_tokens = next((size for size in CALL_TOKENS if size >= wanted), most_tokens)
-    num_tokens = min(num_tokens, most_tokens)
+    # Not `next`: Ctrl-C in what it leaves of a generator would be lost.
+    num_tokens = min([most_tokens, *(size for size in CALL_TOKENS if size >= wanted)])
     ends = ends_of_call([(segment.begin, segment.end) for _, segment in work], num_tokens, align)
     call = [(owner, segment.until(end)) for (owner, segment), end in zip(work, ends, strict=False)]
     return call, num_tokens
