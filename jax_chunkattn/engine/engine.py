@@ -664,6 +664,7 @@ class Engine:
             - len(scheduler.running),
             held=len(scheduler.held),
             pinned=len(scheduler.pinned),
+            learned_prefixes=len(self._service.incoming.prefixes),
             chunks_in_use=tree.in_use_count,
             chunks_cached=tree.cached_count,
             chunks_free=tree.free_count,

@@ -24,7 +24,8 @@ class PromptUse:
     * ``evicted``: computed before under this salt, and gone. A larger pool would serve them.
     * ``window``: found, but for heads with windows, of which too little was kept of what is before
       the prompt's own. `CacheConfig.window_chunks` would serve them.
-    * ``salt``: computed before, but only under another salt, which keeps them apart.
+    * ``salt``: computed before, but only under another salt, which keeps them apart, or behind
+      another learned prefix.
     * ``last``: the last token of a prompt that is cached to its end, computed for its logits; its
       last chunk, where chunks are encoded.
 

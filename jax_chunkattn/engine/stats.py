@@ -26,7 +26,8 @@ class EngineStats:
 
     Attributes:
       running, waiting, held, pinned: requests being computed, queued, finished but kept for forks;
-        pinned prefixes.
+        pinned prefixes, learned ones among them.
+      learned_prefixes: those that requests may name.
       chunks_in_use, chunks_cached, chunks_free: of the pool; they add up to its size.
       submitted, finished, aborted, failed: requests. Those still to come are not in the last three.
       not_finite: of the failed requests, those that ended because the model's logits were NaN or
@@ -72,6 +73,7 @@ class EngineStats:
     waiting: int = 0
     held: int = 0
     pinned: int = 0
+    learned_prefixes: int = 0
     chunks_in_use: int = 0
     chunks_cached: int = 0
     chunks_free: int = 0

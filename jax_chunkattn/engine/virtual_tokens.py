@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax.numpy as jnp
@@ -72,10 +73,10 @@ class VirtualTokens:
             ids.extend(_ids_of(*chunk))
         return cls(name, tuple(ids), keys, values, after)
 
-    @property
+    @cached_property
     def namespace(self) -> bytes:
         """What tells statistics about it from those of others."""
-        return np.array(self.ids, np.int32).tobytes()
+        return hashlib.blake2b(np.array(self.ids, np.int32).tobytes(), digest_size=16).digest()
 
     def chunk(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values, [L, Hkv, C, D], of a chunk of all there are."""

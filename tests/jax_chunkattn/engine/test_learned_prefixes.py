@@ -38,6 +38,11 @@ OWN, TOKENS = prefix_of(32, 1), 12
 PARAMS = SamplingParams(TOKENS)
 
 
+def use_of(handle):
+    assert handle.prompt_use is not None
+    return handle.prompt_use
+
+
 def wanted(prompt=PROMPTS[0], prefix=OWN):
     return greedy_behind(prefix, prompt, TOKENS)
 
@@ -60,10 +65,10 @@ def test_tokens_are_those_of_dense_attention_behind_the_given_keys_and_values():
             greedy_without_cache(PROMPTS[0], TOKENS),
         ]
         # What is counted is the user's: nothing virtual is computed, found or missed.
-        assert other.prompt_use.num_tokens == len(PROMPTS[1])
-        assert other.prompt_use.hit + other.prompt_use.copied == 21
-        assert without.prompt_use.hit + without.prompt_use.copied == 0
-        assert without.prompt_use.salt == 16  # computed before, but behind other keys
+        assert use_of(other).num_tokens == len(PROMPTS[1])
+        assert use_of(other).hit + use_of(other).copied == 21
+        assert use_of(without).hit + use_of(without).copied == 0
+        assert use_of(without).salt == 16  # computed before, but behind other keys
         assert engine.stats.prompts.num_tokens == sum(map(len, (*PROMPTS, PROMPTS[0])))
         handle.release()
         assert_all_returned(engine)
@@ -87,7 +92,25 @@ def test_chains_share_what_they_begin_with_and_any_number_are_in_one_batch():
             wanted(prefix=general),
             greedy_without_cache(PROMPTS[0], TOKENS),
         ]
-        assert engine.stats.pinned == 7
+        assert (engine.stats.pinned, engine.stats.learned_prefixes) == (7, 7)
+
+
+def test_each_is_read_once_for_all_its_rows():
+    labels = {f"label {number}": number for number in range(1, 7)}
+    with make_engine(max_running=24, prefill_first=True) as engine:
+        chained(engine, **labels)
+        handles = [
+            engine.submit([row, number], SamplingParams(4), prefix=name)
+            for row in range(4)
+            for name, number in labels.items()
+        ]
+        run(handles)
+        stats = engine.stats
+    assert stats.calls
+    assert stats.planned_reads == stats.calls * (1 + 6)  # the general one, and each label's
+    assert stats.planned_reads_unshared == stats.calls * 24 * 2
+    assert stats.plan is not None
+    assert stats.plan.shared
 
 
 def test_equal_contents_are_one_whatever_their_names():
@@ -160,7 +183,7 @@ def test_a_prompt_is_pinned_behind_it():
         assert pinned.computed
         handle = engine.submit(PROMPTS[0], PARAMS, prefix="own")
         assert run([handle]) == [wanted()]
-        assert handle.prompt_use.hit == 16
+        assert use_of(handle).hit == 16
         pinned.release()
         learned.release()
         assert_all_returned(engine)
@@ -201,6 +224,7 @@ def test_it_stays_while_others_come_and_go_and_leaves_when_it_is_released():
         engine.step()
         handle.release()
         handle.release()
+        assert (engine.stats.pinned, engine.stats.learned_prefixes) == (0, 0)
         with pytest.raises(InvalidRequest, match="no learned prefix 'own'"):
             engine.submit(PROMPTS[0], PARAMS, prefix="own")
         older = engine.submit(stranger[:40], SamplingParams(90), priority=-1)  # sends it back
@@ -219,7 +243,7 @@ def test_salts_have_copies_of_their_own_which_are_no_ones_business():
             engine.step()
         assert not set(mine.chunk_ids) & set(yours.chunk_ids)
         assert run([mine, yours]) == [wanted()] * 2
-        assert yours.prompt_use.hit == 0
+        assert use_of(yours).hit == 0
 
 
 def test_events_name_virtual_tokens_by_ids_that_routers_can_be_asked_for():
