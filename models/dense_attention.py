@@ -56,6 +56,22 @@ def sequence_attend(spec: CacheSpec) -> Attend:
     return attend
 
 
+def behind_attend(spec: CacheSpec, keys: jax.Array, values: jax.Array) -> Attend:
+    """Attention within one sequence that comes behind given keys and values `[L, S, Hkv, D]`, of
+    positions from 0 on; whatever is handed in as the pool stays as it is."""
+    begin = keys.shape[1]
+
+    def attend(pool, layer, q, k, v):
+        positions = jnp.arange(begin + len(q), dtype=jnp.int32)
+        all_keys = jnp.concatenate([keys[layer].astype(k.dtype), k])
+        all_values = jnp.concatenate([values[layer].astype(v.dtype), v])
+        visible = visible_positions(spec, layer, positions[begin:], positions)
+        weights = attention_weights(attention_scores(spec, q, all_keys), visible)
+        return weighted_values(weights, all_values).astype(q.dtype), pool
+
+    return attend
+
+
 def attention_scores(spec: CacheSpec, q: jax.Array, keys: jax.Array) -> jax.Array:
     """Of queries `q [T, Hq, D]` and `keys [S, Hkv, D]`: `[Hq, T, S]` float32."""
     scale = 1 / math.sqrt(spec.head_dim) if spec.scale is None else spec.scale
