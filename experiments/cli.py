@@ -23,6 +23,7 @@ from experiments.cluster.command import CLUSTER
 from experiments.clusters.command import CLUSTERS
 from experiments.compile_report.command import COMPILE_REPORT
 from experiments.decode.command import DECODE
+from experiments.distill_prefix.command import DISTILL_PREFIX
 from experiments.doctor.command import DOCTOR
 from experiments.endpoint.command import ENDPOINT
 from experiments.engine.command import ENGINE
@@ -81,6 +82,7 @@ EXPERIMENTS: dict[str, Experiment[Any]] = {
         LAYERS,
         CLUSTERS,
         TRAIN_TINY,
+        DISTILL_PREFIX,
         CACHE,
         CLUSTER,
         SCALE,

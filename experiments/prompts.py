@@ -319,10 +319,11 @@ def _check_vocabulary(lines: Sequence[PromptLine], vocab_size: int) -> None:
 def _prompt_set(
     lines: Sequence[PromptLine], tokens: Sequence[tuple[int, ...]], note: str | None = None
 ) -> PromptSet:
-    return PromptSet(tuple(lines), tuple(tokens), _common_prefix(tokens), note)
+    return PromptSet(tuple(lines), tuple(tokens), common_tokens(tokens), note)
 
 
-def _common_prefix(sequences: Sequence[tuple[int, ...]]) -> int:
+def common_tokens(sequences: Sequence[tuple[int, ...]]) -> int:
+    """How many tokens all of them begin with alike."""
     # What the first and the last in lexicographic order have in common, all between them have.
     pairs = zip(min(sequences), max(sequences), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

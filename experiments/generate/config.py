@@ -19,6 +19,7 @@ from experiments.harness.options import (
 )
 from experiments.head_option import HeadsFolder, HeadShare, check_heads
 from experiments.mesh_option import MeshShape, mesh_devices
+from experiments.prefix_option import PrefixFolder, check_prefix
 from experiments.sampling import MOST_TEMPERATURE, MOST_TOP_K
 from experiments.select_option import DenseLayers, KeepShare, SelectPolicy, check_selection
 
@@ -38,6 +39,8 @@ class GenerateConfig:
 
     system_prompt: Annotated[Path | None, by_default("FILE", "the shipped one")] = None
     """A text file with the system prompt that all requests share."""
+
+    prefix: PrefixFolder = None
 
     prompts: Annotated[Path | None, by_default("FILE", "the 32 shipped ones")] = None
     """Questions, one a line, or JSON lines of `text` (a question) or `tokens` (a whole prompt)."""
@@ -129,6 +132,7 @@ def check(config: GenerateConfig) -> None:
     if not 0 < config.top_p <= 1:
         raise UserError(f"--top-p must be above 0 and at most 1, got {config.top_p}")
     check_seed(config.seed)
+    check_prefix(config.prefix, config.system_prompt)
     check_used_codec(config.codec)
     check_heads(config)
     mesh_devices(config.mesh)

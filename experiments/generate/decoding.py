@@ -16,6 +16,7 @@ from experiments.harness.compilations import count_compilations
 from experiments.harness.environment import max_rss_bytes
 from experiments.harness.interrupts import deferred_interrupts
 from experiments.harness.reading import Record
+from experiments.prefix_option import NAME
 from jax_chunkattn import (
     CacheConfig,
     Engine,
@@ -26,6 +27,7 @@ from jax_chunkattn import (
     SamplingParams,
     chunks_needed,
 )
+from models.prefixes import PrefixArrays
 from pallas_kernels.clusters import HeadClusters
 from pallas_kernels.codecs import ChunkCodec
 from pallas_kernels.selection import ChunkSelector
@@ -65,6 +67,7 @@ class BatchSettings:
     stop_tokens: tuple[int, ...]
     deterministic: bool = False
     mesh: Mesh | None = None
+    prefix: PrefixArrays | None = None  # that all prompts come behind
 
 
 @dataclass(frozen=True)
@@ -142,10 +145,13 @@ def decode_batch(
         deferred_interrupts() as check_interrupt,
         _engine(model, prompts, sampling, settings) as engine,
     ):
-        handles = []
+        handles, prefix = [], settings.prefix
+        if prefix is not None:
+            engine.add_prefix(NAME, prefix.keys, prefix.values)
+        behind = {} if prefix is None else {"prefix": NAME}
         for name, prompt, params in zip(names, prompts, sampling, strict=True):
             with _named(name):
-                handles.append(engine.submit(prompt, params))
+                handles.append(engine.submit(prompt, params, **behind))
         reporter = _Reporter(started, handles, names, on_finished)
         try:
             while reporter.unfinished:
@@ -251,6 +257,9 @@ def _engine(
         chunk_size=settings.chunk_size,
         sharing=settings.sharing,
     )
+    if settings.prefix is not None:
+        copies = 1 if settings.sharing else 1 + len(prompts)
+        num_chunks += copies * -(-settings.prefix.num_tokens // settings.chunk_size)
     return Engine(
         model,
         CacheConfig(

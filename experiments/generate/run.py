@@ -34,6 +34,7 @@ from experiments.harness.views import finish
 from experiments.head_option import chosen_heads
 from experiments.loading import LoadOptions, fetch_model, load_fetched
 from experiments.mesh_option import chosen_mesh
+from experiments.prefix_option import behind_prefix, chosen_prefix
 from experiments.prompts import PromptSet, make_prompts
 from experiments.select_option import chosen_selector
 from jax_chunkattn import RequestHandle, SamplingParams
@@ -60,6 +61,8 @@ def generate(
     prompts = make_prompts(
         inputs.lines, inputs.system_prompt, loaded, max_tokens=config.max_tokens, seed=config.seed
     )
+    if config.prefix is not None:
+        prompts = behind_prefix(prompts, inputs.system_prompt, loaded)
     folder.begin(environment, **setting_of(prompts))
     tell_taken_over(folder, dict.fromkeys((THIS_RUN, UNSHARED)))
     if prompts.note:
@@ -100,6 +103,7 @@ def decode(
         codec=codec_for(config.codec, loaded.model),
         selector=chosen_selector(config, loaded.model),
         clusters=chosen_clusters(config.clusters, loaded.model),
+        prefix=chosen_prefix(config.prefix, loaded),
         dtype=config.dtype,
         sharing=config.sharing,
         implementation=config.implementation,

@@ -44,12 +44,16 @@ def inputs_of(config: Any, fields: Sequence[str] | None = None) -> dict[str, str
 
 
 def _paths_in(name: str, value: Any) -> list[Path]:
-    """What a field names that may be a file: any path, and codecs that may be a name too; of a head
-    pattern's folder both of its."""
+    """What a field names that may be a file: any path, and codecs that may be a name too; of the
+    folders of head patterns and of learned prefixes those of theirs."""
     if name == "heads" and isinstance(value, Path):
         from models.head_patterns import pattern_files
 
         return list(pattern_files(value))
+    if name == "prefix" and isinstance(value, Path):
+        from models.prefixes import prefix_files
+
+        return list(prefix_files(value))
     if name != "codec":
         return [value] if isinstance(value, Path) else []
     return [Path(one) for one in ((value,) if isinstance(value, str) else value)]

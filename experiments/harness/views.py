@@ -27,6 +27,7 @@ VIEWS: dict[str, str] = {
     "cluster": "experiments.cluster.views",
     "compile-report": "experiments.compile_report.views",
     "decode": "experiments.decode.views",
+    "distill-prefix": "experiments.distill_prefix.views",
     "engine": "experiments.engine.views",
     "generate": "experiments.generate.views",
     "gpu": "experiments.gpu.views",
