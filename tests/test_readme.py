@@ -6,10 +6,14 @@ import ast
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import models
 from experiments.cli import main
 from models.parity import markdown_table
+from models.prefixes import PrefixArrays, save_prefix
+from tests.models.parity.golden import FOLDER, Golden
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -45,6 +49,21 @@ def test_the_example_of_a_mesh_runs(capsys):
     [example] = [one for one in EXAMPLES if "mesh=mesh" in one]
     exec(compile(example, "README.md", "exec"), {})
     assert len(ast.literal_eval(capsys.readouterr().out)) == 8
+
+
+def test_the_example_of_learned_prefixes_runs(tmp_path, monkeypatch, capsys):
+    [example] = [one for one in EXAMPLES if "load_prefix" in one]
+    monkeypatch.chdir(tmp_path)
+    Golden.read(FOLDER / "llama.npz").write_checkpoint(tmp_path / "Llama-3.2-1B-Instruct")
+    spec = models.load("Llama-3.2-1B-Instruct").model.cache_spec
+    shape = 2, spec.num_layers, spec.num_kv_heads, 32, spec.head_dim
+    for seed, name in enumerate(("formal", "friendly")):
+        arrays = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+        save_prefix(tmp_path / "prefixes" / name, PrefixArrays(*arrays))
+    exec(compile(example, "README.md", "exec"), {})
+    formal, friendly = map(ast.literal_eval, capsys.readouterr().out.splitlines())
+    assert len(formal) == len(friendly) == 8
+    assert formal != friendly
 
 
 def test_every_experiment_has_a_row_and_every_row_an_experiment(capsys):
