@@ -148,10 +148,10 @@ def decode_batch(
         handles, prefix = [], settings.prefix
         if prefix is not None:
             engine.add_prefix(NAME, prefix.keys, prefix.values)
-        behind = {} if prefix is None else {"prefix": NAME}
+        behind = None if prefix is None else NAME
         for name, prompt, params in zip(names, prompts, sampling, strict=True):
             with _named(name):
-                handles.append(engine.submit(prompt, params, **behind))
+                handles.append(engine.submit(prompt, params, prefix=behind))
         reporter = _Reporter(started, handles, names, on_finished)
         try:
             while reporter.unfinished:

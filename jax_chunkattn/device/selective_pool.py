@@ -19,7 +19,7 @@ from jax_chunkattn.device.model_interface import CacheSpec
 from jax_chunkattn.device.read_counts import ReadCounts
 from jax_chunkattn.device.tails import empty
 from pallas_kernels.coded_kv import LayerKV
-from pallas_kernels.plans import NewTokens, OwnChunks, PrefillPlan, Reads
+from pallas_kernels.plans import HostOrDevice, NewTokens, OwnChunks, PrefillPlan, Reads
 from pallas_kernels.selection import ChunkSelector, Landmarks
 
 
