@@ -29,6 +29,7 @@ def test_the_library_example_runs(smollm2_path, capsys):
     assert re.match("shared|unshared", decision)
 
 
+@pytest.mark.slow
 def test_the_example_of_rollouts_runs(capsys):
     exec(compile(EXAMPLES[1], "README.md", "exec"), {})
     scored, sampled = map(float, capsys.readouterr().out.split())
@@ -45,6 +46,7 @@ def test_the_example_of_replicas_runs(capsys):
     assert "matched=2" in stats
 
 
+@pytest.mark.slow
 def test_the_example_of_a_mesh_runs(capsys):
     [example] = [one for one in EXAMPLES if "mesh=mesh" in one]
     exec(compile(example, "README.md", "exec"), {})

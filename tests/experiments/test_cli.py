@@ -276,6 +276,7 @@ def test_what_is_not_utf8_is_one_line_and_exit_code_2(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_not_utf8_and_a_locale_of_ascii_are_in_nobodys_way(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"\xff")
     folder.mkdir()

@@ -129,6 +129,7 @@ def test_given_tokens_without_sharing(tmp_path: Path, cache: Path) -> None:
     assert summary["prefill_tokens_computed"] == 6
 
 
+@pytest.mark.slow
 def test_prompt_longer_than_the_model_is_told_before_work(tmp_path: Path, cache: Path) -> None:
     prompt = json.dumps({"tokens": [1] * 5000})
     (tmp_path / "prompts.jsonl").write_text(prompt + "\n")

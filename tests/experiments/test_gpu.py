@@ -159,6 +159,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_only_what_runs_a_model_needs_flax(tmp_path: Path):
     output = tmp_path / "out"
     parts = ["--part", "floors", "tokens", "decode"]

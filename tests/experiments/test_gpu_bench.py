@@ -196,6 +196,7 @@ def test_shared_tokens_of_a_name():
     assert goals.shared_tokens("32_4096 h32/32 d128 c64 bfloat16") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", [MOSAIC, TRITON])
 def test_timed_programs_compile_for_an_h200(implementation: str):
     """The loop sees the large buffers as a pool without copying them."""

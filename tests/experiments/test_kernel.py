@@ -66,6 +66,7 @@ def test_the_small_form_runs_one_case_of_the_suite(tmp_path: Path, monkeypatch: 
     assert all(side["cases"] == 1 for side in summary["sides"].values())
 
 
+@pytest.mark.slow
 def test_a_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "out"
     arguments = ["--suite", "paper", "--repeats", "2", "--seed", "3", "--output", str(output)]

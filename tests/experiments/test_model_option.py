@@ -175,6 +175,7 @@ def test_max_positions_reach_the_model(command, positions, message, tmp_path, mo
     assert message in one_error([command, *options], capsys)
 
 
+@pytest.mark.slow
 def test_a_search_is_limited_before_it_writes(smollm2_path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = ["--model", str(smollm2_path), "--max-positions", "40"]

@@ -57,6 +57,7 @@ def test_nothing_is_lost_in_float32(finished: Path):
     assert headline(result.summary)["perplexity, plain"] == paths["plain"]["perplexity"]
 
 
+@pytest.mark.slow
 def test_a_model_that_computes_nan_is_shown_as_such(finished: Path):
     result = read_result(finished)
     lines = [

@@ -72,6 +72,7 @@ def test_a_soak_passes_and_leaves_its_lines_summary_and_picture(tmp_path: Path):
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_a_soak_over_encoded_chunks_passes(tmp_path: Path):
     summary = run(SoakConfig(**SMALL, codec="int4", output=tmp_path / "out"))

@@ -130,6 +130,7 @@ def test_a_run_that_was_broken_off_goes_on_the_same(
         assert again.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_state_that_is_gone_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def broken_off(*args):
         raise KeyboardInterrupt

@@ -122,6 +122,7 @@ def test_a_template_s_tokens_are_found_in_its_text_but_white_space_is_not():
     assert not templates.write("\n\n")
 
 
+@pytest.mark.slow
 def test_models_can_be_imported_without_tokenizers_and_jinja():
     script = (
         "import sys, models, models.tokenizer, models.tokenizer_folder, models.gguf_tokenizer;"

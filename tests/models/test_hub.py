@@ -355,6 +355,7 @@ print(fetch_repository(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_the_environment_applies_and_a_pipe_gets_no_progress_bar(tmp_path):
     server = FakeHub(repository_files(tmp_path / "source"))
     settings = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home")}

@@ -161,6 +161,7 @@ def test_wrong_arguments_say_what_is_known(spec, dtype, error, words):
         models.load(spec, dtype=dtype)
 
 
+@pytest.mark.slow
 def test_importing_models_loads_no_optional_package():
     code = (
         "import sys, flax.nnx; before = set(sys.modules); import models; "

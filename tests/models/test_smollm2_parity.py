@@ -57,8 +57,10 @@ def test_prompt_logits_equal_transformers(smollm2, split_model, index):
     np.testing.assert_array_equal(logits.argmax(-1), GOLDEN[f"argmax_{index}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "index", [pytest.param(index, marks=[pytest.mark.slow] if index else []) for index in PROMPTS]
+    "index",
+    [pytest.param(index, marks=[pytest.mark.thorough] if index > 1 else []) for index in PROMPTS],
 )
 def test_greedy_tokens_equal_transformers(smollm2, split_model, index):
     prompt, expected = GOLDEN[f"prompt_{index}"], GOLDEN[f"greedy_{index}"]
@@ -71,6 +73,7 @@ def test_greedy_tokens_equal_transformers(smollm2, split_model, index):
     np.testing.assert_array_equal(tokens, expected)
 
 
+@pytest.mark.slow
 def test_config_read_from_file_is_the_preset(smollm2):
     import models
 

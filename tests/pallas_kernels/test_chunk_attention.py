@@ -149,7 +149,9 @@ def test_every_way_to_cut_the_work_gives_the_same_attention(plan, implementation
 
 
 @optimised_implementations
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", pytest.param("float16", marks=[pytest.mark.slow, pytest.mark.thorough])]
+)
 @pytest.mark.parametrize(
     "case",
     [

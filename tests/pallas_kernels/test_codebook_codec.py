@@ -234,7 +234,9 @@ def test_kernels_say_that_they_do_not_read_codebooks():
                 CHUNK_ATTENTION.resolve(kernel, shapes)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize(
+    "implementation", ["xla", pytest.param("reference", marks=pytest.mark.slow)]
+)
 def test_a_row_reads_what_is_encoded_with_the_constants_of_each_head(implementation):
     """Of the second layer of two; each chunk stands where its row has it."""
     heads, kv_heads = 4, 2

@@ -307,7 +307,7 @@ DECODE = [
     pytest.param("1,5_100,40", 6, 2, 32, 16, 30, "int8", "float32", marks=THOROUGH),
     pytest.param("1,5_100,40", 6, 2, 32, 16, 30, "int4", "bfloat16", marks=THOROUGH),
     pytest.param("1,3_200,90", 4, 2, 128, 64, 60, "int4", "bfloat16", marks=pytest.mark.slow),
-    pytest.param("1,3_200,90", 4, 2, 64, 64, 60, "int8", "float16", marks=pytest.mark.slow),
+    pytest.param("1,3_200,90", 4, 2, 64, 64, 60, "int8", "float16", marks=THOROUGH),
     ("1,3,12_80,48,16", 4, 4, 16, 16, 0, "int4/int2", "float32"),
     pytest.param("1,4_256,64", 4, 2, 24, 64, 60, SWAPPED, "float32", marks=pytest.mark.slow),
     pytest.param("1,4_256,64", 4, 2, 64, 64, 60, "fp8", "float32", marks=THOROUGH),

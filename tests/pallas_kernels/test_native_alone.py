@@ -34,7 +34,11 @@ def run_check(folder: Path, options: tuple[str, ...], seed: int, plans: int) -> 
     "options",
     [
         pytest.param((*PLAIN, "-march=native"), id="this processor"),
-        pytest.param((*PLAIN, "-march=native", "-DVECTOR_BYTES=64"), id="long vectors"),
+        pytest.param(
+            (*PLAIN, "-march=native", "-DVECTOR_BYTES=64"),
+            id="long vectors",
+            marks=pytest.mark.thorough,
+        ),
         pytest.param(PLAIN, id="the least that a processor has"),
     ],
 )

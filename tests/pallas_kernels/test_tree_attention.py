@@ -98,10 +98,14 @@ CASES = {
     "capped": (2, {"softcap": 0.8}),
     "windows": (2, {"windows": WINDOWS}),
 }
+FAST = {"grouped", "windows"}
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if case in FAST else [pytest.mark.slow]) for case in CASES],
+)
 def test_outputs_and_gradients_err_at_most_twice_as_much_as_plain_attention(case):
     group, options = CASES[case]
     given = operands(group)

@@ -35,6 +35,7 @@ def run(*arguments: str, **variables: str) -> list[str]:
     return finished.stdout.split()
 
 
+@pytest.mark.slow
 def test_the_next_process_finds_what_this_one_compiled(tmp_path: Path) -> None:
     folder, compiled, found = run(str(tmp_path))
     assert (folder, found) == (str(tmp_path), "0")

@@ -79,6 +79,7 @@ def test_decoding_updates_the_pool_in_place(implementation, dtype):
     assert_pool_is_updated_in_place(program, **pool_sizes(args[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.optimised
 @in_every_dtype
 def test_prefill_updates_the_pool_in_place(dtype):

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.optimised
 OPERATION = re.compile(r"^\s*(?:ROOT )?%?\S+ = .*? ([a-z][\w-]*)\(", re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_that_chunks_might_be_encoded_costs_the_decode_loop_nothing():
     """Operations and bytes of the compiled loop, against one that knows nothing of codecs: it
     writes to two arrays, and attends to them by the public function."""

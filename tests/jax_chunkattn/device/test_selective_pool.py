@@ -51,7 +51,7 @@ def sizes_of(pool):
 
 @pytest.mark.slow
 @pytest.mark.optimised
-@pytest.mark.parametrize("codec", ["identity", "int8"])
+@pytest.mark.parametrize("codec", ["identity", pytest.param("int8", marks=pytest.mark.thorough)])
 def test_no_call_copies_the_pool(codec):
     state, slots, plan = arguments(replace(CACHE, codec=codec))
     model, programs = SplitModel.of(toy_model()), Programs()

@@ -60,10 +60,11 @@ def test_drawn_tokens_and_all_that_is_reported_of_them():
     ("model", "codec", "tolerance"),
     [
         pytest.param(toy_model, "identity", 1e-5, id="exact"),
-        pytest.param(windowed_model, "identity", 1e-5, id="windows", marks=pytest.mark.slow),
-        pytest.param(toy_model, "int8", 2e-3, id="int8", marks=pytest.mark.slow),
+        pytest.param(windowed_model, "identity", 1e-5, id="windows"),
+        pytest.param(toy_model, "int8", 2e-3, id="int8"),
     ],
 )
+@pytest.mark.slow
 def test_it_computes_what_other_engines_do(model, codec, tolerance):
     options = {"model": model(), "codec": codec}
     params = SamplingParams(20, logprobs=0)

@@ -789,6 +789,7 @@ def test_random_use_of_tiers_gives_the_answers_of_a_model_without_a_cache(tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.devices(2)
 def test_random_use_of_a_mesh_gives_the_answers_of_a_model_without_a_cache():
     MeshMachine.agreements = agreements_of(toy_model())

@@ -199,6 +199,7 @@ def test_encoded_chunks_are_those_of_one_device(codec):
     assert found[2] == found[None]
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
 def test_what_cannot_be_laid_over_a_mesh_is_refused_by_name(caplog):
     cache, devices = CacheConfig(20, 16), jax.devices()

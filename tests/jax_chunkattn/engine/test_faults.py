@@ -102,16 +102,30 @@ HOST_FUNCTIONS = [
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"),
+    ("owner", "name", "times"),
     [
-        pytest.param(owner, name, id=f"{owner.__name__}.{name}", marks=marks_of(owner, name))
-        for owner, name in HOST_FUNCTIONS
+        *(
+            pytest.param(
+                owner, name, (0, 2, 11), id=f"{owner.__name__}.{name}", marks=marks_of(owner, name)
+            )
+            for owner, name in HOST_FUNCTIONS
+        ),
+        *(
+            pytest.param(
+                owner,
+                name,
+                (1, 5),
+                id=f"{owner.__name__}.{name}, other times",
+                marks=[pytest.mark.slow, *marks_of(owner, name)],
+            )
+            for owner, name in HOST_FUNCTIONS
+        ),
     ],
 )
-def test_an_error_in_any_function_of_a_step_costs_time_only(monkeypatch, owner, name):
+def test_an_error_in_any_function_of_a_step_costs_time_only(monkeypatch, owner, name, times):
     """The pool is small: eviction and preemption are part of it."""
     called = 0
-    for at in (0, 1, 2, 5, 11):
+    for at in times:
         engine = make_engine(num_chunks=10, prefill_tokens=32, max_running=3)
         handles = submit_all(engine)
         with monkeypatch.context() as patch:

@@ -139,7 +139,7 @@ def test_a_pool_that_holds_one_at_a_time_scores_them_all():
     assert_all_returned(engine)
 
 
-@pytest.mark.parametrize("window_chunks", [26, None])
+@pytest.mark.parametrize("window_chunks", [26, pytest.param(None, marks=pytest.mark.slow)])
 def test_windows_see_what_they_should(window_chunks):
     engine = engine_of(model=windowed_model(), window_chunks=window_chunks)
     for _ in range(2):

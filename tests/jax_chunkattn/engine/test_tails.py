@@ -89,6 +89,7 @@ def test_a_tail_that_its_parent_has_left_behind_is_computed_again():
     assert engine.stats.prefill_tokens - computed == (len(PROMPT) + begin - 1) % 16
 
 
+@pytest.mark.slow
 def test_a_fork_of_a_waiting_fork_waits_for_a_tail_too():
     """It comes in together with its parent, whose tail is not in the parent's slot yet."""
     engine = make()

@@ -22,6 +22,8 @@ LAST_POSITIONS = 6
 
 NAMES = list({case.class_name: name for name, case in reversed(CASES.items())}.values())
 """The first case of each architecture."""
+FAST = {"gemma3", "gpt2", "olmo2"}
+"""Together they have every kind of norm, position and MLP; the others are slow tests."""
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,8 @@ import pytest
 import models
 from tests.models.parity import ours
 from tests.models.parity.cases import CASES, LOGIT_TOLERANCE
-from tests.models.parity.golden import FOLDER, NAMES, Golden, last_logits
+from tests.models.parity.golden import FAST, FOLDER, NAMES, Golden, last_logits
 
-# Together they have every kind of norm, position and MLP; the others are slow tests.
-FAST = {"gemma3", "gpt2", "olmo2"}
 HAS_TRANSFORMERS = all(find_spec(package) for package in ("torch", "transformers"))
 
 

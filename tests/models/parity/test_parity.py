@@ -18,7 +18,7 @@ import models
 from tests.models.parity import ours
 from tests.models.parity.cases import CASES, GREEDY_TOKENS, LOGIT_TOLERANCE, PROMPTS, Case
 from tests.models.parity.gguf_writer import GGUF_CASES, read_by_transformers, write_gguf
-from tests.models.parity.golden import FOLDER, NAMES, Golden, last_logits
+from tests.models.parity.golden import FAST, FOLDER, NAMES, Golden, last_logits
 
 if not all(find_spec(package) for package in ("torch", "transformers")):
     pytest.skip("needs torch and transformers: the extra `parity`", allow_module_level=True)
@@ -66,7 +66,10 @@ def assert_agrees(kept: Golden, golden: Golden) -> None:
     chex.assert_trees_all_close(kept.logits, golden.logits, rtol=1e-7, atol=LOGIT_TOLERANCE / 4)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in CASES],
+)
 def test_checkpoint_decodes_as_in_transformers(name, theirs, tmp_path, figures, write):
     case = CASES[name]
     model = theirs.make_model(case)
