@@ -23,7 +23,11 @@ from jax._src import compiler  # no public option holds for all that is compiled
 
 from jax_chunkattn.device.programs import Invocation
 
-_PLAIN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+_PLAIN = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_parallel_codegen_split_count": 1,  # pieces that are compiled at once cost more in all
+}
 _OLDER: dict[str, str | bool] = {"xla_cpu_use_fusion_emitters": False}
 _plain = False
 
