@@ -3,12 +3,14 @@ once: it knows no pool, no plan and no steps."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_chunkattn.planning.planner import bucket
 from models.decoder import Decoder
 from pallas_kernels.windows import Window
 
@@ -87,14 +89,27 @@ def logits_by_the_definition(
     model: Decoder, counts: Sequence[int], size: int, tokens: Sequence[int]
 ) -> np.ndarray:
     """Of what follows each token: `[T, V]`."""
-    positions = jnp.arange(len(tokens), dtype=jnp.int32)
+    padded = np.zeros(bucket(len(tokens), 128), np.int32)  # which no token before it sees
+    padded[: len(tokens)] = tokens
+    return np.asarray(_run(model, tuple(counts), size)(padded))[: len(tokens)]
+
+
+@functools.cache
+def _run(model: Decoder, counts: tuple[int, ...], size: int):
+    """NumPy within the compiled model: attention is called back."""
 
     def attend_layer(pool, layer, q, k, v):
-        q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-        window = model.cache_spec.windows_of_heads[int(layer)][0]
-        output = attend(q, k, v, size, counts[int(layer)], q.shape[-1] ** -0.5, window)
-        return jnp.asarray(output, jnp.float32), pool
+        def here(layer, q, k, v):
+            window = model.cache_spec.windows_of_heads[int(layer)][0]
+            scale, q, k, v = q.shape[-1] ** -0.5, *(np.asarray(x, np.float64) for x in (q, k, v))
+            return attend(q, k, v, size, counts[int(layer)], scale, window).astype(np.float32)
 
-    with jax.disable_jit():
-        hidden, _ = model(jnp.asarray(tokens, jnp.int32), positions, None, attend_layer)
-        return np.asarray(model.logits(hidden))
+        return jax.pure_callback(here, jax.ShapeDtypeStruct(q.shape, q.dtype), layer, q, k, v), pool
+
+    @jax.jit
+    def run(tokens):
+        positions = jnp.arange(len(tokens), dtype=jnp.int32)
+        hidden, _ = model(tokens, positions, None, attend_layer)
+        return model.logits(hidden)
+
+    return run

@@ -140,9 +140,24 @@ def forked(feature: Feature) -> Answers:
         yield f"sample {number}", _answer_of(sample.result())
 
 
+def _crowded(feature: Feature) -> Engine:
+    """An engine that has room for ten chunks: prefixes are pinned in the rest of the pool, so that
+    its programs are those of other histories."""
+    if "window_chunks" in feature.options:  # of which pins would keep some
+        return feature.engine(num_chunks=10, max_running=3)
+    engine = feature.engine()
+    for number in range((engine.stats.chunks_free - 10) // 5):
+        [prefix] = token_tree((1, 80), seed=100 + number)
+        engine.pin(prefix)
+    while engine.step():
+        pass
+    assert engine.stats.chunks_free == 10
+    return engine
+
+
 def preempted(feature: Feature) -> Answers:
     """The pool runs short: it gives way to older ones, and is computed again from its tokens."""
-    engine = feature.engine(num_chunks=10, max_running=3)
+    engine = _crowded(feature)
     older = engine.submit(STRANGER[:40], SamplingParams(100))
     engine.step()
     handle = engine.submit(PROMPT, PARAMS)
@@ -153,7 +168,7 @@ def preempted(feature: Feature) -> Answers:
 
 def evicted(feature: Feature) -> Answers:
     """What it left in the cache is given up for others, and computed again."""
-    engine = feature.engine(num_chunks=10, max_running=3)
+    engine = _crowded(feature)
     _answer(engine)
     engine.submit(STRANGER, SamplingParams(60)).result()
     assert engine.stats.evictions

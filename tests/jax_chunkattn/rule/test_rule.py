@@ -45,7 +45,7 @@ TOLERANCE = FEATURES[0].tolerance
 
 OWN_PROGRAMS = {"among_mates", "joined_at_any_step", "preempted", "evicted", "brought_back"}
 """Histories of many rows, or of a pool of another size, which need programs that no other does."""
-EVERYDAY = {"marked chunks", "windows", "choices", "deterministic", "learned prefix"}
+EVERYDAY = {"marked chunks", "windows", "choices", "learned prefix"}
 """Rows with one history that is asked every day; each compiles programs of its own."""
 ALONE = {
     FEATURES[0].name,
@@ -73,7 +73,7 @@ ALIKE = {
 
 def takes_long(history, feature: Feature) -> bool:
     if feature is FEATURES[0]:
-        return history.__name__ in OWN_PROGRAMS
+        return history.__name__ in OWN_PROGRAMS | {"in_pieces", "forked"}
     return feature.name not in EVERYDAY or history.__name__ != "after_its_own_answer"
 
 
@@ -82,16 +82,15 @@ def is_thorough(history, feature: Feature) -> bool:
     asked each time, and the others before a release."""
     if feature is FEATURES[0]:
         return False
-    if feature.devices is not None:  # with copies there is all that others have
-        copies = feature.name == "mesh with copies of heads"
-        return not (copies and history.__name__ in {"warm_at_every_split", "preempted"})
+    if feature.devices is not None:  # engine/test_engine_mesh.py asks most of it each time
+        return True
     if history is brought_back:  # that chunks are the same bytes is asked of all kinds of pools
         return feature.name != "choices"
     if feature.name in ALONE:
         return history.__name__ in {
             "cold", "under_other_prefixes", "joined_at_any_step", "evicted",
         }  # fmt: skip
-    return feature.name in ALIKE or history.__name__ not in {"warm_at_every_split", "forked"}
+    return feature.name in ALIKE or history.__name__ != "warm_at_every_split"
 
 
 @functools.cache
@@ -144,8 +143,17 @@ def test_greedy_tokens_and_their_probabilities_do_not_depend_on_history(feature,
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "history",
-    [history for history in HISTORIES if history.__name__ not in OWN_PROGRAMS],
-    ids=lambda history: history.__name__,
+    [
+        pytest.param(
+            history,
+            id=history.__name__,
+            marks=[]
+            if history.__name__ in {"warm_at_every_split", "forked"}
+            else [pytest.mark.thorough],
+        )
+        for history in HISTORIES
+        if history.__name__ not in OWN_PROGRAMS
+    ],
 )
 def test_rounding_moves_codes_and_they_move_no_clear_choice(history):
     """A last bit, which the batch's shape may change, can make a number the next of 16 codes. So
@@ -259,7 +267,7 @@ def test_heads_attend_for_their_clusters_as_the_definition_has_it(name):
     assert [token for token, _ in answer] != [token for token, _ in expected(FEATURES[0])]
 
 
-CODECS = [MARKED.name, "int8", pytest.param("nuq4", marks=pytest.mark.slow)]
+CODECS = [MARKED.name, *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "nuq4"))]
 
 
 def named(name):
