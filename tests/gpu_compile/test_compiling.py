@@ -115,11 +115,27 @@ def test_launches_are_found_and_loops_are_captured(records):
     assert records["decode"]["command_buffers"] > 0
 
 
+FAR = {
+    *(f"pallas_triton prefill float32 d{dim} c64 g4" for dim in (32, 64, 80, 128, 256)),
+    *(f"pallas_triton prefill bfloat16 d{dim} c64 g4" for dim in (32, 64, 80)),
+    *(f"pallas_triton prefill bfloat16 d128 c{size} g4" for size in (32, 128, 256)),
+    "pallas_triton prefill bfloat16 d128 c64 g1",
+    *(f"pallas_mosaic_gpu bfloat16 d64 c64 g4{tile}" for tile in ("", " tile 128")),
+    *(f"pallas_mosaic_gpu bfloat16 d128 c{size} g4" for size in (32, 128, 256)),
+    *(f"pallas_mosaic_gpu bfloat16 d128 c64 g{group}" for group in (1, 3, 8, 16)),
+    "pallas_mosaic_gpu bfloat16 d128 c64 g2 softcap",
+}
+"""With jax 0.10.2 as with 0.12.0 these have a quarter of the 255 registers to spare, or as many as
+the usual case has, to two of them (`experiments/results/compiled-for-h200-2026-11-28`)."""
+
+
 def like_others(name: str, names: list[str]) -> bool:
     """Whether other cases ask the same of the compiler. Triton's kernels of a decode step are those
     of prefill for the same sizes, but the one that reads each row's own chunks, which is far from
     spilling; and neither Mosaic's larger tile of queries nor chunks or groups of another size
     change what the other does to registers (measured, `experiments/results`)."""
+    if name in FAR:
+        return True
     if name.startswith("pallas_triton "):
         usual = "d128 c64 g4" in name
         return not usual and name.replace("triton", "triton prefill") in names
