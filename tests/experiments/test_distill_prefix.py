@@ -43,6 +43,7 @@ def records_of(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_prefix_and_tells_what_it_is_worth(distilled: Path):
     result = read_result(distilled)
     model = models.load("random:tiny").model
@@ -63,6 +64,7 @@ def test_a_run_leaves_a_prefix_and_tells_what_it_is_worth(distilled: Path):
     assert list(views_of("distill-prefix").figures(result)) == ["divergence"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_broken_off_goes_on_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, distilled: Path
 ):
@@ -84,6 +86,7 @@ def test_a_run_that_was_broken_off_goes_on_the_same(
     assert records_of(tmp_path / "out") == records_of(distilled)
 
 
+@pytest.mark.slow
 def test_generate_answers_behind_it(distilled: Path, tmp_path: Path, capsys: Any):
     folder = str(distilled / "prefix")
     options = ["--model", "random:tiny", "--chunk-size", "16", "--max-tokens", "4", "--batch", "3"]

@@ -16,7 +16,13 @@ from jax_chunkattn.device.coded_pool import CodedPool
 from jax_chunkattn.device.decode_loop import decode_steps
 from jax_chunkattn.device.prefill import prefill_step
 from jax_chunkattn.device.programs import Invocation, Programs, SplitModel
-from jax_chunkattn.device.request_table import DeviceState, RequestTable, RowState, copy_chunks
+from jax_chunkattn.device.request_table import (
+    DeviceState,
+    RequestTable,
+    RowState,
+    copy_chunks,
+    write_chunk,
+)
 from jax_chunkattn.planning.prefill import Segment, pack_segments
 from pallas_kernels.codecs import AffineCodec, ChunkCodec, CodecError
 from tests.jax_chunkattn.device.pool_copies import assert_pool_is_updated_in_place
@@ -85,10 +91,13 @@ def test_decoding_and_prefill_update_codes_and_tails_in_place():
         num_slots=SLOTS,
     )
     ids = np.zeros(8, np.int32)
+    spec = toy_model().cache_spec
+    given = np.zeros((2, spec.num_layers, spec.num_kv_heads, 16, spec.head_dim), np.float32)
     for invocation in (
         Invocation(decode_steps, model, (state, slots, plan), static),
         Invocation(prefill_step, model, (state, np.full(8, SLOTS, np.int32), batch)),
         Invocation(copy_chunks, None, (state, ids, ids)),
+        Invocation(write_chunk, None, (state, ids[0].reshape(()), ids[0].reshape(()), *given)),
     ):
         program, _ = Programs().compiled(invocation)
         assert_pool_is_updated_in_place(program, **sizes_of(state.pool))

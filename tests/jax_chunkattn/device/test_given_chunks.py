@@ -9,6 +9,9 @@ import pytest
 
 from jax_chunkattn import CacheConfig, allocate_pool
 from jax_chunkattn.device.exact_pool import ChunkPool
+from jax_chunkattn.device.programs import Invocation, Programs
+from jax_chunkattn.device.request_table import DeviceState, RequestTable, write_chunk
+from tests.jax_chunkattn.device.pool_copies import assert_pool_is_updated_in_place
 from tests.jax_chunkattn.engine.behind import prefix_of
 from tests.jax_chunkattn.toy import toy_model
 
@@ -38,3 +41,18 @@ def test_the_chunk_behind_the_last_drops_it():
     found = pool.write_chunk(chunk(5), chunk(0), *map(jnp.asarray, prefix_of(8)))
     assert not np.asarray(found.keys).any()
     assert not np.asarray(found.values).any()
+
+
+@pytest.mark.optimised
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_pool_is_updated_in_place(dtype):
+    model = toy_model()
+    pool = allocate_pool(model.cache_spec, CacheConfig(4_000, 16, dtype))
+    state = DeviceState(pool, RequestTable.empty(4, model.vocab_size))
+    program, _ = Programs().compiled(
+        Invocation(write_chunk, None, (state, chunk(0), chunk(0), *prefix_of(16)))
+    )
+    half = pool.keys.nbytes
+    assert_pool_is_updated_in_place(
+        program, pool_bytes=2 * half, layer_bytes=half // model.cache_spec.num_layers
+    )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_chunkattn import Engine
+from jax_chunkattn import Engine, EngineStats
 from models.dense_attention import dense_attend
 from tests.jax_chunkattn.toy import toy_model
 
@@ -28,6 +30,33 @@ def chained(engine: Engine, **seeds: int) -> None:
     engine.add_prefix("general", *prefix_of(16, 7))
     for name, seed in seeds.items():
         engine.add_prefix(name, *prefix_of(16, seed), after="general")
+
+
+class BehindPrefix:
+    """An engine whose requests all come behind one prefix, which its statistics do not count."""
+
+    def __init__(self, engine: Engine, prefix: tuple[np.ndarray, np.ndarray]):
+        self.engine = engine
+        self.learned = engine.add_prefix("own", *prefix)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.engine, name)
+        argument = {
+            "check_request": "prefix",
+            "generate": "prefix",
+            "pin": "prefix",
+            "score": "learned",
+            "submit": "prefix",
+            "submit_samples": "prefix",
+        }.get(name)
+        if argument is None:
+            return found
+        return lambda *args, **kwargs: found(*args, **{**kwargs, argument: "own"})
+
+    @property
+    def stats(self) -> EngineStats:
+        stats = self.engine.stats
+        return replace(stats, pinned=stats.pinned - 1)
 
 
 def joined(*prefixes: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

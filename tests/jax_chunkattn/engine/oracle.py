@@ -25,6 +25,7 @@ from jax import lax
 from jax_chunkattn.engine.requests import TokenLogprobs
 from jax_chunkattn.sampling import RowSampling, SamplingParams, TokenCounts, sample
 from models.decoder import Decoder
+from tests.jax_chunkattn.engine.behind import logits_behind
 from tests.jax_chunkattn.toy import logits_without_cache, toy_model
 
 MAX_ANSWER = 64  # tokens; answers are padded to it, so that the sampler is compiled once
@@ -37,6 +38,7 @@ class Agreement:
 
     Attributes:
       model: that gave them.
+      prefix: keys and values `[L, Hkv, m, D]` that all come behind; None where nothing does.
       tokens: compared.
       near_ties: of those, where rounding decided otherwise.
       logprobs: compared.
@@ -44,25 +46,37 @@ class Agreement:
     """
 
     model: Decoder = field(default_factory=toy_model, repr=False)
+    prefix: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False)
     tokens: int = 0
     near_ties: int = 0
     logprobs: int = 0
     largest_error: float = 0.0
+
+    @property
+    def virtual(self) -> int:
+        """Tokens of the prefix."""
+        return 0 if self.prefix is None else self.prefix[0].shape[2]
+
+    def logits(self, tokens: tuple[int, ...]) -> np.ndarray:
+        """Of what follows each of them, `[T, V]`."""
+        if self.prefix is None:
+            return logits_without_cache(tokens, self.model)
+        return logits_behind(self.prefix, tokens, self.model)
 
     def check_tokens(
         self, prompt: Sequence[int], params: SamplingParams, tokens: Sequence[int], given: int = 0
     ) -> None:
         """Asserts that the sampler chooses each of `tokens`, but for the first `given`."""
         sequence = (*prompt, *tokens)
-        logits = logits_without_cache(sequence[:-1], self.model)
-        expected = _choices(params, prompt, tokens, logits)
+        logits = self.logits(sequence[:-1])
+        expected = _choices(params, prompt, tokens, logits, self.virtual)
         self.tokens += len(tokens) - given
         for index in range(given, len(tokens)):
             if expected[index] == tokens[index]:
                 continue
             nudged = logits - ROUNDING
             nudged[len(prompt) + index - 1, tokens[index]] += 2 * ROUNDING
-            again = _choices(params, prompt, tokens, nudged)
+            again = _choices(params, prompt, tokens, nudged, self.virtual)
             assert again[index] == tokens[index], (
                 f"token {index} of {list(tokens)} behind {list(prompt)} with {params} "
                 f"is {expected[index]} without a cache"
@@ -83,7 +97,7 @@ class Agreement:
             assert not logprobs
             return
         assert len(logprobs) == len(tokens)
-        logits = logits_without_cache((*prompt, *tokens)[:-1], self.model)[len(prompt) - 1 :]
+        logits = self.logits((*prompt, *tokens)[:-1])[len(prompt) - 1 :]
         for index in range(given, len(tokens)):
             expected = logits[index] - np.logaddexp.reduce(logits[index].astype(np.float64))
             top = logprobs[index].top
@@ -127,7 +141,11 @@ def text_of(tokens: Sequence[int]) -> str:
 
 
 def _choices(
-    params: SamplingParams, prompt: Sequence[int], tokens: Sequence[int], logits: np.ndarray
+    params: SamplingParams,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    logits: np.ndarray,
+    virtual: int,
 ) -> list[int]:
     """The sampler's token in the place of each of `tokens`, behind those before it."""
     assert len(tokens) <= MAX_ANSWER, f"{len(tokens)} tokens"
@@ -138,7 +156,7 @@ def _choices(
     one_hot[np.arange(len(tokens)), 0, list(tokens)] = 1
     behind = np.zeros((MAX_ANSWER, 1, vocabulary), np.float32)
     behind[: len(tokens), 0] = logits[len(prompt) - 1 :]
-    positions = len(prompt) + np.arange(MAX_ANSWER, dtype=np.int32)[:, None]
+    positions = virtual + len(prompt) + np.arange(MAX_ANSWER, dtype=np.int32)[:, None]
     generated = np.cumsum(one_hot, axis=0, dtype=np.int32) - one_hot
     chosen = _sample_each(RowSampling.stack([params], 1), behind, positions, seen, generated)
     return np.asarray(chosen)[: len(tokens)].tolist()

@@ -42,6 +42,7 @@ from jax_chunkattn import (
 from jax_chunkattn.engine.admission import chunks_to_finish
 from jax_chunkattn.sampling import each_sample, fork_seed
 from models.decoder import Decoder
+from tests.jax_chunkattn.engine.behind import BehindPrefix, prefix_of
 from tests.jax_chunkattn.engine.engines import BytePairs, assert_all_returned, make_engine
 from tests.jax_chunkattn.engine.machine_requests import (
     LONG,
@@ -69,6 +70,7 @@ from tests.jax_chunkattn.toy import (
     windowed_model,
 )
 
+PREFIX = prefix_of(16, 5)
 MOST_OPEN = 8
 MOST_DONE = 8
 MOST_STEPS = 1_000  # of the engine, for `MOST_OPEN` requests to end
@@ -129,6 +131,7 @@ class EngineMachine(RuleBasedStateMachine):
     agreements: ClassVar[tuple[Agreement, Agreement]]
     pools: ClassVar[list[tuple[int, int]]] = POOLS
     options: ClassVar[Mapping[str, Any]] = {}
+    virtual: ClassVar[int] = 0  # chunks of a learned prefix, which the pool has besides
 
     @property
     def caches(self) -> bool:
@@ -140,8 +143,8 @@ class EngineMachine(RuleBasedStateMachine):
         num_chunks, self.chunk_size = pick(data, self.pools)
         self.num_chunks = num_chunks
         self.sharing = sharing or self.caches
-        self.engine = make_engine(
-            num_chunks,
+        self.engine: Any = make_engine(
+            num_chunks + self.virtual,
             self.chunk_size,
             steps_per_call=3,
             prefill_tokens=32,
@@ -152,6 +155,8 @@ class EngineMachine(RuleBasedStateMachine):
             retain=data.draw(st.sampled_from([True] * 7 + [False])) or self.caches,
             **self.options,
         )
+        if self.virtual:
+            self.engine = BehindPrefix(self.engine, PREFIX)
         self.version = 0  # of the weights: even ones are the model's, odd ones the others
         self.requests: list[Tracked] = []
         self.pins: list[TrackedPin] = []
@@ -186,9 +191,19 @@ class EngineMachine(RuleBasedStateMachine):
         return salt if self.sharing else object()
 
     def fits(self, tokens, max_tokens: int, namespace: object, pinned: set) -> bool:
-        own = prefixes(tokens, self.chunk_size, namespace)
+        own = self.chunks_of(tokens, namespace)
         needed = chunks_to_finish(len(tokens), max_tokens, self.chunk_size)
+        needed += len(self.copies_of_prefix(namespace))
         return needed <= self.num_chunks - len(pinned - own) and self.windows_fit()
+
+    def chunks_of(self, tokens, namespace: object) -> set:
+        """What names each whole chunk, those of a prefix's copy too."""
+        own = prefixes(tokens, self.chunk_size, namespace)
+        return own | self.copies_of_prefix(namespace)
+
+    def copies_of_prefix(self, namespace: object) -> set:
+        """Other salts than none have a copy of their own, beside the one that is pinned."""
+        return {(namespace, at) for at in range(self.virtual) if namespace != ""}
 
     def windows_fit(self, pins: int = 0) -> bool:
         """Whether heads with windows have room for a request, beside what is pinned and so many
@@ -198,7 +213,7 @@ class EngineMachine(RuleBasedStateMachine):
         return room is None or room.needed(sequences, self.chunk_size) <= room.chunks
 
     def pinned(self) -> set:
-        each = (prefixes(pin.tokens, self.chunk_size, pin.namespace) for pin in self.pins)
+        each = (self.chunks_of(pin.tokens, pin.namespace) for pin in self.pins)
         return set().union(*each)
 
     # Requests come.
@@ -546,7 +561,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.saw("pinned")
 
     def pin_fits(self, tokens, namespace) -> bool:
-        pinned = self.pinned() | prefixes(tokens, self.chunk_size, namespace)
+        pinned = self.pinned() | self.chunks_of(tokens, namespace)
         accepted = [(tokens, 1, namespace)]
         accepted += [
             (one.handle.prompt, one.handle.params.max_tokens, one.namespace) for one in self.open()
@@ -684,7 +699,7 @@ class EngineMachine(RuleBasedStateMachine):
                 tracked.hold = False
         assert stats.held == sum(tracked.hold for tracked in held)
         total = stats.chunks_free + stats.chunks_cached + stats.chunks_in_use
-        assert total == self.num_chunks
+        assert total == self.num_chunks + self.virtual
         self.saw("preempted", stats.preemptions - before.preemptions)
         forked, self.counts["forks"] = self.counts["forks"], 0
         self.saw("samples forked", stats.forks - before.forks - forked)
@@ -713,6 +728,9 @@ class EngineMachine(RuleBasedStateMachine):
         for pin in self.pins:
             assert pin.handle.computed
             pin.handle.release()
+        if isinstance(self.engine, BehindPrefix):
+            self.engine.learned.release()
+            self.engine = self.engine.engine
         assert_all_returned(self.engine)
 
 
@@ -745,6 +763,13 @@ class TieredMachine(EngineMachine):
         super().teardown()
         if hasattr(self, "engine"):
             self.engine.close()
+
+
+class LearnedMachine(EngineMachine):
+    """All requests come behind a learned prefix."""
+
+    seen: ClassVar[Counter[str]] = Counter()
+    virtual: ClassVar[int] = 1
 
 
 class MeshMachine(EngineMachine):
@@ -786,6 +811,18 @@ def test_random_use_of_tiers_gives_the_answers_of_a_model_without_a_cache(tmp_pa
     print(f"{TieredMachine.steps} steps, {dict(sorted(TieredMachine.seen.items()))}")
     assert_agreed(TieredMachine.agreements)
     assert not missed, f"never happened in {TieredMachine.steps} steps: {missed}"
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+def test_random_use_behind_a_prefix_gives_the_answers_of_a_model_without_a_cache():
+    models = toy_model(), reweighted(toy_model())
+    LearnedMachine.agreements = Agreement(models[0], PREFIX), Agreement(models[1], PREFIX)
+    wanted = {"evicted", "fork copied", "partial chunk copied", "pinned", "preempted", "scored"}
+    missed = run_until_seen(LearnedMachine, wanted, max_examples=12, report_multiple_bugs=False)
+    print(f"{LearnedMachine.steps} steps, {dict(sorted(LearnedMachine.seen.items()))}")
+    assert_agreed(LearnedMachine.agreements)
+    assert not missed, f"never happened in {LearnedMachine.steps} steps: {missed}"
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from jax_chunkattn.engine.scheduler import Scheduler
 from jax_chunkattn.tree.allocator import ChunkAllocator
 from jax_chunkattn.tree.prefix_tree import PrefixTree
 from tests.effort import examples
+from tests.jax_chunkattn.engine.behind import prefix_of
 from tests.jax_chunkattn.engine.engines import BytePairs, assert_all_returned, make_engine, run
 from tests.jax_chunkattn.engine.test_threads import start
 from tests.jax_chunkattn.toy import greedy_without_cache, token_tree
@@ -407,7 +408,7 @@ def interrupted_at(number, call):
     return None
 
 
-@pytest.mark.parametrize("name", ["pin", "submit", "submit_samples", "fork"])
+@pytest.mark.parametrize("name", ["pin", "add_prefix", "submit", "submit_samples", "fork"])
 def test_what_an_interrupt_keeps_from_its_caller_is_left_to_nobody(name):
     """Wherever in the call it comes: no prefix stays pinned, no request is decoded to its end."""
     engine = make_engine(num_chunks=10, prefill_tokens=32)
@@ -416,6 +417,7 @@ def test_what_an_interrupt_keeps_from_its_caller_is_left_to_nobody(name):
     parent.result()
     call = {
         "pin": lambda: engine.pin(prompt),
+        "add_prefix": lambda: engine.add_prefix("its name stays free", *prefix_of(32)),
         "submit": lambda: engine.submit(prompt, SamplingParams(9)),
         "submit_samples": lambda: engine.submit_samples(prompt, SamplingParams(9, n=2)),
         "fork": lambda: parent.fork(SamplingParams(9)),

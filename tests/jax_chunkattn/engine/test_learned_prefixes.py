@@ -25,6 +25,7 @@ from tests.jax_chunkattn.engine.behind import (
     prefix_of,
 )
 from tests.jax_chunkattn.engine.engines import assert_all_returned, make_engine, run
+from tests.jax_chunkattn.engine.test_interrupts import interrupted_at
 from tests.jax_chunkattn.toy import (
     greedy_without_cache,
     reweighted,
@@ -210,6 +211,39 @@ def test_it_is_written_again_after_reset_new_weights_and_lost_pools():
         engine.check()
 
 
+@pytest.mark.slow
+def test_an_interrupt_anywhere_leaves_it_as_it_was():
+    """In steps; the moments that are met are other ones each time."""
+    wait = SamplingParams(4)
+    with make_engine() as engine:
+        engine.add_prefix("own", *OWN)
+        run([engine.submit(PROMPTS[0], wait, prefix="own")])
+        interrupted = set()
+        for number in range(1, 20_000, 83):
+            engine.reset()
+            function = interrupted_at(
+                number, lambda: engine.submit(PROMPTS[1], wait, prefix="own").result()
+            )
+            if function is None:
+                break
+            interrupted.add(function)
+            again = engine.submit(PROMPTS[0], wait, prefix="own")
+            assert run([again]) == [wanted()[:4]], function
+            engine.check()
+        assert len(interrupted) > 10
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.slow
+def test_other_implementations_read_it(implementation):
+    with make_engine(implementation=implementation) as engine:
+        chained(engine, one=1, two=2)
+        handles = [engine.submit(PROMPTS[0], PARAMS, prefix=name) for name in ("one", "two")]
+        general = prefix_of(16, 7)
+        expected = [wanted(prefix=joined(general, prefix_of(16, seed))) for seed in (1, 2)]
+        assert run(handles) == expected
+
+
 def test_it_stays_while_others_come_and_go_and_leaves_when_it_is_released():
     with make_engine(num_chunks=10, max_running=3) as engine:
         handle = engine.add_prefix("own", *OWN)
@@ -244,6 +278,19 @@ def test_salts_have_copies_of_their_own_which_are_no_ones_business():
         assert not set(mine.chunk_ids) & set(yours.chunk_ids)
         assert run([mine, yours]) == [wanted()] * 2
         assert use_of(yours).hit == 0
+
+
+def test_a_salts_copy_that_was_evicted_is_written_again():
+    [stranger] = token_tree((1, 90), seed=8)
+    with make_engine(num_chunks=10, max_running=3) as engine:
+        engine.add_prefix("own", *OWN)
+        assert run([engine.submit(PROMPTS[0], PARAMS, prefix="own", salt="mine")]) == [wanted()]
+        engine.submit(stranger, SamplingParams(30)).result()
+        assert engine.stats.evictions
+        again = engine.submit(PROMPTS[0], PARAMS, prefix="own", salt="mine")
+        assert run([again]) == [wanted()]
+        assert use_of(again).evicted == 16
+        assert engine.stats.prefill_tokens == 2 * len(PROMPTS[0]) + len(stranger)
 
 
 def test_events_name_virtual_tokens_by_ids_that_routers_can_be_asked_for():

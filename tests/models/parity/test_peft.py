@@ -27,7 +27,12 @@ from tests.models.parity import theirs  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("default")  # theirs are not ours to mend
 
 VIRTUAL = 2 * CHUNK_SIZE
-NAMES = ["llama", "gpt2", "qwen3", "opt", "gemma2"]
+NAMES = [
+    "llama",
+    "gpt2",
+    "gemma2",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "opt")),
+]
 
 
 def train(model: Any, **options: Any) -> Any:
