@@ -59,6 +59,7 @@ from experiments.search.command import SEARCH
 from experiments.serve.command import SERVE
 from experiments.soak.command import SOAK
 from experiments.sparse.command import SPARSE
+from experiments.tiers.command import TIERS
 from experiments.train_tiny.command import TRAIN_TINY
 from experiments.tree.command import TREE
 
@@ -91,6 +92,7 @@ EXPERIMENTS: dict[str, Experiment[Any]] = {
         GRADIENTS,
         GRPO,
         SPARSE,
+        TIERS,
         MINOR,
         ENGINE,
         SOAK,

@@ -17,6 +17,7 @@ from experiments.harness.options import (
     check_at_least_one,
     check_seed,
 )
+from experiments.tier_option import Disk, DiskMemory, HostMemory, check_tiers
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MOST_RUNNING = 4096
@@ -60,6 +61,13 @@ class EndpointConfig:
 
     pool_memory: str = "1GiB"
     """Size of the KV pool, such as 500MB or 2GiB."""
+
+    host_memory: HostMemory = None
+
+    disk: Disk = None
+
+    disk_memory: DiskMemory = "20GiB"
+    """What files in the folder of `--disk` may take."""
 
     chunk_size: int = 64
     """Tokens in a chunk of the KV cache; prefixes are shared in whole chunks."""
@@ -147,6 +155,7 @@ def check(config: EndpointConfig) -> None:
         raise UserError(f"--max-running must be at most {MOST_RUNNING}, got {config.max_running}")
     check_above_zero(config, "body_mib", "seconds")
     check_used_codec(config.codec)
+    check_tiers(config, sharing=config.sharing)
     check_seed(config.seed)
     if not 0 <= config.port < 1 << 16:
         raise UserError(f"--port must be from 0 to 65535, got {config.port}")

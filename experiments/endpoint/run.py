@@ -20,6 +20,7 @@ from experiments.harness.compilations import compilation_cache
 from experiments.harness.errors import UserError
 from experiments.loading import LoadOptions, load_model, parse_model
 from experiments.pool_option import pool_within
+from experiments.tier_option import tier_errors, tiers_of
 from jax_chunkattn import Engine, KVEvents
 from jax_chunkattn.engine.text import Tokenizer
 from jax_chunkattn.server.endpoint import Endpoint
@@ -94,20 +95,22 @@ def make_engine(
         chunk_size=config.chunk_size,
         dtype=config.dtype,
         codec=codec_for(config.codec, loaded.model),
+        **tiers_of(config),
     )
-    return Engine(
-        loaded.model,
-        cache,
-        tokenizer=tokenizer,
-        stop_tokens=() if loaded.tokenizer is None else tuple(loaded.tokenizer.stop_ids),
-        max_running=config.max_running,
-        steps_per_call=config.steps_per_call,
-        prefill_tokens=config.prefill_tokens,
-        sharing=config.sharing,
-        implementation=config.implementation,
-        deterministic=config.deterministic,
-        kv_events=events,
-    )
+    with tier_errors(config):
+        return Engine(
+            loaded.model,
+            cache,
+            tokenizer=tokenizer,
+            stop_tokens=() if loaded.tokenizer is None else tuple(loaded.tokenizer.stop_ids),
+            max_running=config.max_running,
+            steps_per_call=config.steps_per_call,
+            prefill_tokens=config.prefill_tokens,
+            sharing=config.sharing,
+            implementation=config.implementation,
+            deterministic=config.deterministic,
+            kv_events=events,
+        )
 
 
 def words_of(loaded: LoadedModel) -> tuple[Tokenizer | None, ChatTemplate | None]:

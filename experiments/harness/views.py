@@ -46,6 +46,7 @@ VIEWS: dict[str, str] = {
     "serve": "experiments.serve.views",
     "soak": "experiments.soak.views",
     "sparse": "experiments.sparse.views",
+    "tiers": "experiments.tiers.views",
     "train-tiny": "experiments.train_tiny.views",
     "tree": "experiments.tree.views",
     "sweep": "experiments.harness.sweep_views",

@@ -105,4 +105,4 @@ def _note(answer: Streamed, handle: RequestHandle) -> None:
         answer.finish_reason = handle.finish_reason
         use = handle.prompt_use
         answer.prompt_tokens = len(handle.prompt)
-        answer.cached_tokens = None if use is None else use.hit + use.copied
+        answer.cached_tokens = None if use is None else use.num_found

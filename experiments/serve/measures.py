@@ -62,7 +62,7 @@ def side_record(
         "side": side,
         "round": number,
         "requests": len(served),
-        "hit_rate": _share(use.hit + use.copied, use.num_tokens),
+        "hit_rate": _share(use.num_found, use.num_tokens),
         "hit_rate_ideal": _share(ideal.tokens, ideal.prompt_tokens),
         "chunk_hit_rate": _share(use.hit, use.num_tokens),
         "chunk_hit_rate_ideal": _share(ideal.tokens_in_chunks, ideal.prompt_tokens),

@@ -216,7 +216,7 @@ class _HitsByRequest:
     def note(self, stats: EngineStats) -> None:
         """Takes over what a turn has added."""
         use = stats.prompts
-        found = use.hit + use.copied
+        found = use.num_found
         admitted = []
         while self._counted < use.num_tokens:
             index, prompt_tokens = self._queue.popleft()

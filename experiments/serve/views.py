@@ -17,6 +17,8 @@ Record = Mapping[str, Any]
 
 _REASONS = {
     "hit": "found, in whole chunks",
+    "host": "found, in memory of the host",
+    "disk": "found, on the disk",
     "copied": "found, in a part of a chunk",
     "new": "never seen before",
     "evicted": "seen, and no longer kept",

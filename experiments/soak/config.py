@@ -20,6 +20,7 @@ from experiments.harness.options import (
 from experiments.head_option import HeadsFolder, HeadShare, check_heads
 from experiments.loading import ModelSource
 from experiments.select_option import DenseLayers, KeepShare, SelectPolicy, check_selection
+from experiments.tier_option import Disk, DiskMemory, HostMemory, check_tiers
 
 LEAST_CONTEXT = 64
 
@@ -61,6 +62,13 @@ class SoakConfig:
     dense_layers: DenseLayers = None
 
     clusters: ClustersFile = None
+
+    host_memory: HostMemory = None
+
+    disk: Disk = None
+
+    disk_memory: DiskMemory = "20GiB"
+    """What files in the folder of `--disk` may take."""
 
     chunks: Annotated[int | None, by_default("INT", "a fifth of what full rows need")] = None
     """Chunks in the pool. Few make evictions and preemptions frequent."""
@@ -110,6 +118,7 @@ def check(config: SoakConfig) -> None:
     check_heads(config)
     check_selection(config, config.chunk_size)
     check_clusters(config.clusters)
+    check_tiers(config)
     check_seed(config.seed)
 
 

@@ -37,6 +37,7 @@ from experiments.soak.checks import (
 from experiments.soak.config import Sizes, SoakConfig, sizes_for
 from experiments.soak.driver import Driver
 from experiments.soak.work import Arrivals, Workload
+from experiments.tier_option import tier_errors, tiers_of
 from jax_chunkattn import CacheConfig, Engine
 from models import LoadedModel
 
@@ -62,9 +63,16 @@ def soak(config: SoakConfig, source: ModelSource, folder: ResultFolder) -> dict[
     selector = chosen_selector(config, loaded.model, whole=0)
     clusters = chosen_clusters(config.clusters, loaded.model)
     how: Any = {"codec": codec, "selector": selector, "clusters": clusters}
+    how |= tiers_of(config)
 
     def make_engine() -> Engine:
-        engine = Engine(
+        with tier_errors(config):
+            engine = bare_engine()
+        engine.warm_up(threads=usable_cpus())
+        return engine
+
+    def bare_engine() -> Engine:
+        return Engine(
             loaded.model,
             CacheConfig(sizes.num_chunks, config.chunk_size, **how),
             tokenizer=loaded.tokenizer,
@@ -72,8 +80,6 @@ def soak(config: SoakConfig, source: ModelSource, folder: ResultFolder) -> dict[
             steps_per_call=config.steps_per_call,
             prefill_tokens=config.prefill_tokens,
         )
-        engine.warm_up(threads=usable_cpus())
-        return engine
 
     with phase_display() as display, deferred_interrupts() as check_interrupt:
         display.update("compile")
@@ -217,7 +223,7 @@ class _Run:
             "refused": self._driver.refused,
             "decode_tokens": stats.decode_tokens,
             "prefill_tokens": stats.prefill_tokens,
-            "prompt_tokens_hit": stats.prompts.hit + stats.prompts.copied,
+            "prompt_tokens_hit": stats.prompts.num_found,
             "seconds": round(seconds, 1),
             "decode_tokens_per_second": round(stats.decode_tokens / seconds, 1),
             "preemptions": stats.preemptions,

@@ -129,7 +129,8 @@ class Engine:
     Raises:
       ValueError: for a bad option, an implementation that cannot run here, a codec that cannot
         store the model's keys and values (`CodecError`), or a mesh that cannot split the model
-        (`MeshError`). Also for `host_memory` or a disk with a mesh, or where nothing is cached.
+        (`MeshError`). Also for tiers that are too small for a chunk, on a mesh, or where nothing is
+        cached (`TierError`).
       OSError: when the folder of a `disk` cannot be had.
     """
 

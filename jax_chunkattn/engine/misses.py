@@ -48,6 +48,11 @@ class PromptUse:
         """Tokens of the prompts."""
         return sum(vars(self).values())
 
+    @property
+    def num_found(self) -> int:
+        """Tokens that need not be computed."""
+        return self.hit + self.host + self.disk + self.copied
+
     def of_which(self, host: int, disk: int) -> PromptUse:
         """The same where of the tokens found in whole chunks so many, the last, come from tiers."""
         behind = min(self.hit, host + disk)

@@ -39,6 +39,10 @@ class TierStats:
     compute_seconds: float = 0.0
 
 
+class TierError(ValueError):
+    """Tiers that cannot be behind an engine's pool; the message says why."""
+
+
 class Residency:
     """In the pool alone: what is evicted is computed again.
 

@@ -20,7 +20,7 @@ from jax_chunkattn.device.cache_config import CacheConfig, parse_bytes
 from jax_chunkattn.device.chunk_arrays import ChunkArrays
 from jax_chunkattn.device.chunk_transfers import in_calls
 from jax_chunkattn.device.device import Device
-from jax_chunkattn.engine.residency import Residency, TierStats
+from jax_chunkattn.engine.residency import Residency, TierError, TierStats
 from jax_chunkattn.tiers.disk import HEADER, DiskTier
 from jax_chunkattn.tiers.host import HostTier
 from jax_chunkattn.tiers.names import chunk_name, namespace_of, root_name
@@ -49,13 +49,13 @@ def open_residency(
       seconds_per_token: of computing a prompt.
 
     Raises:
-      ValueError: for tiers that cannot be there, or have no room for a chunk.
+      TierError: for tiers that cannot be there, or have no room for a chunk.
       OSError: when the folder cannot be had.
     """
     if not cache.has_tiers:
         return Residency()
     if not caches:
-        raise ValueError("host_memory and disk need sharing and retain: else nothing is cached")
+        raise TierError("host_memory and disk need sharing and retain: else nothing is cached")
     size = device.chunk_layout.chunk_bytes
     host = 0 if cache.host_memory is None else parse_bytes(cache.host_memory)
     limit = 0 if cache.disk_memory is None else parse_bytes(cache.disk_memory)
@@ -64,7 +64,7 @@ def open_residency(
         ("disk_memory", cache.disk_memory, limit - HEADER.size),
     ):
         if given is not None and memory < size:
-            raise ValueError(f"a chunk takes {size:,} bytes, {name} is {given}")
+            raise TierError(f"a chunk takes {size:,} bytes, {name} is {given}")
 
     def open_disk(namespace: bytes) -> DiskTier | None:
         if cache.disk is None:

@@ -102,7 +102,7 @@ class ReplicaServer:
                 self._handles.pop(key, None)
         use = self._engine.stats.prompts
         return Report(
-            tuple(told), tuple(failed), tuple(self._cache.take()), use.hit + use.copied,
+            tuple(told), tuple(failed), tuple(self._cache.take()), use.num_found,
             use.num_tokens,
         )  # fmt: skip
 

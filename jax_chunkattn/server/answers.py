@@ -89,7 +89,7 @@ def usage_of(prompt: int, completion: int, use: PromptUse | None) -> dict[str, A
     if use is not None:
         missed = {name: getattr(use, name) for name in MISSED}
         missed["new"] += use.salt
-        cached = use.hit + use.copied
+        cached = use.num_found
         usage["prompt_tokens_details"] = {"cached_tokens": cached, "missed_tokens": missed}
     return usage
 

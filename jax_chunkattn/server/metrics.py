@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from jax_chunkattn.engine.residency import TierStats
 from jax_chunkattn.engine.stats import EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -27,6 +28,7 @@ REQUEST_SECONDS = (
     7680,
 )  # fmt: skip
 
+FOUND = ("hit", "host", "disk", "copied")
 MISSES = ("too_short", "new", "evicted", "window", "salt", "last")
 
 
@@ -117,7 +119,7 @@ class Metrics:
         yield from self._counters(
             {
                 "vllm:prefix_cache_queries": ("Prompt tokens looked up.", use.num_tokens),
-                "vllm:prefix_cache_hits": ("Of those, found.", use.hit + use.copied),
+                "vllm:prefix_cache_hits": ("Of those, found.", use.num_found),
                 "vllm:prompt_tokens": ("Prompt tokens.", use.num_tokens),
                 "vllm:num_preemptions": ("Requests sent back to the queue.", stats.preemptions),
                 "chunkattn:chunks_evicted": ("Cached chunks given up.", stats.evictions),
@@ -141,10 +143,40 @@ class Metrics:
             {name: getattr(use, name) for name in MISSES},
         )
         yield self._by_label(
+            "chunkattn:prompt_tokens_found",
+            "Prompt tokens that were found, by where.",
+            "place",
+            {name: getattr(use, name) for name in FOUND},
+        )
+        yield from self._of_tiers(stats.tiers)
+        yield self._by_label(
             "chunkattn:plans",
             "Decode plans, by what the planner decided.",
             "decision",
             {"shared": stats.plans_shared, "unshared": stats.plans - stats.plans_shared},
+        )
+
+    def _of_tiers(self, tiers: TierStats | None) -> Iterator[Metric]:
+        """What is behind the pool, if something is."""
+        if tiers is None:
+            return
+        gauge = GaugeMetricFamily(
+            "chunkattn:tier_chunks", "Chunks behind the pool.", labels=["model_name", "tier"]
+        )
+        for tier, chunks in (("host", tiers.host_chunks), ("disk", tiers.disk_chunks)):
+            gauge.add_metric([self._model, tier], chunks)
+        yield gauge
+        yield self._by_label(
+            "chunkattn:tier_tokens_loaded",
+            "Tokens brought back instead of computed.",
+            "tier",
+            {"host": tiers.loaded_from_host, "disk": tiers.loaded_from_disk},
+        )
+        yield self._by_label(
+            "chunkattn:tier_failures",
+            "Chunks that could not be moved, by reason.",
+            "reason",
+            {**tiers.failures, "disk too slow": tiers.not_written},
         )
 
     def _gauges(self, values: dict[str, tuple[str, float]]) -> Iterator[Metric]:

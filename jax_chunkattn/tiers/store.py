@@ -66,6 +66,7 @@ class ChunkStore:
         self._lock = threading.Lock()
         self._moved = Moved()
         self._coming: Counter[bytes] = Counter()
+        self._evicted: set[bytes] = set()  # of those that are coming
         self._waiting: dict[bytes, np.ndarray] = {}  # to be written
         self._mover = ThreadPoolExecutor(1, "chunks")
         self._writer = ThreadPoolExecutor(1, "chunk-files")
@@ -101,13 +102,22 @@ class ChunkStore:
 
     def lacks(self, name: bytes, *, evicted: bool) -> bool:
         """Whether a chunk should be put: one that is evicted where it is not in memory, another
-        where it is not on the disk. One that is there counts as used."""
+        where it is not on the disk. One that is there counts as used, and one that is on its way
+        to the disk comes to memory too when it is evicted."""
+        to_memory = evicted and self._host.most > 0
         with self._lock:
-            if name in self._coming or name in self._waiting:
+            if name in self._coming:
+                if to_memory:
+                    self._evicted.add(name)
                 return False
-            if evicted and self._host.most:
-                return self._host.use(name) is None
-        return self._disk is not None and not self._disk.has(name)
+            waiting = self._waiting.get(name)
+            if to_memory and self._host.use(name) is not None:
+                return False
+        if waiting is not None:
+            if to_memory:
+                self._put_in_memory(name, waiting)
+            return False
+        return to_memory or (self._disk is not None and not self._disk.has(name))
 
     # Moving.
 
@@ -124,11 +134,18 @@ class ChunkStore:
         """Keeps an announced chunk, uint8: one that is evicted in memory, others, and what memory
         has no room for, on the disk."""
         with self._lock:
+            evicted = evicted or name in self._evicted
             self._forget_coming(name)
-            gone = [(name, chunk)]
-            if evicted and self._host.most:
-                gone = self._host.put(name, chunk)
-                self._moved.kept[Tier.HOST] += 1
+        if evicted and self._host.most:
+            self._put_in_memory(name, chunk)
+        else:
+            self._write_later(name, chunk)
+
+    def _put_in_memory(self, name: bytes, chunk: np.ndarray) -> None:
+        """With what it has no room for written to the disk."""
+        with self._lock:
+            gone = self._host.put(name, chunk)
+            self._moved.kept[Tier.HOST] += 1
         for old_name, old in gone:
             self._write_later(old_name, old)
 
@@ -147,6 +164,7 @@ class ChunkStore:
         def forget() -> None:
             with self._lock:
                 self._coming.clear()
+                self._evicted.clear()
 
         self.later(forget)
 
@@ -206,6 +224,7 @@ class ChunkStore:
         self._host.clear()
 
     def _forget_coming(self, name: bytes) -> None:
+        self._evicted.discard(name)
         self._coming[name] -= 1
         if self._coming[name] <= 0:
             del self._coming[name]

@@ -51,6 +51,7 @@ LONG = (
     "serve",
     "soak",
     "sparse",
+    "tiers",
     "train-tiny",
 )
 """These take long, most of them to compile, and have tests of their own that are shorter."""
@@ -75,6 +76,7 @@ THOROUGH = (
     "search",
     "serve --model",
     "soak",
+    "tiers",
     "train-tiny",
 )
 """These run what another command runs, but for an option, or what tests of their own run as small:

@@ -1,0 +1,1 @@
+"""Time to the first token where a prompt begins with what tiers behind the pool keep."""
