@@ -6,6 +6,7 @@ whose beginning is in the pool, in memory, on the disk, or nowhere.
 
     python -m experiments tiers
     python -m experiments tiers --codec int4 --lengths 2048 8128
+    python -m experiments tiers --trace mooncake_conversation_trace.jsonl
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ def run(config: TiersConfig) -> dict[str, Any]:
         KeyboardInterrupt: with a message that says where the results so far are.
     """
     check(config)
+    if config.trace is not None:
+        with open_results("tiers", config) as folder:
+            from experiments.tiers.replay import measure_trace
+
+            return measure_trace(config, folder)
     source = parse_model(config.model)
     with open_results("tiers", config) as folder:
         from experiments.tiers.run import measure
@@ -35,6 +41,9 @@ def run(config: TiersConfig) -> dict[str, Any]:
 
 def headline(summary: dict[str, Any]) -> dict[str, Any]:
     """What a sweep shows of a run."""
+    if "replays" in summary:
+        *_, both = summary["replays"]
+        return {"found": round(sum(both["found"].values()) / both["tokens"], 4)}
     longest = summary["lengths"][-1]
     return {
         "disk / computed": round(longest["seconds"]["disk"] / longest["seconds"]["computed"], 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -15,6 +16,7 @@ from experiments.harness.options import (
     check_at_least_one,
     check_seed,
 )
+from experiments.trace import BLOCK_TOKENS
 
 WAYS = {
     "computed": "computed, by an engine without tiers",
@@ -46,6 +48,19 @@ class TiersConfig:
 
     codec: CodecName = "identity"
 
+    trace: Annotated[Path | None, by_default("FILE", "a model is timed")] = None
+    """Instead of timing a model, tell what tiers find of a trace in the format of Mooncake's
+    releases."""
+
+    pool_tokens: int = 1_000_000
+    """With --trace: size of the pool."""
+
+    host_tokens: int = 4_000_000
+    """With --trace: tokens that memory of the host holds."""
+
+    disk_tokens: int = 40_000_000
+    """With --trace: tokens that the disk holds."""
+
     disk: Annotated[Path | None, by_default("FOLDER", "that of the results")] = None
     """Where files are kept meanwhile."""
 
@@ -64,6 +79,11 @@ class TiersConfig:
 def check(config: TiersConfig) -> None:
     """Raise `UserError` for a value that no run could use."""
     check_at_least_one(config, "tokens", "chunk_size", "repeats", "max_positions")
+    for name in ("pool_tokens", "host_tokens", "disk_tokens"):
+        if getattr(config, name) < BLOCK_TOKENS:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {BLOCK_TOKENS}, a block")
+    if config.trace is None and not hasattr(os, "posix_fadvise"):
+        raise UserError("tiers needs posix_fadvise, which this system has not; --trace works")
     check_used_codec(config.codec)
     check_seed(config.seed)
     if not config.lengths or min(config.lengths) < config.chunk_size:

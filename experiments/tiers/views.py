@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from matplotlib.figure import Figure
 
 from experiments.harness.plotting import COLOURS, make_figure, plain_axes
-from experiments.harness.reading import Result
+from experiments.harness.reading import Record, Result
 from experiments.harness.tables import Column, ResultTable, table_of
 from experiments.tiers.config import WAYS
+
+PLACES = {"pool": "in the pool", "host": "in memory", "disk": "on the disk"}
 
 
 def tables(result: Result) -> list[ResultTable]:
     """Milliseconds to the first token, by where the prompt's beginning is."""
     summary = result.summary or {}
+    if "replays" in summary:
+        return [_of_trace(summary)]
     columns = (
         Column("tokens"),
         Column("MB"),
@@ -38,6 +44,8 @@ def tables(result: Result) -> list[ResultTable]:
 def figures(result: Result) -> dict[str, Figure]:
     """The same, by the tokens that the prompt begins with."""
     summary = result.summary or {}
+    if "replays" in summary:
+        return {"picture": _trace_figure(summary["replays"])}
     figure = make_figure(6.0, 3.6)
     axes = figure.subplots()
     lengths = [one["length"] for one in summary["lengths"]]
@@ -51,3 +59,39 @@ def figures(result: Result) -> dict[str, Figure]:
     axes.legend()
     plain_axes(axes, "Where a prompt's beginning is", "tokens it begins with", "ms to first token")
     return {"picture": figure}
+
+
+def _of_trace(summary: Record) -> ResultTable:
+    """Where prompt tokens are found, by what is behind the pool."""
+    columns = (
+        Column("tokens in memory"),
+        Column("on the disk"),
+        *(Column(f"found: {words}") for words in PLACES.values()),
+        Column("in all"),
+    )
+    rows = []
+    for one in summary["replays"]:
+        shares = [one["found"][place] / one["tokens"] for place in PLACES]
+        sizes = [f"{one['sizes'][tier]:,}" for tier in ("host", "disk")]
+        rows.append((*sizes, *(f"{share:.1%}" for share in (*shares, sum(shares)))))
+    pool = summary["replays"][0]["sizes"]["pool"]
+    title = f"{summary['requests']:,} requests of {summary['trace']}, a pool of {pool:,} tokens"
+    return table_of(title, columns, rows, notes=["of all prompt tokens, in whole blocks of 512."])
+
+
+def _trace_figure(replays: Sequence[Record]) -> Figure:
+    """The same shares, one upon another."""
+    figure = make_figure(6.0, 3.2)
+    axes = figure.subplots()
+    names = [
+        " + ".join(["pool", *(tier for tier in ("host", "disk") if one["sizes"][tier])])
+        for one in replays
+    ]
+    below = [0.0] * len(replays)
+    for colour, (place, words) in zip(COLOURS, PLACES.items(), strict=False):
+        shares = [100 * one["found"][place] / one["tokens"] for one in replays]
+        axes.bar(names, shares, bottom=below, color=colour, label=words)
+        below = [bottom + share for bottom, share in zip(below, shares, strict=True)]
+    axes.legend()
+    plain_axes(axes, "Prompt tokens found", "", "% of all")
+    return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,60 @@ def test_each_way_is_timed_and_nothing_is_left_on_the_disk(tmp_path: Path) -> No
     assert figures(result).keys() == {"picture"}
 
 
+def write_trace(path: Path, prompts: list[list[int]]) -> Path:
+    lines = [
+        {"timestamp": at, "input_length": 512 * len(ids) + 7, "output_length": 1, "hash_ids": ids}
+        for at, ids in enumerate(prompts)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_of_a_trace_it_is_counted_where_each_block_is(tmp_path: Path) -> None:
+    """A pool of four blocks, memory of two, a disk of eight."""
+    first, other, third = [1, 2, 3, 90], [4, 5, 6, 91], [7, 8, 9, 92]
+    trace = write_trace(tmp_path / "trace.jsonl", [first, first, other, first, third, first])
+    sizes = {"pool_tokens": 4 * 512, "host_tokens": 2 * 512, "disk_tokens": 8 * 512}
+    config = TiersConfig(trace=trace, output=tmp_path / "out", **sizes)
+    check(config)
+    summary = run(config)
+    assert summary["requests"] == 6
+    found = [
+        {place: tokens // 512 for place, tokens in one["found"].items()}
+        for one in summary["replays"]
+    ]
+    # The pool holds three blocks of one prompt and one of another: of the first request's, which
+    # comes again after each other, one is there, and the others are where they were put.
+    pool = found[0]["pool"]
+    assert [one["pool"] for one in found] == [pool] * 4
+    assert (found[0]["host"], found[0]["disk"]) == (0, 0)
+    assert found[1]["host"] == 0
+    assert found[1]["disk"] > 0
+    assert found[2]["disk"] == 0
+    assert found[2]["host"] > 0
+    assert sum(found[3].values()) == sum(found[1].values()), "the disk has all that was evicted"
+    assert found[3]["host"] > 0
+    assert all(one["tokens"] == 6 * (4 * 512 + 7) for one in summary["replays"])
+    assert headline(summary)["found"] == pytest.approx(
+        512 * sum(found[3].values()) / (6 * (4 * 512 + 7)), abs=1e-4
+    )
+    result = read_result(tmp_path / "out")
+    [table] = tables(result)
+    assert "2,048 tokens" in str(table)
+    assert figures(result).keys() == {"picture"}
+
+
+def test_a_trace_without_a_whole_block_is_refused(tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "trace.jsonl", [[1]])
+    trace.write_text(trace.read_text().replace("519", "7"))
+    with pytest.raises(UserError, match="no request with a whole block"):
+        run(TiersConfig(trace=trace, output=tmp_path / "out"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"disk_tokens": 511}, "--disk-tokens must be at least 512"),
         ({"lengths": ()}, "--lengths must be at least a chunk of 64 tokens"),
         ({"lengths": (512, 63)}, "--lengths must be at least a chunk of 64 tokens"),
         ({"tokens": 65}, "--tokens must not be more than --chunk-size"),

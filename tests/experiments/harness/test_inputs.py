@@ -277,6 +277,6 @@ def test_all_commands_that_load_a_model_tell_it(tmp_path: Path):
     loading = [
         one.config for one in EXPERIMENTS.values() if "model" in one.config.__dataclass_fields__
     ]
-    assert len(loading) == 18
+    assert len(loading) == 19
     for config_class in loading:
         assert list(inputs_of(dataclasses.replace(config_class(), model=str(path)))) == [str(path)]
