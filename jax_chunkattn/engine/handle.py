@@ -109,6 +109,12 @@ class RequestHandle:
         return self._request.prompt
 
     @property
+    def prefix(self) -> str | None:
+        """The name of the learned prefix that the prompt comes behind, if it does."""
+        virtual = self._request.virtual
+        return None if virtual is None else virtual.name
+
+    @property
     def params(self) -> SamplingParams:
         return self._request.params
 
@@ -134,8 +140,9 @@ class RequestHandle:
 
     @property
     def chunk_ids(self) -> tuple[int, ...]:
-        """Chunks of the pool that hold its tokens now, in their order; empty where it has none. For
-        the thread that advances the engine: they may change with each turn."""
+        """Chunks of the pool that hold its tokens now, in their order, those of a learned prefix
+        first; empty where it has none. For the thread that advances the engine: they may change
+        with each turn."""
         sequence = self._request.sequence
         return () if sequence is None else tuple(sequence.chunk_ids)
 

@@ -56,7 +56,7 @@ def test_tokens_are_those_of_dense_attention_behind_the_given_keys_and_values():
         assert run([first]) == [wanted()]
         assert wanted() != greedy_without_cache(PROMPTS[0], TOKENS)
         assert handle.written
-        assert first.prompt == tuple(PROMPTS[0])
+        assert (first.prompt, first.prefix) == (tuple(PROMPTS[0]), "own")
         other, without = (
             engine.submit(PROMPTS[1], PARAMS, prefix="own"),
             engine.submit(PROMPTS[0], PARAMS),
@@ -242,6 +242,24 @@ def test_other_implementations_read_it(implementation):
         general = prefix_of(16, 7)
         expected = [wanted(prefix=joined(general, prefix_of(16, seed))) for seed in (1, 2)]
         assert run(handles) == expected
+
+
+@pytest.mark.slow
+def test_twenty_virtual_tokens_fill_chunks_of_twenty():
+    with make_engine(60, 20) as engine:
+        engine.add_prefix("own", *prefix_of(20))
+        found = run([engine.submit(PROMPTS[0], PARAMS, prefix="own")])
+    assert found == [wanted(prefix=prefix_of(20))]
+
+
+@pytest.mark.slow
+def test_windows_slide_over_it_as_over_other_tokens():
+    model = windowed_model()
+    with make_engine(model=model, window_chunks=200) as engine:
+        engine.add_prefix("own", *OWN)
+        found = run([engine.submit(PROMPTS[0], PARAMS, prefix="own")])
+    assert found == [greedy_behind(OWN, PROMPTS[0], TOKENS, model=model)]
+    assert found != [wanted()]
 
 
 def test_it_stays_while_others_come_and_go_and_leaves_when_it_is_released():
