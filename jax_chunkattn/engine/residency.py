@@ -22,7 +22,7 @@ class TierStats:
       computed_instead: tokens that were there, and were computed because that takes less time.
       not_written: chunks that the disk could not keep up with.
       failures: chunks that could not be moved, by reason.
-      load_seconds: of a chunk, by tier, the mean; `compute_seconds` if its tokens are computed.
+      load_seconds: of a chunk, by tier, lately; `compute_seconds` if its tokens are computed.
         They are 0 before anything was measured.
     """
 

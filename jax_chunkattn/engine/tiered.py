@@ -12,6 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,10 @@ from jax_chunkattn.tree.prefix_tree import PrefixTree
 
 LEAVING_AT_ONCE = 64
 """Chunks that are read together when all leave: there are two of each on the device meanwhile."""
+NEW_PART = 0.2
+"""Of what a chunk takes: how much the last ones count beside all before them."""
+TRIED_AGAIN = 16
+"""One in so many prompts has chunks brought back though computing them seems faster."""
 WAIT_SECONDS = 0.1
 """How long a turn waits for chunks when there is nothing else to do."""
 
@@ -126,8 +131,8 @@ class Tiered(Residency):
         self._leaving: dict[bytes, tuple[int, bool]] = {}  # chunk, and whether it was evicted
         self._coming: dict[Node, bytes] = {}
         self._loads: deque[_Load] = deque()
-        self._seconds = dict.fromkeys(Tier, 0.0)
-        self._timed: Counter[Tier] = Counter()
+        self._seconds: dict[Tier, float] = {}  # of a chunk, as far as known
+        self._computed_in_a_row = 0
         self._loaded: Counter[Tier] = Counter()
         self._computed_instead = 0
         device.before_writes = self.save
@@ -149,7 +154,7 @@ class Tiered(Residency):
             self._computed_instead * size,
             moved.dropped,
             dict(moved.failures),
-            {tier.value: self._load_seconds(tier) for tier in Tier},
+            {tier.value: self._seconds.get(tier, 0.0) for tier in Tier},
             self._seconds_per_token() * size,
         )
 
@@ -260,7 +265,7 @@ class Tiered(Residency):
             found.append((node, name, tier))
             above = name
         counts = Counter(tier for _, _, tier in found)
-        if not self._pays(counts):
+        if found and not self._pays(counts):
             self._computed_instead += len(found)
             return {}
         begin = 0
@@ -274,23 +279,24 @@ class Tiered(Residency):
         return dict(counts)
 
     def _pays(self, counts: Counter[Tier]) -> bool:
+        """Whether to bring back so many takes less time than to compute them. Now and then it is
+        tried though it does not: what was slow once need not be for ever."""
         compute = self._seconds_per_token() * self._chunk_size
-        if self._always or not compute or not all(self._timed[tier] for tier in counts):
+        if self._always or not compute or not counts.keys() <= self._seconds.keys():
             return True
-        load = sum(count * self._load_seconds(tier) for tier, count in counts.items())
-        return load < compute * counts.total()
-
-    def _load_seconds(self, tier: Tier) -> float:
-        """What a chunk of a tier takes, in the mean."""
-        return self._seconds[tier] / self._timed[tier] if self._timed[tier] else 0.0
+        load = sum(count * self._seconds[tier] for tier, count in counts.items())
+        faster = load < compute * counts.total()
+        self._computed_in_a_row = 0 if faster else self._computed_in_a_row + 1
+        return faster or self._computed_in_a_row % TRIED_AGAIN == 0
 
     def _read(self, names: Sequence[bytes]) -> ChunkArrays:
         began = time.perf_counter()
         chunks, tiers = zip(*map(self._store.get, names), strict=True)
         arrays = self._layout.unpack(chunks)
         slowest = Tier.DISK if Tier.DISK in tiers else Tier.HOST
-        self._seconds[slowest] += time.perf_counter() - began
-        self._timed[slowest] += len(names)
+        took = (time.perf_counter() - began) / len(names)
+        before = self._seconds.get(slowest, took)
+        self._seconds[slowest] = before + NEW_PART * (took - before)
         self._loaded.update(tiers)
         return arrays
 
@@ -337,6 +343,8 @@ class Tiered(Residency):
         self._store.forget()
 
     def close(self) -> None:
+        with suppress(Exception):  # there may be no pool to read from any longer
+            self.save()
         self._device.before_writes = None
         self.start_over()
         self._store.close()

@@ -63,7 +63,7 @@ class ChunkStore:
         self.chunk_bytes = chunk_bytes
         self._host = host
         self._disk = disk
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may read what its thread is changing
         self._moved = Moved()
         self._coming: Counter[bytes] = Counter()
         self._evicted: set[bytes] = set()  # of those that are coming

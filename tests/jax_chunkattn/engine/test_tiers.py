@@ -6,6 +6,7 @@ import errno
 import functools
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,9 @@ import numpy as np
 import pytest
 
 from jax_chunkattn import CacheConfig, Engine, SamplingParams
-from jax_chunkattn.engine.tiered import Tiered
+from jax_chunkattn.engine.tiered import TRIED_AGAIN, Tiered
 from jax_chunkattn.tiers.disk import FOLDER, DiskTier
-from jax_chunkattn.tiers.store import ChunkStore
+from jax_chunkattn.tiers.store import ChunkStore, Tier
 from jax_chunkattn.tree.nodes import Node
 from pallas_kernels.clusters import HeadClusters
 from pallas_kernels.selection import ChunkSelector
@@ -217,6 +218,36 @@ def test_chunks_are_computed_where_that_is_faster(tmp_path: Path, monkeypatch):
     assert handle.prompt_use is not None
     assert handle.prompt_use.host == WHOLE
     assert_all_returned(engine)
+
+
+def test_what_was_slow_once_is_tried_again(monkeypatch):
+    engine = small_engine(host_memory="1MB", load="faster")
+    known = residency(engine)
+    monkeypatch.setattr(known, "_seconds_per_token", lambda: 1.0)
+    answer(engine)
+    known._seconds[Tier.HOST] = 1e9  # a disk that had to start, say
+    used = []
+    for _ in range(TRIED_AGAIN):
+        counts = Counter({Tier.HOST: 3})
+        used.append(known._pays(counts))
+    assert used == [False] * (TRIED_AGAIN - 1) + [True]
+
+
+def test_what_is_sealed_when_the_engine_closes_is_kept(tmp_path: Path):
+    with on_disk(tmp_path) as engine:
+        handle = engine.submit(PROMPT, SamplingParams(40))
+        while len(handle.tokens) < 30:
+            engine.step()
+        engine._core.drain()
+        sealed = engine.stats.chunks_in_use - 1
+    assert len(files(tmp_path)) >= sealed - 1
+
+
+def test_a_signals_handler_may_read_what_tiers_do():
+    engine = small_engine(host_memory="1MB")
+    store = residency(engine)._store
+    with store._lock:  # as in the midst of any of its changes
+        assert engine.stats.tiers is not None
 
 
 def test_salts_find_only_their_own(tmp_path: Path):
