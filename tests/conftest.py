@@ -36,10 +36,13 @@ install_import_hook(
     f"{typechecking.__name__}.{typechecking.typechecker.__name__}",
 )
 # Nearly all of the tests' time is XLA compiling, and the processes of one run, and those that tests
-# start, need many programs in common. Nothing is kept for the next run.
+# start, need many programs in common. Nothing is kept for the next run, but where several runs have
+# a folder in common: JAX finds a program by all that it is made from, its own version among it.
 _IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+_COMMON = os.environ.get("JAX_CHUNKATTN_TESTS_PROGRAMS")
 if not _IS_WORKER:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax_chunkattn-tests-")
+    folder = _COMMON or tempfile.mkdtemp(prefix="jax_chunkattn-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 else:
     os.environ.pop("COLUMNS", None)  # the width of the terminal above, where these write to none
@@ -71,7 +74,7 @@ def no_compilation_cache() -> Iterator[None]:
 
 
 def pytest_unconfigure() -> None:
-    if not _IS_WORKER:
+    if not _IS_WORKER and not _COMMON:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
