@@ -39,10 +39,11 @@ def test_heads_correlate_as_their_weights_do(model, windowed):
     original = definition.attend
 
     def record(q, k, v, size, count, scale, window):
-        wide = np.repeat(k, q.shape[1] // k.shape[1], axis=1)
-        scores = np.einsum("qhd,khd->hqk", q, wide) * scale
-        weights = definition.softmax(np.where(definition.seen_by(len(q), window), scores, -np.inf))
-        weights = weights[:, np.tril(np.ones((len(q), len(q)), bool))]
+        length = pieces.shape[1]  # behind them is padding
+        wide = np.repeat(k[:length], q.shape[1] // k.shape[1], axis=1)
+        scores = np.einsum("qhd,khd->hqk", q[:length], wide) * scale
+        weights = definition.softmax(np.where(definition.seen_by(length, window), scores, -np.inf))
+        weights = weights[:, np.tril(np.ones((length, length), bool))]
         recorded[-1].append(weights - weights.mean(axis=1, keepdims=True))
         return original(q, k, v, size, count, scale, window)
 
