@@ -13,6 +13,7 @@ from experiments.harness.errors import UserError
 from experiments.harness.reading import read_result
 
 
+@pytest.mark.slow
 def test_both_sides_have_the_same_gradients_and_the_tree_computes_a_prompt_once(tmp_path: Path):
     sizes = {"prompts": (50,), "groups": (3,), "tokens": 9, "repeats": 2}
     summary = run(GradientsConfig(model="random:tiny", output=tmp_path / "out", **sizes))

@@ -298,9 +298,8 @@ def test_as_many_clusters_as_heads_are_the_heads_to_the_last_bit_or_so():
     np.testing.assert_allclose(attend(clustered), attend(plain), rtol=0, atol=3e-7)
 
 
-@pytest.mark.parametrize(
-    "implementation", ["xla", pytest.param("reference", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_codes_of_clustered_heads_are_read_as_what_they_decode_to(implementation):
     stored, tables, lengths, _, random = clustered_tree(2, 3, seed=5)
     codec = codec_of("int8")

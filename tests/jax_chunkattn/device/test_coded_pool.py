@@ -156,6 +156,7 @@ def test_codes_are_never_written_twice():
     chex.assert_trees_all_equal(codes_of(prompt), before)
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_cached_as_a_whole_is_answered_as_when_it_was_not():
     """Its last chunk is computed again, to be read as it was computed, and not encoded again."""
     [prompt] = token_tree((1, 48), seed=4)

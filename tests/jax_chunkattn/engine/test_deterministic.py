@@ -77,6 +77,7 @@ def test_it_computes_what_other_engines_do(model, codec, tolerance):
     np.testing.assert_allclose(*found, rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_scores():
     prefix, rest = PROMPTS[0][:60], [prompt[60:] for prompt in PROMPTS]
     with engine(sharing=False) as alone:

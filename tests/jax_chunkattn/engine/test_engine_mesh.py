@@ -76,6 +76,7 @@ def collectives(text: str) -> list:
     return [one for one in operations if one.kind.removesuffix("-start") in COLLECTIVES]
 
 
+@pytest.mark.slow
 @pytest.mark.devices(2)
 def test_two_devices_give_what_one_gives():
     """In float32 greedy tokens, and sampled ones by their seeds: with sharing, forks, preemption
@@ -241,6 +242,7 @@ def test_what_cannot_be_laid_over_a_mesh_is_refused_by_name(caplog):
     assert laid.mesh.devices.ravel().tolist() == devices[:4]
 
 
+@pytest.mark.slow
 def test_a_mesh_of_one_device_is_like_none():
     """Selectors and determinism too: nothing is split."""
     prompts = token_tree((1, 50), (2, 20), seed=3)

@@ -91,7 +91,7 @@ def relative_difference(one, other):
     ("name", "how"),
     [
         ("toy", {}),
-        ("toy", {"remat": False}),
+        pytest.param("toy", {"remat": False}, marks=pytest.mark.slow),
         ("windows", {}),
         pytest.param("unrolled", {}, marks=pytest.mark.slow),
     ],
