@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jax_chunkattn import Engine, EngineClosed, PoolExhausted, SamplingParams
@@ -108,6 +109,20 @@ def test_heads_with_windows_have_other_room_too():
     expected = [greedy_without_cache(one, NUM_TOKENS, model=windowed_model()) for one in PROMPTS]
     assert run(handles) == expected
     assert engine.stats.chunks_free + engine.stats.chunks_cached == 150
+    engine.check()
+
+
+def test_learned_prefixes_keep_heads_with_windows_from_having_fewer_chunks():
+    model = windowed_model()
+    spec = model.cache_spec
+    engine = engine_of(SMALL, model=model)
+    learned = np.ones((2, spec.num_layers, spec.num_kv_heads, 16, spec.head_dim), np.float32)
+    prefix = engine.add_prefix("learned", *learned)
+    with pytest.raises(ValueError, match="learned prefixes need as many"):
+        engine.resize(num_chunks=200)
+    assert engine.cache.num_chunks == SMALL
+    prefix.release()
+    engine.resize(num_chunks=200)
     engine.check()
 
 
