@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.jax_chunkattn.engine.engines import BytePairs, make_engine
 from tests.jax_chunkattn.server.endpoints import MODEL, Running, held, opened, running, until
 
 
@@ -39,7 +41,7 @@ def test_metrics_are_what_happened():
         "vllm:num_requests_waiting": 0,
         "vllm:kv_cache_usage_perc": 0,
         "vllm:prefix_cache_queries_total": use.num_tokens,
-        "vllm:prefix_cache_hits_total": use.hit + use.copied,
+        "vllm:prefix_cache_hits_total": use.num_found,
         "vllm:generation_tokens_total": 21,
         "vllm:num_preemptions_total": 0,
         "vllm:time_to_first_token_seconds_count": 5,
@@ -56,6 +58,22 @@ def test_metrics_are_what_happened():
     plans = [told["chunkattn:plans_total", decision] for decision in ("shared", "unshared")]
     assert sum(plans) == stats.plans > 0
     assert told["chunkattn:chunk_reads_saved_total", ""] > 0
+
+
+def test_an_endpoint_that_was_restarted_is_warm_by_its_disk(tmp_path: Path):
+    """And says in its answers and its metrics what it found there."""
+    tiers = {"disk": tmp_path, "disk_memory": "10MB", "load": "always"}
+    prompt = [at % 60 for at in range(40)]
+    for cached in (0, 32):
+        with make_engine(tokenizer=BytePairs(), **tiers) as engine, running(engine) as found:
+            usage = found.complete(prompt, max_tokens=5).value["usage"]
+            assert usage["prompt_tokens_details"]["cached_tokens"] == cached
+            told = metrics_of(found)
+    assert told["vllm:prefix_cache_hits_total", ""] == 32
+    assert told["chunkattn:prompt_tokens_found_total", "disk"] == 32
+    assert told["chunkattn:tier_tokens_loaded_total", "disk"] == 32
+    assert told["chunkattn:tier_chunks", "disk"] >= 2
+    assert told["chunkattn:tier_failures_total", "disk too slow"] == 0
 
 
 def test_the_tree_shows_who_shares_what(tiny: Running):
