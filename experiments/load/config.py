@@ -24,6 +24,7 @@ class LoadConfig:
 
     SMOKE: ClassVar[dict[str, Any]] = {
         "model": "random:tiny",
+        "vocabulary": 256,
         "sessions": 4,
         "turns": 2,
         "at_once": 2,
