@@ -72,6 +72,7 @@ class ChunkStore:
         self._writer = ThreadPoolExecutor(1, "chunk-files")
         self._writes: deque[Future] = deque()
         self._most_waiting = max(1, WAITING_BYTES // chunk_bytes)
+        self._closed = False
 
     @property
     def has_disk(self) -> bool:
@@ -166,7 +167,8 @@ class ChunkStore:
                 self._coming.clear()
                 self._evicted.clear()
 
-        self.later(forget)
+        if not self._closed:
+            self.later(forget)
 
     def get(self, name: bytes) -> tuple[np.ndarray, Tier]:
         """A chunk's bytes, and where they were.
@@ -217,8 +219,11 @@ class ChunkStore:
         self._disk = None if open_disk is None else self._try(open_disk, "open")
 
     def close(self) -> None:
-        """Writes what waits to be written, and gives up what is in memory."""
-        self.settle()
+        """Writes what waits to be written, and gives up what is in memory. Harmless when done
+        twice, or again where it was broken off."""
+        if not self._closed:
+            self.settle()
+        self._closed = True
         self._mover.shutdown()
         self._writer.shutdown()
         self._host.clear()

@@ -243,6 +243,24 @@ def test_what_is_sealed_when_the_engine_closes_is_kept(tmp_path: Path):
     assert len(files(tmp_path)) >= sealed - 1
 
 
+def test_an_engine_may_be_closed_twice_and_after_a_close_that_was_broken_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    engine = on_disk(tmp_path)
+    assert answer(engine) == right()
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(residency(engine)._store._writer, "shutdown", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.close()
+    engine.close()
+    engine.close()
+    assert len(files(tmp_path)) >= WHOLE // CHUNK
+
+
 def test_a_signals_handler_may_read_what_tiers_do():
     engine = small_engine(host_memory="1MB")
     store = residency(engine)._store
