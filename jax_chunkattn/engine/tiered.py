@@ -268,6 +268,8 @@ class Tiered(Residency):
         if found and not self._pays(counts):
             self._computed_instead += len(found)
             return {}
+        if any(name in self._leaving for _, name, _ in found):
+            self.save()  # or they would be asked for before they have come
         begin = 0
         for size in in_calls(len(found)):
             some = found[begin : begin + size]

@@ -103,6 +103,25 @@ def test_what_is_evicted_comes_back_from_memory():
     assert_all_returned(engine)
 
 
+def test_what_one_who_begins_evicts_the_next_has_back():
+    """Both in one turn, in which nothing is written between them."""
+    engine = small_engine(host_memory="1MB", num_chunks=16, prefill_tokens=512)
+    begun, whole = PROMPT[: 3 * CHUNK + 2], 3 * CHUNK
+    few = SamplingParams(2)
+    engine.submit(begun, few).result()
+    engine.submit(STRANGER[: 5 * CHUNK], few).result()  # used later, so it goes later
+    large = engine.submit([7] * (10 * CHUNK + 1), few)
+    again = engine.submit(begun, few)
+    large.result()
+    again.result()
+    assert engine.stats.preemptions == 0
+    tiers = engine.stats.tiers
+    assert tiers is not None
+    assert again.prompt_use is not None
+    assert (again.prompt_use.host, tiers.loaded_from_host, tiers.failures) == (whole, whole, {})
+    assert_all_returned(engine)
+
+
 def test_another_engine_finds_what_is_on_the_disk(tmp_path: Path):
     with on_disk(tmp_path) as engine:
         assert answer(engine) == right()
