@@ -146,11 +146,12 @@ def _crowded(feature: Feature) -> Engine:
     if "window_chunks" in feature.options:  # of which pins would keep some
         return feature.engine(num_chunks=10, max_running=3)
     engine = feature.engine()
-    for number in range((engine.stats.chunks_free - 10) // 5):
-        [prefix] = token_tree((1, 80), seed=100 + number)
+    engine.run()  # what is learned is in the pool then
+    spare = engine.stats.chunks_free - 10
+    for begin in range(0, spare, 5):
+        [prefix] = token_tree((1, 16 * min(5, spare - begin)), seed=100 + begin)
         engine.pin(prefix)
-    while engine.step():
-        pass
+    engine.run()
     assert engine.stats.chunks_free == 10
     return engine
 
