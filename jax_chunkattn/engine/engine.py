@@ -485,8 +485,7 @@ class Engine:
         """
         self._service.require_open()
         incoming, size = self._service.incoming, self.cache.chunk_size
-        how = {"windowed": self._stats.window_chunks > 0}
-        arrays = check_prefix(name, keys, values, self._spec, self.cache, **how)
+        arrays = check_prefix(name, keys, values, self._spec, self.cache)
         virtual = VirtualTokens.of(name, *arrays, size, incoming.virtual(after))
         learned = incoming.learned(virtual)
         handle = LearnedPrefix(self._service, learned)
@@ -602,7 +601,9 @@ class Engine:
         Raises:
           ValueError: for a size that is none, or that learned prefixes cannot have.
           PoolExhausted: when what is accepted and pinned would not fit.
-          EngineClosed: after `close`. Nothing has changed in all three cases.
+          InvalidPrefix: when heads with windows would come to have chunks of their own, and there
+            are learned prefixes.
+          EngineClosed: after `close`. Nothing has changed in all these cases.
         """
         size = replace(self.cache, memory=memory, num_chunks=num_chunks)
 

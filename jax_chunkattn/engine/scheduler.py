@@ -14,6 +14,7 @@ from collections.abc import Set
 from jax_chunkattn.engine.admission import chunks_to_finish
 from jax_chunkattn.engine.misses import prefix_hashes
 from jax_chunkattn.engine.requests import Phase, Pinned, Request, Scored, Work
+from jax_chunkattn.engine.virtual_tokens import InvalidPrefix
 from jax_chunkattn.tree.allocator import PoolExhausted
 from jax_chunkattn.tree.nodes import Node
 from jax_chunkattn.tree.prefix_tree import PrefixTree
@@ -287,11 +288,18 @@ class Scheduler:
         return {(work.salt, path) for path in prefix_hashes(work.given, self.tree.chunk_size)}
 
     def _require_window_room(self, work: Work, name: str) -> None:
-        """Raises PoolExhausted when heads with windows, where they have chunks of their own, have
-        none for this work beside what is pinned, or would have none for a request."""
+        """Where heads with windows have chunks of their own, raises PoolExhausted when they have
+        none for this work beside what is pinned, or would have none for a request, and
+        InvalidPrefix when it comes behind a learned prefix."""
         room, others = self.tree.window_room, len(self.pinned)
         if room is None:
             return
+        if work.virtual is not None:
+            raise InvalidPrefix(
+                f"{name}heads with windows have chunks of their own in a pool of "
+                f"{self.tree.num_chunks}, and a learned prefix, {work.virtual.name!r}, has one for "
+                "all heads: give the cache as many window_chunks as num_chunks"
+            )
         requests = 1 if isinstance(work, Pinned) else 0
         needed = room.needed(others + 1 + requests, self.tree.chunk_size)
         if needed > room.chunks:

@@ -130,7 +130,7 @@ class Service:
     def add_prefix(self, learned: Pinned) -> None:
         """Queues a learned prefix, to be written and kept; requests may name it from now on.
 
-        Raises InvalidPrefix when there is one of its name.
+        Raises InvalidPrefix when there is one of its name, or the pool cannot have it.
         """
         virtual = learned.virtual
         assert virtual is not None, "it is a learned one"

@@ -88,10 +88,9 @@ class VirtualTokens:
 
 
 def check_prefix(
-    name: Any, keys: Any, values: Any, spec: CacheSpec, cache: CacheConfig, *, windowed: bool
+    name: Any, keys: Any, values: Any, spec: CacheSpec, cache: CacheConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values of a prefix for a model and a cache, in float32; `windowed` where heads with
-    windows have chunks of their own.
+    """Keys and values of a prefix for a model and a cache, in float32.
 
     Raises:
       InvalidPrefix: for what is none, or cannot be stored.
@@ -102,11 +101,6 @@ def check_prefix(
         raise InvalidPrefix(
             "clusters are found by the queries of a sequence's first chunk, and virtual tokens "
             "have none: an engine with clusters takes no learned prefix"
-        )
-    if windowed:
-        raise InvalidPrefix(
-            "heads with windows have chunks of their own here, and a learned prefix has one for "
-            "all heads: give the cache as many window_chunks as num_chunks"
         )
     arrays = []
     for what, given in (("keys", keys), ("values", values)):

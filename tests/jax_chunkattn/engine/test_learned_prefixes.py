@@ -378,6 +378,65 @@ def test_pools_that_cannot_have_it_say_so(options, message):
         engine.add_prefix("own", *OWN)
 
 
+@pytest.mark.slow
+def test_it_is_there_in_a_pool_of_another_size():
+    with make_engine(12, max_running=3) as engine:
+        handle = engine.add_prefix("own", *OWN)
+        running = engine.submit(PROMPTS[0], PARAMS, prefix="own")
+        engine.step()
+        engine.resize(num_chunks=20)
+        assert run([running]) == [wanted()]
+        assert handle.written
+        with pytest.raises(PoolExhausted):
+            engine.resize(num_chunks=1)
+        assert run([engine.submit(PROMPTS[1], PARAMS, prefix="own")]) == [wanted(PROMPTS[1])]
+        handle.release()
+        assert engine.stats.pinned == 0
+
+
+@pytest.mark.slow
+def test_a_size_that_gives_windows_chunks_of_their_own_is_refused():
+    with make_engine(60, model=windowed_model(), window_chunks=60) as engine:
+        handle = engine.add_prefix("own", *OWN)
+        done = engine.submit(PROMPTS[0], SamplingParams(2), prefix="own")
+        first = run([done])
+        with pytest.raises(InvalidPrefix, match="a pool of 200, and a learned prefix, 'own'"):
+            engine.resize(num_chunks=200)
+        assert run([engine.submit(PROMPTS[0], SamplingParams(2), prefix="own")]) == first
+        handle.release()
+        engine.resize(num_chunks=200)
+        with pytest.raises(InvalidPrefix, match="has one for all heads"):
+            done.fork(SamplingParams(9))
+        with pytest.raises(InvalidPrefix, match="has one for all heads"):
+            engine.add_prefix("own", *OWN)
+
+
+@pytest.mark.slow
+def test_what_is_behind_it_comes_back_from_tiers_behind_equal_keys_and_values_alone(tmp_path):
+    on_disk = {"disk": tmp_path, "disk_memory": "1GB", "load": "always"}
+    prompt, params = token_tree((1, 70), seed=9)[0], SamplingParams(8)
+    other = prefix_of(32, 11)
+    for prefix, loaded in ((OWN, 0), (OWN, 64), (other, 0), (other, 64)):
+        with make_engine(**on_disk) as engine:
+            engine.add_prefix("whatever its name", *prefix)
+            done = engine.submit(prompt, params, prefix="whatever its name")
+            assert run([done]) == [greedy_behind(prefix, prompt, 8)]
+            tiers = engine.stats.tiers
+            assert tiers is not None
+            assert tiers.loaded_from_disk == loaded
+            assert use_of(done).num_tokens == len(prompt)
+    [stranger] = token_tree((1, 90), seed=8)
+    with make_engine(num_chunks=12, max_running=3, host_memory="1MB", load="always") as engine:
+        engine.add_prefix("own", *OWN)
+        for _ in range(2):
+            found = run([engine.submit(prompt, params, prefix="own", salt="mine")])
+            assert found == [greedy_behind(OWN, prompt, 8)]
+            assert run([engine.submit(stranger, params)]) == [greedy_without_cache(stranger, 8)]
+        tiers = engine.stats.tiers
+        assert tiers is not None
+        assert tiers.loaded_from_host
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -136,6 +136,7 @@ FEATURES = (
     Feature("deterministic, windows, int4", {**DETERMINISTIC, "codec": "int4"}, windowed_model),
     Feature("tiers", {"host_memory": "60KB", "load": "always"}),
     Feature("learned prefix", learned=True),
+    Feature("learned prefix, tiers", {"host_memory": "60KB", "load": "always"}, learned=True),
     Feature("learned prefix, marked chunks", {"codec": MARKED}, learned=True),
     Feature("learned prefix, windows", {"codec": MARKED}, windowed_model, learned=True),
     Feature("learned prefix, choices", CHOOSING, learned=True),

@@ -66,6 +66,7 @@ ALIKE = {
     "clusters, marked chunks",
     "clusters, windows",
     "learned prefix, choices",
+    "learned prefix, tiers",
     "learned prefix, windows",
 }
 """Rows that another row asks the same of, or more."""
