@@ -599,7 +599,7 @@ class Engine:
           memory, num_chunks: one of them, as `CacheConfig` has them.
 
         Raises:
-          ValueError: for a size that is none, or that learned prefixes cannot have.
+          ValueError: for a size that is none.
           PoolExhausted: when what is accepted and pinned would not fit.
           InvalidPrefix: when heads with windows would come to have chunks of their own, and there
             are learned prefixes.
@@ -610,13 +610,6 @@ class Engine:
         def make() -> tuple[ResizedPool, PrefixTree]:
             cache, window_room = self._with_window_room(size)
             assert cache.num_chunks is not None, "found for the model"
-            scheduler = self._core.scheduler
-            works = (*scheduler.accepted, *scheduler.pinned)
-            if window_room is not None and any(work.virtual is not None for work in works):
-                raise ValueError(
-                    "in a pool of this size heads with windows would have fewer chunks than the "
-                    "others, and learned prefixes need as many"
-                )
             tree = self._core.tree.resized(cache.num_chunks, window_room)
             return self._core.device.resized(cache.without_tiers(), window_room), tree
 
