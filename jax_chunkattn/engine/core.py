@@ -366,15 +366,17 @@ class Core:
         by the old ones is forgotten, and computed again for those who go on.
 
         Raises:
-          EngineClosed: when only some of the arrays could be replaced; another error when none.
+          EngineClosed: when only some of the arrays could be replaced, or all and something failed
+            behind that; another error when none.
         """
         self._residency.save()
-        self._new_weights = Replacement(values), self.stats.weights_version + 1
+        version = self.stats.weights_version + 1
+        self._new_weights = Replacement(values), version
         try:
             self._replace_weights()
         except Exception as error:
             self._new_weights = None
-            if not isinstance(error, PartlyReplaced):
+            if not isinstance(error, PartlyReplaced) and self.stats.weights_version < version:
                 raise
             closed = _closed_by(error)
             self.shut_down(closed)

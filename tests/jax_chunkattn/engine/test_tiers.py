@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jax_chunkattn import CacheConfig, Engine, SamplingParams
+from jax_chunkattn import CacheConfig, Engine, EngineClosed, SamplingParams
 from jax_chunkattn.engine.tiered import TRIED_AGAIN, Tiered
 from jax_chunkattn.tiers.disk import FOLDER, DiskTier
 from jax_chunkattn.tiers.store import ChunkStore, Tier
@@ -336,6 +336,23 @@ def test_new_weights_find_nothing_of_the_old(tmp_path: Path):
         engine.update_weights(old)
         assert answer(engine) == right()
         assert engine.stats.prompts.disk == WHOLE
+
+
+def test_new_weights_that_cannot_be_named_are_not_served_behind_chunks_of_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    engine = on_disk(tmp_path)
+    assert answer(engine) == right()
+
+    def fail() -> None:
+        raise MemoryError("no memory to hash them")
+
+    monkeypatch.setattr(residency(engine)._device, "namespace_parts", fail)
+    doubled = {name: 2 * np.asarray(array) for name, array in engine.weights.items()}
+    with pytest.raises(EngineClosed, match="no memory to hash them"):
+        engine.update_weights(doubled)
+    with pytest.raises(EngineClosed, match="no memory to hash them"):
+        answer(engine)
 
 
 def test_reset_forgets_everywhere(tmp_path: Path):
