@@ -194,14 +194,10 @@ class Engine:
         )
         cache, window_room = self._with_window_room(cache)
         num_chunks = cache.chunks_for(spec)
-        windowed_bytes = cache.windowed_bytes(spec) if window_room is not None else 0
         self._stats = EngineStats(
             codec=cache.codec_name,
             clusters=None if cache.clusters is None else cache.clusters.counts,
             selector="all" if cache.selector is None else cache.selector.name,
-            bytes_per_chunk=cache.bytes_per_chunk(spec) - windowed_bytes,
-            bytes_per_window_chunk=windowed_bytes,
-            window_chunks=window_room.chunks if window_room is not None else 0,
         )
         invocations = Invocations(
             model,
@@ -651,8 +647,13 @@ class Engine:
         scheduler = self._core.scheduler
         tree = scheduler.tree
         counters = self._core.device.counters
+        cache, spec, window_room = self.cache, self._spec, tree.window_room
+        windowed_bytes = cache.windowed_bytes(spec) if window_room is not None else 0
         return replace(
             self._stats,
+            bytes_per_chunk=cache.bytes_per_chunk(spec) - windowed_bytes,
+            bytes_per_window_chunk=windowed_bytes,
+            window_chunks=window_room.chunks if window_room is not None else 0,
             calls=counters.calls,
             compilations=counters.compilations,
             compile_seconds=counters.compile_seconds,

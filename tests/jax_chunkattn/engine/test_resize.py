@@ -10,6 +10,7 @@ import pytest
 
 from jax_chunkattn import Engine, EngineClosed, PoolExhausted, SamplingParams
 from jax_chunkattn.device.device import Device
+from jax_chunkattn.engine.virtual_tokens import InvalidPrefix
 from tests.jax_chunkattn.engine.engines import assert_all_returned, make_engine, run
 from tests.jax_chunkattn.toy import greedy_without_cache, token_tree, windowed_model
 
@@ -109,6 +110,23 @@ def test_heads_with_windows_have_other_room_too():
     expected = [greedy_without_cache(one, NUM_TOKENS, model=windowed_model()) for one in PROMPTS]
     assert run(handles) == expected
     assert engine.stats.chunks_free + engine.stats.chunks_cached == 150
+    engine.check()
+
+
+def test_heads_with_windows_that_come_to_have_fewer_chunks_are_told_and_take_no_prefix():
+    model = windowed_model()
+    spec = model.cache_spec
+    engine, other = engine_of(SMALL, model=model), engine_of(200, model=model)
+    engine.resize(num_chunks=200)
+    for name in ("window_chunks", "bytes_per_chunk", "bytes_per_window_chunk"):
+        assert getattr(engine.stats, name) == getattr(other.stats, name) > 0
+    learned = np.ones((2, spec.num_layers, spec.num_kv_heads, 16, spec.head_dim), np.float32)
+    with pytest.raises(InvalidPrefix, match="chunks of their own"):
+        engine.add_prefix("learned", *learned)
+    engine.resize(num_chunks=SMALL)
+    engine.add_prefix("learned", *learned)
+    assert engine.stats.window_chunks == 0
+    engine.run()
     engine.check()
 
 
