@@ -223,7 +223,8 @@ class Tiered(Residency):
             self._store.later(lambda read=read, evicted=evicted: self._keep(read, evicted))
 
     def leave(self, tree: PrefixTree) -> None:
-        for number, node in enumerate(tree.nodes(), 1):
+        # Those last that others are found behind: where there is no room for all, they stay.
+        for number, node in enumerate(reversed(tree.nodes()), 1):
             self.evicting(node)
             if number % LEAVING_AT_ONCE == 0:
                 self._save_now()

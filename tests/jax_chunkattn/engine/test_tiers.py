@@ -151,6 +151,17 @@ def test_a_prompt_that_ends_with_a_chunk_has_its_last_token_computed(tmp_path: P
     assert (use.disk, use.last) == (WHOLE - 1, 1)
 
 
+def test_a_tier_with_less_room_than_the_pool_keeps_beginnings():
+    size = residency(small_engine(host_memory="1MB"))._layout.chunk_bytes
+    engine = small_engine(host_memory=3 * size)
+    assert answer(engine) == right()
+    engine.resize(num_chunks=10)
+    handle = engine.submit(PROMPT, PARAMS)
+    assert list(handle.result().tokens) == right()
+    assert handle.prompt_use is not None
+    assert handle.prompt_use.host == 3 * CHUNK
+
+
 def test_memory_gives_way_to_the_disk(tmp_path: Path):
     engine = on_disk(tmp_path, host_memory="20KB")  # of chunks of 8 KB
     assert answer(engine) == right()
