@@ -31,13 +31,13 @@ from jax_chunkattn.tree.nodes import Node, Root, SequenceHandle, num_computed
 from jax_chunkattn.tree.prefix_tree import PrefixTree
 
 LEAVING_AT_ONCE = 64
-"""Chunks that are read together when all leave: there are two of each on the device meanwhile."""
+"""Chunks that are read together: there are two of each on the device until they have left."""
 NEW_PART = 0.2
 """Of what a chunk takes: how much the last ones count beside all before them."""
 TRIED_AGAIN = 16
 """One in so many prompts has chunks brought back though computing them seems faster."""
 WAIT_SECONDS = 0.1
-"""How long a turn waits for chunks when there is nothing else to do."""
+"""How long a turn waits for chunks when there is nothing else to do, or when too many leave."""
 
 
 def open_residency(
@@ -129,6 +129,7 @@ class Tiered(Residency):
         self._always = always
         self._names: dict[int, tuple[bytes, Node]] = {}  # of computed nodes, by chunk id
         self._leaving: dict[bytes, tuple[int, bool]] = {}  # chunk, and whether it was evicted
+        self._keeping: deque[tuple[int, Future[None]]] = deque()  # so many chunks that were read
         self._coming: dict[Node, bytes] = {}
         self._loads: deque[_Load] = deque()
         self._seconds: dict[Tier, float] = {}  # of a chunk, as far as known
@@ -213,6 +214,9 @@ class Tiered(Residency):
         for size in in_calls(len(leaving)):
             some = leaving[begin : begin + size]
             begin += size
+            if not self._may_read_more():
+                self._store.give_up([name for name, _ in some], "keep: too slow")
+                continue
             try:
                 read = self._device.read_chunks([chunk for _, (chunk, _) in some])
             except BaseException:
@@ -220,7 +224,18 @@ class Tiered(Residency):
                 self._store.give_up(names, "not read")
                 raise
             evicted = {name: evicted for name, (_, evicted) in some}
-            self._store.later(lambda read=read, evicted=evicted: self._keep(read, evicted))
+            keep = self._store.later(lambda read=read, evicted=evicted: self._keep(read, evicted))
+            self._keeping.append((size, keep))
+
+    def _may_read_more(self) -> bool:
+        """Whether what was read has left the device, but for what there is room for beside the
+        pool; it is waited for a little."""
+        keeping = self._keeping
+        while keeping and keeping[0][1].done():
+            keeping.popleft()
+        if sum(size for size, _ in keeping) < LEAVING_AT_ONCE:
+            return True
+        return bool(wait([keeping[0][1]], WAIT_SECONDS).done)
 
     def leave(self, tree: PrefixTree) -> None:
         # Those last that others are found behind: where there is no room for all, they stay.

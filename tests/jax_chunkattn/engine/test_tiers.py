@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from jax_chunkattn import CacheConfig, Engine, EngineClosed, SamplingParams
+from jax_chunkattn.engine import tiered
 from jax_chunkattn.engine.tiered import TRIED_AGAIN, Tiered
 from jax_chunkattn.tiers.disk import FOLDER, DiskTier
 from jax_chunkattn.tiers.store import ChunkStore, Tier
@@ -546,6 +547,28 @@ def test_a_disk_that_cannot_keep_up_loses_chunks_and_nobody_waits(tmp_path, monk
     assert tiers is not None
     assert tiers.not_written
     go.set()
+    assert_all_returned(engine)
+
+
+def test_what_leaves_faster_than_it_is_kept_does_not_fill_the_device(monkeypatch):
+    monkeypatch.setattr(tiered, "LEAVING_AT_ONCE", 16)
+    monkeypatch.setattr(tiered, "WAIT_SECONDS", 0.01)
+    engine = small_engine(host_memory="1MB")
+    assert answer(engine) == right()
+    go_on = threading.Event()
+    residency(engine)._store.later(go_on.wait)  # as if a disk did not answer
+    try:
+        for one in range(8):
+            engine.submit([one] * (6 * CHUNK), SamplingParams(2)).result()
+        tiers = engine.stats.tiers
+        assert tiers is not None
+        assert tiers.failures["keep: too slow"] > 0
+        assert 16 <= sum(size for size, _ in residency(engine)._keeping) < 16 + 8
+    finally:
+        go_on.set()
+    settle(engine)
+    assert residency(engine)._store._coming == Counter()
+    assert answer(engine) == right()
     assert_all_returned(engine)
 
 
