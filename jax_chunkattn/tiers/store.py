@@ -244,9 +244,9 @@ class ChunkStore:
                 self._moved.dropped += 1
                 return
             self._waiting[name] = chunk
-        while self._writes and self._writes[0].done():
-            self._writes.popleft()
-        self._writes.append(self._writer.submit(self._write, name, chunk))
+            while self._writes and self._writes[0].done():
+                self._writes.popleft()
+            self._writes.append(self._writer.submit(self._write, name, chunk))
 
     def _write(self, name: bytes, chunk: np.ndarray) -> None:
         disk = self._disk
