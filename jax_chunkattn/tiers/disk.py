@@ -34,6 +34,8 @@ ABANDONED_SECONDS = 600.0
 """What was being written so long ago will not be finished."""
 KEPT_PART = 0.9
 """Of what there is room for, so much is left when the oldest have made room."""
+LOOKS = 16
+"""What others write is counted each time that so large a part of the room has been written."""
 
 
 class Unreadable(Exception):
@@ -57,7 +59,8 @@ class DiskTier:
 
     def __init__(self, folder: Path, namespace: bytes, chunk_bytes: int, limit: int):
         """Of chunks of `chunk_bytes`, where all files of the folder, of whatever namespace, take at
-        most `limit` bytes. What is there is counted."""
+        most `limit` bytes. What is there is counted, and again now and then: while others write
+        there too it may be more, by a sixteenth for each."""
         self._root = folder / FOLDER
         self._namespace = namespace
         self._folder = self._root / namespace.hex()
@@ -66,6 +69,7 @@ class DiskTier:
         self._numbers = itertools.count()
         self._known: set[bytes] = set()
         self._used = 0
+        self._written = 0  # since all files were counted
         self._make(self._folder)
         self._look()
 
@@ -112,6 +116,8 @@ class DiskTier:
         if self.has(name):
             return False
         size = HEADER.size + chunk.nbytes
+        if self._written + size > self._limit / LOOKS:
+            self._look()
         if self._used + size > self._limit and not self._make_room(size):
             return False
         header = self._header(name, chunk)
@@ -129,6 +135,7 @@ class DiskTier:
             raise
         self._known.add(name)
         self._used += size
+        self._written += size
         return True
 
     def clear(self) -> None:
@@ -213,7 +220,7 @@ class DiskTier:
                 files.append((status.st_mtime, path, status.st_size))
                 if (name := self._name(path)) is not None:
                     known.add(name)
-        self._known, self._used = known, used
+        self._known, self._used, self._written = known, used, 0
         return files
 
 

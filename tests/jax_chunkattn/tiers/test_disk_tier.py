@@ -19,6 +19,7 @@ from jax_chunkattn.tiers.disk import (
     ABANDONED_SECONDS,
     FOLDER,
     HEADER,
+    LOOKS,
     UNFINISHED,
     DiskTier,
     Unreadable,
@@ -164,6 +165,16 @@ def test_all_that_is_in_the_folder_counts(tmp_path: Path):
     one.write(name_of(1), chunk_of(1))
     assert one.has(name_of(1))
     assert sum(path.stat().st_size for path in files(tmp_path)) <= limit
+
+
+def test_several_at_once_take_little_more_than_the_limit(tmp_path: Path):
+    limit = 64 * (HEADER.size + BYTES)
+    several = [tier(tmp_path, limit=limit) for _ in range(4)]
+    most = 0
+    for number in range(200):
+        assert several[number % 4].write(name_of(number), chunk_of(number))
+        most = max(most, sum(path.stat().st_size for path in files(tmp_path)))
+    assert 0.8 * limit < most <= limit * (1 + 4 / LOOKS)
 
 
 def test_no_room_for_any_is_no_error(tmp_path: Path):
