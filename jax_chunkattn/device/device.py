@@ -19,6 +19,7 @@ from jax_chunkattn.device.cache_config import CacheConfig
 from jax_chunkattn.device.chunk_arrays import ChunkArrays
 from jax_chunkattn.device.chunk_transfers import ChunkLayout
 from jax_chunkattn.device.decode_loop import Chosen
+from jax_chunkattn.device.fingerprint import is_told
 from jax_chunkattn.device.invocations import (
     COPIES_PER_CALL,
     ROWS_PER_PLACEMENT,
@@ -212,6 +213,11 @@ class Device:
     def chunk_layout(self) -> ChunkLayout:
         """What the pool keeps of a full chunk."""
         return self._invocations.chunk_layout
+
+    @property
+    def model_is_told(self) -> bool:
+        """Whether `namespace_parts` tells the model from all others."""
+        return is_told(self._invocations.split)
 
     def namespace_parts(self) -> dict[str, Any]:
         """What chunks depend on beside their tokens, by the weights that are served."""

@@ -21,7 +21,15 @@ from pallas_kernels.codecs import ChunkCodec
 
 SEEDS = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
 """Of four sums of 32 bits: digits of pi."""
+_SILENT = (" object at 0x", "<lambda>", "<locals>")
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def is_told(model: SplitModel) -> bool:
+    """Whether what a model's definition says tells it from models of other constants: not where it
+    has objects that say nothing but their address, or functions that may have closed over some."""
+    text = repr(model.definition)
+    return not any(silent in text for silent in _SILENT)
 
 
 def namespace_parts(

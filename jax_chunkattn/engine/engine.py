@@ -609,8 +609,10 @@ class Engine:
             tree = self._core.tree.resized(cache.num_chunks, window_room)
             return self._core.device.resized(cache.without_tiers(), window_room), tree
 
-        self._service.resize(make)
-        self.cache = size
+        def resized() -> None:
+            self.cache = size
+
+        self._service.resize(make, resized)
 
     @property
     def weights(self) -> dict[str, jax.Array]:

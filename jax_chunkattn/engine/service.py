@@ -182,12 +182,18 @@ class Service:
             if finish:
                 self.turns.leave(self._admit_all)  # waits for nothing: no Ctrl-C can come between
 
-    def resize(self, make: Callable[[], tuple[ResizedPool, PrefixTree]]) -> None:
-        """Another pool, and a tree over it, when nothing is on its way."""
+    def resize(
+        self,
+        make: Callable[[], tuple[ResizedPool, PrefixTree]],
+        resized: Callable[[], None],
+    ) -> None:
+        """Another pool, and a tree over it, when nothing is on its way; calls `resized` when it is
+        there."""
 
         def change() -> None:
             self._settle()
             self._core.resize(*make())
+            resized()
 
         self.turns.run(change)
 

@@ -62,6 +62,12 @@ def open_residency(
     if not caches:
         raise TierError("host_memory and disk need sharing and retain: else nothing is cached")
     size = device.chunk_layout.chunk_bytes
+    if cache.disk is not None and not device.model_is_told:
+        raise TierError(
+            "a disk needs a model that can be told from others: what it is made of has objects or "
+            "functions that do not say what is in them; give these a __repr__, or make them "
+            "dataclasses"
+        )
     host = 0 if cache.host_memory is None else parse_bytes(cache.host_memory)
     limit = 0 if cache.disk_memory is None else parse_bytes(cache.disk_memory)
     for name, given, memory in (
@@ -186,6 +192,10 @@ class Tiered(Residency):
 
     def cleared(self) -> None:
         self._names.clear()
+        self._coming = dict.fromkeys(self._coming, b"")  # awaited, and no beginning of a name
+
+    def _has_name(self, node: Node) -> bool:
+        return self._names.get(node.chunk_id, (b"", None))[1] is node
 
     def _name_above(self, node: Node) -> bytes | None:
         """Of what stands before a node; None where that is not found any longer."""
@@ -194,7 +204,7 @@ class Tiered(Residency):
             return None if parent.retired else root_name(self._namespace, parent.salt)
         assert parent is not None
         if parent in self._coming:
-            return self._coming[parent]
+            return self._coming[parent] or None
         name, known = self._names.get(parent.chunk_id, (None, None))
         return name if known is parent else None
 
@@ -280,6 +290,8 @@ class Tiered(Residency):
                 break
             found.append((node, name, tier))
             above = name
+        known = [self._names[node.chunk_id][0] for node in nodes[:first] if self._has_name(node)]
+        self._store.use([*known, *(name for _, name, _ in found)])
         counts = Counter(tier for _, _, tier in found)
         if found and not self._pays(counts):
             self._computed_instead += len(found)

@@ -19,7 +19,7 @@ import shutil
 import struct
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -107,9 +107,18 @@ class DiskTier:
                 with contextlib.suppress(OSError):
                     path.unlink()
             raise
-        with contextlib.suppress(OSError):
-            os.utime(path)  # it has been used
         return chunk
+
+    def use(self, names: Iterable[bytes]) -> None:
+        """Has these chunks, each before what it is found behind, be those used last: what prompts
+        begin with goes after what follows it. Those that are gone are not known any longer."""
+        for name in names:
+            try:
+                os.utime(self._path(name))
+            except FileNotFoundError:
+                self._known.discard(name)
+            except OSError:  # it may go earlier than it should
+                continue
 
     def write(self, name: bytes, chunk: np.ndarray) -> bool:
         """Keeps a chunk, uint8; False where it is there, or there is no room for any."""

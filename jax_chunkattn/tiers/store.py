@@ -71,6 +71,7 @@ class ChunkStore:
         self._mover = ThreadPoolExecutor(1, "chunks")
         self._writer = ThreadPoolExecutor(1, "chunk-files")
         self._writes: deque[Future] = deque()
+        self._used: dict[bytes, None] = {}  # that the disk has not been told of
         self._most_waiting = max(1, WAITING_BYTES // chunk_bytes)
         self._closed = False
 
@@ -119,6 +120,24 @@ class ChunkStore:
                 self._put_in_memory(name, waiting)
             return False
         return to_memory or (self._disk is not None and not self._disk.has(name))
+
+    def use(self, names: Sequence[bytes]) -> None:
+        """A prompt begins with these chunks, wherever they are: files of them shall stay."""
+        if self._disk is None or not names:
+            return
+        with self._lock:
+            waits = bool(self._used)
+            for name in reversed(names):
+                self._used.pop(name, None)
+                self._used[name] = None
+            if not waits:
+                self._writes.append(self._writer.submit(self._tell_used))
+
+    def _tell_used(self) -> None:
+        with self._lock:
+            names, self._used = list(self._used), {}
+        if self._disk is not None:
+            self._disk.use(names)
 
     # Moving.
 
@@ -251,10 +270,13 @@ class ChunkStore:
     def _write(self, name: bytes, chunk: np.ndarray) -> None:
         disk = self._disk
         assert disk is not None, "there is one to write to"
-        written = self._try(lambda: disk.write(name, chunk), "write")
-        with self._lock:
-            self._waiting.pop(name, None)
-            self._moved.kept[Tier.DISK] += bool(written)
+        written = None
+        try:
+            written = self._try(lambda: disk.write(name, chunk), "write")
+        finally:
+            with self._lock:
+                self._waiting.pop(name, None)
+                self._moved.kept[Tier.DISK] += bool(written)
 
     def _try(self, work: Callable[[], Result], what: str) -> Result | None:
         """What it returns; None when the disk fails, which is counted."""

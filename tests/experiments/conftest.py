@@ -87,7 +87,9 @@ class FakeEngine:
     def __exit__(self, *_: object) -> None:
         self.closed = True
 
-    def submit(self, prompt: Sequence[int], params: Any) -> FakeHandle:
+    def submit(
+        self, prompt: Sequence[int], params: Any, *, prefix: str | None = None
+    ) -> FakeHandle:
         self.handles.append(FakeHandle(params))
         return self.handles[-1]
 

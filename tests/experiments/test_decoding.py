@@ -45,7 +45,7 @@ def test_a_prompt_that_the_engine_refuses_is_named(
 ) -> None:
     submit = fake_engine.submit
 
-    def refuse(engine: Any, prompt: tuple[int, ...], params: SamplingParams) -> Any:
+    def refuse(engine: Any, prompt: tuple[int, ...], params: SamplingParams, **_: Any) -> Any:
         if prompt == (1, 2, 4):
             raise kind("it never fits")
         return submit(engine, prompt, params)

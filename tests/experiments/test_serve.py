@@ -247,7 +247,7 @@ class FakeEngine:
             running=0,
             waiting=0,
             failed=0,
-            prompts=SimpleNamespace(num_tokens=0, hit=0, copied=0),
+            prompts=SimpleNamespace(num_tokens=0, num_found=0),
         )
         self.fail = fail
         self.queue: list[tuple[Any, Any, Any]] = []

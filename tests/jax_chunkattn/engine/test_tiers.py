@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import models
 from jax_chunkattn import CacheConfig, Engine, EngineClosed, SamplingParams
 from jax_chunkattn.engine import tiered
+from jax_chunkattn.engine.residency import TierError
 from jax_chunkattn.engine.tiered import TRIED_AGAIN, Tiered
 from jax_chunkattn.tiers.disk import FOLDER, DiskTier
 from jax_chunkattn.tiers.store import ChunkStore, Tier
@@ -629,6 +631,44 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         small_engine(disk=tmp_path / "file", disk_memory="1MB")
+
+
+class Opaque:
+    """A part of a model that does not say what is in it."""
+
+
+class Told(Opaque):
+    def __repr__(self) -> str:
+        return "Told(theta=10000)"
+
+
+@pytest.mark.parametrize("part", [Opaque(), lambda x: x], ids=["object", "function"])
+def test_a_model_that_does_not_say_what_it_is_gets_no_disk(tmp_path: Path, part):
+    """Else two of them might take the other's chunks for their own."""
+    model = models.load("random:tiny").model
+    model.rope = part
+    with pytest.raises(TierError, match="can be told from others"):
+        make_engine(10, model=model, disk=tmp_path, disk_memory="1MB")
+    assert files(tmp_path) == []
+    make_engine(10, model=model, host_memory="1MB")
+    model.rope = Told()
+    make_engine(10, model=model, disk=tmp_path, disk_memory="1MB")
+
+
+def test_what_all_prompts_begin_with_stays_on_a_small_disk(tmp_path: Path):
+    """Though it is written first, and then found in the pool only."""
+    beginning = PROMPT[: 2 * CHUNK]
+    tiers = {"disk": tmp_path, "disk_memory": 30 * 8300, "load": "always"}
+    prompts = [[*beginning, *[at] * (2 * CHUNK), 1] for at in range(20)]
+    with make_engine(**tiers) as engine:
+        for prompt in prompts:
+            engine.submit(prompt, SamplingParams(1)).result()
+            settle(engine)
+    with make_engine(**tiers) as engine:
+        handle = engine.submit(prompts[-1], SamplingParams(1))
+        handle.result()
+        assert handle.prompt_use is not None
+        assert handle.prompt_use.disk == 4 * CHUNK
 
 
 def test_names_that_were_announced_and_never_came_are_forgotten():

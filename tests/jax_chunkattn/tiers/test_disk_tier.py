@@ -142,7 +142,7 @@ def test_those_used_longest_ago_make_room(tmp_path: Path):
     for number in range(room):
         one.write(name_of(number), chunk_of(number))
         age(one, tmp_path, number, 100 - number)
-    one.read(name_of(0))  # the newest now
+    one.use([name_of(0), name_of(room + 7)])  # the newest now; and one that is not there
     one.write(name_of(room), chunk_of(room))
     left = {number for number in range(room + 1) if one.has(name_of(number))}
     assert left == {0, *range(3, room + 1)}, "down to nine tenths, and the new one"
