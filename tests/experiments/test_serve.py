@@ -270,7 +270,7 @@ class FakeEngine:
             self.stats.compile_seconds += 0.4
         length, handle, on_event = self.queue.pop(0)
         self.stats.prompts.num_tokens += length
-        self.stats.prompts.hit += 1
+        self.stats.prompts.num_found += 1
         handle.done = True
         if self.fail:
             self.stats.failed += 1

@@ -54,8 +54,13 @@ def test_of_a_trace_it_is_counted_where_each_block_is(tmp_path: Path) -> None:
     """A pool of four blocks, memory of two, a disk of eight."""
     first, other, third = [1, 2, 3, 90], [4, 5, 6, 91], [7, 8, 9, 92]
     trace = write_trace(tmp_path / "trace.jsonl", [first, first, other, first, third, first])
-    sizes = {"pool_tokens": 4 * 512, "host_tokens": 2 * 512, "disk_tokens": 8 * 512}
-    config = TiersConfig(trace=trace, output=tmp_path / "out", **sizes)
+    config = TiersConfig(
+        trace=trace,
+        output=tmp_path / "out",
+        pool_tokens=4 * 512,
+        host_tokens=2 * 512,
+        disk_tokens=8 * 512,
+    )
     check(config)
     summary = run(config)
     assert summary["requests"] == 6

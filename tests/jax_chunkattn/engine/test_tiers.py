@@ -645,7 +645,7 @@ class Told(Opaque):
 @pytest.mark.parametrize("part", [Opaque(), lambda x: x], ids=["object", "function"])
 def test_a_model_that_does_not_say_what_it_is_gets_no_disk(tmp_path: Path, part):
     """Else two of them might take the other's chunks for their own."""
-    model = models.load("random:tiny").model
+    model: Any = models.load("random:tiny").model
     model.rope = part
     with pytest.raises(TierError, match="can be told from others"):
         make_engine(10, model=model, disk=tmp_path, disk_memory="1MB")
