@@ -59,6 +59,7 @@ def test_two_runs_with_one_seed_are_the_same_but_for_real_time(tmp_path: Path, d
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_an_engine_is_measured_for_the_model_and_the_model_checked_by_it(tmp_path: Path):
     summary = run(ClusterConfig(**ClusterConfig.SMOKE, output=tmp_path / "out"))
     result = read_result(tmp_path / "out")

@@ -42,6 +42,7 @@ def rehearse(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]], 
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_every_part_rehearses_in_one_go(tmp_path: Path):
     code, records, summary = rehearse(tmp_path / "out")
     assert code == 0

@@ -61,6 +61,7 @@ def test_a_device_holds_what_is_told():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.devices(2)
 @pytest.mark.parametrize("command", ["generate", pytest.param("serve", marks=pytest.mark.thorough)])
 def test_a_mesh_answers_as_one_device(command, tmp_path):

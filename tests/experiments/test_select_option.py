@@ -46,6 +46,7 @@ def test_what_no_engine_could_use_is_one_line(arguments, message, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_quality_compares_choices_with_reading_all(tmp_path: Path):
     choices = "scores:1", "scores:0.3"
     sizes = {"window": 48, "windows": 4, "prefix": 256, "copy_lengths": (384,)}

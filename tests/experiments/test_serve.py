@@ -45,9 +45,10 @@ REQUESTS = [
     (1000, 1024, 128, [7, 8]),
     (2000, 1024, 96, [0, 1]),
 ]
-FOUND = {"hit": 32 + 32 + 31, "copied": 0, "too_short": 2, "new": 96, "window": 0, "last": 1}
+NOWHERE_ELSE = {"host": 0, "disk": 0, "copied": 0, "window": 0}
+FOUND = {"hit": 32 + 32 + 31, "too_short": 2, "new": 96, "last": 1, **NOWHERE_ELSE}
 # And 96 tokens seen before.
-SEEN = {"hit": 0, "copied": 0, "too_short": 2, "new": 96, "window": 0, "last": 0}
+SEEN = {"hit": 0, "too_short": 2, "new": 96, "last": 0, **NOWHERE_ELSE}
 
 
 def line(timestamp: Any, input_length: Any, output_length: Any, hash_ids: Any) -> str:

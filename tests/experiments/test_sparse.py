@@ -19,6 +19,7 @@ SMALL += ["--select", "scores:0.4"]
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_reads_fall_with_the_window_and_stay_with_the_context(tmp_path):
     small = [*SMALL, "--head-dim", "16", "--repeats", "1", "--output", str(tmp_path / "out")]
     assert main(["sparse", *small]) == 0

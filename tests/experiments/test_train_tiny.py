@@ -152,6 +152,7 @@ def test_the_time_may_be_bounded(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_other_commands_take_the_folder(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -18,6 +18,7 @@ from models.weights import decoder_weights
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_on_two_devices_weights_and_pool_are_split_and_numbers_the_same():
     """Logits, decoded tokens, and where programs run; the module says what."""
     finished = subprocess.run(

@@ -104,6 +104,7 @@ def test_a_kernel_that_cannot_read_them_is_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.optimised
 def test_decoding_and_prefill_update_the_pool_in_place():
     spec, chunks = toy_model().cache_spec, 4_000

@@ -786,6 +786,7 @@ def assert_agreed(agreements: Sequence[Agreement]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_random_use_of_windows_gives_the_answers_of_a_model_without_a_cache():
     WindowMachine.agreements = agreements_of(windowed_model())
     WindowMachine.options = {"model": windowed_model(), "window_chunks": 20}

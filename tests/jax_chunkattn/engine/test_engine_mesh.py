@@ -121,6 +121,7 @@ def test_more_devices_give_what_one_gives(implementation):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.devices(4)
 def test_a_kernel_for_gpus_attends_on_each_device():
     """Triton's, interpreted, with one KV head on a device and with half of its query heads."""
@@ -187,6 +188,7 @@ def test_a_layer_exchanges_two_sums_and_the_pool_stays_where_it_is(sizes):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.devices(2)
 @pytest.mark.parametrize("codec", ["int8", pytest.param("fp8", marks=pytest.mark.thorough)])
 def test_encoded_chunks_are_those_of_one_device(codec):

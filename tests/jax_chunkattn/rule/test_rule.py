@@ -57,19 +57,6 @@ ALONE = {
     "deterministic",
     "learned prefix",
 }
-ALIKE = {
-    "windows that give up nothing",
-    "choices, marked chunks",
-    "choices, windows",
-    "one cluster",
-    "tiers",
-    "clusters, marked chunks",
-    "clusters, windows",
-    "learned prefix, choices",
-    "learned prefix, tiers",
-    "learned prefix, windows",
-}
-"""Rows that another row asks the same of, or more."""
 
 
 def takes_long(history, feature: Feature) -> bool:
@@ -89,9 +76,10 @@ def is_thorough(history, feature: Feature) -> bool:
         return feature.name != "choices"
     if feature.name in ALONE:
         return history.__name__ in {
-            "cold", "under_other_prefixes", "joined_at_any_step", "evicted",
+            "cold", "under_other_prefixes", "among_mates", "joined_at_any_step", "evicted",
         }  # fmt: skip
-    return feature.name in ALIKE or history.__name__ != "warm_at_every_split"
+    together = feature.name == "choices, windows, marked chunks"  # of the others each has its rows
+    return not together or history.__name__ != "warm_at_every_split"
 
 
 @functools.cache

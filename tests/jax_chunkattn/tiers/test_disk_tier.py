@@ -300,5 +300,6 @@ def test_a_writer_that_is_killed_loses_what_it_was_writing(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_200_writers_that_are_killed_lose_what_they_were_writing(tmp_path: Path):
-    assert_killed_writers_lose_nothing(tmp_path, 200)
+@pytest.mark.parametrize("times", [40, pytest.param(200, marks=pytest.mark.thorough)])
+def test_writers_that_are_killed_lose_what_they_were_writing(tmp_path: Path, times: int):
+    assert_killed_writers_lose_nothing(tmp_path, times)
