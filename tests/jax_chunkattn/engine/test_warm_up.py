@@ -39,7 +39,7 @@ def test_nothing_compiles_after_a_warm_up():
     """Long and short rows, shared and not, samples, forks, penalties, preemption and eviction."""
     engine = small_engine()
     warm = engine.warm_up(threads=2)
-    assert engine.stats.compilations == warm.programs <= 2 + 1 + 3
+    assert engine.stats.compilations == warm.programs <= 2 + 1 + 4
     assert engine.stats.compile_seconds == pytest.approx(warm.seconds, rel=0.1, abs=0.1)
     assert engine.warm_up().programs == 0
     long, longer = token_tree((2, 260))
