@@ -144,12 +144,8 @@ class Device:
 
     def resize(self, pool: ResizedPool) -> None:
         """Another pool than there was, and empty; `reset` makes it if this is broken off."""
-        old, self._state = self._state, None
         self._invocations, self._empty = pool.invocations, pool.empty
         self._programs.clear()
-        if old is not None:
-            _wait_for_last_use(old)
-            del old
         self.reset()
 
     def resized(self, cache: CacheConfig, window_room: WindowRoom | None) -> ResizedPool:
