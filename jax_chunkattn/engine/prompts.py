@@ -175,8 +175,8 @@ class Prompts:
         sealed = [node.chunk_id for node in sequence.nodes]
         while known // size < len(sealed) and sealed[known // size] in chunks:
             known = (known // size + 1) * size
-        behind = sequence.nodes[known // size :]
-        if behind and self._residency.is_coming(behind[0]):
+        first = known // size
+        if first < len(sealed) and self._residency.is_coming(sequence.nodes[first]):
             return 0
         chunks.update(sealed[known // size :])
         begin, written = min(known, work.needed_from), max(known, stored)
