@@ -45,13 +45,14 @@ def _pool(state: DeviceState) -> ChunkPool | ClusteredPool | CodedPool | Selecti
     return pool
 
 
-def in_calls(count: int) -> list[int]:
-    """How many chunks each call moves, when there are so many."""
-    sizes = []
+def in_calls(count: int) -> list[slice]:
+    """Which of so many chunks each call moves."""
+    parts, begin = [], 0
     for size in TRANSFER_SIZES:
-        sizes += [size] * (count // size)
-        count %= size
-    return sizes
+        while begin + size <= count:
+            parts.append(slice(begin, begin + size))
+            begin += size
+    return parts
 
 
 @dataclass(frozen=True)

@@ -177,13 +177,13 @@ class Tiered(Residency):
             self._let_go(name, node.chunk_id, evicted=False)
 
     def evicting(self, node: Node) -> None:
-        name, known = self._names.get(node.chunk_id, (b"", None))
-        if known is node:
+        name = self._name_of(node)
+        if name is not None:
             self._let_go(name, node.chunk_id, evicted=True)
 
     def removed(self, node: Node) -> None:
-        name, known = self._names.get(node.chunk_id, (b"", None))
-        if known is not node:
+        name = self._name_of(node)
+        if name is None:
             return
         del self._names[node.chunk_id]
         if not self._leaving.get(name, (0, True))[1]:  # whatever it was, nobody shall find it
@@ -194,8 +194,10 @@ class Tiered(Residency):
         self._names.clear()
         self._coming = dict.fromkeys(self._coming, b"")  # awaited, and no beginning of a name
 
-    def _has_name(self, node: Node) -> bool:
-        return self._names.get(node.chunk_id, (b"", None))[1] is node
+    def _name_of(self, node: Node) -> bytes | None:
+        """Of a computed node; None where it is not found any longer."""
+        name, known = self._names.get(node.chunk_id, (None, None))
+        return name if known is node else None
 
     def _name_above(self, node: Node) -> bytes | None:
         """Of what stands before a node; None where that is not found any longer."""
@@ -205,8 +207,7 @@ class Tiered(Residency):
         assert parent is not None
         if parent in self._coming:
             return self._coming[parent] or None
-        name, known = self._names.get(parent.chunk_id, (None, None))
-        return name if known is parent else None
+        return self._name_of(parent)
 
     # Out of the pool.
 
@@ -220,22 +221,20 @@ class Tiered(Residency):
     def save(self) -> None:
         leaving = list(self._leaving.items())
         self._leaving.clear()
-        begin = 0
-        for size in in_calls(len(leaving)):
-            some = leaving[begin : begin + size]
-            begin += size
+        for part in in_calls(len(leaving)):
+            some = leaving[part]
             if not self._may_read_more():
                 self._store.give_up([name for name, _ in some], "keep: too slow")
                 continue
             try:
                 read = self._device.read_chunks([chunk for _, (chunk, _) in some])
             except BaseException:
-                names = [name for name, _ in leaving[begin - size :]]
+                names = [name for name, _ in leaving[part.start :]]
                 self._store.give_up(names, "not read")
                 raise
             evicted = {name: evicted for name, (_, evicted) in some}
             keep = self._store.later(lambda read=read, evicted=evicted: self._keep(read, evicted))
-            self._keeping.append((size, keep))
+            self._keeping.append((len(some), keep))
 
     def _may_read_more(self) -> bool:
         """Whether what was read has left the device, but for what there is room for beside the
@@ -290,7 +289,7 @@ class Tiered(Residency):
                 break
             found.append((node, name, tier))
             above = name
-        known = [self._names[node.chunk_id][0] for node in nodes[:first] if self._has_name(node)]
+        known = [name for name in map(self._name_of, nodes[:first]) if name is not None]
         self._store.use([*known, *(name for _, name, _ in found)])
         counts = Counter(tier for _, _, tier in found)
         if found and not self._pays(counts):
@@ -298,10 +297,8 @@ class Tiered(Residency):
             return {}
         if any(name in self._leaving for _, name, _ in found):
             self.save()  # or they would be asked for before they have come
-        begin = 0
-        for size in in_calls(len(found)):
-            some = found[begin : begin + size]
-            begin += size
+        for part in in_calls(len(found)):
+            some = found[part]
             self._coming.update((node, name) for node, name, _ in some)
             names = [name for _, name, _ in some]
             load = self._store.later(lambda names=names: self._read(names))
