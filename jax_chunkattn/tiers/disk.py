@@ -100,14 +100,13 @@ class DiskTier:
         """
         path = self._path(name)
         try:
-            chunk = self._checked(path, name)
+            return self._checked(path, name)
         except Unreadable as error:
             self._known.discard(name)
             if error.reason in ("cut", "damaged", "of another"):
                 with contextlib.suppress(OSError):
                     path.unlink()
             raise
-        return chunk
 
     def use(self, names: Iterable[bytes]) -> None:
         """Has these chunks, each before what it is found behind, be those used last: what prompts
@@ -168,6 +167,8 @@ class DiskTier:
 
     def _make(self, folder: Path) -> None:
         """The folder and those above it, which only the user may look into."""
+        if folder.exists():
+            return
         for one in (*reversed(folder.parents), folder):
             inside = one == self._root or self._root in one.parents
             if not one.exists():
@@ -187,7 +188,7 @@ class DiskTier:
         except FileNotFoundError:
             raise Unreadable("gone") from None
         except OSError as error:
-            raise Unreadable(_words(error)) from error
+            raise Unreadable(words_of(error)) from error
         if len(header) < HEADER.size:
             raise Unreadable("cut")
         *fields, checksum = HEADER.unpack(header)
@@ -262,5 +263,6 @@ def _checksum(header: bytes, chunk: np.ndarray) -> int:
     return zlib.crc32(chunk.data, zlib.crc32(header))
 
 
-def _words(error: OSError) -> str:
+def words_of(error: OSError) -> str:
+    """What went wrong, for statistics."""
     return (error.strerror or type(error).__name__).lower()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from jax_chunkattn.tiers.disk import DiskTier, Unreadable
+from jax_chunkattn.tiers.disk import DiskTier, Unreadable, words_of
 from jax_chunkattn.tiers.host import HostTier
 
 Result = TypeVar("Result")
@@ -35,15 +34,11 @@ class Moved:
     """What has been moved so far. Written under the store's lock.
 
     Attributes:
-      chunks: brought from each tier.
-      seconds: that took, of the thread that moves.
       kept: chunks that have come to each tier.
       dropped: chunks that were not written, since the disk could not keep up.
       failures: chunks that could not be moved, by reason.
     """
 
-    chunks: Counter[Tier] = field(default_factory=Counter)
-    seconds: dict[Tier, float] = field(default_factory=lambda: dict.fromkeys(Tier, 0.0))
     kept: Counter[Tier] = field(default_factory=Counter)
     dropped: int = 0
     failures: Counter[str] = field(default_factory=Counter)
@@ -54,13 +49,9 @@ class ChunkStore:
 
     What `later` is given runs in one thread, in order: what an earlier one has `put`, a later one
     can `get`. Files are written by another.
-
-    Attributes:
-      chunk_bytes: of each.
     """
 
     def __init__(self, chunk_bytes: int, host: HostTier, disk: DiskTier | None):
-        self.chunk_bytes = chunk_bytes
         self._host = host
         self._disk = disk
         self._lock = threading.RLock()  # a signal's handler may read what its thread is changing
@@ -195,24 +186,20 @@ class ChunkStore:
         Raises:
           Unreadable: when it is not there any longer, or damaged.
         """
-        began = time.perf_counter()
         with self._lock:
-            chunk, tier = self._host.use(name), Tier.HOST
+            chunk = self._host.use(name)
             if chunk is None:
                 chunk = self._waiting.get(name)
+        if chunk is not None:
+            return chunk, Tier.HOST
         try:
-            if chunk is None:
-                if self._disk is None:
-                    raise Unreadable("gone")
-                chunk, tier = self._disk.read(name), Tier.DISK
+            if self._disk is None:
+                raise Unreadable("gone")
+            return self._disk.read(name), Tier.DISK
         except Unreadable as error:
             with self._lock:
                 self._moved.failures[f"read: {error.reason}"] += 1
             raise
-        with self._lock:
-            self._moved.chunks[tier] += 1
-            self._moved.seconds[tier] += time.perf_counter() - began
-        return chunk, tier
 
     def settle(self) -> None:
         """Waits until everything has come to where it goes."""
@@ -222,20 +209,20 @@ class ChunkStore:
 
     def forget(self) -> None:
         """Nothing that was put before is found again, in files of this namespace neither."""
-        self.settle()
-        with self._lock:
-            self._host.clear()
-            self._coming.clear()
+        self._forget_memory()
         if self._disk is not None:
             self._try(self._disk.clear, "remove")
 
     def rename(self, open_disk: Callable[[], DiskTier | None] | None) -> None:
         """Forgets what is in memory, and keeps what comes in another tier of the disk, or none."""
+        self._forget_memory()
+        self._disk = None if open_disk is None else self._try(open_disk, "open")
+
+    def _forget_memory(self) -> None:
         self.settle()
         with self._lock:
             self._host.clear()
             self._coming.clear()
-        self._disk = None if open_disk is None else self._try(open_disk, "open")
 
     def close(self) -> None:
         """Writes what waits to be written, and gives up what is in memory. Harmless when done
@@ -284,6 +271,5 @@ class ChunkStore:
             return work()
         except OSError as error:
             with self._lock:
-                reason = (error.strerror or type(error).__name__).lower()
-                self._moved.failures[f"{what}: {reason}"] += 1
+                self._moved.failures[f"{what}: {words_of(error)}"] += 1
             return None
