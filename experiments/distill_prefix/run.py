@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from experiments.harness.progress import PhaseDisplay, phase_display
 from experiments.harness.reading import Record
 from experiments.harness.results import ResultFolder
 from experiments.harness.state_files import StateFiles
+from experiments.harness.training_blocks import blocks_of, run_blocks, seconds_of_steps
 from experiments.harness.units import measure_units, tell_taken_over
 from experiments.harness.views import finish
 from experiments.loading import LoadOptions, ModelSource, load_model
@@ -104,26 +105,19 @@ class _Distilling:
     @property
     def seconds(self) -> float:
         """What all steps have taken, in this run and in those that it goes on with."""
-        steps = [one["seconds"] for one in self._folder.finished.values() if one["kind"] == "steps"]
-        return round(sum(steps), 3)
+        return seconds_of_steps(self._folder)
 
     def run_steps(self) -> int:
         """All steps, or as many as there are minutes for; returns how many."""
         config, folder = self._config, self._folder
-        blocks = dict(self._blocks())
+        blocks = blocks_of(config.steps, config.save_every)
         tell_taken_over(folder, dict.fromkeys((ANSWERS, *blocks)))
         with phase_display() as display:
             if ANSWERS not in folder.finished:
                 display.update("answer", 0, len(self._questions))
                 folder.finish_unit(ANSWERS, self._answer())
-            done = 0
-            for unit, (begin, end) in blocks.items():
-                if unit not in folder.finished:
-                    if config.minutes is not None and self.seconds >= 60 * config.minutes:
-                        break
-                    folder.finish_unit(unit, self._run_block(begin, end, display))
-                done = end
-        return done
+            run = functools.partial(self._run_block, display=display)
+            return run_blocks(folder, blocks, run, minutes=config.minutes)
 
     def write(self, step: int) -> Record:
         """The prefix after so many steps, and what it is worth."""
@@ -149,12 +143,6 @@ class _Distilling:
     def forget_state(self) -> None:
         """Delete what only going on needs."""
         self._states.keep()
-
-    def _blocks(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        steps, size = self._config.steps, self._config.save_every
-        for begin in range(0, steps, size):
-            end = min(begin + size, steps)
-            yield f"step {end}", (begin, end)
 
     def _answer(self) -> Record:
         """Answers of the model to all questions behind the prompt, drawn at temperature 1."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from experiments.harness.plotting import from_zero, line_style, make_figure, plain_axes
+from experiments.harness.plotting import figure_of_steps
 from experiments.harness.reading import Result
 from experiments.harness.tables import Column, ResultTable, table_of
 
@@ -71,13 +71,5 @@ def figures(result: Result) -> dict[str, Figure]:
     steps = result.of_kind("steps")
     if not steps:
         return {}
-    figure = make_figure(6.5, 4.0)
-    axes = figure.subplots()
     lines = {"read": "divergence", "held out": "held_out_divergence"}
-    for index, (label, name) in enumerate(lines.items()):
-        values = [one[name] for one in steps]
-        axes.plot([one["step"] for one in steps], values, label=label, **line_style(index))
-    from_zero(axes, (one[name] for one in steps for name in lines.values()), room=1.1)
-    axes.legend(loc="best", frameon=False)
-    plain_axes(axes, _title(result), "step", "divergence, nats a token")
-    return {"divergence": figure}
+    return {"divergence": figure_of_steps(steps, lines, _title(result), "divergence, nats a token")}

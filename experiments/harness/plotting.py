@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from experiments.harness.reading import Record
 
 # Okabe and Ito's palette, told apart by colour-blind readers; in a grey print a series is told
 # apart by its marker and dashes, a bar by its hatch.
@@ -68,6 +70,21 @@ def from_zero(axes: Axes, heights: Iterable[float], room: float) -> None:
     """Let the axis go from 0 to `room` times the largest height that is finite."""
     highest = max(filter(math.isfinite, heights), default=0.0)
     axes.set_ylim(0, room * highest or 1)
+
+
+def figure_of_steps(
+    steps: Sequence[Record], lines: Mapping[str, str], title: str, unit: str
+) -> Figure:
+    """How values of records fall with their `step`: a line for each label, of the value's name."""
+    figure = make_figure(6.5, 4.0)
+    axes = figure.subplots()
+    for index, (label, name) in enumerate(lines.items()):
+        values = [one[name] for one in steps]
+        axes.plot([one["step"] for one in steps], values, label=label, **line_style(index))
+    from_zero(axes, (one[name] for one in steps for name in lines.values()), room=1.1)
+    axes.legend(loc="best", frameon=False)
+    plain_axes(axes, title, "step", unit)
+    return figure
 
 
 def save_figures(folder: Path, figures: Mapping[str, Figure]) -> list[Path]:
